@@ -1,0 +1,93 @@
+"""Random removal of features, the same for a sample on any number of processes.
+
+A global batch is dealt over `count` shards: sample j of shard `index` is sample j * count + index.
+Every shard draws the numbers of the whole batch and keeps its own, so that processes which start
+from one seed drop what a single process would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class _Current:
+    """The shard in force."""
+
+    index = 0
+    count = 1
+
+
+@contextmanager
+def shard(index: int, count: int) -> Iterator[None]:
+    """Draw as shard `index` of `count` while inside.
+
+    Args:
+        index: This process's share of the global batch, 0 .. count - 1.
+        count: Number of shards of the same size.
+
+    Raises:
+        ValueError: If index is outside 0 .. count - 1.
+    """
+    if not 0 <= index < count:
+        raise ValueError(f"index is {index}, expected 0 to {count - 1}, one less than count")
+    before = _Current.index, _Current.count
+    _Current.index, _Current.count = index, count
+    try:
+        yield
+    finally:
+        _Current.index, _Current.count = before
+
+
+def uniform(x: Tensor, *shape: int) -> Tensor:
+    """Draw numbers in [0, 1) for the samples of `x`, (len(x), *shape), float32."""
+    numbers = torch.rand(len(x) * _Current.count, *shape, device=x.device)
+    return numbers[_Current.index :: _Current.count]
+
+
+class _Drop(nn.Module):
+    """Something that drops a share of its input while training."""
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop rate is {rate}, expected at least 0 and less than 1")
+        self.rate = rate
+
+    def extra_repr(self) -> str:
+        """Show the rate."""
+        return f"rate={self.rate:.3g}"
+
+    def mask(self, x: Tensor, *shape: int) -> Tensor:
+        """Return 0 with probability `rate` and 1 / (1 - rate) otherwise, (len(x), *shape)."""
+        keep = 1 - self.rate
+        return (uniform(x, *shape) < keep).to(x.dtype) / keep
+
+
+class DropPath(_Drop):
+    """Stochastic depth: zero whole samples, and scale the others to keep the mean.
+
+    Args:
+        rate: Probability of zero, at least 0 and less than 1.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth", arXiv:1603.09382.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop samples of x, (batch, length, dim)."""
+        return x * self.mask(x, 1, 1) if self.training and self.rate else x
+
+
+class Dropout(_Drop):
+    """Zero single numbers, and scale the others to keep the mean.
+
+    Args:
+        rate: Probability of zero, at least 0 and less than 1.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop numbers of x, (batch, length, dim)."""
+        return x * self.mask(x, *x.shape[1:]) if self.training and self.rate else x

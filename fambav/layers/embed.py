@@ -1,0 +1,156 @@
+"""From an image to a sequence: patches, class tokens, and the resizing of position embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fambav.registry import CLASS_TOKENS, nearest
+
+
+def pair(size: int | Sequence[int], *, name: str) -> tuple[int, int]:
+    """Return a size as (height, width).
+
+    Raises:
+        ValueError: If size is neither a positive number nor two of them; `name` is in the message.
+    """
+    both = (size, size) if isinstance(size, int) else tuple(size)
+    if len(both) != 2 or not all(isinstance(side, int) and side > 0 for side in both):
+        raise ValueError(f"{name} is {size}, expected a positive number or a pair (height, width)")
+    return both[0], both[1]
+
+
+def patch_grid(img_size: tuple[int, int], *, patch_size: int, stride: int) -> tuple[int, int]:
+    """Count the patches of an image along each side.
+
+    Args:
+        img_size: Height and width, in pixels.
+        patch_size: Side of a patch, in pixels.
+        stride: From one patch to the next, in pixels.
+
+    Returns:
+        (side - patch_size) / stride + 1 for height and width.
+
+    Raises:
+        ValueError: If that is not a positive whole number.
+    """
+    for name, value in (("patch_size", patch_size), ("stride", stride)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value}, expected a positive number of pixels")
+    for side in img_size:
+        steps, rest = divmod(side - patch_size, stride)
+        if steps < 0 or rest:
+            fit = patch_size + stride * max(steps, 0)
+            raise ValueError(
+                f"img_size is {side}, expected a size that patches of {patch_size} every {stride}"
+                f" pixels divide, but ({side} - {patch_size}) / {stride} + 1 ="
+                f" {(side - patch_size) / stride + 1:.4g} patches;"
+                f" the next sizes that fit are {fit} and {fit + stride}"
+            )
+    height, width = ((side - patch_size) // stride + 1 for side in img_size)
+    return height, width
+
+
+def class_places(class_token: str, patches: int) -> tuple[int, ...]:
+    """Say where class tokens stand in the sequence that the model starts with.
+
+    Args:
+        class_token: "middle" after half of the patches, "head" before all, "double" before and
+            after, or "none".
+        patches: Number of patches.
+
+    Returns:
+        Ascending places in the sequence of patches and class tokens.
+
+    Raises:
+        ValueError: If class_token is none of these.
+    """
+    if class_token not in CLASS_TOKENS:
+        hint = nearest(class_token, CLASS_TOKENS)
+        raise ValueError(f"class_token is {class_token!r}, expected a known place; {hint}")
+    return {
+        "middle": (patches // 2,),
+        "head": (0,),
+        "double": (0, patches + 1),
+        "none": (),
+    }[class_token]
+
+
+def insert(x: Tensor, extra: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+    """Put rows into a sequence.
+
+    Args:
+        x: Sequence, (batch, length, dim).
+        extra: k rows, each (1, 1, dim).
+        places: Where the rows stand in the result, k ascending numbers.
+
+    Returns:
+        The sequence with the rows, (batch, length + k, dim).
+    """
+    pieces, start = [], 0
+    for before, (row, place) in enumerate(zip(extra, places, strict=True)):
+        pieces += [x[:, start : place - before], row.expand(len(x), -1, -1)]
+        start = place - before
+    return torch.cat([*pieces, x[:, start:]], dim=1)
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """Return the rows of x, (batch, length, dim), at places, (batch, k): (batch, k, dim)."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def resize_grid(x: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Stretch a raster of vectors bicubically.
+
+    Args:
+        x: Vectors in raster order, (1, old height * old width, dim).
+        old: Height and width of the raster.
+        new: Height and width wanted.
+
+    Returns:
+        Vectors in raster order, (1, new height * new width, dim), in x's dtype.
+    """
+    raster = x.float().unflatten(1, old).permute(0, 3, 1, 2)
+    raster = F.interpolate(raster, size=new, mode="bicubic", align_corners=False)
+    return raster.flatten(2).mT.to(x.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into patches and map each to a vector, row by row.
+
+    Args:
+        dim: Width of a token.
+        img_size: Height and width of an image, in pixels.
+        patch_size: Side of a patch, in pixels.
+        stride: From one patch to the next, in pixels; patches overlap if it is below patch_size.
+        in_chans: Channels of an image.
+    """
+
+    def __init__(
+        self, dim: int, *, img_size: tuple[int, int], patch_size: int, stride: int, in_chans: int
+    ) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.in_chans = in_chans
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=stride)
+        # The published models draw this from a normal that is corrected for a cut at two standard
+        # deviations, and do not cut it.
+        nn.init.normal_(self.proj.weight, std=(in_chans * patch_size**2) ** -0.5 / 0.8796)
+        nn.init.zeros_(cast(Tensor, self.proj.bias))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed: (batch, in_chans, height, width) -> (batch, patches, dim).
+
+        Raises:
+            ValueError: If the images have another size than the model was built for.
+        """
+        wanted = (self.in_chans, *self.img_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+            expected = ", ".join(map(str, wanted))
+            raise ValueError(f"images are {tuple(images.shape)}, expected (batch, {expected})")
+        patches: Tensor = self.proj(images)
+        return patches.flatten(2).mT

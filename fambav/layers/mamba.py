@@ -1,0 +1,155 @@
+"""The Mamba mixer over a sequence, in one direction or both.
+
+    x, z = in_proj(hidden)
+    u = silu(conv(x))      dt, B, C = x_proj(u)      y = scan(u, softplus(dt_proj(dt)), A, B, C, D)
+    out = out_proj((y + y of the other direction) * silu(z))
+
+Source: Gu and Dao, "Mamba", arXiv:2312.00752, figure 3 and algorithm 2; Zhu et al., "Vision Mamba",
+arXiv:2401.09417, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fambav.ops import causal_conv1d, selective_scan
+from fambav.registry import BIMAMBA, nearest
+
+DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes that a new mixer starts from
+
+
+class Mamba(nn.Module):
+    """Project, scan, gate, project.
+
+    Everything between the projections is (batch, length, dim) in memory, and the backward direction
+    is a scan from the last token to the first: no sequence is copied to be reversed. Both
+    directions share the gate, which is therefore applied once, to their sum.
+
+    Args:
+        dim: Width of a token.
+        bimamba_type: "v2", two directions with their own convolution, projections and D; "v1", two
+            directions that differ in A only; "none", forward only.
+        divide_out: Halve the sum of both directions; v2 only.
+        state: Numbers of state per channel.
+        kernel: Length of the convolution.
+        expand: Inner width, in units of dim.
+        depth: Mixers that add to one residual stream; the last projection starts smaller by its
+            square root.
+        legacy_init: Start the backward dt bias of v2 at the published zero, which is a step 7 to
+            700 times the forward direction's, instead of drawing it as the forward one.
+
+    Raises:
+        ValueError: If bimamba_type is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        bimamba_type: str = "v2",
+        divide_out: bool = True,
+        state: int = 16,
+        kernel: int = 4,
+        expand: int = 2,
+        depth: int = 1,
+        legacy_init: bool = False,
+    ) -> None:
+        super().__init__()
+        if bimamba_type not in BIMAMBA:
+            hint = nearest(bimamba_type, BIMAMBA)
+            raise ValueError(f"bimamba_type is {bimamba_type!r}, expected a known mixer; {hint}")
+        inner, rank = expand * dim, math.ceil(dim / 16)
+        self.bimamba_type = bimamba_type
+        self.halved = divide_out and bimamba_type == "v2"
+        self.splits = (rank, state, state)
+
+        # Names and order are those of the published weights.
+        self.A_log = _decay_rates(inner, state)
+        self.D = nn.Parameter(torch.ones(inner))
+        if bimamba_type != "none":
+            self.A_b_log = _decay_rates(inner, state)
+        if bimamba_type == "v2":
+            self.D_b = nn.Parameter(torch.ones(inner))
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, kernel, groups=inner)
+        self.x_proj = nn.Linear(inner, sum(self.splits), bias=False)
+        self.dt_proj = _step_sizes(rank, inner)
+        if bimamba_type == "v2":
+            self.conv1d_b = nn.Conv1d(inner, inner, kernel, groups=inner)
+            self.x_proj_b = nn.Linear(inner, sum(self.splits), bias=False)
+            self.dt_proj_b = _step_sizes(rank, inner)
+            if legacy_init:
+                nn.init.zeros_(self.dt_proj_b.bias)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= depth**0.5
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Mix along length.  hidden and the result are (batch, length, dim)."""
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        given = self._inputs(x, self.conv1d, self.x_proj, self.dt_proj, reverse=False)
+        y = _scan(*given, self.A_log, self.D, self.dt_proj, reverse=False)
+        if self.bimamba_type == "v1":
+            y = y + _scan(*given, self.A_b_log, self.D, self.dt_proj, reverse=True)
+        elif self.bimamba_type == "v2":
+            given = self._inputs(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, reverse=True)
+            y = y + _scan(*given, self.A_b_log, self.D_b, self.dt_proj_b, reverse=True)
+        gate = F.silu(z)
+        out: Tensor = self.out_proj(y * (0.5 * gate if self.halved else gate))
+        return out
+
+    def _inputs(
+        self, x: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, *, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return u, dt, B and C of one direction, each (batch, length, width)."""
+        u = causal_conv1d(x.mT, conv.weight[:, 0], conv.bias, "silu", reverse=reverse).mT
+        dt, B, C = x_proj(u).split(self.splits, dim=-1)
+        return u, F.linear(dt, dt_proj.weight), B, C
+
+
+def _scan(
+    u: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    dt_proj: nn.Linear,
+    *,
+    reverse: bool,
+) -> Tensor:
+    """Scan u, (batch, length, dim), with float32 parameters whatever the dtype of u is."""
+    A, D, bias = (
+        p.to(torch.promote_types(p.dtype, torch.float32)) for p in (A_log, D, dt_proj.bias)
+    )
+    y: Tensor = selective_scan(
+        u.mT,
+        dt.mT,
+        -A.exp(),
+        B.mT,
+        C.mT,
+        D,
+        delta_bias=bias,
+        delta_softplus=True,
+        reverse=reverse,
+    )
+    return y.mT
+
+
+def _decay_rates(inner: int, state: int) -> nn.Parameter:
+    """Logarithms of 1 .. state for each channel, (inner, state)."""
+    return nn.Parameter(torch.arange(1.0, state + 1).log().repeat(inner, 1))
+
+
+def _step_sizes(rank: int, inner: int) -> nn.Linear:
+    """Map to steps that start, after softplus, evenly spread in log from DT_MIN to DT_MAX."""
+    linear = nn.Linear(rank, inner)
+    nn.init.uniform_(linear.weight, -(rank**-0.5), rank**-0.5)
+    with torch.no_grad():
+        dt = torch.empty(inner).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
+        linear.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
+    return linear

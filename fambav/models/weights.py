@@ -1,0 +1,197 @@
+"""Published and saved weights: picked out of what a file holds, and fitted to a model.
+
+Nothing here reads files.  Names are never matched loosely: what `adapt` returns loads strictly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fambav.layers.embed import class_places, insert, resize_grid, take
+from fambav.models.vim import Vim
+from fambav.reduction.merge import others
+
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+_RAW, _AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
+
+
+def official(payload: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tensor]:
+    """Pick the weights out of a checkpoint of DeiT's family, or out of a bare state_dict.
+
+    Args:
+        payload: What the file holds: weights, or a dictionary that has them under "model" or
+            "state_dict", and their moving average under "model_ema" or "state_dict_ema".
+        ema: Take the moving average.
+
+    Returns:
+        A state_dict without the prefixes that wrappers add.
+
+    Raises:
+        ValueError: If there are no such weights.
+    """
+    names = _AVERAGED if ema else _RAW
+    inside = (payload[name] for name in names if isinstance(payload.get(name), Mapping))
+    found: Mapping[Any, Any] = next(inside, {} if ema else payload)
+    if not found or not _are_weights(found):
+        here = ", ".join(map(str, list(payload)[:8])) or "nothing"
+        raise ValueError(f"checkpoint holds {here}, expected weights under {' or '.join(names)}")
+    return {_bare(name): value for name, value in found.items()}
+
+
+def published_class_token(payload: Mapping[str, Any]) -> str | None:
+    """Say where the class token of a checkpoint of Vim's or Famba-V's own code stands.
+
+    Their weights have the same names wherever it stands, but the command line is saved beside them.
+    Famba-V's flags tell its checkpoints from Vim's.
+
+    Args:
+        payload: What the file holds, with the command line under "args".
+
+    Returns:
+        "middle" for Vim's, "head" for Famba-V's, None if the file does not say.
+
+    Raises:
+        ValueError: If Famba-V's code trained the model in a way that is not offered here.
+    """
+    arguments = getattr(payload.get("args"), "__dict__", {})
+    name = str(arguments.get("model", ""))
+    if not name.startswith("vim_"):
+        return None
+    if "fusion_strategy" not in arguments:
+        return "middle"
+    if "stride8" in name or "tiny" in name:
+        how = "read its class from patch 0" if "stride8" in name else "ran its layers in pairs"
+        raise ValueError(f"checkpoint is of Famba-V's {name}, which {how}; expected another model")
+    return "head"
+
+
+def check_class_token(saved: str, wanted: str) -> None:
+    """Refuse weights that were trained with the class token at another place.
+
+    Raises:
+        ValueError: If the places differ.
+    """
+    if saved != wanted:
+        raise ValueError(
+            f"class_token is {wanted!r}, expected {saved!r} as the checkpoint was trained;"
+            " the same names of weights would mean other tokens"
+        )
+
+
+def adapt(
+    state_dict: Mapping[str, Tensor],
+    model: Vim,
+    *,
+    class_token: str | None = None,
+    grid: tuple[int, int] | None = None,
+    head: Literal["strict", "drop"] = "strict",
+) -> dict[str, Tensor]:
+    """Fit weights to a model of the same kind with another image size or number of classes.
+
+    Args:
+        state_dict: The weights.
+        model: What they are for.
+        class_token: Where the class token stood in training, if that is known.
+        grid: Patches along height and width in training; square if that is not known.
+        head: "strict" refuses another number of classes; "drop" keeps the model's head then.
+
+    Returns:
+        Weights that load strictly into the model: position embeddings are resized bicubically,
+        with the rows of class tokens taken out of the grid where they are and put back where the
+        model has them.
+
+    Raises:
+        ValueError: If class tokens, classes, names or shapes do not fit.
+    """
+    if class_token is not None:
+        check_class_token(class_token, model.class_token)
+    own = model.state_dict()
+    weights = _fit_head(dict(state_dict), model, own, head)
+    _check_names(weights, own)
+    shape = weights["pos_embed"].shape
+    if len(shape) == 3 and shape[::2] == own["pos_embed"].shape[::2]:
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model, grid)
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            wanted = tuple(own[name].shape)
+            raise ValueError(f"{name} of the checkpoint is {tuple(value.shape)}, expected {wanted}")
+    return weights
+
+
+def resize_pos_embed(pos_embed: Tensor, model: Vim, grid: tuple[int, int] | None = None) -> Tensor:
+    """Resize a position embedding to a model's grid.
+
+    Args:
+        pos_embed: The rows of patches and class tokens, (1, length, dim).
+        model: Has the class tokens at the same place in its own sequence.
+        grid: Patches along height and width in training; if that is not known, square, or the
+            model's if their number is no square.
+
+    Returns:
+        (1, model.length, dim); pos_embed itself if the grid is the model's.
+
+    Raises:
+        ValueError: If grid does not have as many places as there are patches.
+    """
+    length = pos_embed.shape[1]
+    patches = length - len(model.class_places)
+    if grid is None:
+        side = math.isqrt(max(patches, 0))
+        grid = (side, side) if side and side * side == patches else model.grid
+    if grid[0] * grid[1] != patches:
+        raise ValueError(
+            f"grid is {grid[0]} x {grid[1]}, expected {patches} places as the checkpoint's"
+            f" pos_embed has {length} rows with {len(model.class_places)} class tokens"
+        )
+    if grid == model.grid:
+        return pos_embed
+    places = torch.tensor([class_places(model.class_token, patches)], dtype=torch.int64)
+    places = places.to(pos_embed.device)
+    class_rows = take(pos_embed, places).split(1, dim=1) if model.class_places else ()
+    raster = resize_grid(take(pos_embed, others(places, length)), grid, model.grid)
+    return insert(raster, class_rows, model.class_places)
+
+
+def _fit_head(
+    weights: dict[str, Tensor], model: Vim, own: Mapping[str, Tensor], head: str
+) -> dict[str, Tensor]:
+    """Check the number of classes, or put the model's head in the place of one that differs."""
+    shape = weights["head.weight"].shape if "head.weight" in weights else ()
+    saved = shape[0] if shape else 0
+    if saved == model.num_classes:
+        return weights
+    if head != "drop":
+        raise ValueError(
+            f"checkpoint has {saved} classes, expected {model.num_classes} as the model;"
+            " --finetune replaces the head"
+        )
+    fitted = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    return fitted | {name: value for name, value in own.items() if name.startswith("head.")}
+
+
+def _check_names(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are missing or that the model does not have."""
+    problems = (("lacks", own.keys() - weights.keys()), ("has", weights.keys() - own.keys()))
+    for verb, names in problems:
+        if names:
+            example = min(names)
+            raise ValueError(
+                f"checkpoint {verb} {len(names)} weights such as {example},"
+                f" expected the {len(own)} of the model; class token, mixer or depth may differ"
+            )
+
+
+def _are_weights(found: Mapping[Any, Any]) -> bool:
+    return all(isinstance(n, str) and isinstance(value, Tensor) for n, value in found.items())
+
+
+def _bare(name: str) -> str:
+    """Take the prefixes of wrappers off a name."""
+    for prefix in _PREFIXES * 2:
+        name = name.removeprefix(prefix)
+    return name

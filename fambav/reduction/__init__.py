@@ -1,0 +1,19 @@
+"""Fewer tokens: where and how many (schedule), what happens to them (reducer), which (merge)."""
+
+from fambav.reduction.merge import FambaV, Ordered, others
+from fambav.reduction.reducer import Reducer, Selection, make_reducer, merge
+from fambav.reduction.schedule import Schedule, parse_plan, plan, schedule
+
+__all__ = [
+    "FambaV",
+    "Ordered",
+    "Reducer",
+    "Schedule",
+    "Selection",
+    "make_reducer",
+    "merge",
+    "others",
+    "parse_plan",
+    "plan",
+    "schedule",
+]

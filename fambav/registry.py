@@ -1,0 +1,103 @@
+"""Names that a flag or a config file may use, and what some of them build.
+
+Torch-free, so that a misspelt name is refused in a fraction of a second.  Models are registered
+with timm and only listed here; a test holds the lists equal to what is really there.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection
+from itertools import product
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+_GRIDS = (
+    "tiny_patch16_224",
+    "tiny_patch16_stride8_224",
+    "small_patch16_224",
+    "small_patch16_stride8_224",
+    "base_patch16_224",
+)
+_SUFFIXES = ("midclstok", "middle_cls_token")
+
+MODELS: tuple[str, ...] = (
+    "vim_tiny",
+    "vim_small",
+    "vim_base",
+    "vim_micro",
+    *(
+        f"vim_{grid}_bimambav2_final_pool_mean_abs_pos_embed_with_{suffix}_div2"
+        for grid, suffix in product(_GRIDS, _SUFFIXES)
+    ),
+)
+STRATEGIES: tuple[str, ...] = ("none", "all", "interleaved", "lower", "upper")
+STRATEGY_ALIASES: dict[str, str] = {"no": "none", "alternate": "interleaved"}
+METHODS: tuple[str, ...] = ("famba-v", "ordered")
+DATA_SETS: tuple[str, ...] = (
+    "DIGITS",
+    "CIFAR",
+    "CIFAR10",
+    "IMNET",
+    "FOLDER",
+    "INAT",
+    "INAT19",
+    "FAKE",
+)
+CLASS_TOKENS: tuple[str, ...] = ("middle", "head", "double", "none")
+BIMAMBA: tuple[str, ...] = ("v2", "v1", "none")
+SCAN_BACKENDS: tuple[str, ...] = ("cuda", "cpu", "reference")
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """Return a hint for a name that is not among `names`.
+
+    Args:
+        name: What was asked for.
+        names: What there is.
+
+    Returns:
+        "did you mean 'x'?" if one of the names is close, else "known: x, y, z".
+    """
+    folded = {other.lower(): other for other in names}
+    close = difflib.get_close_matches(name.lower(), folded, n=1)
+    return f"did you mean {folded[close[0]]!r}?" if close else f"known: {', '.join(names)}"
+
+
+class Registry(Generic[T]):
+    """A table from public names to builders.  A name is taken once and never replaced."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._builders: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorate a builder so that flags and config files can ask for `name`.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+
+        def add(builder: T) -> T:
+            if name in self._builders:
+                raise ValueError(f"{self.kind} is {name!r}, expected a name that is not taken")
+            self._builders[name] = builder
+            return builder
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._builders:
+            raise ValueError(
+                f"{self.kind} is {name!r}, expected a known name; {nearest(name, self.names())}"
+            )
+        return self._builders[name]
+
+    def names(self) -> list[str]:
+        """Return every registered name, in the order of registration."""
+        return list(self._builders)
+
+
+REDUCERS: Registry[Callable[..., Any]] = Registry("fusion_method")
+BUILDERS: Registry[Callable[..., Any]] = Registry("data_set")

@@ -1,0 +1,243 @@
+"""What every registered model must do."""
+
+import copy
+import pickle
+from itertools import product
+
+import pytest
+import torch
+
+import fambav.models  # noqa: F401  registers the models
+from fambav.ecosystem import timm
+from fambav.models.vim import VARIANTS
+from fambav.registry import BIMAMBA, CLASS_TOKENS, METHODS, MODELS
+
+SIZES = [name for name in MODELS if len(name) < 12]  # the other names mean the same models
+SMALL = dict(depth=2, img_size=64, patch_size=16, num_classes=7)
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def build(name="vim_micro", **arguments):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL, **arguments})
+
+
+def test_the_list_of_names_is_what_is_registered():
+    registered = {name for name in timm.list_models(module="vim") if name.startswith("vim_")}
+    assert set(MODELS) == set(VARIANTS) == registered
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_name_builds(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert model.head.out_features == 1000
+    assert model.pretrained_cfg["architecture"] == name
+    assert model.pretrained_cfg["input_size"] == (3, *model.img_size)
+    assert model.class_token == "middle"
+    assert set(model.schedule.lengths) == {model.length}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_parameter_learns(name):
+    model = build(name)
+    logits = model(IMAGES)
+    assert logits.shape == (2, 7)
+    (logits * torch.randn(2, 7)).sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+# A first token that is scanned forward only would see nothing of the image.
+SEEING = sorted(set(product(CLASS_TOKENS, BIMAMBA)) - {("head", "none")})
+
+
+@pytest.mark.parametrize(("class_token", "kind"), SEEING)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_of_every_variant_learns_through_fusion(class_token, kind, method):
+    model = build(
+        class_token=class_token,
+        bimamba_type=kind,
+        fusion_strategy="all",
+        fusion_token=3,
+        fusion_method=method,
+    )
+    (model(IMAGES) * torch.randn(2, 7)).sum().backward()
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # Before the first token there is no state that could decay.
+    assert idle == (["layers.1.mixer.A_log"] if class_token == "head" else [])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("class_token", CLASS_TOKENS)
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        dict(fusion_strategy="all", fusion_token=2),
+        dict(fusion_strategy="interleaved", fusion_token=4),
+        dict(fusion_strategy="lower", fusion_layer=3, fusion_token=3),
+        dict(fusion_strategy="upper", fusion_layer=2, fusion_token=3),
+        dict(fusion_plan="1:5,4:1"),
+    ],
+    ids=["all", "interleaved", "lower", "upper", "plan"],
+)
+def test_mixers_see_exactly_the_tokens_of_the_schedule(fusion, class_token, method):
+    model, seen = build(depth=4, class_token=class_token, fusion_method=method, **fusion), []
+    for block in model.layers:
+        block.mixer.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape))
+    model.eval()(IMAGES)
+    assert seen == [(2, length, 64) for length in model.schedule.lengths]
+    assert model.schedule.removed > 0
+    seen.clear()
+    model.train()(IMAGES)
+    assert [shape[1] for shape in seen] == list(model.schedule.lengths)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("class_token", ["middle", "head", "double"])
+def test_the_feature_is_read_where_each_sample_s_class_token_is_now(class_token, method):
+    model = build(depth=4, class_token=class_token, fusion_method=method).eval()
+    model.fuse("all", token=2, method=method)
+    kept = []
+    model.layers[-1].register_forward_hook(lambda _module, _args, tokens: kept.append(tokens))
+    images = torch.randn(16, 3, 64, 64)
+    feature, trace = model.forward_features(images, trace=True)
+    (tokens,) = kept
+    start = torch.tensor(model.class_places).expand(16, -1)
+    places = tokens.class_places
+    assert torch.equal(trace.sources[-1].gather(1, start), places)
+    assert torch.equal(tokens.position.gather(1, places), start)
+    assert (tokens.size.gather(1, places) == 1).all()
+    rows, _ = model.norm_f(tokens.x, tokens.residual)
+    read = [sample[own].mean(dim=0) for sample, own in zip(rows, places, strict=True)]
+    torch.testing.assert_close(feature, torch.stack(read))
+    if class_token == "middle":
+        assert len(places.unique()) > 1  # or one place for all would do
+
+
+def test_fusion_keeps_the_mean_over_patches_when_there_is_no_class_token():
+    model = build(class_token="none", fusion_method="ordered", fusion_plan="1:8").eval()
+    seen = []
+    model.norm_f.register_forward_hook(lambda _module, args, out: seen.append(out[0]))
+    sizes = []
+    model.layers[-1].register_forward_hook(lambda _module, _args, t: sizes.append(t.size))
+    feature = model.forward_features(IMAGES)
+    expected = (seen[0] * sizes[0][..., None]).sum(dim=1) / 16
+    torch.testing.assert_close(feature, expected)
+    assert sizes[0].max() > 1
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_state_dict_round_trips_strictly(name):
+    model, other = build(name), build(name, fusion_strategy="all", fusion_token=1)
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    other.load_state_dict(model.state_dict(), strict=True)
+    other.fuse()
+    assert torch.equal(other.eval()(IMAGES), model.eval()(IMAGES))
+
+
+def test_copies_and_pickles_give_the_same_outputs():
+    model = build(fusion_strategy="all", fusion_token=2, drop_path_rate=0.1).eval()
+    expected = model(IMAGES)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(IMAGES), expected)
+        assert twin.schedule == model.schedule
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_changes_no_gradient(method):
+    grads = []
+    for enable in (False, True):
+        model = build(drop_path_rate=0.3, fusion_plan="1:2,2:2", fusion_method=method)
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)
+        (model(IMAGES) * torch.arange(7)).sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def test_the_head_can_be_replaced_or_taken_away():
+    model = build()
+    feature = model.forward_features(IMAGES)
+    assert model.get_classifier() is model.head
+    assert torch.equal(model.forward_head(feature, pre_logits=True), feature)
+    model.reset_classifier(0)
+    assert torch.equal(model(IMAGES), feature)
+    model.reset_classifier(3)
+    assert model(IMAGES).shape == (2, 3)
+    assert model.num_classes == 3
+    assert list(model.state_dict()) == list(build().state_dict())
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_a_new_head_has_the_dtype_and_mode_of_the_model():
+    model = build().double().eval()
+    model.reset_classifier(5)
+    assert model.head.weight.dtype == torch.float64
+    assert not model.head.training
+
+
+def test_weight_decay_spares_what_is_not_a_plain_matrix():
+    spared = build(class_token="double").no_weight_decay()
+    parts = ("A_log", "D", "A_b_log", "D_b")
+    blocks = {f"layers.{layer}.mixer.{part}" for layer in range(2) for part in parts}
+    assert spared == {"cls_token_head", "cls_token_tail", "pos_embed", *blocks}
+
+
+def test_timm_s_grouping_takes_the_list():
+    model = build()
+    groups = timm.optim.param_groups_weight_decay(
+        model, 0.05, no_weight_decay_list=model.no_weight_decay()
+    )
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    names = {name.split(".")[-2] for name, p in model.named_parameters() if id(p) in decayed}
+    projections = {"in_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "out_proj"}
+    assert names == projections | {"proj", "head", "conv1d", "conv1d_b"}
+
+
+def test_timm_reads_what_images_the_model_wants():
+    model = build("vim_tiny", img_size=(64, 96), in_chans=1)
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (1, 64, 96)
+    assert config["interpolation"] == "bicubic"
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fused_model_compiles_without_a_graph_break(method):
+    model = build(img_size=16, patch_size=4, fusion_plan="1:2,2:3", fusion_method=method)
+    images = IMAGES[:, :, :16, :16]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(images), model(images))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_is_close_to_float32(method):
+    images = torch.randn(9, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+    def errors():
+        exact = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(images)
+        return (rough.float() - exact).norm(dim=1) / exact.norm(dim=1)
+
+    model = build(depth=4).eval()
+    assert errors().max() < 0.03
+    model.fuse(plan="2:2,3:2", method=method)
+    assert errors().median() < 0.03  # rounding turns the choice of a pair in a sample or two
+
+
+def test_double_precision_agrees_with_float32():
+    model = build(fusion_strategy="all", fusion_token=3).eval()
+    exact = copy.deepcopy(model).double()(IMAGES.double())
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(model(IMAGES).double(), exact, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [{"drop_path_rate": 0.5}, {"drop_rate": 0.5}])
+def test_drop_rates_act_in_training_only(rate):
+    model, plain = build(**rate), build()
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model.eval()(IMAGES), plain(IMAGES))
+    assert not torch.equal(model.train()(IMAGES), plain(IMAGES))

@@ -1,0 +1,68 @@
+"""Inputs of every kind, and how close a backend must come to the float64 reference."""
+
+import torch
+
+from fambav.ops import force
+
+# Largest difference from the reference in float64, over the largest number of the same tensor.  In
+# bfloat16 it is the rounding of the result, as inputs are rounded before the reference sees them.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-3}
+
+
+def draw(name, *shape, dtype=torch.float32, device="cpu"):
+    """Normal numbers that depend on the name and the shape, as a leaf."""
+    generator = torch.Generator().manual_seed(sum(name.encode()) + sum(shape))
+    return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
+
+
+def scan_inputs(batch, dim, groups, state, length, *, dtype=torch.float32, device="cpu"):
+    """Every tensor that a scan can take, channels last in memory."""
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def tokens(name):
+        return draw(name, batch, length, dim, dtype=dtype, device=device)
+
+    def weight(name):
+        return draw(name, batch, groups, state, length, dtype=dtype, device=device)
+
+    def channels(name, *more):
+        return draw(name, dim, *more, dtype=wide, device=device)
+
+    rate = -channels("A", state).detach().exp()
+    return dict(
+        u=tokens("u").mT.detach().requires_grad_(),
+        delta=tokens("delta").mT.detach().requires_grad_(),
+        A=rate.requires_grad_(),
+        B=weight("B"),
+        C=weight("C"),
+        D=channels("D"),
+        z=tokens("z").mT.detach().requires_grad_(),
+        delta_bias=channels("bias"),
+    )
+
+
+def widened(inputs):
+    """The same numbers in float64, as new leaves on the CPU."""
+    return {n: x.detach().cpu().double().requires_grad_() for n, x in inputs.items()}
+
+
+def results(function, inputs, backend, op="selective_scan", **options):
+    """Outputs by their place, and the gradient of every input by its name."""
+    with force(backend, op):
+        outputs = function(**inputs, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = [draw(f"grad {i}", *y.shape).detach().bfloat16() for i, y in enumerate(outputs)]
+    weights = [w.to(y) for w, y in zip(weights, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, list(inputs.values()), weights)
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return found | {f"gradient of {n}": g for n, g in zip(inputs, grads, strict=True)}
+
+
+def agree(got, want, dtype):
+    """Compare two results tensor by tensor."""
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        assert got[name].isfinite().all(), f"{name} is not finite"
+        error = (got[name].cpu().double() - expected).abs().max()
+        scale = expected.abs().max()
+        assert error <= TOLERANCE[dtype] * scale, f"{name} is off by {error:.1e} of {scale:.1e}"

@@ -1,0 +1,71 @@
+"""Who may import whom: only a higher rank imports a lower one."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fambav
+
+RANK = {
+    "registry": 0,
+    "ecosystem": 0,
+    "randomness": 0,
+    "ops": 1,
+    "layers": 2,
+    "reduction": 3,
+    "models": 4,
+    "config": 5,
+    "data": 6,
+    "engine": 6,
+    "build": 7,
+    "benchmark": 8,
+    "comparison": 8,
+    "cli": 9,
+}
+ROOT = Path(fambav.__file__).parent
+FILES = sorted(set(ROOT.rglob("*.py")) - {ROOT / "__init__.py"})
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports inside fambav are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_down(path):
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for name in imports(path):
+        if name.startswith("fambav."):
+            other = name.split(".")[1]
+            assert other == own or RANK[other] < RANK[own], f"{own} must not import {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_timm_and_torchvision_come_through_one_module(path):
+    if path.name != "ecosystem.py":
+        assert not [n for n in imports(path) if n.split(".")[0] in ("timm", "torchvision")]
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("fambav", ("torch", "numpy", "yaml")),
+        ("fambav.cli", ("torch", "timm", "numpy", "sklearn")),
+        ("fambav.ops", ("timm", "torchvision", "mamba_ssm", "triton", "numba", "matplotlib")),
+    ],
+)
+def test_importing_a_part_does_not_load_the_whole(module, unwanted):
+    code = f"import sys, {module}; print([n for n in {unwanted!r} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

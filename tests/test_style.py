@@ -1,0 +1,35 @@
+"""Limits that no linter checks."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fambav
+
+FILES = sorted(Path(fambav.__file__).parent.rglob("*.py"))
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 500, 60, 120
+VAGUE = {"utils", "helpers", "common", "misc", "v2", "new", "old"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_and_functions_are_short(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= MAX_FILE
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            kernel = "triton.jit" in map(ast.unparse, node.decorator_list)
+            limit = MAX_KERNEL if kernel else MAX_FUNCTION
+            assert node.end_lineno - node.lineno < limit, f"{node.name} has over {limit} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_is_named_by_the_noun_it_defines(path):
+    assert path.stem not in VAGUE
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_nothing_is_caught_blindly_or_left_to_do(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.ExceptHandler) and node.type is None)
+        assert not (isinstance(node, ast.Name) and node.id == "NotImplementedError")
