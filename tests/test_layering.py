@@ -24,6 +24,7 @@ RANK = {
     "benchmark": 8,
     "comparison": 8,
     "cli": 9,
+    "__main__": 10,
 }
 ROOT = Path(fambav.__file__).parent
 FILES = sorted(set(ROOT.rglob("*.py")) - {ROOT / "__init__.py"})

@@ -22,12 +22,15 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634  # exp2 is three times faster than exp
 STEP_NUMBERS = 1 << 16  # in one step of a block: few enough for a cache, enough to pay for a call
-CHUNK_NUMBERS = 1 << 19  # in one chunk of a block; three such buffers are in use
+CHUNK_NUMBERS = 5 << 17  # in one chunk of a block; three such buffers are in use
 MAX_STEPS = 32  # in one chunk
+GPU_STEPS = 16  # in one chunk of the whole batch, where calls cost more than numbers
 
 
-def block_size(batch: int, dim: int, state: int) -> tuple[int, int]:
+def block_size(batch: int, dim: int, state: int, device: torch.device) -> tuple[int, int]:
     """Choose how many rows of the batch and how many steps to work on at once."""
+    if device.type != "cpu":
+        return max(1, batch), GPU_STEPS
     most = max(1, STEP_NUMBERS // (dim * state))
     rows = -(-batch // -(-batch // most)) if batch else 1
     return rows, max(1, min(MAX_STEPS, CHUNK_NUMBERS // (rows * dim * state)))

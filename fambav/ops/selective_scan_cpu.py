@@ -2,7 +2,7 @@
 
 Only the inputs and the state before each chunk are kept for the backward pass, which makes each
 chunk again.  Forward and backward are opaque operators to `torch.compile`, which would unroll their
-loops.
+loops.  On a GPU it runs as well, if nothing better is there: slowly, but in little memory.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _forward(
     """Return y, the last state, and the states before each chunk or nothing."""
     u, views = tensors[0], Views.of(*tensors)
     (groups, state, width), (batch, dim, length) = views.A.shape, u.shape
-    rows, steps = block_size(batch, dim, state)
+    rows, steps = block_size(batch, dim, state, u.device)
     y = torch.empty_like(u, dtype=out_dtype)
     out = by_step(y, groups)
     h = views.A.new_zeros(batch, groups, state, width)
@@ -99,7 +99,7 @@ def _backward(
     views, grads = Views.of(*tensors), Views.of(*found)
     groups, state, width = views.A.shape
     batch = len(kept[0])
-    rows, steps = block_size(batch, groups * width, state)
+    rows, steps = block_size(batch, groups * width, state, kept.device)
     dy = torch.zeros_like(views.u) if grad_y is None else by_step(grad_y, groups)
     dh = views.A.new_zeros(batch, groups, state, width)
     if grad_state is not None:
@@ -124,7 +124,7 @@ def _forward_shapes(u: Tensor, *rest: Any, **options: Any) -> Any:
     B: Tensor = rest[2]
     (batch, dim, length), (_, groups, state, _) = u.shape, B.shape
     dtype = torch.promote_types(u.dtype, torch.float32)
-    count = -(-length // block_size(batch, dim, state)[1])
+    count = -(-length // block_size(batch, dim, state, u.device)[1])
     rows = batch if options["keep"] else 0
     kept = u.new_empty(count, rows, groups, state, dim // groups, dtype=dtype)
     y = torch.empty_like(u, dtype=options["out_dtype"])

@@ -1,0 +1,10 @@
+"""From settings to objects: the one place that knows both.
+
+Config -> plan -> data -> run folder -> model -> update -> fit
+"""
+
+from fambav.build.jobs import run
+from fambav.build.network import model, schedule
+from fambav.build.prediction import predict
+
+__all__ = ["model", "predict", "run", "schedule"]

@@ -1,0 +1,156 @@
+"""The data that a configuration asks for, as batches on their way to the model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fambav import data
+from fambav.config import Config
+from fambav.data import Batches, DataSet, TrainBatchesLoader
+from fambav.engine.runtime import Console, Processes
+
+_REPEATS = 3  # views of an image in an epoch of repeated augmentation
+_FAKE_CLASSES = 1000  # of images made up, as in ImageNet
+_EVAL_BATCH = 1.5  # evaluation needs no gradients, so more images fit
+
+
+def data_set(config: Config, group: Processes, *, input_size: tuple[int, int]) -> DataSet:
+    """Open the data set, fetched first by one process if that is asked for.
+
+    Raises:
+        DataError: If the data is missing or damaged.
+        ValueError: If the head that is asked for has another number of classes.
+    """
+    wanted, root = config.data, Path(config.data.data_path)
+    if wanted.download:
+        if group.main:
+            data.fetch(wanted.data_set, root)
+        group.wait()
+    classes = config.model.num_classes
+    found = data.load(
+        wanted.data_set,
+        root,
+        inat_category=wanted.inat_category,
+        classes=_FAKE_CLASSES if classes is None else classes,
+        image_size=input_size,
+        seed=config.run.seed,
+    )
+    if classes not in (None, found.num_classes):
+        raise ValueError(
+            f"num_classes is {classes}, expected {found.num_classes}, the classes of {found.name}"
+        )
+    return found
+
+
+def train_batches(
+    config: Config,
+    found: DataSet,
+    group: Processes,
+    *,
+    input_size: tuple[int, int],
+    start_epoch: int = 0,
+) -> TrainBatchesLoader:
+    """Return this process's share of the batches from `start_epoch` to the end of the run."""
+
+    def make(start_update: int) -> TrainBatchesLoader:
+        return data.train_loader(
+            found.train,
+            _train_transform(config, found, input_size),
+            batch_size=config.optim.batch_size,
+            seed=config.run.seed,
+            epochs=config.optim.epochs,
+            rank=group.rank,
+            world=group.world,
+            accum=config.optim.grad_accum_steps,
+            start_update=start_update,
+            repeats=_REPEATS if config.augment.repeated_aug else 1,
+            **_reading(config, group),
+        )
+
+    loader = make(0)
+    return make(start_epoch * loader.updates_per_epoch) if start_epoch else loader
+
+
+def eval_batches(
+    config: Config, found: DataSet, group: Processes, *, input_size: tuple[int, int]
+) -> Batches:
+    """Return this process's share of the held-out images."""
+    return data.eval_loader(
+        found.val,
+        eval_transform(config, found.statistics(config.data.data_stats), input_size),
+        batch_size=int(_EVAL_BATCH * config.optim.batch_size),
+        rank=group.rank,
+        world=group.world,
+        **_reading(config, group),
+    )
+
+
+def eval_transform(config: Config, statistics: Any, input_size: tuple[int, int]) -> Any:
+    """Return what makes a tensor of an image in evaluation.
+
+    Args:
+        config: Says how much of an image is cut off.
+        statistics: Mean and standard deviation of the channels.
+        input_size: Height and width, in pixels.
+    """
+    mean, std = statistics
+    ratio = config.data.eval_crop_ratio
+    return data.eval_transform(input_size=input_size, eval_crop_ratio=ratio, mean=mean, std=std)
+
+
+def mixing(config: Config, num_classes: int) -> data.Mix | None:
+    """Return what mixes training batches, or None."""
+    augment = config.augment
+    return data.mixup(
+        num_classes=num_classes,
+        batch_size=config.optim.batch_size,
+        seed=config.run.seed,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        cutmix_minmax=augment.cutmix_minmax,
+        mixup_prob=augment.mixup_prob,
+        mixup_switch_prob=augment.mixup_switch_prob,
+        mixup_mode=augment.mixup_mode,
+        smoothing=augment.smoothing,
+    )
+
+
+def advise(config: Config, console: Console) -> None:
+    """Say if there are more loader processes than cores; torch says it at more length."""
+    cores = os.cpu_count() or 1
+    if config.data.num_workers > cores:
+        workers = config.data.num_workers
+        console.say(f"num_workers is {workers} on {cores} CPU cores; fewer may be faster")
+
+
+def _reading(config: Config, group: Processes) -> dict[str, Any]:
+    on_gpu = group.device.type == "cuda"
+    return {
+        "workers": config.data.num_workers,
+        "pin_memory": config.data.pin_mem and on_gpu,
+    }
+
+
+def _train_transform(config: Config, found: DataSet, input_size: tuple[int, int]) -> Any:
+    augment = config.augment
+    mean, std = found.statistics(config.data.data_stats)
+    both: dict[str, Any] = dict(
+        input_size=input_size,
+        color_jitter=augment.color_jitter or 0.0,
+        hflip=augment.hflip,
+        mean=mean,
+        std=std,
+    )
+    if augment.three_augment:
+        return data.three_augment(src=augment.src, **both)
+    return data.train_transform(
+        aa=augment.aa,
+        train_interpolation=augment.train_interpolation,
+        reprob=augment.reprob,
+        remode=augment.remode,
+        recount=augment.recount,
+        affine=augment.affine,
+        **both,
+    )

@@ -1,0 +1,73 @@
+"""The run folder, from its name to what is written before the first update."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from fambav.config import Config
+from fambav.data import DataSet
+from fambav.engine import checkpoint, record
+from fambav.engine.fit import Fit, Progress
+from fambav.engine.record import BEST, Recorder
+from fambav.reduction import Schedule
+
+
+def open_folder(
+    config: Config, plan: Schedule | None, found: DataSet, fit: Fit, *, source: Path | None
+) -> Recorder:
+    """Make the run folder, write what is known so far, and open its log.
+
+    Args:
+        config: The complete settings.
+        plan: Tokens at each layer, if the model has such a plan.
+        found: The data set.
+        fit: The run, standing where it will go on.
+        source: The checkpoint that it goes on from, or None.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    folder, console = _name(config, source), fit.console
+    record.prepare(folder)
+    if source is None or source.parent.resolve() != folder.resolve():
+        kept = record.set_aside(folder)
+        if kept is not None:
+            console.say(f"{folder} holds an earlier run; its files are now in {kept}")
+    if source is not None and _last_is_best(fit.progress):
+        checkpoint.copy(source, folder / BEST)
+    group, precision = fit.update.processes, fit.update.precision.name
+    about = record.environment(
+        processes=group.world,
+        device=str(group.device),
+        precision=precision,
+        data={"name": found.name, "sha256": found.digest, "train": len(found.train)},
+        resumed=source and str(source),
+    )
+    checkpoint.write_text(folder / "config.yaml", config.to_yaml())
+    checkpoint.write_text(folder / "env.json", json.dumps(about, indent=1) + "\n")
+    if plan is not None:
+        removal = {**asdict(plan), "share": plan.share}
+        checkpoint.write_text(folder / "plan.json", json.dumps(removal) + "\n")
+    console.say(f"{config.model.model} on {found.name}: {group.device}, {precision}")
+    console.say(f"run folder: {folder}")
+    return Recorder(folder, fit.progress.history, warn=console.say)
+
+
+def _name(config: Config, source: Path | None) -> Path:
+    """The folder asked for, that of the run to go on with, or a new one."""
+    if config.run.output_dir is not None:
+        return Path(config.run.output_dir)
+    if source is not None:
+        return source.parent
+    name = config.model.model.replace("/", "_")
+    now = time.strftime("%Y%m%d-%H%M%S")
+    return Path("output") / f"{name}_{config.data.data_set.lower()}_{now}"
+
+
+def _last_is_best(progress: Progress) -> bool:
+    """Whether the last epoch brought the best accuracy, and a crash may have cut its copy off."""
+    accuracies = [epoch["test_acc1"] for epoch in progress.history]
+    return bool(accuracies) and accuracies.index(max(accuracies)) == len(accuracies) - 1

@@ -1,0 +1,196 @@
+"""What `main.py` does: train, or evaluate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from fambav.build import batches, folder, saved
+from fambav.build.network import Sketch, model, sketch
+from fambav.build.updates import images_per_update, precision, update
+from fambav.config import Config
+from fambav.data import DataSet
+from fambav.engine import checkpoint
+from fambav.engine.checkpoint import State
+from fambav.engine.evaluate import Scores, evaluate
+from fambav.engine.fit import Fit, Progress, restore
+from fambav.engine.memory import Meter
+from fambav.engine.record import CHECKPOINT
+from fambav.engine.runtime import Console, Processes, numerics, processes
+from fambav.ops import force, set_backend
+from fambav.randomness import seed_all
+
+
+def run(config: Config) -> int:
+    """Train, or evaluate, as `config` says.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        ValueError: If something that is asked for is missing, damaged or does not fit together;
+            nothing has been written then.
+        OSError: If the run folder cannot be written.
+        DivergedError: If the loss stops being a number.
+    """
+    with _settings(config), processes(config.run.device) as group:
+        job = _job(config, group)
+        if config.run.eval:
+            job.evaluate()
+        else:
+            job.train()
+    return 0
+
+
+@contextmanager
+def _settings(config: Config) -> Iterator[None]:
+    """Set what holds for the whole process, and put it back at the end."""
+    backend, exact = config.model.scan_backend, config.run.deterministic
+    with (
+        warnings.catch_warnings(),
+        numerics(deterministic=exact, matmul_precision=config.optim.matmul_precision),
+        nullcontext() if backend is None else force(None),  # puts back what was forced before
+    ):
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # said by `advise`
+        if backend is not None:
+            set_backend(backend)
+        yield
+
+
+def _job(config: Config, group: Processes) -> Job:
+    """Lay out the model and open the data, and say what was found."""
+    console = Console(silent=not group.main)
+    plan = sketch(config)
+    if plan.schedule is not None:
+        console.say(plan.schedule.table())
+    found = batches.data_set(config, group, input_size=plan.input_size)
+    for note in found.notes:
+        console.say(note)
+    batches.advise(config, console)
+    height, width = plan.input_size
+    size = {"input_size": height} if height == width else {}
+    complete = config.replace(num_classes=found.num_classes, **size)
+    return Job(config=complete, sketch=plan, data=found, group=group, console=console)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, before there are weights.
+
+    Attributes:
+        config: The settings, with what the model and the data set decide filled in.
+        sketch: What is known of the model.
+        data: The data set.
+        group: The processes.
+        console: Where lines go.
+    """
+
+    config: Config
+    sketch: Sketch
+    data: DataSet
+    group: Processes
+    console: Console
+
+    def evaluate(self) -> None:
+        """Score the weights of a file, and their moving average if it holds one."""
+        path = self._source() or Path(self.config.run.finetune)
+        state = checkpoint.load(path)
+        net, score = self._model(), self._score()
+        saved.put(path, state, net)
+        raw = score(net)
+        self.console.say(raw.line())
+        if self.config.optim.model_ema and state.get("model_ema"):
+            saved.put(path, state, net, ema=True)
+            self.console.say(f"EMA {score(net).line().removeprefix('* ')}")
+        text = f"Accuracy of the network on the {raw.samples} test images: {raw.acc1:.1f}%"
+        self.console.say(text)
+
+    def train(self) -> None:
+        """Train from the beginning, or from where a checkpoint left off, to the last epoch."""
+        source = self._source()
+        if source is not None and self.config.run.resume == "auto" and not source.exists():
+            self.console.say(f"resume is auto and there is no {source}: starting anew")
+            source = None
+        fit = self._fit(source)
+        self.group.wait()  # until every process has read what the main one may now replace
+        if self.group.main:
+            fit.recorder = folder.open_folder(
+                self.config, self.sketch.schedule, self.data, fit, source=source
+            )
+        with closing(fit.recorder) if fit.recorder else nullcontext():
+            fit()
+
+    def _fit(self, source: Path | None) -> Fit:
+        """Build a run that stands where `source` was saved."""
+        state = None if source is None else self._state(source)
+        start = 0 if state is None else int(state["epoch"]) + 1
+        loader = batches.train_batches(
+            self.config,
+            self.data,
+            self.group,
+            input_size=self.sketch.input_size,
+            start_epoch=start,
+        )
+        step = update(
+            self.config,
+            self._model(fresh=state is None),
+            self.group,
+            num_classes=self.data.num_classes,
+            per_epoch=loader.updates_per_epoch,
+        )
+        schedule, images = self.sketch.schedule, images_per_update(self.config, self.group)
+        facts = saved.facts(self.config, self.data, schedule, images=images)
+        return Fit(
+            update=step,
+            batches=iter(loader),
+            updates=loader.updates_per_epoch,
+            images=images,
+            epochs=self.config.optim.epochs,
+            score=self._score(),
+            facts=facts,
+            strings=saved.as_strings(facts),
+            tokens=schedule.lengths if schedule else (),
+            meter=Meter(self.group.device, step.model.parameters()),
+            console=self.console,
+            progress=Progress() if state is None else restore(state, step),
+            every=self.config.run.log_every,
+        )
+
+    def _source(self) -> Path | None:
+        """The checkpoint to go on from; with auto, where one would be."""
+        asked = self.config.run
+        if asked.resume == "auto":
+            return Path(asked.output_dir or "") / CHECKPOINT
+        return Path(asked.resume) if asked.resume else None
+
+    def _state(self, source: Path) -> State:
+        """Read a checkpoint of this very run."""
+        state = checkpoint.load(source)
+        images = images_per_update(self.config, self.group)
+        saved.same_run(source, state, self.config, images=images)
+        self.console.say(f"going on from {source}, after epoch {state['epoch']}")
+        return state
+
+    def _model(self, *, fresh: bool = False) -> nn.Module:
+        """Build the model; a fresh one for training starts from --finetune, if that is given."""
+        seed_all(self.config.run.seed, "init")
+        net = model(self.config, num_classes=self.data.num_classes)
+        if fresh and self.config.run.finetune:
+            path = Path(self.config.run.finetune)
+            saved.put(path, checkpoint.load(path), net, head="drop")
+        return net.to(self.group.device)
+
+    def _score(self) -> Callable[[nn.Module], Scores]:
+        size = self.sketch.input_size
+        return partial(
+            evaluate,
+            batches=batches.eval_batches(self.config, self.data, self.group, input_size=size),
+            processes=self.group,
+            precision=precision(self.config, self.group),
+        )

@@ -1,0 +1,166 @@
+"""What stands in a file of weights, and whether it fits what is asked for now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fambav.config import Config
+from fambav.data import DataSet
+from fambav.engine.checkpoint import CheckpointError, State
+from fambav.models import Vim, adapt, official, published_class_token
+from fambav.reduction import Schedule
+
+# What may differ between a run and its continuation: where and how fast, not what.
+_FREE = {
+    "output_dir",
+    "resume",
+    "finetune",
+    "eval",
+    "data_path",
+    "download",
+    "device",
+    "num_workers",
+    "pin_mem",
+    "log_every",
+    "scan_backend",
+    "compile",
+    "grad_checkpointing",
+    "matmul_precision",
+    "deterministic",
+    "if_continue_inf",
+}
+_TEXTS = {"class_token", "torch"}  # facts that are strings to begin with
+_IMAGES = {"batch_size", "grad_accum_steps"}  # compared as images per update
+
+
+def facts(config: Config, found: DataSet, plan: Schedule | None, *, images: int) -> State:
+    """Return what a checkpoint says of its run besides weights and optimizer: plain data.
+
+    Args:
+        config: The settings, with the model's and the data set's own sizes filled in.
+        found: The data set.
+        plan: Tokens at each layer, if the model has such a plan.
+        images: Images in an update, over all processes.
+    """
+    mean, std = found.statistics(config.data.data_stats)
+    return {
+        "config": config.flat(),
+        "class_token": config.model.class_token,
+        "schedule": plan and {name: _plain(value) for name, value in asdict(plan).items()},
+        "images_per_update": images,
+        "num_classes": found.num_classes,
+        "class_names": found.class_names and list(found.class_names),
+        "mean": list(mean),
+        "std": list(std),
+        "torch": str(torch.__version__),
+    }
+
+
+def as_strings(known: State) -> dict[str, str]:
+    """Return facts as the strings that a safetensors file can hold."""
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in known.items()}
+
+
+def fact(state: State, name: str) -> Any:
+    """Return what a file of ours says under `name`; None if it says nothing."""
+    strings = state.get("metadata")
+    if isinstance(strings, Mapping) and name in strings:
+        return strings[name] if name in _TEXTS else json.loads(strings[name])
+    return state.get(name)
+
+
+def settings(state: State) -> Config | None:
+    """Return the configuration that a file of ours was made with; None for another file."""
+    flat = fact(state, "config")
+    if not isinstance(flat, Mapping):
+        return None
+    return Config.from_flat({name: _listed(value) for name, value in flat.items()})
+
+
+def same_run(path: Path, state: State, config: Config, *, images: int) -> None:
+    """Refuse to go on with a run under other settings.
+
+    Args:
+        path: Where the state comes from.
+        state: A checkpoint.
+        config: The settings now.
+        images: Images in an update now, over all processes.
+
+    Raises:
+        CheckpointError: If it is no run of ours, or a setting that matters differs.
+    """
+    before = state.get("config")
+    if not isinstance(before, Mapping) or "optimizer" not in state or "epoch" not in state:
+        hint = "--finetune starts from its weights, --eval evaluates it"
+        raise CheckpointError(f"{path} does not hold a run, expected a checkpoint of ours; {hint}")
+    now = config.flat()
+    changed = [
+        f"{name} {before.get(name)} -> {value}"
+        for name, value in now.items()
+        if name not in _FREE | _IMAGES and _listed(before.get(name)) != _listed(value)
+    ]
+    if state.get("images_per_update") != images:
+        changed.append(f"images per update {state.get('images_per_update')} -> {images}")
+    if changed:
+        raise CheckpointError(
+            f"{path} is of a run with other settings, expected the same; {', '.join(changed)}"
+        )
+
+
+def put(
+    path: Path,
+    state: State,
+    net: nn.Module,
+    *,
+    ema: bool = False,
+    head: Literal["strict", "drop"] = "strict",
+) -> None:
+    """Load the weights of a file into a model.
+
+    Args:
+        path: Where the state comes from.
+        state: What the file holds.
+        net: Gets the weights; those of a Vim are fitted to its image size.
+        ema: Take the moving average instead.
+        head: "drop" leaves the model's head as it is if the file's has other classes.
+
+    Raises:
+        CheckpointError: If the weights are not those of such a model.
+    """
+    try:
+        weights = official(state, ema=ema)
+        if isinstance(net, Vim):
+            place = fact(state, "class_token") or published_class_token(state)
+            weights = adapt(weights, net, class_token=place, head=head)
+        else:
+            weights = _with_head(weights, net, head)
+        net.load_state_dict(weights)
+    except (ValueError, RuntimeError) as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise CheckpointError(f"{path}: {reason}") from error
+
+
+def _with_head(weights: dict[str, Tensor], net: nn.Module, head: str) -> dict[str, Tensor]:
+    """Put a foreign model's own head in the place of one of another shape, if that is wanted."""
+    own = net.state_dict()
+    if head != "drop":
+        return weights
+    fits = {n: v for n, v in weights.items() if n not in own or v.shape == own[n].shape}
+    classifier = {n for n in own if n.split(".")[0] in ("head", "fc", "classifier", "head_dist")}
+    return fits | {n: own[n] for n in classifier - fits.keys()}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _listed(value: Any) -> Any:
+    """A tuple as the list that JSON makes of it."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,115 @@
+"""One step of the optimizer, as a configuration asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fambav.build.batches import mixing
+from fambav.config import Config
+from fambav.engine import optim, train
+from fambav.engine.runtime import Precision, Processes
+from fambav.models import Vim
+from fambav.randomness import seed_all
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def images_per_update(config: Config, group: Processes) -> int:
+    """Count the images of one update over all processes."""
+    return config.optim.batch_size * config.optim.grad_accum_steps * group.world
+
+
+def precision(config: Config, group: Processes) -> Precision:
+    """Return the number format of the forward pass: mixed on a GPU, if nothing else is said."""
+    wanted = config.optim.amp
+    mixed = group.device.type == "cuda" if wanted is None else wanted
+    return Precision(group.device, _DTYPES[config.optim.amp_dtype] if mixed else None)
+
+
+def update(
+    config: Config, net: nn.Module, group: Processes, *, num_classes: int, per_epoch: int
+) -> train.Update:
+    """Return what makes one update.
+
+    Args:
+        config: The recipe.
+        net: The model, on its device, with its initial weights.
+        group: The processes that share an update.
+        num_classes: Length of the model's output.
+        per_epoch: Updates in an epoch.
+    """
+    wanted, mix = config.optim, mixing(config, num_classes)
+    average = None
+    if wanted.model_ema:
+        average = optim.Average(net, decay=wanted.model_ema_decay, warmup=wanted.model_ema_warmup)
+    if config.model.compile:
+        net.compile()
+    return train.Update(
+        model=net,
+        forward=group.wrap(net),
+        optimizer=_optimizer(config, net),
+        loss=_loss(config, mixed=mix is not None),
+        lr=learning_rate(config, group, per_epoch=per_epoch),
+        seed=_seeding(config, net),
+        mix=mix,
+        precision=precision(config, group),
+        processes=group,
+        accumulate=wanted.grad_accum_steps,
+        max_grad_norm=wanted.clip_grad,
+        average=average,
+        skipping=wanted.if_continue_inf,
+        training=wanted.train_mode,
+    )
+
+
+def learning_rate(config: Config, group: Processes, *, per_epoch: int) -> Callable[[int], float]:
+    """Return the learning rate, given the number of updates done."""
+    wanted = config.optim
+    images = images_per_update(config, group)
+    return optim.cosine(
+        wanted.lr if wanted.unscale_lr else optim.scaled(wanted.lr, images=images),
+        epochs=wanted.epochs,
+        updates=per_epoch,
+        warmup_epochs=wanted.warmup_epochs,
+        warmup_lr=wanted.warmup_lr,
+        min_lr=wanted.min_lr,
+        late=wanted.epoch_sched,
+    )
+
+
+def _optimizer(config: Config, net: nn.Module) -> torch.optim.Optimizer:
+    wanted = config.optim
+    found: torch.optim.Optimizer = optim.optimizer(
+        optim.groups(net, weight_decay=wanted.weight_decay, rule=wanted.decay_groups),
+        name=wanted.opt,
+        lr=wanted.lr,
+        eps=wanted.opt_eps,
+        betas=wanted.opt_betas,
+        momentum=wanted.momentum,
+    )
+    return found
+
+
+def _loss(config: Config, *, mixed: bool) -> train.Loss:
+    if config.optim.bce_loss:
+        return train.binary_cross_entropy
+    if mixed:
+        return train.soft_cross_entropy
+    return train.smooth_cross_entropy(config.augment.smoothing)
+
+
+def _seeding(config: Config, net: nn.Module) -> Callable[[int, int], None]:
+    """Seed the draws of a forward pass.
+
+    Our models draw for the whole update and keep their share, so all batches start alike; others
+    draw for their batch only, and must not draw the same for each.
+    """
+    seed, shares = config.run.seed, isinstance(net, Vim)
+
+    def start(done: int, place: int) -> None:
+        seed_all(seed, "update", done, *(() if shares else (place,)))
+
+    return start

@@ -1,0 +1,279 @@
+"""The command line.
+
+main.py      train or evaluate
+fambav ...   plan, bench, doctor, list, predict, table
+
+A user's mistake is one line that begins with `error:`, and status 2; a run that diverged is 3, a
+full disk 4; a bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from fambav import config, registry
+from fambav.config import ConfigError
+
+Words = list[str]
+
+PACKAGE = Path(__file__).parent
+STATUS = {"DivergedError": 3}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NAMES: dict[str, Sequence[str]] = {
+    "models": registry.MODELS,
+    "strategies": (
+        *registry.STRATEGIES,
+        *(f"{alias} = {name}" for alias, name in registry.STRATEGY_ALIASES.items()),
+    ),
+    "methods": registry.METHODS,
+    "data-sets": registry.DATA_SETS,
+    "backends": registry.SCAN_BACKENDS,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Words | None = None) -> int:
+    """Train or evaluate as the flags say; return the exit status."""
+    return _guarded(_train, sys.argv[1:] if argv is None else argv)
+
+
+def console(argv: Words | None = None) -> int:
+    """Run one of the commands beside training; return the exit status."""
+    return _guarded(_command, sys.argv[1:] if argv is None else argv)
+
+
+def _train(words: Words) -> int:
+    if {"-h", "--help"} & set(words):
+        print(config.help_text("main.py", "Train or evaluate a model."))
+        return 0
+    run = config.parse(words)
+    if run.notice and _speaks():
+        print(run.notice, flush=True)
+    from fambav import build
+
+    return int(build.run(run))
+
+
+def _command(words: Words) -> int:
+    if not words:
+        raise ConfigError(f"command is missing, expected one of {', '.join(COMMANDS)}")
+    name, *rest = words
+    if name in ("-h", "--help"):
+        print("usage: fambav COMMAND ...\n")
+        print("\n".join(f"  {name:<8} {command.__doc__}" for name, command in COMMANDS.items()))
+        return 0
+    if name not in COMMANDS:
+        hint = registry.nearest(name, COMMANDS)
+        raise ConfigError(f"command is {name!r}, expected a known name; {hint}")
+    COMMANDS[name](rest)
+    return 0
+
+
+def plan(words: Words) -> None:
+    """Print how many tokens each layer sees, with main.py's flags, without training."""
+    if {"-h", "--help"} & set(words):
+        print(config.help_text("fambav plan", f"{plan.__doc__}"))
+        return
+    run = config.parse(words)
+    if run.notice:
+        print(run.notice)
+    from fambav import build
+
+    print(build.schedule(run).table())
+
+
+def bench(words: Words) -> None:
+    """Time the selective scan and weigh what it keeps for the backward pass."""
+    parser = Parser("fambav bench", description=bench.__doc__, allow_abbrev=False)
+    parser.add_argument("what", choices=["scan"])
+    for name in ("batch", "length", "dim", "state", "rounds", "warmup"):
+        parser.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", metavar="NAME")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    given = vars(parser.parse_args(words))
+    _, target, device, dtype = (given.pop(n) for n in ("what", "json", "device", "dtype"))
+    if given.get("warmup", 0) < 0:
+        raise ConfigError(f"--warmup is {given['warmup']}, expected at least 0")
+    import torch
+
+    from fambav import benchmark
+    from fambav.engine.runtime import processes
+
+    with processes(device) as here:
+        report = benchmark.scan(**given, device=str(here.device), dtype=getattr(torch, dtype))
+    print(report.text())
+    if target is not None:
+        target.write_text(report.json() + "\n")
+
+
+def doctor(words: Words) -> None:
+    """Print versions, devices and which implementations can run here."""
+    Parser("fambav doctor", description=doctor.__doc__).parse_args(words)
+    import torch
+
+    from fambav import ecosystem, ops
+
+    print(f"python      {platform.python_version()} on {platform.platform()}")
+    for name in ("torch", "torchvision", "timm", "pillow", "triton"):
+        note = f" ({ecosystem.TORCHVISION})" if name == "torchvision" else ""
+        print(f"{name:<11} {_version(name)}{note}")
+    print(f"cpu         {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        print(f"cuda:{index}      {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
+    if not torch.cuda.device_count():
+        print(f"cuda        none (torch was built {_built(torch.version.cuda)})")
+    for op, backend, reason in ops.backends():
+        print(f"{op:<16} {backend:<10} {'runs here' if reason is None else f'no: {reason}'}")
+
+
+def names(words: Words) -> None:
+    """Print the names that a flag may take."""
+    parser = Parser("fambav list", description=names.__doc__)
+    parser.add_argument("kind", choices=NAMES)
+    print(*NAMES[parser.parse_args(words).kind], sep="\n")
+
+
+def predict(words: Words) -> None:
+    """Print the most likely classes of images under a checkpoint."""
+    flags = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+    parser = Parser(
+        "fambav predict",
+        usage="fambav predict CHECKPOINT IMAGE ... [--topk N] [--device NAME] [--model NAME ...]",
+        description=predict.__doc__,
+        epilog="A file that is not ours needs --model and whatever else describes it to main.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--topk", type=int, default=5, metavar="N")
+    parser.add_argument("--device", metavar="NAME")
+    given, rest = parser.parse_known_args(words[flags:])
+    if given.topk < 1:
+        raise ConfigError(f"--topk is {given.topk}, expected at least 1")
+    if flags < 2:
+        raise ConfigError("images are missing, expected fambav predict CHECKPOINT IMAGE ...")
+    model = config.parse(rest) if rest else None
+    checkpoint, *images = words[:flags]
+    from fambav import build
+
+    found = build.predict(checkpoint, images, config=model, device=given.device, topk=given.topk)
+    for image, guesses in zip(images, found, strict=True):
+        print(image)
+        for name, share in guesses:
+            print(f"  {100 * share:5.1f}%  {name}")
+
+
+def table(words: Words) -> None:
+    """Compare finished runs; differences are to the first."""
+    parser = Parser("fambav table", description=table.__doc__, allow_abbrev=False)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    given = parser.parse_args(words)
+    from fambav import comparison
+
+    rows = [comparison.read(folder) for folder in given.runs]
+    print(comparison.table(rows, markdown=given.markdown))
+
+
+COMMANDS: dict[str, Callable[[Words], None]] = {
+    "plan": plan,
+    "bench": bench,
+    "doctor": doctor,
+    "list": names,
+    "predict": predict,
+    "table": table,
+}
+
+
+def _guarded(function: Callable[[Words], int], words: Words) -> int:
+    """Call `function`; turn what is not a bug into a line and a status."""
+    # Read when torch loads its thread pool.  By default idle threads spin, and on cores that are
+    # shared with other programs a step then takes several times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        status = function(words)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read our lines has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return _tell("interrupted", 130)
+    except SystemExit as stop:  # argparse has printed its help
+        return stop.code if isinstance(stop.code, int) else 0
+    except OSError as error:
+        if error.errno in FULL:
+            return _tell(f"error: {_reason(error)}; nothing saved before is lost", 4)
+        if error.filename is None:
+            raise
+        return _tell(f"error: {_reason(error)}", 2)
+    except (ValueError, RuntimeError) as error:
+        if not _is_ours(error):
+            raise
+        return _tell(f"error: {_one_line(error)}", STATUS.get(type(error).__name__, 2))
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it on purpose: its own class, or a ValueError of its own."""
+    if type(error).__module__.split(".")[0] == __package__:
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    source = Path(trace.tb_frame.f_code.co_filename) if trace else Path()
+    return type(error) is ValueError and source.is_relative_to(PACKAGE)
+
+
+def _one_line(error: Exception) -> str:
+    """The message in one line; of one that a loader process passed on, without its traceback."""
+    text = str(error)
+    if "Original Traceback" in text:
+        kind = f"{type(error).__module__}.{type(error).__qualname__}: "
+        text = text.rpartition("\n" + kind)[2]
+    return " ".join(text.split())
+
+
+def _reason(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{(error.strerror or str(error)).lower()}"
+
+
+def _tell(line: str, status: int) -> int:
+    if _speaks():
+        print(line, file=sys.stderr)
+    return status
+
+
+def _speaks() -> bool:
+    """Whether this is the one process of a launched run that talks to the user."""
+    return os.environ.get("RANK", "0") in ("", "0")
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _built(cuda: str | None) -> str:
+    return "without CUDA" if cuda is None else f"for CUDA {cuda}"

@@ -1,0 +1,20 @@
+"""Every setting of a run, and the ways to write one: flags, YAML and code."""
+
+from fambav.config.config import Config, load, parse
+from fambav.config.options import Augment, Data, Fusion, Model, Optim, Run
+from fambav.config.sources import help_text
+from fambav.config.values import ConfigError
+
+__all__ = [
+    "Augment",
+    "Config",
+    "ConfigError",
+    "Data",
+    "Fusion",
+    "Model",
+    "Optim",
+    "Run",
+    "help_text",
+    "load",
+    "parse",
+]

@@ -1,0 +1,119 @@
+"""A run's settings, resolved.
+
+Config.model, .fusion, .data, .augment, .optim, .run      groups of settings
+Config.flat()                                             {"lr": 0.0005, ...}, one name space
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fambav.config import conflicts, sources, unoffered
+from fambav.config.options import GROUPS, Augment, Data, Fusion, Model, Optim, Run
+from fambav.config.values import COMMAND, FILE, ConfigError, Setting
+
+DEFAULT_FILE = "configs/digits/vim_micro_upper.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that defines a run.
+
+    Attributes:
+        model, fusion, data, augment, optim, run: The settings, see `options`.
+        notice: A sentence to tell the user before anything else, or empty.
+    """
+
+    model: Model = field(default_factory=Model)
+    fusion: Fusion = field(default_factory=Fusion)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    run: Run = field(default_factory=Run)
+    notice: str = field(default="", compare=False)
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting under its one name."""
+        groups = (asdict(getattr(self, group)) for group in GROUPS)
+        return {name: value for group in groups for name, value in group.items()}
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> Config:
+        """Return the run that `flat` describes; what it leaves out has its default.
+
+        Raises:
+            ConfigError: If a setting is unknown, wrong or in conflict with another.
+        """
+        return _resolved(sources.from_mapping(_without_empty_strategy(flat), FILE, ""))
+
+    def replace(self, **changes: Any) -> Config:
+        """Return a copy in which some settings are others.
+
+        Raises:
+            ConfigError: If a setting is unknown, wrong or in conflict with another.
+        """
+        given = sources.from_mapping(_without_empty_strategy(self.flat()), FILE, "")
+        return _resolved({**given, **sources.from_mapping(changes, COMMAND, "")}, self.notice)
+
+    def to_yaml(self) -> str:
+        """Return text that `load` turns into an equal run."""
+        flat = _without_empty_strategy(self.flat())
+        return yaml.safe_dump(flat, sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path) -> Config:
+    """Return the run that a YAML file describes.
+
+    Raises:
+        ConfigError: If the file or one of its settings cannot be used.
+    """
+    return _resolved(sources.from_file(Path(path)))
+
+
+def parse(argv: Iterable[str]) -> Config:
+    """Return the run that a command line describes.
+
+    Args:
+        argv: Words after the name of the program.
+
+    Raises:
+        ConfigError: If a flag, the file it names or one of their settings cannot be used.
+    """
+    given = sources.from_words(list(argv))
+    config = given.pop("config", None)
+    notice = ""
+    if config is not None:
+        path = Path(config.value)
+    elif "model" in given or "data_set" in given:
+        return _resolved(given)
+    else:
+        path = ROOT / DEFAULT_FILE
+        notice = f"no --model, --config or --data-set: reading {DEFAULT_FILE}"
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing, expected --model, --config or --data-set")
+    return _resolved({**sources.from_file(path), **given}, notice)
+
+
+def _resolved(given: dict[str, Setting], notice: str = "") -> Config:
+    unoffered.refuse_given(given, os.environ)
+    values = conflicts.settle(given)
+    groups = {
+        name: group(**{item.name: values[item.name] for item in fields(group)})
+        for name, group in GROUPS.items()
+    }
+    return Config(**groups, notice=notice)
+
+
+def _without_empty_strategy(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop a resolved plan's `fusion_strategy: none`, which contradicts it when both are given."""
+    kept = dict(flat)
+    if kept.get("fusion_plan") is not None and kept.get("fusion_strategy") == "none":
+        del kept["fusion_strategy"]
+    return kept

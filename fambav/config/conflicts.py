@@ -1,0 +1,260 @@
+"""Which settings exclude each other.
+
+A flag that would change nothing is refused: a run never ignores what it was told.  A setting
+read from a lower level than the one that took its meaning away is put back to its neutral value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fambav.config.options import FOREIGN, OPTIONS
+from fambav.config.values import DEFAULT, ConfigError, Setting, refuse, shown
+
+Settings = dict[str, Setting]
+Values = Callable[[str], Any]
+
+FUSED_TOKENS, FUSED_LAYER = 7, 11  # Famba-V's defaults
+NO_FILES = ("DIGITS", "FAKE")
+FETCHED = ("CIFAR", "CIFAR10")
+
+
+class Rule(NamedTuple):
+    """Settings that mean nothing in some runs.
+
+    Attributes:
+        neutral: Those settings, with the values they then have.
+        causes: Settings that decide.
+        applies: Tells from the values of all settings whether they mean nothing.
+        why: The rest of the sentence "expected X ...", with {setting} filled in.
+    """
+
+    neutral: dict[str, Any]
+    causes: tuple[str, ...]
+    applies: Callable[[Values], bool]
+    why: str
+
+
+def _defaults(*names: str) -> dict[str, Any]:
+    return {name: OPTIONS[name].default for name in names}
+
+
+def _mixes(value: Values) -> bool:
+    return bool(value("mixup") or value("cutmix") or value("cutmix_minmax"))
+
+
+# In order: a rule may switch off what a later one depends on.
+RULES = (
+    Rule(
+        _defaults("patch_size", "stride", "class_token", "bimamba_type", "legacy_init")
+        | _defaults("scan_backend", "grad_checkpointing"),
+        ("model",),
+        lambda value: value("model").startswith(FOREIGN),
+        "with --model {model}",
+    ),
+    Rule(
+        _defaults("data_path"),
+        ("data_set",),
+        lambda value: value("data_set") in NO_FILES,
+        "with --data-set {data_set}, which has no files; is that the set you mean?",
+    ),
+    Rule(
+        _defaults("download"),
+        ("data_set",),
+        lambda value: value("data_set") not in FETCHED,
+        "with --data-set {data_set}, which is not fetched",
+    ),
+    Rule(
+        _defaults("inat_category"),
+        ("data_set",),
+        lambda value: value("data_set") not in ("INAT", "INAT19"),
+        "with --data-set {data_set}",
+    ),
+    Rule(
+        {"aa": None, "reprob": 0.0, **_defaults("affine", "train_interpolation")},
+        ("three_augment",),
+        lambda value: value("three_augment"),
+        "with --ThreeAugment",
+    ),
+    Rule(
+        _defaults("src"),
+        ("three_augment",),
+        lambda value: not value("three_augment"),
+        "without --ThreeAugment",
+    ),
+    Rule(
+        {"color_jitter": None},
+        ("aa", "three_augment"),
+        lambda value: value("aa") is not None,
+        "with --aa {aa}; --aa none leaves room for it",
+    ),
+    Rule(
+        _defaults("remode", "recount"),
+        ("reprob", "three_augment"),
+        lambda value: not value("reprob"),
+        "with --reprob 0",
+    ),
+    Rule(
+        {"cutmix": 1.0},
+        ("cutmix_minmax",),
+        lambda value: value("cutmix_minmax") is not None,
+        "with --cutmix-minmax, which replaces it",
+    ),
+    Rule(
+        _defaults("mixup_prob", "mixup_switch_prob", "mixup_mode"),
+        ("mixup", "cutmix", "cutmix_minmax"),
+        lambda value: not _mixes(value),
+        "with --mixup 0 --cutmix 0",
+    ),
+    Rule(
+        _defaults("mixup_switch_prob"),
+        ("mixup", "cutmix", "cutmix_minmax"),
+        lambda value: not (value("mixup") and (value("cutmix") or value("cutmix_minmax"))),
+        "with only one of --mixup and --cutmix",
+    ),
+    Rule(
+        _defaults("momentum"),
+        ("opt",),
+        lambda value: value("opt") != "sgd",
+        "with --opt {opt}; its --opt-betas are what momentum is to sgd",
+    ),
+    Rule(
+        _defaults("opt_betas"),
+        ("opt",),
+        lambda value: value("opt") == "sgd",
+        "with --opt sgd",
+    ),
+    Rule(
+        _defaults("opt_eps"),
+        ("opt",),
+        lambda value: value("opt") in ("sgd", "lion"),
+        "with --opt {opt}",
+    ),
+    Rule(
+        _defaults("warmup_lr"),
+        ("warmup_epochs",),
+        lambda value: not value("warmup_epochs"),
+        "with --warmup-epochs 0",
+    ),
+    Rule(
+        _defaults("amp_dtype"),
+        ("amp",),
+        lambda value: value("amp") is False,
+        "with --no_amp",
+    ),
+    Rule(
+        _defaults("model_ema_decay", "model_ema_warmup"),
+        ("model_ema",),
+        lambda value: not value("model_ema"),
+        "with --no-model-ema",
+    ),
+)
+
+
+def settle(given: Settings) -> dict[str, Any]:
+    """Fill in defaults, refuse contradictions and return the value of every setting.
+
+    Args:
+        given: What was given, the highest level of each setting.
+
+    Raises:
+        ConfigError: If settings contradict each other.
+    """
+    settings = {
+        name: given.get(name, Setting(option.default, DEFAULT, f"--{option.flag}"))
+        for name, option in OPTIONS.items()
+    }
+    for rule in RULES:
+        _apply(rule, settings)
+    _settle_fusion(settings)
+    _check_loss(settings)
+    _check_checkpoints(settings)
+    return {name: setting.value for name, setting in settings.items()}
+
+
+def _apply(rule: Rule, settings: Settings) -> None:
+    if not rule.applies(lambda name: settings[name].value):
+        return
+    decided = max(settings[cause].level for cause in rule.causes)
+    why = rule.why.format(**{name: setting.value for name, setting in settings.items()})
+    for name, neutral in rule.neutral.items():
+        _drop(settings, name, decided, neutral, why)
+
+
+def _drop(settings: Settings, name: str, decided: int, neutral: Any, why: str) -> None:
+    """Put a setting back to neutral, or refuse it if it was given at `decided` or above."""
+    value, level, label = settings[name]
+    if value != neutral and level != DEFAULT and level >= decided:
+        refuse(label, value, f"{shown(neutral)} {why}")
+    settings[name] = Setting(neutral, level, label)
+
+
+def _settle_fusion(settings: Settings) -> None:
+    _choose_plan_or_strategy(settings)
+    strategy, plan = settings["fusion_strategy"], settings["fusion_plan"]
+    fused = plan if plan.value is not None else strategy
+    if plan.value is None and strategy.value == "none":
+        why = "with --fusion-strategy none, which fuses nothing"
+        decided = max(strategy.level, plan.level)
+        for name in ("fusion_token", "fusion_layer", "fusion_method"):
+            _drop(settings, name, decided, OPTIONS[name].default, why)
+        return
+    model = settings["model"]
+    if model.value.startswith(FOREIGN):
+        refuse(fused.label, fused.value, f"none with --model {model.value}")
+    if plan.value is not None:
+        for name in ("fusion_token", "fusion_layer"):
+            why = "with --fusion-plan, which says it all"
+            _drop(settings, name, plan.level, OPTIONS[name].default, why)
+        return
+    _fill_strategy(settings)
+
+
+def _choose_plan_or_strategy(settings: Settings) -> None:
+    strategy, plan = settings["fusion_strategy"], settings["fusion_plan"]
+    if plan.value is None:
+        return
+    if strategy.level > plan.level:
+        settings["fusion_plan"] = plan._replace(value=None)
+    elif strategy.level == plan.level:
+        refuse(plan.label, plan.value, f"none with {strategy.label} {strategy.value}")
+    else:
+        settings["fusion_strategy"] = strategy._replace(value="none")
+
+
+def _fill_strategy(settings: Settings) -> None:
+    """Complete a strategy other than none with Famba-V's defaults."""
+    strategy, count, layer = (settings[f"fusion_{n}"] for n in ("strategy", "token", "layer"))
+    if not count.value:
+        if count.level != DEFAULT and count.level >= strategy.level:
+            refuse(count.label, count.value, f"at least 1 with --fusion-strategy {strategy.value}")
+        settings["fusion_token"] = count._replace(value=FUSED_TOKENS)
+    if strategy.value in ("lower", "upper"):
+        if layer.value is None:
+            settings["fusion_layer"] = layer._replace(value=FUSED_LAYER)
+        return
+    why = f"with --fusion-strategy {strategy.value}, where it has no meaning"
+    _drop(settings, "fusion_layer", strategy.level, None, why)
+
+
+def _check_loss(settings: Settings) -> None:
+    value = {name: setting.value for name, setting in settings.items()}
+    if value["batch_size"] % 2 and _mixes(value.__getitem__):
+        batch = settings["batch_size"]
+        expected = "an even number while mixup or cutmix is on; --mixup 0 --cutmix 0 ends that"
+        refuse(batch.label, batch.value, expected)
+    if value["bce_loss"] and value["smoothing"]:
+        smoothing = settings["smoothing"]
+        expected = "0 with --bce-loss, which takes every target above 0 for right"
+        refuse(smoothing.label, smoothing.value, expected)
+
+
+def _check_checkpoints(settings: Settings) -> None:
+    resume, finetune, evaluate = (settings[name] for name in ("resume", "finetune", "eval"))
+    if evaluate.value and not (resume.value or finetune.value):
+        raise ConfigError(f"{evaluate.label} has nothing to evaluate, expected --resume FILE")
+    if resume.value == "auto" and settings["output_dir"].value is None:
+        refuse(resume.label, "auto", "--output_dir with it, the folder to look in")
+    if finetune.value and resume.value not in ("", "auto"):
+        refuse(finetune.label, finetune.value, "no file beside --resume, whose weights win")

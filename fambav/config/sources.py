@@ -1,0 +1,242 @@
+"""Where settings are read: the command line, YAML files, mappings; and the help that lists them."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from fambav.config.options import GROUPS, OPTIONS, Option
+from fambav.config.unoffered import LAUNCHED, UNOFFERED
+from fambav.config.values import (
+    BASE,
+    COMMAND,
+    FILE,
+    ConfigError,
+    Setting,
+    from_data,
+    from_text,
+    refuse,
+    shown,
+)
+
+CONFIG = Option(
+    "YAML file of settings; flags win over it", name="config", flag="config", default=""
+)
+_COLUMN = 37  # where the help explains
+
+
+class Spelling(NamedTuple):
+    """One way to write an option.
+
+    Attributes:
+        option: What it sets.
+        off: Whether it switches the option off.
+    """
+
+    option: Option
+    off: bool = False
+
+
+def _spellings() -> dict[str, Spelling]:
+    known = (*OPTIONS.values(), *UNOFFERED.values(), *LAUNCHED.values(), CONFIG)
+    table = {}
+    for option in known:
+        for name in (option.name, option.flag, *option.also):
+            table[name.replace("-", "_")] = Spelling(option)
+            if option.name in OPTIONS and option.kind is bool:
+                table[f"no_{name}".replace("-", "_")] = Spelling(option, off=True)
+        if option.off:
+            table[option.off.replace("-", "_")] = Spelling(option, off=True)
+    return table
+
+
+SPELLINGS = _spellings()
+
+
+def from_words(words: list[str]) -> dict[str, Setting]:
+    """Read flags, each `--name value`, `--name=value`, `--name` or `--no-name`.
+
+    Args:
+        words: The command line after the name of the program.
+
+    Returns:
+        What was given, by setting; the last of several wins.
+
+    Raises:
+        ConfigError: If a word is not a flag, or its value cannot be used.
+    """
+    rest, given = deque(words), {}
+    while rest:
+        label, equals, value = rest.popleft().partition("=")
+        if not label.startswith("--"):
+            raise ConfigError(f"{shown(label + equals + value)} is not a flag, expected --name")
+        name = label[2:].replace("-", "_")
+        if name not in SPELLINGS:
+            raise ConfigError(f"{label} is not a flag; {_near(name, '--')}")
+        option, off = SPELLINGS[name]
+        if option.kind is bool:
+            if equals:
+                refuse(label, value, f"no value; {_pair(option)}")
+            given[option.name] = Setting(not off, COMMAND, label)
+            continue
+        values = [value] if equals else _values(option, rest)
+        if not values:
+            raise ConfigError(f"{label} has no value, expected one after it")
+        given[option.name] = Setting(from_text(option, values, label), COMMAND, label)
+    return given
+
+
+def from_mapping(mapping: Mapping[Any, Any], level: int, where: str) -> dict[str, Setting]:
+    """Read settings from keys and values.
+
+    Args:
+        mapping: Values by key; a key is a flag's name with underscores.
+        level: Level of the values.
+        where: Prefix of the labels, such as `FILE: `.
+
+    Raises:
+        ConfigError: If a key is unknown or given twice, or its value cannot be used.
+    """
+    given: dict[str, Setting] = {}
+    for key, value in mapping.items():
+        label = f"{where}{key}"
+        if not isinstance(key, str) or key not in SPELLINGS or key == CONFIG.name:
+            raise ConfigError(f"{where}{shown(key)} is not a setting; {_near(str(key), '')}")
+        option, off = SPELLINGS[key]
+        if off:
+            raise ConfigError(f"{label} is not a setting; write {option.name}: false")
+        if option.name in given:
+            raise ConfigError(f"{label} sets {option.name} twice, expected one of the two")
+        given[option.name] = Setting(from_data(option, value, label), level, label)
+    return given
+
+
+def from_file(path: Path) -> dict[str, Setting]:
+    """Read a YAML file and the one file that its `base` may name, relative to it.
+
+    Raises:
+        ConfigError: If a file cannot be read, or one of its settings cannot be used.
+    """
+    mapping = _mapping(path)
+    base = mapping.pop("base", None)
+    given = from_mapping(mapping, FILE, f"{path}: ")
+    if base is None:
+        return given
+    if not isinstance(base, str):
+        refuse(f"{path}: base", base, "the path of a YAML file")
+    parent = path.parent / base
+    inherited = _mapping(parent)
+    if "base" in inherited:
+        raise ConfigError(f"{path}: base is {base!r}, expected a file without a base of its own")
+    return {**from_mapping(inherited, BASE, f"{parent}: "), **given}
+
+
+def help_text(program: str, text: str) -> str:
+    """Return the help of a program that takes every setting.
+
+    Args:
+        program: Its name.
+        text: What it does.
+    """
+    lines = [f"usage: {program} [--config FILE.yaml] [--name value ...]", "", text, ""]
+    lines += ["Hyphens and underscores are the same.  Every switch has a --no- form.", ""]
+    lines += _entry(CONFIG)
+    for group in GROUPS.values():
+        lines += ["", str(group.__doc__)]
+        for item in fields(group):
+            lines += _entry(OPTIONS[item.name])
+    flags = " ".join(f"--{option.flag}" for option in UNOFFERED.values())
+    lines += ["", "Recognised, but refused when switched on:", *_wrapped(flags, "  ")]
+    return "\n".join(lines)
+
+
+def _entry(option: Option) -> list[str]:
+    head = f"  --{option.flag}" + (f", --{option.off}" if option.off else "")
+    if option.kind is not bool:
+        head += f" {_metavar(option)}"
+    text = option.text if option is CONFIG else f"{option.text} ({shown(option.default)})"
+    lines = _wrapped(text, " " * _COLUMN)
+    if len(head) >= _COLUMN:
+        return [head, *lines]
+    return [head.ljust(_COLUMN) + lines[0].strip(), *lines[1:]]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+
+
+def _metavar(option: Option) -> str:
+    if option.choices:
+        return f"{{{','.join(option.choices)}}}"
+    return {int: "N", float: "X", tuple: "X X"}.get(option.kind, "TEXT")
+
+
+def _pair(option: Option) -> str:
+    return f"use --{option.flag} or --{option.off or f'no-{option.flag}'}"
+
+
+def _values(option: Option, rest: deque[str]) -> list[str]:
+    values: list[str] = []
+    wanted = len(rest) if option.kind is tuple else 1
+    while rest and len(values) < wanted and not rest[0].startswith("--"):
+        values.append(rest.popleft())
+    return values
+
+
+def _near(name: str, prefix: str) -> str:
+    """A hint for an unknown name, spelled as flags are if there is a prefix, else as keys are."""
+    shapes = {
+        name.lower(): f"{prefix}{option.off if off else option.flag}" if prefix else name
+        for name, (option, off) in SPELLINGS.items()
+        if not off or (prefix and option.off)
+    }
+    close = difflib.get_close_matches(name.replace("-", "_").lower(), shapes, n=1)
+    return f"did you mean {shapes[close[0]]}?" if close else f"see {prefix or 'main.py --'}help"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that a key may stand only once."""
+
+    def construct_mapping(
+        self,
+        node: yaml.MappingNode,
+        deep: bool = False,  # noqa: FBT001, FBT002  (PyYAML's signature)
+    ) -> dict[Any, Any]:
+        """Build a mapping, refusing a repeated key."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+def _mapping(path: Path) -> dict[Any, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.load(text, Loader=_Loader)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"config is {str(path)!r}, expected a readable file; {reason}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}: line {line} is not YAML; {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} is not YAML; {reason}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        kind = type(tree).__name__
+        raise ConfigError(f"{path} is a {kind}, expected lines such as `lr: 0.001`")
+    return tree

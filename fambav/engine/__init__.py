@@ -1,0 +1,1 @@
+"""Training and evaluation of any model: objects in, numbers and files out."""

@@ -1,0 +1,125 @@
+"""Peak memory, each figure with its name, since a GPU and a CPU are measured by different means."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MIB = 2**20
+
+
+class Peak(NamedTuple):
+    """A peak of memory.
+
+    Attributes:
+        mib: The figure, in MiB.
+        kind: What it counts: "cuda allocated" or "saved for backward".
+    """
+
+    mib: float
+    kind: str
+
+
+class Saved:
+    """Count the bytes that autograd keeps for the backward pass.
+
+    Exact: every distinct storage that is saved somewhere counts once, from when the first node
+    saves it until the last one lets go.  Parameters do not count, since they are there anyway; nor
+    does what checkpointed blocks compute again.
+
+    Args:
+        ignored: Parameters, and whatever else lives beyond the step.
+    """
+
+    def __init__(self, ignored: Iterable[Tensor]) -> None:
+        self._ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+        self._holders: Counter[int] = Counter()
+        self._bytes = 0
+        self.peak_bytes = 0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Count what is saved by the forward passes inside the block."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+            yield
+
+    def _pack(self, tensor: Tensor) -> _Held:
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        if place in self._ignored:
+            return _Held(tensor, None, place)
+        self._holders[place] += 1
+        if self._holders[place] == 1:
+            self._bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self._bytes)
+        return _Held(tensor, self, place)
+
+    def release(self, tensor: Tensor, place: int) -> None:
+        """Forget one holder of the storage at `place`."""
+        self._holders[place] -= 1
+        if self._holders[place] == 0:
+            self._bytes -= tensor.untyped_storage().nbytes()
+
+
+class _Held:
+    """A saved tensor that tells when it is let go."""
+
+    def __init__(self, tensor: Tensor, counter: Saved | None, place: int) -> None:
+        self.tensor = tensor.detach()  # an output that kept its own node alive would never be freed
+        self._counter = counter
+        self._place = place
+
+    def __del__(self) -> None:
+        if self._counter is not None:
+            self._counter.release(self.tensor, self._place)
+
+
+def _unpack(held: _Held) -> Tensor:
+    return held.tensor
+
+
+def resident_mib() -> float:
+    """Return the largest resident size that this process has had, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MIB if sys.platform == "darwin" else peak / 1024
+
+
+class Meter:
+    """The peak memory of one epoch on one device.
+
+    On a GPU, the bytes allocated; on a CPU, the bytes saved for backward in one update, the first,
+    since all updates are alike.
+
+    Args:
+        device: Where the model computes.
+        parameters: The model's parameters.
+    """
+
+    def __init__(self, device: torch.device, parameters: Iterable[Tensor]) -> None:
+        self._device = device
+        self._parameters = list(parameters)
+        self._saved = Saved(())
+
+    @contextmanager
+    def first_update(self) -> Iterator[None]:
+        """Measure the update inside the block, the first of an epoch."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            yield
+        else:
+            self._saved = Saved(self._parameters)
+            with self._saved.watch():
+                yield
+
+    def peak(self) -> Peak:
+        """Return the peak since the last first update."""
+        if self._device.type == "cuda":
+            return Peak(torch.cuda.max_memory_allocated(self._device) / MIB, "cuda allocated")
+        return Peak(self._saved.peak_bytes / MIB, "saved for backward")

@@ -1,0 +1,190 @@
+"""The run folder: what a run leaves behind for people and for tools.
+
+log.txt        one JSON object per epoch, with DeiT's keys and more
+metrics.csv    the same numbers as a table
+events.*       the same for TensorBoard, and the loss of every update
+*.yaml, *.json what was asked for, where it ran, and which tokens were removed
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fambav.engine.checkpoint import write_text
+
+Record = dict[str, Any]
+
+CHECKPOINT, BEST, WEIGHTS = "checkpoint.pth", "best_checkpoint.pth", "model.safetensors"
+_LOG, _TABLE = "log.txt", "metrics.csv"
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "triton")
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def prepare(folder: Path) -> None:
+    """Make `folder` and see that files can be written in it.
+
+    Raises:
+        OSError: If not; it names the file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    trial = folder / f".tmp-{os.getpid()}"
+    trial.touch()
+    trial.unlink()
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move the files of an earlier run in `folder` to a folder inside it.
+
+    Returns:
+        That folder, or None if there was no earlier run.
+    """
+    old = [p for name in (_LOG, _TABLE, CHECKPOINT, BEST, WEIGHTS) if (p := folder / name).exists()]
+    if not old:
+        return None
+    kept = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
+    kept.mkdir()
+    for path in (*old, *folder.glob("events.*"), *folder.glob("*.json"), *folder.glob("*.yaml")):
+        path.rename(kept / path.name)
+    return kept
+
+
+class Recorder:
+    """Writes the numbers of a run, one process only.
+
+    Args:
+        folder: The run folder, there already.
+        history: Records of the epochs before; log.txt and metrics.csv are cut back to them.  A line
+            that is in log.txt already is kept as it is.
+        warn: Told in one line if TensorBoard is missing.
+    """
+
+    def __init__(
+        self, folder: Path, history: Sequence[Record], *, warn: Callable[[str], None]
+    ) -> None:
+        self.folder = folder
+        written = _read_log(folder / _LOG)
+        records = [written.get(record["epoch"], record) for record in history]
+        write_text(folder / _LOG, "".join(map(_line, records)))
+        write_text(folder / _TABLE, "".join([*map(_csv, records[:1]), *map(_row, records)]))
+        self._events = _events(folder, len(records), warn)
+
+    def epoch(self, record: Record) -> None:
+        """Add the record of one epoch."""
+        table = self.folder / _TABLE
+        _append(table, ("" if table.stat().st_size else _csv(record)) + _row(record))
+        _append(self.folder / _LOG, _line(record))
+        if self._events is not None:
+            for name, value in _scalars(record).items():
+                self._events.add_scalar(f"epoch/{name}", value, record["epoch"])
+            self._events.flush()
+
+    def updates(self, done: int, losses: Sequence[float], lr: float) -> None:
+        """Add the losses of the last updates, of which `done` are made, and the learning rate."""
+        if self._events is not None:
+            for number, loss in enumerate(losses, start=done - len(losses)):
+                self._events.add_scalar("update/loss", loss, number)
+            self._events.add_scalar("update/lr", lr, done - 1)
+
+    def close(self) -> None:
+        """Finish the files."""
+        if self._events is not None:
+            self._events.close()
+
+
+def environment(**more: Any) -> Record:
+    """Describe the machine, the versions and the command, with `more` entries added."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "fambav": _version("fambav") or "not installed",
+        "commit": _commit(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cuda": torch.version.cuda,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **more,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source, with a plus sign if files differ from it."""
+    if not (_ROOT / ".git").exists():
+        return None
+    git = ("git", "-C", str(_ROOT))
+    try:
+        head = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True)
+        dirty = subprocess.run((*git, "status", "--porcelain"), capture_output=True, text=True)
+    except OSError:
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout else "") if head.returncode == 0 else None
+
+
+def _read_log(path: Path) -> dict[int, Record]:
+    """The complete lines of log.txt, by epoch; a line that a crash cut short is no line."""
+    records = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            records[int(record["epoch"])] = record
+        except (ValueError, KeyError, TypeError):
+            continue
+    return records
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _row(record: Record) -> str:
+    return _csv(" ".join(map(str, v)) if isinstance(v, list) else v for v in record.values())
+
+
+def _csv(cells: Iterable[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    return {k: v for k, v in record.items() if isinstance(v, int | float) and k != "epoch"}
+
+
+def _events(folder: Path, epoch: int, warn: Callable[[str], None]) -> Any:
+    """A TensorBoard writer that goes on at `epoch`, or None if the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        warn("no TensorBoard events are written: pip install tensorboard")
+        return None
+    return SummaryWriter(folder, purge_step=epoch or None)

@@ -1,0 +1,181 @@
+"""Where a run happens: its processes, its device, its precision and its lines on the console.
+
+`torchrun` and `python -m torch.distributed.launch --use_env` tell each process its place in the
+environment (RANK, WORLD_SIZE, LOCAL_RANK); without them a run is one process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+_TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a lost one gives up
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train one model together.
+
+    Attributes:
+        rank: Number of this process, 0 <= rank < world.
+        world: Number of processes.
+        device: Where this process computes.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process prints and writes for all."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum `values` over the processes, in place; every process gets the sum."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Wait until every process has come here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return `model` so that its gradients are averaged over the processes."""
+        if self.world == 1:
+            return model
+        on = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=on)
+
+
+@contextmanager
+def processes(device: str | None) -> Iterator[Processes]:
+    """Join the other processes of this run, and leave them at the end.
+
+    Args:
+        device: `cpu`, `cuda`, `cuda:N`, or None for a GPU if there is one.
+
+    Raises:
+        ValueError: If the device is not there.
+    """
+    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    place = _device(device, _number("LOCAL_RANK", 0))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if world > 1:
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=_TIMEOUT)
+    try:
+        yield Processes(rank, world, place)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ValueError(f"{name} is {text!r} in the environment, expected a number")
+    return int(text)
+
+
+def _device(name: str | None, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count()
+    if name == "cpu" or (name is None and count == 0):
+        return torch.device("cpu")
+    place = torch.device(name or "cuda")
+    index = local_rank if place.index is None else place.index
+    if index >= count:
+        hint = "use --device cpu" if count == 0 else "start fewer processes on this machine"
+        found = f"a device below {count}" if count else "cpu: there is no CUDA device here"
+        raise ValueError(f"device is cuda:{index}, expected {found}; {hint}")
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def numerics(*, deterministic: bool, matmul_precision: str) -> Iterator[None]:
+    """Set how torch computes, and put it back at the end.
+
+    Args:
+        deterministic: Use deterministic algorithms only; an operation that has none raises.
+        matmul_precision: Of float32 products: "high" may use TF32 on a GPU, "highest" may not.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul_precision)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(mode=deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.set_float32_matmul_precision(before[1])
+
+
+class Precision:
+    """The number format of the forward pass, and the loss scale that fp16 needs.
+
+    Args:
+        device: Where the model runs.
+        dtype: bfloat16 or float16 to compute products in; None for the weights' own.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    @property
+    def name(self) -> str:
+        """Short name of the format, as in a log."""
+        return str(self.dtype or torch.float32).removeprefix("torch.")
+
+    def autocast(self) -> torch.autocast:
+        """Return a context for the forward pass."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+class Console:
+    """Lines for whoever watches: a bar on a terminal, plain lines elsewhere, nothing if silent."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self._silent = silent
+        self._bar: Any = None
+
+    def say(self, text: str) -> None:
+        """Write one line, or several."""
+        if not self._silent:
+            self._close()
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+
+    def step(self, label: str, done: int, total: int, text: str) -> None:
+        """Tell that `done` of `total` steps of `label` are done; `text` says how it goes."""
+        if self._silent:
+            return
+        if not sys.stdout.isatty():
+            self.say(f"{label} [{done}/{total}] {text}")
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=label, file=sys.stdout, leave=False)
+        self._bar.n = done
+        self._bar.set_postfix_str(text)
+        if done >= total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

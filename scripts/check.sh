@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Format, lint, types and tests.
+#
+#   bash scripts/check.sh              everything
+#   bash scripts/check.sh --fast       without the tests marked slow
+#   bash scripts/check.sh --no-tests   format, lint and types only
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+mode=${1:-}
+case $mode in
+"" | --fast | --no-tests) ;;
+*) fail "option is $mode, expected --fast or --no-tests" ;;
+esac
+
+"$python" -m ruff format --check .
+"$python" -m ruff check .
+"$python" -m mypy fambav main.py
+case $mode in
+"") "$python" -m pytest -n "$(nproc)" --dist loadgroup ;;
+--fast) "$python" -m pytest -n "$(nproc)" --dist loadgroup -m "not slow" ;;
+esac

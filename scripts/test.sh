@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Sets up .venv if need be and runs every test; arguments go to pytest.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+exec "$python" -m pytest -n "$(nproc)" --dist loadgroup "$@"

@@ -1,0 +1,77 @@
+"""Bytes saved for backward, counted exactly."""
+
+import pytest
+import torch
+from torch import nn
+
+from fambav.engine.memory import MIB, Meter, Saved, resident_mib
+
+CPU = torch.device("cpu")
+
+
+def test_a_chain_of_products_saves_each_tensor_once():
+    x = torch.ones(1000, requires_grad=True)
+    saved = Saved([x])
+    with saved.watch():
+        y = x * x
+        z = y * y * y
+    assert saved.peak_bytes == 2 * 4000  # y, held by three nodes, and y * y
+    z.sum().backward()
+    assert torch.equal(x.grad, torch.full((1000,), 6.0))
+
+
+def test_views_of_one_storage_count_once():
+    x = torch.ones(100, requires_grad=True)
+    saved = Saved([x])
+    with saved.watch():
+        y = (x * 1).view(10, 10)
+        _kept = y.exp() @ y.mT
+    assert saved.peak_bytes == 2 * 400  # y (twice), exp(y)
+
+
+def test_peak_is_of_what_is_held_at_the_same_time():
+    weight = torch.ones(1000, requires_grad=True)
+    saved = Saved([weight])
+    with saved.watch():
+        for _ in range(3):
+            (weight.exp() * 2).sum().backward()
+        assert saved.peak_bytes == 4000
+        kept = [weight.exp() for _ in range(3)]
+    assert saved.peak_bytes == 12000
+    assert len(kept) == 3
+
+
+def test_an_output_that_its_own_node_saves_is_freed():
+    weight = torch.ones(1000, requires_grad=True)
+    saved = Saved([weight])
+    with saved.watch():
+        for _ in range(5):
+            weight.exp()  # never used: only its own node holds it
+    assert saved.peak_bytes == 4000
+
+
+def test_parameters_do_not_count():
+    model = nn.Linear(50, 50)
+    saved = Saved(model.parameters())
+    x = torch.ones(1, 50, requires_grad=True)
+    with saved.watch():
+        _kept = model(x)
+    assert saved.peak_bytes == 200  # x
+
+
+def test_meter_measures_the_update_it_surrounds():
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    meter, x = Meter(CPU, model.parameters()), torch.randn(32, 64)
+    with meter.first_update():
+        model(x).sum().backward()
+    first = meter.peak()
+    assert first.kind == "saved for backward"
+    assert first.mib == pytest.approx((32 * 64 + 2 * 32 * 256) * 4 / MIB)
+    with meter.first_update():
+        model(x[:16]).sum().backward()
+    model(x).sum().backward()
+    assert meter.peak().mib < first.mib
+
+
+def test_resident_size_is_in_mib():
+    assert 50 < resident_mib() < 100_000

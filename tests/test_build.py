@@ -1,0 +1,211 @@
+"""From settings to objects."""
+
+import math
+
+import pytest
+import torch
+
+from fambav.build import model, schedule
+from fambav.build.batches import data_set, train_batches
+from fambav.build.network import sketch
+from fambav.build.saved import as_strings, fact, facts, put, same_run, settings
+from fambav.build.updates import learning_rate, precision, update
+from fambav.config import ConfigError, parse
+from fambav.engine import checkpoint
+from fambav.engine.checkpoint import CheckpointError
+from fambav.engine.runtime import Processes
+from fambav.engine.train import binary_cross_entropy, soft_cross_entropy
+
+CPU = torch.device("cpu")
+ONE, FOUR = Processes(0, 1, CPU), Processes(2, 4, CPU)
+MICRO = "--model vim_micro --input-size 16 --num_workers 0"
+
+
+def config(*words):
+    return parse(" ".join((MICRO, *words)).split())
+
+
+def test_the_seed_command_fuses_the_layers_of_the_paper():
+    name = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
+    fusion = "--fusion-strategy upper --fusion-layer 4 --fusion-token 8"
+    assert schedule(parse(["--model", name, *fusion.split()])).lengths == (
+        197,
+        197,
+        *range(197, 28, -8),
+    )
+
+
+def test_a_plan_is_made_without_weights():
+    large = parse(["--model", "vim_base", "--fusion-plan", "3:5"])
+    assert schedule(large).counts[:4] == (0, 0, 5, 0)
+    assert sketch(large).input_size == (224, 224)
+
+
+def test_a_plan_that_cannot_be_done_is_refused_with_the_arithmetic():
+    with pytest.raises(ValueError, match=r"fusion_token is 9, expected at most \d; layer \d"):
+        schedule(config("--fusion-strategy all --fusion-token 9"))
+
+
+def test_models_of_timms_have_no_plan():
+    foreign = parse(["--model", "timm/resnet18"])
+    assert sketch(foreign) == ((224, 224), None)
+    with pytest.raises(ValueError, match="expected one whose tokens can be fused"):
+        schedule(foreign)
+    with pytest.raises(ValueError, match="did you mean 'deit_tiny_patch16_224'"):
+        sketch(parse(["--model", "timm/deit_tiny_patch16_225"]))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_models_of_timms_take_the_size_and_the_classes(name):
+    net = model(parse(["--model", f"timm/{name}", "--input-size", "32"]), num_classes=7)
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_the_learning_rate_is_scaled_by_all_images_of_an_update():
+    words = "--lr 5e-4 --batch-size 128 --grad-accum-steps 2 --warmup-epochs 0 --min-lr 1e-5"
+    assert learning_rate(config(words), FOUR, per_epoch=10)(0) == pytest.approx(1e-3)
+    alone = config(words, "--unscale-lr --epochs 2")
+    assert learning_rate(alone, FOUR, per_epoch=10)(0) == pytest.approx(5e-4)
+    assert learning_rate(alone, FOUR, per_epoch=10)(20) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("", None), ("--if_amp", torch.bfloat16), ("--if_amp --amp-dtype fp16", torch.float16)],
+)
+def test_precision_on_a_cpu_is_mixed_only_when_asked_for(words, expected):
+    assert precision(config(words), ONE).dtype == expected
+
+
+def test_precision_on_a_gpu_is_mixed_unless_declined():
+    gpu = Processes(0, 1, torch.device("cuda", 0))
+    assert precision(config(), gpu).dtype == torch.bfloat16
+    assert precision(config("--no_amp"), gpu).dtype is None
+
+
+def step(*words):
+    wanted = config(*words)
+    return update(wanted, model(wanted, num_classes=5), ONE, num_classes=5, per_epoch=3)
+
+
+def test_the_loss_follows_the_targets():
+    assert step().loss is soft_cross_entropy
+    assert step("--bce-loss --smoothing 0").loss is binary_cross_entropy
+    plain = step("--mixup 0 --cutmix 0 --smoothing 0.5")
+    assert plain.mix is None
+    logits = torch.tensor([[0.0, 0.0, 0.0, math.log(4.0), 0.0]])
+    wanted = -(0.6 * math.log(4 / 8) + 4 * 0.1 * math.log(1 / 8))
+    assert plain.loss(logits, torch.tensor([3])).item() == pytest.approx(wanted)
+
+
+def test_an_update_is_made_as_the_flags_say():
+    made = step("--clip-grad 2 --grad-accum-steps 3 --no-model-ema --if_continue_inf --opt lion")
+    assert (made.max_grad_norm, made.accumulate, made.average) == (2.0, 3, None)
+    assert made.skipping
+    assert type(made.optimizer).__name__ == "Lion"
+    plain = step("--weight-decay 0.3 --decay-groups published --no-train-mode --opt-betas 0.8 0.9")
+    assert [group["weight_decay"] for group in plain.optimizer.param_groups] == [0.0, 0.3]
+    assert plain.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert len(plain.optimizer.param_groups[1]["params"]) == 2 + 6 * 10
+    assert (plain.average is not None, plain.training, plain.skipping) == (True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "alike"), [("vim_micro", True), ("timm/vit_tiny_patch16_224", False)]
+)
+def test_batches_of_an_update_start_alike_only_where_the_model_draws_for_all(name, alike):
+    wanted = parse(f"--model {name} --input-size 32".split())
+    made = update(wanted, model(wanted, num_classes=2), ONE, num_classes=2, per_epoch=3)
+    draws = []
+    for place in range(2):
+        made.seed(4, place)
+        draws.append(torch.rand(3))
+    assert torch.equal(*draws) is alike
+    made.seed(4, 0)
+    assert torch.equal(torch.rand(3), draws[0])
+    made.seed(5, 0)
+    assert not torch.equal(torch.rand(3), draws[0])
+
+
+def test_batches_start_at_an_epoch_as_if_all_before_were_read():
+    wanted = config("--data-set FAKE --num-classes 5 --batch-size 512 --epochs 2 --aa none")
+    found = data_set(wanted, ONE, input_size=(16, 16))
+    stream = train_batches(wanted, found, ONE, input_size=(16, 16))
+    assert stream.updates_per_epoch == 2
+    later = train_batches(wanted, found, ONE, input_size=(16, 16), start_epoch=1)
+    images, labels = next(iter(later))
+    *_, expected, _last = iter(stream)
+    assert torch.equal(images, expected[0])
+    assert torch.equal(labels, expected[1])
+
+
+@pytest.fixture(scope="module")
+def fake():
+    wanted = config("--data-set FAKE --num-classes 5 --class-token head")
+    return wanted, data_set(wanted, ONE, input_size=(16, 16))
+
+
+def test_facts_are_plain_and_survive_both_kinds_of_file(fake, tmp_path):
+    wanted, found = fake
+    known = facts(wanted, found, schedule(wanted), images=64)
+    checkpoint.save(tmp_path / "a.pth", {"model": {}, **known})
+    checkpoint.save_weights(tmp_path / "a.safetensors", {"w": torch.ones(1)}, as_strings(known))
+    for name in ("a.pth", "a.safetensors"):
+        state = checkpoint.load(tmp_path / name)
+        assert settings(state) == wanted
+        assert fact(state, "class_token") == "head"
+        assert fact(state, "mean") == known["mean"]
+        assert fact(state, "schedule")["lengths"] == [17] * 6
+        assert fact(state, "class_names") is None
+    assert settings({"model": {}, "metadata": {}}) is None
+    assert settings({"model": {}, "metadata": 3}) is None
+
+
+def test_only_a_checkpoint_of_the_same_run_goes_on(fake, tmp_path):
+    wanted, found = fake
+    state = {"optimizer": {}, "epoch": 0, **facts(wanted, found, None, images=64)}
+    same_run(tmp_path, state, wanted, images=64)
+    for name, value in {"num_workers": 3, "log_every": 2, "device": "cpu", "compile": True}.items():
+        same_run(tmp_path, state, wanted.replace(**{name: value}), images=64)
+    changed = wanted.replace(epochs=7, opt_betas=(0.9, 0.95))
+    with pytest.raises(CheckpointError, match=r"300 -> 7, opt_betas None -> \(0\.9, 0\.95\)"):
+        same_run(tmp_path, state, changed, images=64)
+    with pytest.raises(CheckpointError, match="images per update 64 -> 32"):
+        same_run(tmp_path, state, wanted, images=32)
+    for part in ("config", "optimizer", "epoch"):
+        with pytest.raises(CheckpointError, match="does not hold a run, expected a checkpoint of"):
+            same_run(tmp_path, {k: v for k, v in state.items() if k != part}, wanted, images=64)
+
+
+def test_weights_of_another_model_are_refused_in_one_line(tmp_path):
+    net = model(config(), num_classes=5)
+    path = tmp_path / "w.pth"
+    other = model(config("--class-token double"), num_classes=5)
+    for wrong in ({"model": other.state_dict()}, {"model": {}}, {"epoch": 3}):
+        with pytest.raises(CheckpointError, match=r"w\.pth: checkpoint [^\n]*$"):
+            put(path, wrong, net)
+    foreign = model(parse(["--model", "timm/resnet18"]), num_classes=5)
+    with pytest.raises(CheckpointError, match=r"w\.pth: [^\n]*$"):
+        put(path, {"model": other.state_dict()}, foreign)
+
+
+def test_a_foreign_model_takes_another_head_only_when_finetuned(tmp_path):
+    resnet = parse(["--model", "timm/resnet18"])
+    state = {"model": model(resnet, num_classes=9).state_dict()}
+    net = model(resnet, num_classes=5)
+    with pytest.raises(CheckpointError, match=r"fc\.weight"):
+        put(tmp_path, state, net)
+    put(tmp_path, state, net, head="drop")
+    assert torch.equal(net.conv1.weight, state["model"]["conv1.weight"])
+    assert net.fc.weight.shape == (5, 512)
+
+
+def test_a_moving_average_that_is_not_there_is_refused(tmp_path):
+    net = model(config(), num_classes=5)
+    with pytest.raises(CheckpointError, match="expected weights under model_ema"):
+        put(tmp_path, {"model": net.state_dict()}, net, ema=True)
+
+
+def test_settings_that_a_file_must_not_have_are_refused():
+    with pytest.raises(ConfigError):
+        settings({"config": {"lr": "fast"}})

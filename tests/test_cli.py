@@ -1,0 +1,280 @@
+"""The commands: thin, and honest about whose mistake it was."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fambav
+from fambav import registry
+from fambav.cli import COMMANDS, console, main
+from fambav.config import ConfigError
+
+ROOT = Path(fambav.__file__).parents[1]
+RUN = ["--model", "vim_micro"]
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """Replaces the run itself by a function."""
+
+    def replace(function):
+        monkeypatch.setattr("fambav.build.run", function)
+
+    return replace
+
+
+def failing(error):
+    def run(_):
+        raise error
+
+    return run
+
+
+def test_main_hands_over_the_settings_and_returns_the_status(job):
+    seen = []
+    job(lambda run: seen.append(run) or 7)
+    assert main([*RUN, "--epochs", "3"]) == 7
+    assert seen[0].optim.epochs == 3
+
+
+def test_the_first_line_tells_that_the_digits_run_is_read(job, capsys):
+    job(lambda _: print("next") or 0)
+    assert main(["--epochs", "3"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("reading configs/digits/vim_micro_upper.yaml")
+    assert second == "next"
+
+
+def test_a_named_model_makes_no_such_line(job, capsys):
+    job(lambda _: 0)
+    assert main(RUN) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_help_is_not_an_error(capsys):
+    assert main(["--help"]) == 0
+    assert "--fusion-strategy" in capsys.readouterr().out
+    assert console(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"  {name}" in shown
+        assert console([name, "--help"]) == 0
+        assert "usage: fambav " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "command is missing, expected one of plan, bench"),
+        (["plna"], "command is 'plna', expected a known name; did you mean 'plan'?"),
+        (["plan", *RUN, "--lr", "x"], "--lr is 'x', expected a number"),
+        (["plan", *RUN, "--fusion-strategy", "upper"], "fusion_layer is 11, expected 1 to 6"),
+        (["plan", "--model", "timm/resnet10t"], "expected one whose tokens can be fused"),
+        (["plan", "--model", "timm/resnet10x"], "did you mean 'resnet10t'?"),
+        (["plan", *RUN, "--input-size", "30"], "30"),
+        (["list", "modles"], "invalid choice: 'modles'"),
+        (["list"], "the following arguments are required"),
+        (["bench"], "the following arguments are required"),
+        (["bench", "scan", "--length", "x"], "argument --length: invalid int value: 'x'"),
+        (["bench", "scan", "--leng", "3"], "unrecognized arguments: --leng 3"),
+        (["bench", "scan", "--batch", "0"], "batch is 0, expected at least 1"),
+        (["bench", "scan", "--warmup", "-1"], "--warmup is -1, expected at least 0"),
+        (["bench", "scan", "--length", "9"], "length is 9, expected more than 65"),
+        (["bench", "scan", "--device", "cuda:99"], "device is cuda:99, expected"),
+        (["doctor", "now"], "unrecognized arguments: now"),
+        (["predict"], "images are missing, expected fambav predict CHECKPOINT IMAGE ..."),
+        (["predict", "a.pth"], "images are missing"),
+        (["predict", "a.pth", "b.png", "--topk", "0"], "--topk is 0, expected at least 1"),
+        (["predict", "a.pth", "b.png", "--modle", "x"], "--modle is not a flag"),
+        (["predict", "no.pth", "b.png"], "checkpoint is no.pth, expected a file that exists"),
+        (["table"], "the following arguments are required: RUN"),
+        (["table", "no/such"], "run is 'no/such', expected a folder with log.txt and config.yaml"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_status_2(capsys, words, message):
+    assert console(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+class Worker(ValueError):
+    """What a loader process raised, as torch passes it on: with its traceback in the text."""
+
+    __module__ = "fambav.data.arrays"
+    __qualname__ = "DataError"
+
+
+TRACE = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+TRACE += 'last):\n  File "x.py", line 1\nfambav.data.arrays.DataError: a.png is damaged\n'
+DIVERGED = type("DivergedError", (RuntimeError,), {"__module__": "fambav.engine.train"})
+BACKEND = type("BackendError", (RuntimeError,), {"__module__": "fambav.ops.dispatch"})
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ConfigError("lr is 3"), 2, "error: lr is 3"),
+        (BACKEND("backend 'cuda' cannot run"), 2, "error: backend 'cuda' cannot run"),
+        (DIVERGED("loss is nan"), 3, "error: loss is nan"),
+        (Worker(TRACE), 2, "error: a.png is damaged"),
+        (Worker("two\nlines"), 2, "error: two lines"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: permission den"),
+        (OSError(errno.ENOSPC, "No space left on device"), 4, "error: no space left on device; no"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_is_not_a_bug_is_one_line_with_its_status(job, capsys, error, status, line):
+    job(failing(error))
+    assert main(RUN) == status
+    err = capsys.readouterr().err
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("too many values"), RuntimeError("shapes"), OSError("?"), KeyError("x")]
+)
+def test_a_bug_keeps_its_traceback(job, error):
+    job(failing(error))
+    with pytest.raises(type(error)):
+        main(RUN)
+
+
+def test_a_value_error_of_this_package_is_the_users(job, capsys):
+    job(lambda _: registry.REDUCERS["tome"])
+    assert main(RUN) == 2
+    assert capsys.readouterr().err.startswith("error: fusion_method is 'tome', expected")
+
+
+def test_only_the_first_of_many_processes_speaks(job, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    job(failing(ConfigError("lr is 3")))
+    assert main([]) == 2
+    assert main([*RUN, "--lr", "abc"]) == 2
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert main([*RUN, "--lr", "abc"]) == 2
+    assert capsys.readouterr().err == "error: --lr is 'abc', expected a number\n"
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from fambav.cli import console; raise SystemExit(console(['list', 'models']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_main_py_is_the_same_program():
+    words = [sys.executable, str(ROOT / "main.py"), "--modle", "x"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert (done.stdout, done.stderr) == (
+        "",
+        "error: --modle is not a flag; did you mean --model?\n",
+    )
+
+
+def test_plan_prints_the_tokens_of_the_readme_command(capsys):
+    words = "--model vim_tiny --fusion-strategy upper --fusion-layer 4 --fusion-token 8"
+    assert console(["plan", *words.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["1-3", "197", "-", "197"]
+    assert [int(line.split()[3]) for line in lines[2:23]] == list(range(189, 28, -8))
+    assert lines[23] == "total removed: 168 of 197 tokens"
+
+
+def test_plan_reads_a_file_and_tells_which_if_none_is_named(capsys):
+    path = ROOT / "configs/digits/vim_micro_upper.yaml"
+    assert console(["plan", "--config", str(path)]) == 0
+    named = capsys.readouterr().out
+    assert console(["plan"]) == 0
+    assert capsys.readouterr().out.split("\n", 1)[1] == named
+    assert named.splitlines()[-2] == "total removed: 48 of 65 tokens"
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("models", registry.MODELS),
+        ("strategies", registry.STRATEGIES),
+        ("methods", registry.METHODS),
+        ("data-sets", registry.DATA_SETS),
+        ("backends", registry.SCAN_BACKENDS),
+    ],
+)
+def test_list_prints_the_names(capsys, kind, names):
+    assert console(["list", kind]) == 0
+    assert capsys.readouterr().out.splitlines()[: len(names)] == list(names)
+
+
+def test_doctor_tells_of_every_backend_whether_it_can_run_here(capsys):
+    from fambav.ops import backends
+
+    assert console(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("python", "torch", "torchvision", "timm", "pillow", "triton"):
+        assert f"\n{name} " in f"\n{shown}"
+    lines = [line.split(maxsplit=2) for line in shown.splitlines()]
+    for op, backend, reason in backends():
+        assert [op, backend, f"no: {reason}" if reason else "runs here"] in lines
+
+
+def test_bench_prints_its_report_and_writes_it(capsys, tmp_path):
+    target = tmp_path / "scan.json"
+    words = "bench scan --batch 1 --length 66 --dim 4 --state 2 --rounds 1 --warmup 0 --json"
+    assert console([*words.split(), str(target)]) == 0
+    report = json.loads(target.read_text())
+    assert report["settings"]["dim"] == 4
+    assert {"cpu", "reference"} <= {row["backend"] for row in report["rows"]}
+    assert "times faster" in capsys.readouterr().out
+
+
+def test_predict_prints_the_guesses_of_each_image(capsys, monkeypatch):
+    seen = {}
+
+    def predict(checkpoint, images, **rest):
+        seen.update(rest, checkpoint=checkpoint, images=images)
+        return [[("cat", 0.75), ("dog", 0.25)] for _ in images]
+
+    monkeypatch.setattr("fambav.build.predict", predict)
+    assert console(["predict", "w.pth", "a.png", "b.png", "--topk", "2", "--device", "cpu"]) == 0
+    assert seen == {
+        "checkpoint": "w.pth",
+        "images": ["a.png", "b.png"],
+        "topk": 2,
+        "device": "cpu",
+        "config": None,
+    }
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == ["a.png", "   75.0%  cat", "   25.0%  dog", "b.png", *shown[1:3]]
+    assert console(["predict", "w.pth", "a.png", "--model", "vim_small"]) == 0
+    assert seen["config"].model.model == "vim_small"
+
+
+def test_table_compares_runs(capsys, tmp_path):
+    from tests.test_comparison import epoch, made
+
+    runs = [str(made(tmp_path / name, [epoch(0)] * 3)) for name in ("one", "two")]
+    assert console(["table", *runs]) == 0
+    plain = capsys.readouterr().out
+    assert [line.split()[0] for line in plain.splitlines()[1:3]] == ["one", "two"]
+    assert console(["table", "--markdown", *runs]) == 0
+    assert capsys.readouterr().out.startswith("| run | model |")

@@ -1,0 +1,65 @@
+"""What the README shows is what the software does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fambav.config import parse
+from fambav.registry import REDUCERS
+
+README = Path(__file__).parent.parent / "README.md"
+TEXT = README.read_text()
+BLOCKS = dict(re.findall(r"## ([^\n]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", TEXT, re.DOTALL))
+
+
+@pytest.fixture
+def registry():
+    before = dict(REDUCERS._builders)
+    yield
+    REDUCERS._builders.clear()
+    REDUCERS._builders.update(before)
+
+
+def test_the_reducer_of_the_readme_removes_what_the_plan_says(registry):
+    shown = {}
+    exec(compile(BLOCKS["A reducer of your own"], README.name, "exec"), shown)
+    model = shown["model"]
+    seen = []
+    for block in model.layers:
+        block.mixer.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert tuple(seen) == model.schedule.lengths == (65, 65, 53, 41, 29, 17)
+
+
+def commands():
+    """Every command line that gives flags to main.py, without its continuation lines' ends."""
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = re.sub(r"\s#.*", "", line).split()
+            if "main.py" in words:
+                yield words[words.index("main.py") + 1 :]
+
+
+@pytest.mark.parametrize("flags", list(commands()), ids=" ".join)
+def test_every_command_of_the_readme_is_understood(flags):
+    parse(flags)
+
+
+def rows():
+    for row in re.findall(r"^\| `[st]-.*\| `(--fusion[^|]*)` ", TEXT, re.MULTILINE):
+        yield row.split("`")[0].split()
+
+
+@pytest.mark.parametrize("flags", list(rows()), ids=" ".join)
+def test_every_row_of_the_table_of_scripts_fuses_what_the_original_meant_to(flags):
+    fusion = parse(["--model", "vim_tiny", *flags]).fusion
+    assert fusion.fusion_strategy in flags
+    assert fusion.fusion_strategy == "none" or str(fusion.fusion_token) in flags
+
+
+def test_the_table_of_scripts_names_all_thirty_six():
+    named = set(re.findall(r"`([st]-(?:cifar|imagenet)-[a-z0-9-]+)`", TEXT))
+    listed = named | {f"t-cifar-lower-merge-r{r}-l4" for r in range(1, 9)}
+    assert len(listed) == 36

@@ -1,0 +1,581 @@
+"""Whole runs through the command line: what they print, write, refuse and resume."""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from fambav import cli
+from fambav.build import jobs, model, predict
+from fambav.config import parse
+from fambav.engine import checkpoint, fit, train
+from fambav.engine.evaluate import Scores
+from fambav.engine.record import Recorder
+from fambav.models import Vim
+from tests.data.made import made_cifar, made_cifar10
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = {"train_seconds", "eval_seconds", "save_seconds", "images_per_second", "rss_mib"}
+EPOCHS = 3
+
+
+def go(*words):
+    """Call main.py in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main([str(word) for word in words])
+    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+def refused(*words):
+    """Call main.py, see that it refuses in one line, and return that line."""
+    found = go(*words)
+    assert found.status == 2, found.out + found.err
+    assert found.err.startswith("error: ")
+    assert found.err.count("\n") == 1
+    return found.err
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    made_cifar(folder, train=40, test=37)
+    return folder
+
+
+FUSION = ["--fusion-strategy", "upper", "--fusion-layer", "4", "--fusion-token", "3"]
+
+
+@pytest.fixture(scope="module")
+def unfused(data):
+    """A run of 2 updates per epoch with everything that has a memory or draws numbers."""
+    text = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 8
+        --grad-accum-steps 2 --epochs 3 --warmup-epochs 1 --lr 1e-3 --unscale-lr --clip-grad 1
+        --drop-path 0.3 --log_every 1"""
+    return [*text.split(), "--data-path", str(data)]
+
+
+@pytest.fixture(scope="module")
+def flags(unfused):
+    return [*unfused, *FUSION]
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "a run"
+    return SimpleNamespace(folder=folder, **vars(go(*flags, "--output_dir", folder)))
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def lasting(records):
+    return [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
+
+
+def same(one, other):
+    """Whether two trees of plain data and tensors are equal to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other or (one != one and other != other)
+
+
+def test_a_run_says_its_plan_and_what_tools_look_for(finished):
+    assert finished.status == 0, finished.err
+    assert "total removed: 9 of 17 tokens" in finished.out
+    assert finished.out.index("total removed") < finished.out.index("Epoch: [0]")
+    assert finished.out.count("* Acc@1 ") == EPOCHS
+    assert finished.out.count("Max accuracy: ") == EPOCHS
+    assert "Epoch: [2] [2/2] loss " in finished.out
+    assert finished.out.splitlines()[-1].startswith("Training time 0:")
+    assert finished.err == ""
+
+
+def test_a_run_leaves_its_files(finished):
+    names = {path.name.split(".out")[0] for path in finished.folder.iterdir()}
+    assert names == {
+        "checkpoint.pth",
+        "best_checkpoint.pth",
+        "model.safetensors",
+        "log.txt",
+        "metrics.csv",
+        "events",
+        "config.yaml",
+        "env.json",
+        "plan.json",
+    }
+    assert json.loads((finished.folder / "plan.json").read_text())["lengths"] == [17] * 3 + [
+        14,
+        11,
+        8,
+    ]
+    about = json.loads((finished.folder / "env.json").read_text())
+    assert (about["processes"], about["device"], about["precision"]) == (1, "cpu", "float32")
+    assert len(about["data"]["sha256"]) == 64
+
+
+def test_the_log_holds_one_full_line_per_epoch(finished):
+    lines = log(finished.folder)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    wanted = """train_lr train_loss test_loss test_acc1 test_acc5 epoch n_parameters test_ema_loss
+        test_ema_acc1 test_ema_acc5 train_seconds eval_seconds save_seconds images_per_second
+        peak_memory_mib peak_memory_kind rss_mib tokens skipped_updates"""
+    for line in lines:
+        assert set(line) == set(wanted.split())
+        assert line["tokens"] == [17, 17, 17, 14, 11, 8]
+        assert line["peak_memory_kind"] == "saved for backward"
+        assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
+        assert 0 < line["peak_memory_mib"] < 20 < line["rss_mib"]
+        assert line["save_seconds"] > 0
+        # 37 samples, each counted once
+        assert line["test_acc1"] * 37 / 100 == pytest.approx(round(line["test_acc1"] * 37 / 100))
+    rows = csv.DictReader((finished.folder / "metrics.csv").read_text().splitlines())
+    assert [float(row["train_loss"]) for row in rows] == [line["train_loss"] for line in lines]
+
+
+def test_peak_memory_is_the_same_in_every_epoch(finished):
+    assert len({line["peak_memory_mib"] for line in log(finished.folder)}) == 1
+
+
+def test_the_written_configuration_is_the_run_again(finished, flags):
+    again = parse(["--config", str(finished.folder / "config.yaml")])
+    asked = parse([*flags, "--output_dir", str(finished.folder), "--num-classes", "100"])
+    assert again.flat() == asked.flat()
+    assert yaml.safe_load((finished.folder / "config.yaml").read_text())["num_classes"] == 100
+
+
+def test_the_checkpoint_says_what_it_is_of(finished):
+    state = torch.load(finished.folder / "checkpoint.pth", weights_only=True)
+    assert state["epoch"] == EPOCHS - 1
+    assert state["class_token"] == "middle"
+    assert state["schedule"]["lengths"] == [17, 17, 17, 14, 11, 8]
+    assert state["config"]["fusion_token"] == 3
+    assert state["best_acc1"] == max(line["test_acc1"] for line in log(finished.folder))
+    assert set(state) >= {"model", "optimizer", "model_ema", "scaler", "history"}
+    alone = checkpoint.load(finished.folder / "model.safetensors")
+    assert same(alone["model"], dict(state["model"]))
+    assert alone["metadata"]["class_token"] == "middle"
+    assert not same(state["model"], state["model_ema"])
+
+
+def test_the_best_checkpoint_is_that_of_the_best_epoch(finished):
+    best = torch.load(finished.folder / "best_checkpoint.pth", weights_only=True)
+    accuracies = [line["test_acc1"] for line in log(finished.folder)]
+    assert best["epoch"] == accuracies.index(max(accuracies))
+
+
+class Crash(BaseException):
+    """Stands for a kill signal: nothing may catch it."""
+
+
+def crash_in_update(monkeypatch):
+    real = train.Update.__call__
+
+    def call(self, batches, number):
+        if number == 3:  # in the middle of the second epoch
+            raise Crash
+        return real(self, batches, number)
+
+    monkeypatch.setattr(train.Update, "__call__", call)
+
+
+def crash_before_log(monkeypatch):
+    real = Recorder.epoch
+
+    def epoch(self, record):
+        if record["epoch"] == 1:  # its checkpoint is there already
+            raise Crash
+        real(self, record)
+
+    monkeypatch.setattr(Recorder, "epoch", epoch)
+
+
+def crash_before_best(monkeypatch):
+    def copy(source, target):
+        raise Crash
+
+    monkeypatch.setattr(fit.checkpoint, "copy", copy)
+
+
+@pytest.mark.parametrize("crash", [crash_in_update, crash_before_log, crash_before_best])
+def test_a_resumed_run_is_bit_identical(finished, flags, tmp_path, crash):
+    where = ["--output_dir", tmp_path]
+    with pytest.MonkeyPatch.context() as patch:
+        crash(patch)
+        with pytest.raises(Crash):
+            go(*flags, *where)
+    torch.manual_seed(99)  # whatever was drawn before must not matter
+    found = go(*flags, *where, "--resume", "auto")
+    assert found.status == 0, found.err
+    assert "going on from" in found.out
+    for name in ("checkpoint.pth", "best_checkpoint.pth"):
+        ours, theirs = (checkpoint.load(f / name) for f in (tmp_path, finished.folder))
+        for part in ("model", "optimizer", "model_ema", "epoch", "best_acc1"):
+            assert same(ours[part], theirs[part]), (name, part)
+        assert lasting(ours["history"]) == lasting(theirs["history"])
+    assert lasting(log(tmp_path)) == lasting(log(finished.folder))
+
+
+class Scripted:
+    """Evaluation whose top-1 is known beforehand, for the raw weights and for the average."""
+
+    def __init__(self, *accuracies):
+        self.accuracies = iter([accuracy for a in accuracies for accuracy in (a, a + 1)])
+
+    def __call__(self, net, **given):
+        return Scores(acc1=next(self.accuracies), acc5=50.0, loss=1.0, samples=37)
+
+
+def test_the_best_epoch_is_kept_over_a_crash_that_lost_its_copy(flags, tmp_path):
+    real, copies = checkpoint.copy, []
+
+    def copy(source, target):
+        copies.append(target.name)
+        if len(copies) == 2:
+            raise Crash
+        real(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit.checkpoint, "copy", copy)
+        patch.setattr(jobs, "evaluate", Scripted(5.0, 9.0))
+        with pytest.raises(Crash):
+            go(*flags, "--output_dir", tmp_path)
+    assert copies == ["best_checkpoint.pth"] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "evaluate", Scripted(7.0))
+        found = go(*flags, "--output_dir", tmp_path, "--resume", "auto")
+    assert found.status == 0, found.err
+    assert "Max accuracy: 9.00%" in found.out
+    assert checkpoint.load(tmp_path / "best_checkpoint.pth")["epoch"] == 1
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["best_acc1"] == 9.0
+    assert [line["test_acc1"] for line in log(tmp_path)] == [5.0, 9.0, 7.0]
+    assert [line["test_ema_acc1"] for line in log(tmp_path)] == [6.0, 10.0, 8.0]
+
+
+def test_loader_processes_change_nothing(finished, flags, tmp_path):
+    found = go(*flags, "--num_workers", "2", "--output_dir", tmp_path)
+    assert found.status == 0, found.err
+    assert lasting(log(tmp_path)) == lasting(log(finished.folder))
+
+
+def test_auto_without_a_checkpoint_starts_and_says_so(flags, tmp_path):
+    found = go(*flags, "--output_dir", tmp_path, "--resume", "auto", "--epochs", "1")
+    assert found.status == 0, found.err
+    assert f"there is no {tmp_path / 'checkpoint.pth'}: starting anew" in found.out
+
+
+def test_resuming_a_file_goes_on_in_its_folder_or_takes_the_history_along(
+    finished, flags, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    source = finished.folder / "checkpoint.pth"
+    before = sorted(path.name for path in finished.folder.iterdir())
+    found = go(*flags, "--resume", source, "--output_dir", "elsewhere")
+    assert found.status == 0, found.err
+    assert lasting(log(Path("elsewhere"))) == lasting(log(finished.folder))
+    assert sorted(path.name for path in finished.folder.iterdir()) == before
+    crashed = Path("crashed")
+    go(*flags, "--output_dir", crashed, "--seed", "5")
+    found = go(*flags, "--resume", crashed / "checkpoint.pth", "--seed", "5")
+    assert found.status == 0, found.err
+    assert not Path("output").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--lr", "2e-3"], "lr 0.001 -> 0.002"),
+        (["--class-token", "head"], "class_token middle -> head"),
+        (["--fusion-token", "2", "--seed", "4"], "fusion_token 3 -> 2, seed 0 -> 4"),
+        (["--grad-accum-steps", "1"], "images per update 16 -> 8"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_with_their_names(finished, flags, change, named):
+    line = refused(*flags, "--resume", finished.folder / "checkpoint.pth", *change)
+    assert "is of a run with other settings" in line
+    assert named in line
+
+
+def test_resuming_may_deal_an_update_otherwise(finished, flags):
+    found = go(
+        *(*flags, "--resume", finished.folder / "checkpoint.pth"),
+        *("--batch-size", "4", "--grad-accum-steps", "4", "--log_every", "7"),
+    )
+    assert found.status == 0, found.err
+
+
+def test_an_earlier_run_in_the_same_folder_is_not_lost(flags, tmp_path):
+    short = [*flags, "--epochs", "1", "--output_dir", tmp_path]
+    go(*short)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    found = go(*short, "--seed", "1")
+    assert "holds an earlier run" in found.out
+    kept = next(tmp_path.glob("earlier-*"))
+    assert (kept / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "model.safetensors").read_bytes() != weights
+    assert len(log(tmp_path)) == 1
+
+
+def test_evaluation_of_a_run_repeats_its_last_scores(finished, flags):
+    found = go(*flags, "--eval", "--resume", finished.folder / "checkpoint.pth")
+    assert found.status == 0, found.err
+    last = log(finished.folder)[-1]
+    scores = [f"Acc@1 {last[f'test_{kind}acc1']:.3f}" for kind in ("", "ema_")]
+    lines = [line for line in found.out.splitlines() if "Acc@1" in line]
+    assert lines[0].startswith(f"* {scores[0]}")
+    assert lines[1].startswith(f"EMA {scores[1]}")
+    assert "Accuracy of the network on the 37 test images" in found.out
+
+
+@pytest.fixture(scope="module")
+def published(flags, tmp_path_factory):
+    """A file as Vim's own code writes it, of an unfused model of 16 x 16 pixels."""
+    torch.manual_seed(0)
+    net = model(parse(["--model", "vim_micro", "--input-size", "16"]), num_classes=100)
+    args = argparse.Namespace(model="vim_tiny_patch16_224_bimambav2", input_size=16, lr=1e-3)
+    path = tmp_path_factory.mktemp("published") / "vim_t.pth"
+    weights = {f"module.{name}": value for name, value in net.state_dict().items()}
+    optimizer = torch.optim.AdamW(net.parameters()).state_dict()
+    torch.save(
+        {"model": weights, "optimizer": optimizer, "epoch": 9, "scaler": "none", "args": args}, path
+    )
+    return path
+
+
+def test_a_published_file_is_evaluated_with_fusion_and_without_training(
+    published, unfused, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    plain, fused, larger = (
+        go(*unfused, "--eval", "--resume", published, *more)
+        for more in ([], FUSION, ["--input-size", "32"])
+    )
+    for found in (plain, fused, larger):
+        assert found.status == 0, found.err
+        assert "* Acc@1 " in found.out
+    scores = {found.out[found.out.index("* Acc@1") :] for found in (plain, fused, larger)}
+    assert len(scores) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_published_file_is_no_run_to_go_on_with(published, flags):
+    line = refused(*flags, "--resume", published)
+    assert "expected a checkpoint of ours; --finetune starts from its weights" in line
+
+
+def test_another_class_token_is_refused_though_all_names_fit(published, flags):
+    line = refused(*flags, "--eval", "--resume", published, "--class-token", "head")
+    assert "class_token is 'head', expected 'middle' as the checkpoint was trained" in line
+
+
+def test_finetuning_takes_another_head_and_another_size(published, flags, tmp_path):
+    other = ["--data-set", "CIFAR10", "--data-path", made_cifar10(tmp_path / "data")]
+    found = go(
+        *(*flags, *other, "--finetune", published, "--input-size", "20", "--epochs", "1"),
+        *("--warmup-lr", "0", "--lr", "1e-12", "--min-lr", "0", "--output_dir", tmp_path / "run"),
+    )
+    assert found.status == 0, found.err
+    before = torch.load(published, weights_only=False)["model"]
+    after = checkpoint.load(tmp_path / "run" / "checkpoint.pth")["model"]
+    assert after["head.weight"].shape == (10, 64)
+    name = "layers.0.mixer.in_proj.weight"
+    torch.testing.assert_close(after[name], before[f"module.{name}"], rtol=0, atol=1e-6)
+    assert after["pos_embed"].shape == (1, 26, 64)
+
+
+def test_another_number_of_classes_is_refused_with_both_numbers(published, flags):
+    digits = [*flags, "--data-set", "DIGITS", "--data-path", "datasets"]
+    line = refused(*digits, "--eval", "--resume", published)
+    assert "checkpoint has 100 classes, expected 10" in line
+    assert "num_classes is 7, expected 100" in refused(*flags, "--num-classes", "7")
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    flags, unfused, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    file, broken = tmp_path / "file", tmp_path / "broken.pth"
+    file.touch()
+    broken.write_bytes(b"PK" + bytes(99))
+    for words, expected in {
+        ("--data-path", "nowhere"): "nowhere",
+        ("--fusion-token", "9"): "fusion_token is 9, expected at most",
+        ("--input-size", "18"): "img_size is 18",
+        ("--output_dir", "file"): "file",
+        ("--resume", "broken.pth"): "broken.pth is truncated or damaged",
+        ("--resume", "none.pth"): "checkpoint is none.pth, expected a file that exists",
+        ("--finetune", "none.pth"): "checkpoint is none.pth, expected a file that exists",
+        ("--batch-size", "64"): "batch_size is 64",
+        ("--scan-backend", "cuda"): "'cuda'",
+        ("--device", "cuda:7"): "device is cuda:7",
+        ("--model", "timm/deit_tony"): "model is 'timm/deit_tony'",
+    }.items():
+        base = unfused if "--model" in words else flags
+        assert expected in refused(*base, *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.pth", "file"]
+
+
+def test_a_run_that_diverges_ends_with_status_3_and_keeps_its_finite_files(
+    flags, tmp_path, monkeypatch
+):
+    real = train.Update.__call__
+
+    def call(self, batches, number):
+        return real(self, batches, number) * (math.inf if number == 3 else 1)
+
+    monkeypatch.setattr(train.Update, "__call__", call)
+    found = go(*flags, "--output_dir", tmp_path)
+    assert found.status == 3
+    assert found.err.startswith("error: loss is inf at update 3, expected a finite number")
+    assert len(log(tmp_path)) == 1
+    state = checkpoint.load(tmp_path / "checkpoint.pth")
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--if_amp", "--amp_dtype", "bf16", "--epoch-sched", "--no-model-ema", "--opt", "lion"],
+        ["--if_amp", "--amp-dtype", "fp16", "--class-token", "double", "--ThreeAugment"],
+        ["--mixup", "0", "--cutmix", "0", "--bce-loss", "--smoothing", "0", "--deterministic"],
+        ["--bimamba-type", "none", "--class-token", "none", "--grad-checkpointing"],
+        ["--model", "timm/vit_tiny_patch16_224", "--drop", "0.1"],
+        ["--fusion-method", "ordered", "--num_workers", "3", "--data-stats", "own"],
+        ["--decay-groups", "published", "--scan-backend", "reference", "--if_continue_inf"],
+    ],
+    ids=" ".join,
+)
+def test_settings_train_together(flags, unfused, tmp_path, words):
+    found = go(
+        *(unfused if "--model" in words else flags),
+        *words,
+        "--epochs",
+        "1",
+        "--output_dir",
+        tmp_path,
+    )
+    assert found.status == 0, found.err
+    assert len(log(tmp_path)) == 1
+    if "--num_workers" in words and (os.cpu_count() or 1) < 3:
+        assert found.out.count("num_workers is 3 on ") == 1
+
+
+def test_prediction_needs_nothing_but_a_file_of_ours_and_images(finished, tmp_path):
+    from PIL import Image
+
+    image = tmp_path / "image.png"
+    Image.new("RGB", (40, 30), (200, 10, 30)).save(image)
+    for name in ("checkpoint.pth", "model.safetensors"):
+        (guesses,) = predict(finished.folder / name, [image], topk=3)
+        assert len(guesses) == 3
+        assert all(name.startswith("class_") for name, _ in guesses)
+        shares = [share for _, share in guesses]
+        assert shares == sorted(shares, reverse=True)
+        assert 0 < sum(shares) <= 1
+
+
+def test_prediction_with_a_published_file_needs_the_name_of_its_model(published, tmp_path):
+    from PIL import Image
+
+    image = tmp_path / "image.png"
+    Image.new("RGB", (16, 16)).save(image)
+    with pytest.raises(checkpoint.CheckpointError, match="name its model with --model"):
+        predict(published, [image])
+    config = parse(["--model", "vim_micro", "--input-size", "16"])
+    (guesses,) = predict(published, [image], config=config)
+    assert len(guesses) == 5
+    assert {name for name, _ in guesses} <= set(map(str, range(100)))
+
+
+def test_a_model_is_built_as_the_flags_say():
+    words = "--model vim_micro --stride 2 --class-token head --drop-path 0.5 --fusion-plan 2:5"
+    net = model(parse(words.split()), num_classes=7)
+    assert isinstance(net, Vim)
+    assert (net.num_classes, net.class_token, net.length) == (7, "head", 226)
+    assert net.schedule.counts == (0, 5, 0, 0, 0, 0)
+    assert net.drop_path.rate == 0.5
+
+
+def launch(command, words, folder):
+    """Start main.py under a launcher, as a user does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(ROOT / "main.py"), *words, "--output_dir", folder],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+    )
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def pair(flags, tmp_path_factory):
+    """Five updates on two processes and on one, on the same 16 images each."""
+    folder = tmp_path_factory.mktemp("pair")
+    plain = [*flags, "--mixup", "0", "--cutmix", "0", "--epochs", "5", "--no-repeated-aug"]
+    one = [*plain, "--batch-size", "32", "--grad-accum-steps", "1"]
+    two = [*plain, "--batch-size", "8", "--grad-accum-steps", "2"]
+    alone = go(*one, "--output_dir", folder / "one")
+    alone.folder = folder / "one"
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return alone, launch(torchrun, two, folder / "two")
+
+
+def test_two_processes_have_the_losses_of_one(pair):
+    one, two = pair
+    assert one.status == two.status == 0, two.err
+    ours, theirs = log(two.folder), log(one.folder)
+    assert len(ours) == 5
+    for key in ("train_loss", "test_loss", "test_ema_loss", "train_lr"):
+        assert [x[key] for x in ours] == pytest.approx([x[key] for x in theirs], rel=1e-5), key
+    assert len({round(x["train_loss"], 3) for x in ours}) == 5
+
+
+def test_two_processes_count_every_test_image_once(pair):
+    one, two = pair
+    for key in ("test_acc1", "test_acc5"):
+        assert [x[key] for x in log(two.folder)] == pytest.approx(
+            [x[key] for x in log(one.folder)], abs=100 / 37 + 1e-6
+        )
+
+
+def test_of_two_processes_one_prints_and_writes(pair):
+    two = pair[1]
+    assert two.out.count("total removed") == 1
+    assert two.out.count("Training time") == 1
+    assert json.loads((two.folder / "env.json").read_text())["processes"] == 2
+    assert not list(two.folder.glob(".tmp-*"))
+
+
+def test_the_old_launcher_starts_a_single_process(flags, tmp_path):
+    launcher = ["torch.distributed.launch", "--nproc_per_node=1", "--use_env"]
+    found = launch(launcher, [*flags, "--epochs", "1", "--local-rank", "0"], tmp_path / "run")
+    assert found.status == 0, found.err
+    assert len(log(tmp_path / "run")) == 1
+
+
+def test_two_processes_tell_a_mistake_once(flags, tmp_path):
+    launcher = ["torch.distributed.launch", "--nproc_per_node=2", "--use_env"]
+    found = launch(launcher, [*flags, "--resume", "none.pth"], tmp_path / "run")
+    assert found.status != 0
+    lines = [line for line in found.err.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: checkpoint is none.pth, expected a file that exists"]
+    assert not (tmp_path / "run").exists()
