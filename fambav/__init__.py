@@ -1,3 +1,16 @@
 """Vision Mamba training made fast by cross-layer token fusion."""
 
+from __future__ import annotations
+
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for, so that `import fambav` stays light."""
+    if name == "from_pretrained":
+        from fambav.build import from_pretrained
+
+        return from_pretrained
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -206,9 +206,10 @@ COMMANDS: dict[str, Callable[[Words], None]] = {
 
 def _guarded(function: Callable[[Words], int], words: Words) -> int:
     """Call `function`; turn what is not a bug into a line and a status."""
-    # Read when torch loads its thread pool.  By default idle threads spin, and on cores that are
-    # shared with other programs a step then takes several times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch loads its thread pool.  By default idle threads spin for milliseconds: on
+        # cores that are shared with other programs a step then takes up to twenty times as long.
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
         status = function(words)
         sys.stdout.flush()

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import fambav
 from fambav import cli
 from fambav.build import jobs, model, predict
 from fambav.config import parse
@@ -342,6 +343,11 @@ def test_evaluation_of_a_run_repeats_its_last_scores(finished, flags):
     assert lines[0].startswith(f"* {scores[0]}")
     assert lines[1].startswith(f"EMA {scores[1]}")
     assert "Accuracy of the network on the 37 test images" in found.out
+    again = go(*flags, "--eval", "--resume", "auto", "--output_dir", finished.folder)
+    assert again.out == found.out
+    alone = go(*flags, "--eval", "--resume", finished.folder / "model.safetensors")
+    assert lines[0] in alone.out
+    assert "EMA" not in alone.out
 
 
 @pytest.fixture(scope="module")
@@ -489,6 +495,8 @@ def test_prediction_needs_nothing_but_a_file_of_ours_and_images(finished, tmp_pa
         shares = [share for _, share in guesses]
         assert shares == sorted(shares, reverse=True)
         assert 0 < sum(shares) <= 1
+    with pytest.raises(checkpoint.CheckpointError, match="says itself what it is of"):
+        predict(finished.folder / "checkpoint.pth", [image], config=parse(["--model", "vim_tiny"]))
 
 
 def test_prediction_with_a_published_file_needs_the_name_of_its_model(published, tmp_path):
@@ -579,3 +587,33 @@ def test_two_processes_tell_a_mistake_once(flags, tmp_path):
     lines = [line for line in found.err.splitlines() if line.startswith("error: ")]
     assert lines == ["error: checkpoint is none.pth, expected a file that exists"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_comes_back_from_a_file_and_may_fuse_otherwise(finished):
+    images = torch.randn(2, 3, 16, 16)
+    own, other = (
+        fambav.from_pretrained(finished.folder / "checkpoint.pth", **changes)
+        for changes in ({}, {"fusion_strategy": "none"})
+    )
+    saved = checkpoint.load(finished.folder / "checkpoint.pth")
+    assert own.schedule.lengths == tuple(saved["schedule"]["lengths"])
+    assert set(other.schedule.lengths) == {own.length}
+    assert all(torch.equal(v, saved["model"][n]) for n, v in other.state_dict().items())
+    assert own(images).shape == other(images).shape == (2, 100)
+    assert not torch.equal(own(images), other(images))
+
+
+def test_a_published_file_comes_back_as_the_model_that_is_named(published):
+    with pytest.raises(checkpoint.CheckpointError, match="name its model"):
+        fambav.from_pretrained(published)
+    net = fambav.from_pretrained(published, model="vim_micro", input_size=16)
+    assert net.num_classes == 100
+    with pytest.raises(
+        checkpoint.CheckpointError, match="class_token is 'head', expected 'middle'"
+    ):
+        fambav.from_pretrained(published, model="vim_micro", input_size=16, class_token="head")
+
+
+def test_the_package_offers_nothing_else_lazily():
+    with pytest.raises(AttributeError, match="no attribute 'from_nowhere'"):
+        fambav.from_nowhere  # noqa: B018  asking is the test

@@ -5,6 +5,6 @@ Config -> plan -> data -> run folder -> model -> update -> fit
 
 from fambav.build.jobs import run
 from fambav.build.network import model, schedule
-from fambav.build.prediction import predict
+from fambav.build.prediction import from_pretrained, predict
 
-__all__ = ["model", "predict", "run", "schedule"]
+__all__ = ["from_pretrained", "model", "predict", "run", "schedule"]

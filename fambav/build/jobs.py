@@ -52,9 +52,10 @@ def run(config: Config) -> int:
 def _settings(config: Config) -> Iterator[None]:
     """Set what holds for the whole process, and put it back at the end."""
     backend, exact = config.model.scan_backend, config.run.deterministic
+    products, threads = config.optim.matmul_precision, config.run.threads
     with (
         warnings.catch_warnings(),
-        numerics(deterministic=exact, matmul_precision=config.optim.matmul_precision),
+        numerics(deterministic=exact, matmul_precision=products, threads=threads),
         nullcontext() if backend is None else force(None),  # puts back what was forced before
     ):
         warnings.filterwarnings("ignore", "This DataLoader will create")  # said by `advise`

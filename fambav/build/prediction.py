@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fambav import data
 from fambav.build import batches, saved
@@ -19,6 +20,30 @@ from fambav.engine.runtime import processes
 from fambav.models import official
 
 Guess = tuple[str, float]
+
+
+def from_pretrained(path: str | Path, **settings: Any) -> nn.Module:
+    """Build the model of a file and load its weights.
+
+    Args:
+        path: A checkpoint of ours, which knows its own model, a published one of Vim's, which
+            needs `model="vim_tiny"` or the like, or a `.safetensors` file of ours.
+        settings: Settings by the names of main.py's flags, with underscores, such as
+            `fusion_strategy="upper", fusion_layer=6, fusion_token=9`: fusion has no weights and
+            may differ from what the file was trained with.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: If the file cannot be used, or does not say what model it is of.
+        ConfigError: If a setting is unknown or wrong.
+    """
+    source = Path(path)
+    state = checkpoint.load(source)
+    asked = Config.from_flat(settings) if "model" in settings else None
+    made_with = _made_with(source, state, asked)
+    return _loaded(source, state, made_with.replace(**settings) if settings else made_with)
 
 
 def predict(
@@ -34,7 +59,7 @@ def predict(
     Args:
         path: A checkpoint or a `.safetensors` file.
         images: Image files.
-        config: The model of a file that is not ours; a file of ours knows its own.
+        config: The model of a file that is not ours; a file of ours knows its own and takes none.
         device: `cpu`, `cuda` or None for a GPU if there is one.
         topk: Guesses for each image, at most the number of classes.
 
@@ -48,17 +73,12 @@ def predict(
     """
     source = Path(path)
     state = checkpoint.load(source)
-    made_with = saved.settings(state) or config
-    if made_with is None:
-        hint = "name its model with --model"
-        raise CheckpointError(
-            f"{source} does not say what it is of, expected a file of ours; {hint}"
-        )
+    if config is not None and saved.settings(state) is not None:
+        raise CheckpointError(f"{source} says itself what it is of, expected no model beside it")
+    made_with = _made_with(source, state, config)
     names = saved.fact(state, "class_names") or [str(n) for n in range(_classes(state))]
     with processes(device) as group:
-        net = model(made_with, num_classes=len(names))
-        saved.put(source, state, net)
-        net.eval().to(group.device)
+        net = _loaded(source, state, made_with).to(group.device)
         transform = _transform(made_with, state)
         inputs = [transform(data.read_image(image)) for image in images]
         with torch.no_grad():
@@ -68,6 +88,24 @@ def predict(
         [(names[place], share) for share, place in zip(shares, places, strict=True)]
         for shares, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
+
+
+def _made_with(source: Path, state: State, config: Config | None) -> Config:
+    """Return what the file was made with, or `config` if it does not say."""
+    found = saved.settings(state) or config
+    if found is None:
+        raise CheckpointError(
+            f"{source} does not say what it is of, expected a file of ours; "
+            "name its model with --model, or model= in Python"
+        )
+    return found
+
+
+def _loaded(source: Path, state: State, config: Config) -> nn.Module:
+    """Build the model with as many classes as the file has, and load the file into it."""
+    net = model(config, num_classes=_classes(state))
+    saved.put(source, state, net)
+    return net.eval()
 
 
 def _classes(state: State) -> int:

@@ -27,6 +27,7 @@ _FREE = {
     "download",
     "device",
     "num_workers",
+    "threads",
     "pin_mem",
     "log_every",
     "scan_backend",

@@ -349,6 +349,9 @@ class Run:
     finetune: str = option("", "checkpoint whose weights to start from", check=local_file)
     eval: bool = option(default=False, text="evaluate --resume or --finetune, without training")
     device: str | None = option(None, "cpu or cuda; none = a GPU if there is", check=device_name)
+    threads: int | None = option(
+        None, "CPU threads of a process; none = as many as torch takes", bounds=COUNT
+    )
     seed: int = option(0, "of every random draw", bounds=Bounds(0, 2**32 - 1))
     deterministic: bool = option(default=False, text="deterministic algorithms only")
     log_every: int = option(10, "updates between printed lines", bounds=COUNT)

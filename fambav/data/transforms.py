@@ -51,7 +51,7 @@ def train_transform(
 
     A crop of 8 to 100 percent of the image is resized to `input_size`; if that is at most 32
     pixels, the whole image is resized and then shifted by up to 4 pixels, as the original does
-    with images that are small already.
+    with images that are small already; `affine`, if it is on, takes the place of that shift.
 
     Args:
         input_size: Height and width of the result, in pixels; one number for a square.
@@ -87,7 +87,12 @@ def train_transform(
         std=std,
     )
     crop, *rest = transform.transforms
-    return _compose([*_small_crop(size, train_interpolation, crop), *_affine(affine), *rest])
+    if max(size) <= _SMALL:
+        crop = torchvision.transforms.Resize(size, _mode(train_interpolation))
+        rest[:0] = _affine(affine) or [torchvision.transforms.RandomCrop(size, padding=_PADDING)]
+    else:
+        rest[:0] = _affine(affine)
+    return _compose([crop, *rest])
 
 
 def _recipe(size: Size, **options: Any) -> Any:
@@ -101,14 +106,6 @@ def _recipe(size: Size, **options: Any) -> Any:
             "'rand-m9-mstd0.5-inc1' or 'none', and 'random', 'bilinear' or 'bicubic' "
             f"({type(error).__name__}: {error})"
         ) from None
-
-
-def _small_crop(size: Size, interpolation: str, crop: Any) -> list[Any]:
-    """Return what takes the place of `crop` if `size` is small."""
-    if max(size) > _SMALL:
-        return [crop]
-    kit = torchvision.transforms
-    return [kit.Resize(size, _mode(interpolation)), kit.RandomCrop(size, padding=_PADDING)]
 
 
 def three_augment(

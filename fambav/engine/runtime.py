@@ -75,8 +75,14 @@ def processes(device: str | None) -> Iterator[Processes]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if world > 1:
-        backend = "nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=_TIMEOUT)
+        gpu = place if place.type == "cuda" else None
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            rank=rank,
+            world_size=world,
+            timeout=_TIMEOUT,
+            device_id=gpu,
+        )
     try:
         yield Processes(rank, world, place)
     finally:
@@ -105,15 +111,20 @@ def _device(name: str | None, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def numerics(*, deterministic: bool, matmul_precision: str) -> Iterator[None]:
+def numerics(
+    *, deterministic: bool, matmul_precision: str, threads: int | None = None
+) -> Iterator[None]:
     """Set how torch computes, and put it back at the end.
 
     Args:
         deterministic: Use deterministic algorithms only; an operation that has none raises.
         matmul_precision: Of float32 products: "high" may use TF32 on a GPU, "highest" may not.
+        threads: Of this process, at least 1; None for as many as torch takes.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    threads_before = torch.get_num_threads()
     torch.set_float32_matmul_precision(matmul_precision)
+    torch.set_num_threads(threads_before if threads is None else threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(mode=deterministic)
@@ -122,6 +133,7 @@ def numerics(*, deterministic: bool, matmul_precision: str) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.set_float32_matmul_precision(before[1])
+        torch.set_num_threads(threads_before)
 
 
 class Precision:

@@ -61,15 +61,18 @@ def test_more_processes_than_gpus_are_refused(alone, monkeypatch):
 
 def test_numerics_are_put_back():
     before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
     torch.use_deterministic_algorithms(mode=False)
     try:
-        with numerics(deterministic=True, matmul_precision="medium"):
+        with numerics(deterministic=True, matmul_precision="medium", threads=3):
+            assert torch.get_num_threads() == 3
             assert torch.are_deterministic_algorithms_enabled()
             assert torch.get_float32_matmul_precision() == "medium"
         assert not torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(mode=before[1])
     assert torch.get_float32_matmul_precision() == before[0]
+    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(
