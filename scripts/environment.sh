@@ -16,9 +16,9 @@ fail() {
 wanted=$(cat vim_requirements.txt pyproject.toml | sha256sum)
 if [ "$wanted" != "$(cat "$stamp" 2>/dev/null)" ]; then
     base=${PYTHON:-python3}
-    command -v "$base" >/dev/null || fail "python is ${base}, expected an interpreter of Python 3.10 or newer"
-    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        fail "python is $("$base" -V 2>&1), expected Python 3.10 or newer; set PYTHON to one"
+    command -v "$base" >/dev/null || fail "python is ${base}, expected an interpreter of Python 3.11 or newer"
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "python is $("$base" -V 2>&1), expected Python 3.11 or newer; set PYTHON to one"
     if [ ! -x "$python" ]; then
         "$base" -m venv .venv ||
             fail "venv is missing from $base, expected the standard module; on Debian: apt install python3-venv"

@@ -157,7 +157,11 @@ class Job:
             facts=facts,
             strings=saved.as_strings(facts),
             tokens=schedule.lengths if schedule else (),
-            meter=Meter(self.group.device, step.model.parameters()),
+            meter=Meter(
+                self.group.device,
+                step.model.parameters(),
+                checkpointed=self.config.model.grad_checkpointing,
+            ),
             console=self.console,
             progress=Progress() if state is None else restore(state, step),
             every=self.config.run.log_every,

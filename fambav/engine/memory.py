@@ -20,7 +20,8 @@ class Peak(NamedTuple):
 
     Attributes:
         mib: The figure, in MiB.
-        kind: What it counts: "cuda allocated" or "saved for backward".
+        kind: What it counts: "cuda allocated", "saved for backward", or "saved for backward
+            outside checkpointed blocks".
     """
 
     mib: float
@@ -32,7 +33,8 @@ class Saved:
 
     Exact: every distinct storage that is saved somewhere counts once, from when the first node
     saves it until the last one lets go.  Parameters do not count, since they are there anyway; nor
-    does what checkpointed blocks compute again.
+    do the inputs that checkpointed blocks hold, and what those compute again: autograd's hooks do
+    not see either.
 
     Args:
         ignored: Parameters, and whatever else lives beyond the step.
@@ -100,10 +102,15 @@ class Meter:
     Args:
         device: Where the model computes.
         parameters: The model's parameters.
+        checkpointed: Whether blocks keep only their inputs, which the figure then leaves out on a
+            CPU and says so.
     """
 
-    def __init__(self, device: torch.device, parameters: Iterable[Tensor]) -> None:
+    def __init__(
+        self, device: torch.device, parameters: Iterable[Tensor], *, checkpointed: bool = False
+    ) -> None:
         self._device = device
+        self._kind = "saved for backward" + " outside checkpointed blocks" * checkpointed
         self._parameters = list(parameters)
         self._saved = Saved(())
 
@@ -122,4 +129,4 @@ class Meter:
         """Return the peak since the last first update."""
         if self._device.type == "cuda":
             return Peak(torch.cuda.max_memory_allocated(self._device) / MIB, "cuda allocated")
-        return Peak(self._saved.peak_bytes / MIB, "saved for backward")
+        return Peak(self._saved.peak_bytes / MIB, self._kind)

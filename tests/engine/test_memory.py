@@ -66,6 +66,8 @@ def test_meter_measures_the_update_it_surrounds():
         model(x).sum().backward()
     first = meter.peak()
     assert first.kind == "saved for backward"
+    blind = Meter(CPU, model.parameters(), checkpointed=True)
+    assert blind.peak().kind == "saved for backward outside checkpointed blocks"
     assert first.mib == pytest.approx((32 * 64 + 2 * 32 * 256) * 4 / MIB)
     with meter.first_update():
         model(x[:16]).sum().backward()
