@@ -16,6 +16,6 @@ esac
 "$python" -m ruff check .
 "$python" -m mypy fambav main.py
 case $mode in
-"") "$python" -m pytest -n "$(nproc)" --dist loadgroup ;;
---fast) "$python" -m pytest -n "$(nproc)" --dist loadgroup -m "not slow" ;;
+"") "$python" -m pytest -n auto --maxprocesses 8 --dist loadgroup ;;
+--fast) "$python" -m pytest -n auto --maxprocesses 8 --dist loadgroup -m "not slow" ;;
 esac

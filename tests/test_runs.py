@@ -547,6 +547,7 @@ def pair(flags, tmp_path_factory):
     return alone, launch(torchrun, two, folder / "two")
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(pair):
     one, two = pair
     assert one.status == two.status == 0, two.err
@@ -557,6 +558,7 @@ def test_two_processes_have_the_losses_of_one(pair):
     assert len({round(x["train_loss"], 3) for x in ours}) == 5
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_test_image_once(pair):
     one, two = pair
     for key in ("test_acc1", "test_acc5"):
@@ -565,6 +567,7 @@ def test_two_processes_count_every_test_image_once(pair):
         )
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_prints_and_writes(pair):
     two = pair[1]
     assert two.out.count("total removed") == 1
@@ -573,6 +576,7 @@ def test_of_two_processes_one_prints_and_writes(pair):
     assert not list(two.folder.glob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_the_old_launcher_starts_a_single_process(flags, tmp_path):
     launcher = ["torch.distributed.launch", "--nproc_per_node=1", "--use_env"]
     found = launch(launcher, [*flags, "--epochs", "1", "--local-rank", "0"], tmp_path / "run")
@@ -580,6 +584,7 @@ def test_the_old_launcher_starts_a_single_process(flags, tmp_path):
     assert len(log(tmp_path / "run")) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_tell_a_mistake_once(flags, tmp_path):
     launcher = ["torch.distributed.launch", "--nproc_per_node=2", "--use_env"]
     found = launch(launcher, [*flags, "--resume", "none.pth"], tmp_path / "run")
