@@ -166,7 +166,8 @@ def test_weights_alone_keep_their_values_and_strings(tmp_path, state):
     assert torch.equal(found["model"]["weight"], state["model"]["weight"])
     assert found["metadata"]["model"] == "vim_micro"
     raw = path.read_bytes()
-    for at in (len(raw) - 1, len(raw) // 2, raw.index(b"vim_micro")):
+    names = [raw.index(name) for name in (b"vim_micro", b"sha256", b"writer", b"fambav")]
+    for at in (len(raw) - 1, len(raw) // 2, *names):
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
         with pytest.raises(CheckpointError, match="SHA-256 does not match"):
             checkpoint.load(path)
