@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fambav.engine.memory import MIB, Saved
 from fambav.ops import BackendError, backends, force, selective_scan
 
 REFERENCE = "reference"
 SHORT = 65  # tokens of the second, shorter sequence that shows how time grows
-MIB = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,18 +230,10 @@ def _wait(device: str) -> None:
 
 def _saved_bytes(run: Callable[[], Tensor], leaves: list[Tensor]) -> int:
     """Count the bytes kept for the backward pass, but for those of leaves."""
-    kept: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    saved = Saved(leaves)
+    with saved.watch():
         run()
-    storages = [x.untyped_storage() for x in kept]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    given = {x.untyped_storage().data_ptr() for x in leaves}
-    return sum(size for address, size in sizes.items() if address not in given)
+    return saved.peak_bytes
 
 
 def _row(backend: str, times: _Times, *, saved: int, growth: float) -> Row:

@@ -74,10 +74,8 @@ TORCHVISION: Final = prepare_torchvision()
 
 import timm  # noqa: E402  after the shim
 import timm.data  # noqa: E402  after the shim
-import timm.loss  # noqa: E402  after the shim
 import timm.models  # noqa: E402  after the shim
 import timm.optim  # noqa: E402  after the shim
-import timm.scheduler  # noqa: E402  after the shim
 import timm.utils  # noqa: E402  after the shim
 import torchvision  # noqa: E402  after the shim
 import torchvision.datasets  # noqa: E402  after the shim

@@ -37,7 +37,6 @@ def load(
     name: str,
     root: str | Path = "datasets",
     *,
-    download: bool = False,
     inat_category: str = "name",
     classes: int = 1000,
     image_size: int | tuple[int, int] = 224,
@@ -48,7 +47,6 @@ def load(
     Args:
         name: One of `fambav.registry.DATA_SETS`.
         root: Folder of the data; DIGITS and FAKE need none.
-        download: Whether to fetch what is missing first; one process at a time may.
         inat_category: What iNaturalist's labels tell apart.
         classes: Number of classes of FAKE.
         image_size: Height and width of FAKE's images, in pixels.
@@ -62,8 +60,6 @@ def load(
         ValueError: If there is no set of that name.
     """
     builder = BUILDERS[name]
-    if download:
-        fetch(name, root)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     found: DataSet = builder(
         Request(
