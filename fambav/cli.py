@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fambav import config, registry
 from fambav.config import ConfigError
@@ -27,6 +27,7 @@ Words = list[str]
 PACKAGE = Path(__file__).parent
 STATUS = {"DivergedError": 3}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ARCHS = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that Triton compiles for
 NAMES: dict[str, Sequence[str]] = {
     "models": registry.MODELS,
     "strategies": (
@@ -102,28 +103,59 @@ def plan(words: Words) -> None:
 
 
 def bench(words: Words) -> None:
-    """Time the selective scan and weigh what it keeps for the backward pass."""
+    """Measure kernels, blocks, steps and what fusion saves, or what kernels compile to."""
+    from fambav.bench.commands import KINDS
+
+    given = vars(bench_parser().parse_args(words))
+    what = given.pop("what")
+    if what in BENCHES:
+        BENCHES[what][0](given)
+        return
+    target = given.pop("json")
+    report = KINDS[what].run(given)
+    _show(report.text(), report.json(), target)
+    report.refuse()
+
+
+def bench_parser() -> Parser:
+    """Return the parser of `fambav bench`."""
+    from fambav.bench.commands import KINDS
+
     parser = Parser("fambav bench", description=bench.__doc__, allow_abbrev=False)
-    parser.add_argument("what", choices=["scan"])
-    for name in ("batch", "length", "dim", "state", "rounds", "warmup"):
-        parser.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
-    parser.add_argument("--device", default="cpu", metavar="NAME")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    given = vars(parser.parse_args(words))
-    _, target, device, dtype = (given.pop(n) for n in ("what", "json", "device", "dtype"))
-    if given.get("warmup", 0) < 0:
-        raise ConfigError(f"--warmup is {given['warmup']}, expected at least 0")
-    import torch
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, (measure, describe) in {**KINDS, **BENCHES}.items():
+        kind = kinds.add_parser(
+            name, description=measure.__doc__, help=measure.__doc__, allow_abbrev=False
+        )
+        describe(kind)
+        kind.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    return parser
 
-    from fambav import benchmark
-    from fambav.engine.runtime import processes
 
-    with processes(device) as here:
-        report = benchmark.scan(**given, device=str(here.device), dtype=getattr(torch, dtype))
-    print(report.text())
+def _aot_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=ARCHS, default=[80, 90], help="compute capability"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="of a kernel's name")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="refuse what is worse there")
+
+
+def _bench_aot(given: dict[str, Any]) -> None:
+    """Compile the Triton kernels without a GPU and count registers, spills and instructions."""
+    from fambav import ahead
+
+    against: Path | None = given["against"]
+    recorded = None if against is None else ahead.read(against)
+    report = ahead.survey(given["arch"], only=given["only"])
+    _show(report.text(), report.json(), given["json"])
+    if recorded is not None:
+        ahead.compare(report, recorded, only=given["only"])
+
+
+def _show(text: str, figures: str, target: Path | None) -> None:
+    print(text)
     if target is not None:
-        target.write_text(report.json() + "\n")
+        target.write_text(figures + "\n")
 
 
 def doctor(words: Words) -> None:
@@ -202,6 +234,9 @@ COMMANDS: dict[str, Callable[[Words], None]] = {
     "predict": predict,
     "table": table,
 }
+
+
+BENCHES = {"aot": (_bench_aot, _aot_flags)}
 
 
 def _guarded(function: Callable[[Words], int], words: Words) -> int:

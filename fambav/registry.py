@@ -47,7 +47,7 @@ DATA_SETS: tuple[str, ...] = (
 )
 CLASS_TOKENS: tuple[str, ...] = ("middle", "head", "double", "none")
 BIMAMBA: tuple[str, ...] = ("v2", "v1", "none")
-SCAN_BACKENDS: tuple[str, ...] = ("cuda", "cpu", "reference")
+SCAN_BACKENDS: tuple[str, ...] = ("triton", "cuda", "numba", "cpu", "reference")
 
 
 def nearest(name: str, names: Collection[str]) -> str:

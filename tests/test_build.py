@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fambav.build import model, schedule
+from fambav.build import model, run, schedule
 from fambav.build.batches import data_set, train_batches
 from fambav.build.network import sketch
 from fambav.build.saved import as_strings, fact, facts, put, same_run, settings
@@ -13,8 +13,10 @@ from fambav.build.updates import learning_rate, precision, update
 from fambav.config import ConfigError, parse
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
+from fambav.engine.replay import Replayed
 from fambav.engine.runtime import Processes
 from fambav.engine.train import binary_cross_entropy, soft_cross_entropy
+from fambav.layers.drop import current
 
 CPU = torch.device("cpu")
 ONE, FOUR = Processes(0, 1, CPU), Processes(2, 4, CPU)
@@ -110,6 +112,29 @@ def test_an_update_is_made_as_the_flags_say():
     assert (plain.average is not None, plain.training, plain.skipping) == (True, False, False)
 
 
+def test_passes_are_recorded_for_the_batches_of_one_process(monkeypatch):
+    seen = []
+
+    def record(module, samples):
+        seen.append((samples[0].shape, module.training, current()[1]))
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    words = "--cuda-graphs --batch-size 6 --grad-accum-steps 2"
+    made = step(words)
+    assert isinstance(made.forward, Replayed)
+    assert made.forward.net is made.model
+    step(words, "--no-train-mode")
+    assert seen == [((6, 3, 16, 16), True, 2), ((6, 3, 16, 16), False, 2)]
+    assert not isinstance(step().forward, Replayed)
+
+
+def test_recorded_passes_need_a_gpu(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="device is cpu, expected a CUDA device with --cuda-gr"):
+        run(config("--cuda-graphs --device cpu --data-set IMNET --data-path /no/such"))
+
+
 @pytest.mark.parametrize(
     ("name", "alike"), [("vim_micro", True), ("timm/vit_tiny_patch16_224", False)]
 )
@@ -165,7 +190,8 @@ def test_only_a_checkpoint_of_the_same_run_goes_on(fake, tmp_path):
     wanted, found = fake
     state = {"optimizer": {}, "epoch": 0, **facts(wanted, found, None, images=64)}
     same_run(tmp_path, state, wanted, images=64)
-    for name, value in {"num_workers": 3, "log_every": 2, "device": "cpu", "compile": True}.items():
+    free = {"num_workers": 3, "log_every": 2, "device": "cpu", "compile": True, "cuda_graphs": True}
+    for name, value in free.items():
         same_run(tmp_path, state, wanted.replace(**{name: value}), images=64)
     changed = wanted.replace(epochs=7, opt_betas=(0.9, 0.95))
     with pytest.raises(CheckpointError, match=r"300 -> 7, opt_betas None -> \(0\.9, 0\.95\)"):

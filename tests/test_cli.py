@@ -89,8 +89,11 @@ def test_help_is_not_an_error(capsys):
         (["bench", "scan", "--length", "x"], "argument --length: invalid int value: 'x'"),
         (["bench", "scan", "--leng", "3"], "unrecognized arguments: --leng 3"),
         (["bench", "scan", "--batch", "0"], "batch is 0, expected at least 1"),
-        (["bench", "scan", "--warmup", "-1"], "--warmup is -1, expected at least 0"),
-        (["bench", "scan", "--length", "9"], "length is 9, expected more than 65"),
+        (["bench", "scan", "--warmup", "-1"], "warmup is -1, expected at least 0"),
+        (["bench", "block", "--length", "9", "0"], "length is 0, expected at least 1"),
+        (["bench", "step", "--device", "cpu", "--cuda-graphs"], "device is cpu, expected a CUDA"),
+        (["bench", "strategies", "--plan", "upper:6"], "expected upper:layer:tokens"),
+        (["bench", "floors", "--machine", "b200"], "invalid choice: 'b200'"),
         (["bench", "scan", "--device", "cuda:99"], "device is cuda:99, expected"),
         (["doctor", "now"], "unrecognized arguments: now"),
         (["predict"], "images are missing, expected fambav predict CHECKPOINT IMAGE ..."),
@@ -239,12 +242,24 @@ def test_doctor_tells_of_every_backend_whether_it_can_run_here(capsys):
 
 def test_bench_prints_its_report_and_writes_it(capsys, tmp_path):
     target = tmp_path / "scan.json"
-    words = "bench scan --batch 1 --length 66 --dim 4 --state 2 --rounds 1 --warmup 0 --json"
+    words = "bench scan --batch 1 --length 6 4 --dim 4 --state 2 --rounds 1 --warmup 0 --json"
     assert console([*words.split(), str(target)]) == 0
     report = json.loads(target.read_text())
     assert report["settings"]["dim"] == 4
     assert {"cpu", "reference"} <= {row["backend"] for row in report["rows"]}
-    assert "times faster" in capsys.readouterr().out
+    assert {row["length"] for row in report["rows"]} == {6, 4}
+    assert "over reference" in capsys.readouterr().out
+
+
+def test_bench_ends_in_an_error_when_what_it_checked_is_wrong(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("fambav.bench.check.error", lambda found, expected: 0.5)
+    target = tmp_path / "check.json"
+    words = "bench check --part conv --kernels numba --length 3 --device cpu --json"
+    assert console([*words.split(), str(target)]) == 2
+    out, err = capsys.readouterr()
+    assert "wrong: conv in float32 is off by 0.5 in u at length 3, expected at most" in out
+    assert err.startswith("error: conv in float32 is off by 0.5")
+    assert json.loads(target.read_text())["failures"]
 
 
 def test_predict_prints_the_guesses_of_each_image(capsys, monkeypatch):

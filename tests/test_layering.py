@@ -21,10 +21,11 @@ RANK = {
     "data": 6,
     "engine": 6,
     "build": 7,
-    "benchmark": 8,
+    "ahead": 8,
     "comparison": 8,
-    "cli": 9,
-    "__main__": 10,
+    "bench": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 ROOT = Path(fambav.__file__).parent
 FILES = sorted(set(ROOT.rglob("*.py")) - {ROOT / "__init__.py"})

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fambav.cli import bench_parser
 from fambav.config import parse
 from fambav.registry import REDUCERS
 
@@ -45,6 +46,17 @@ def commands():
 @pytest.mark.parametrize("flags", list(commands()), ids=" ".join)
 def test_every_command_of_the_readme_is_understood(flags):
     parse(flags)
+
+
+def benchmarks():
+    """Every `fambav bench` command line of the README."""
+    for line in re.findall(r"^fambav bench (.*)$", TEXT, re.MULTILINE):
+        yield re.sub(r"\s#.*", "", line).split()
+
+
+@pytest.mark.parametrize("words", list(benchmarks()), ids=" ".join)
+def test_every_benchmark_of_the_readme_is_understood(words):
+    assert bench_parser().parse_args(words).what == words[0]
 
 
 def rows():

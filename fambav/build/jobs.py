@@ -40,6 +40,7 @@ def run(config: Config) -> int:
         DivergedError: If the loss stops being a number.
     """
     with _settings(config), processes(config.run.device) as group:
+        _check_device(config, group)
         job = _job(config, group)
         if config.run.eval:
             job.evaluate()
@@ -62,6 +63,16 @@ def _settings(config: Config) -> Iterator[None]:
         if backend is not None:
             set_backend(backend)
         yield
+
+
+def _check_device(config: Config, group: Processes) -> None:
+    """Refuse what this run's device cannot do.
+
+    Raises:
+        ValueError: If there is something.
+    """
+    if config.model.cuda_graphs and group.device.type != "cuda":
+        raise ValueError(f"device is {group.device}, expected a CUDA device with --cuda-graphs")
 
 
 def _job(config: Config, group: Processes) -> Job:
@@ -160,6 +171,7 @@ class Job:
             meter=Meter(
                 self.group.device,
                 step.model.parameters(),
+                replayed=self.config.model.cuda_graphs,
                 checkpointed=self.config.model.grad_checkpointing,
             ),
             console=self.console,

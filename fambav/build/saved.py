@@ -32,6 +32,7 @@ _FREE = {
     "log_every",
     "scan_backend",
     "compile",
+    "cuda_graphs",
     "grad_checkpointing",
     "matmul_precision",
     "deterministic",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from fambav.build.batches import mixing
 from fambav.config import Config
 from fambav.engine import optim, train
+from fambav.engine.replay import Replayed
 from fambav.engine.runtime import Precision, Processes
 from fambav.models import Vim
 from fambav.randomness import seed_all
@@ -49,7 +51,7 @@ def update(
         net.compile()
     return train.Update(
         model=net,
-        forward=group.wrap(net),
+        forward=group.wrap(_replayed(config, net, group) if config.model.cuda_graphs else net),
         optimizer=_optimizer(config, net),
         loss=_loss(config, mixed=mix is not None),
         lr=learning_rate(config, group, per_epoch=per_epoch),
@@ -77,6 +79,18 @@ def learning_rate(config: Config, group: Processes, *, per_epoch: int) -> Callab
         warmup_lr=wanted.warmup_lr,
         min_lr=wanted.min_lr,
         late=wanted.epoch_sched,
+    )
+
+
+def _replayed(config: Config, net: nn.Module, group: Processes) -> nn.Module:
+    """Return the model with its passes over one process's batch recorded."""
+    ours = cast(Vim, net)
+    return Replayed(
+        ours.train(config.optim.train_mode),
+        (config.optim.batch_size, ours.patch_embed.in_chans, *ours.img_size),
+        precision=precision(config, group),
+        shards=group.world * config.optim.grad_accum_steps,
+        accumulating=config.optim.grad_accum_steps > 1,
     )
 
 

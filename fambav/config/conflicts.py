@@ -48,10 +48,16 @@ def _mixes(value: Values) -> bool:
 RULES = (
     Rule(
         _defaults("patch_size", "stride", "class_token", "bimamba_type", "legacy_init")
-        | _defaults("scan_backend", "grad_checkpointing"),
+        | _defaults("scan_backend", "grad_checkpointing", "cuda_graphs"),
         ("model",),
         lambda value: value("model").startswith(FOREIGN),
         "with --model {model}",
+    ),
+    Rule(
+        _defaults("cuda_graphs"),
+        ("compile",),
+        lambda value: value("compile"),
+        "with --compile; take one of both",
     ),
     Rule(
         _defaults("data_path"),

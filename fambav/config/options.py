@@ -200,6 +200,9 @@ class Model:
         None, "force one implementation of the scan; none = the fastest", choices=SCAN_BACKENDS
     )
     compile: bool = option(default=False, text="compile the model with torch.compile")
+    cuda_graphs: bool = option(
+        default=False, text="launch forward and backward passes as CUDA graphs"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ class Peak(NamedTuple):
 
     Attributes:
         mib: The figure, in MiB.
-        kind: What it counts: "cuda allocated", "saved for backward", or "saved for backward
-            outside checkpointed blocks".
+        kind: What it counts: "cuda allocated", "cuda reserved", "saved for backward", or "saved
+            for backward outside checkpointed blocks".
     """
 
     mib: float
@@ -96,20 +96,27 @@ def resident_mib() -> float:
 class Meter:
     """The peak memory of one epoch on one device.
 
-    On a GPU, the bytes allocated; on a CPU, the bytes saved for backward in one update, the first,
-    since all updates are alike.
+    On a GPU, the bytes allocated, or where CUDA graphs hold memory that is allocated only while
+    they are recorded, the bytes reserved; on a CPU, the bytes saved for backward in one update, the
+    first, since all updates are alike.
 
     Args:
         device: Where the model computes.
         parameters: The model's parameters.
+        replayed: Whether updates are CUDA graphs.
         checkpointed: Whether blocks keep only their inputs, which the figure then leaves out on a
             CPU and says so.
     """
 
     def __init__(
-        self, device: torch.device, parameters: Iterable[Tensor], *, checkpointed: bool = False
+        self,
+        device: torch.device,
+        parameters: Iterable[Tensor],
+        *,
+        replayed: bool = False,
+        checkpointed: bool = False,
     ) -> None:
-        self._device = device
+        self._device, self._replayed = device, replayed
         self._kind = "saved for backward" + " outside checkpointed blocks" * checkpointed
         self._parameters = list(parameters)
         self._saved = Saved(())
@@ -127,6 +134,8 @@ class Meter:
 
     def peak(self) -> Peak:
         """Return the peak since the last first update."""
+        if self._device.type == "cuda" and self._replayed:
+            return Peak(torch.cuda.max_memory_reserved(self._device) / MIB, "cuda reserved")
         if self._device.type == "cuda":
             return Peak(torch.cuda.max_memory_allocated(self._device) / MIB, "cuda allocated")
         return Peak(self._saved.peak_bytes / MIB, self._kind)

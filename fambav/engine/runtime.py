@@ -154,9 +154,15 @@ class Precision:
         """Short name of the format, as in a log."""
         return str(self.dtype or torch.float32).removeprefix("torch.")
 
-    def autocast(self) -> torch.autocast:
-        """Return a context for the forward pass."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+    def autocast(self, *, cached: bool = True) -> torch.autocast:
+        """Return a context for the forward pass.
+
+        Args:
+            cached: Keep a converted weight until the end, instead of converting it at each use.
+        """
+        enabled = self.dtype is not None
+        kind = self.device.type
+        return torch.autocast(kind, dtype=self.dtype, enabled=enabled, cache_enabled=cached)
 
 
 class Console:

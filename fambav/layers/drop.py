@@ -17,22 +17,23 @@ from torch import Tensor, nn
 class _Current:
     """The shard in force."""
 
-    index = 0
+    index: int | Tensor = 0
     count = 1
 
 
 @contextmanager
-def shard(index: int, count: int) -> Iterator[None]:
+def shard(index: int | Tensor, count: int) -> Iterator[None]:
     """Draw as shard `index` of `count` while inside.
 
     Args:
-        index: This process's share of the global batch, 0 .. count - 1.
+        index: This process's share of the global batch, 0 .. count - 1; or a tensor of that one
+            number, which recorded kernels read each time they run.
         count: Number of shards of the same size.
 
     Raises:
         ValueError: If index is outside 0 .. count - 1.
     """
-    if not 0 <= index < count:
+    if not isinstance(index, Tensor) and not 0 <= index < count:
         raise ValueError(f"index is {index}, expected 0 to {count - 1}, one less than count")
     before = _Current.index, _Current.count
     _Current.index, _Current.count = index, count
@@ -42,10 +43,19 @@ def shard(index: int, count: int) -> Iterator[None]:
         _Current.index, _Current.count = before
 
 
+def current() -> tuple[int | Tensor, int]:
+    """Return the index and the count of the shard in force."""
+    return _Current.index, _Current.count
+
+
 def uniform(x: Tensor, *shape: int) -> Tensor:
     """Draw numbers in [0, 1) for the samples of `x`, (len(x), *shape), float32."""
-    numbers = torch.rand(len(x) * _Current.count, *shape, device=x.device)
-    return numbers[_Current.index :: _Current.count]
+    index, count = current()
+    numbers = torch.rand(len(x) * count, *shape, device=x.device)
+    if isinstance(index, Tensor):
+        own: Tensor = numbers.unflatten(0, (len(x), count)).index_select(1, index).squeeze(1)
+        return own
+    return numbers[index::count]
 
 
 class _Drop(nn.Module):

@@ -11,12 +11,14 @@ arXiv:2401.09417, algorithm 1.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fambav.ops import causal_conv1d, selective_scan
+from fambav.ops import Direction, bimamba_scan
+from fambav.ops.bimamba import directed_scan, scan_inputs
 from fambav.registry import BIMAMBA, nearest
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes that a new mixer starts from
@@ -90,54 +92,47 @@ class Mamba(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Mix along length.  hidden and the result are (batch, length, dim)."""
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        given = self._inputs(x, self.conv1d, self.x_proj, self.dt_proj, reverse=False)
-        y = _scan(*given, self.A_log, self.D, self.dt_proj, reverse=False)
+        xz = self.in_proj(hidden)
+        forward = _direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        if self.bimamba_type == "v2":
+            backward = _direction(
+                self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
+            )
+            scale = 0.5 if self.halved else 1.0
+            return bimamba_scan(xz, forward, backward, self.out_proj.weight, scale=scale)
+        x, z = xz.chunk(2, dim=-1)
+        inputs = scan_inputs(x, forward, reverse=False)
+        y = directed_scan(inputs, forward, reverse=False)
         if self.bimamba_type == "v1":
-            y = y + _scan(*given, self.A_b_log, self.D, self.dt_proj, reverse=True)
-        elif self.bimamba_type == "v2":
-            given = self._inputs(x, self.conv1d_b, self.x_proj_b, self.dt_proj_b, reverse=True)
-            y = y + _scan(*given, self.A_b_log, self.D_b, self.dt_proj_b, reverse=True)
-        gate = F.silu(z)
-        out: Tensor = self.out_proj(y * (0.5 * gate if self.halved else gate))
+            backward = forward._replace(A=_rates(self.A_b_log))
+            y = y + directed_scan(inputs, backward, reverse=True)
+        out: Tensor = self.out_proj(y * F.silu(z))
         return out
 
-    def _inputs(
-        self, x: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, *, reverse: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return u, dt, B and C of one direction, each (batch, length, width)."""
-        u = causal_conv1d(x.mT, conv.weight[:, 0], conv.bias, "silu", reverse=reverse).mT
-        dt, B, C = x_proj(u).split(self.splits, dim=-1)
-        return u, F.linear(dt, dt_proj.weight), B, C
+
+def _direction(
+    conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor
+) -> Direction:
+    """Collect the parameters of one direction."""
+    return Direction(
+        conv_weight=conv.weight[:, 0],
+        conv_bias=cast(Tensor, conv.bias),
+        x_proj=x_proj.weight,
+        dt_proj=dt_proj.weight,
+        dt_bias=_wide(dt_proj.bias),
+        A=_rates(A_log),
+        D=_wide(D),
+    )
 
 
-def _scan(
-    u: Tensor,
-    dt: Tensor,
-    B: Tensor,
-    C: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    dt_proj: nn.Linear,
-    *,
-    reverse: bool,
-) -> Tensor:
-    """Scan u, (batch, length, dim), with float32 parameters whatever the dtype of u is."""
-    A, D, bias = (
-        p.to(torch.promote_types(p.dtype, torch.float32)) for p in (A_log, D, dt_proj.bias)
-    )
-    y: Tensor = selective_scan(
-        u.mT,
-        dt.mT,
-        -A.exp(),
-        B.mT,
-        C.mT,
-        D,
-        delta_bias=bias,
-        delta_softplus=True,
-        reverse=reverse,
-    )
-    return y.mT
+def _rates(A_log: Tensor) -> Tensor:
+    """Return A from the logarithm of its negative."""
+    return -_wide(A_log).exp()
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    """Give a parameter of the scan the dtype of the state, whatever that of the tokens is."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _decay_rates(inner: int, state: int) -> nn.Parameter:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fambav.ops.dispatch import Backend, Table, expect
+from fambav.ops.dispatch import Backend, Table, expect_beside
 from fambav.ops.extensions import Extension, off_gpu, unsuited
+from fambav.ops.fused_conv import NUMBA_CONV, TRITON_CONV
 
 ACTIVATIONS = (None, "silu", "swish")
 
@@ -44,15 +45,18 @@ def causal_conv1d(
         float64 if x is.
 
     Raises:
-        ValueError: If a shape does not fit that of x, or the activation is unknown.
+        ValueError: If a shape, dtype or device does not fit that of x, or the activation is
+            unknown.
         BackendError: If a backend is forced that cannot run these tensors.
     """
-    if x.dim() != 3 or weight.dim() != 2:
-        shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
-        raise ValueError(f"x and weight have shapes {shapes}, expected 3 and 2 axes")
-    expect("weight", weight, (x.shape[1], weight.shape[1]))
+    if x.dim() != 3 or x.shape[2] < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, dim, length >= 1)")
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (dim, width)")
+    expect_beside("x", x, x.shape, x)
+    expect_beside("weight", weight, (x.shape[1], weight.shape[1]), x)
     if bias is not None:
-        expect("bias", bias, (x.shape[1],))
+        expect_beside("bias", bias, (x.shape[1],), x)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {ACTIVATIONS}")
     run = CAUSAL_CONV1D.pick(x, weight)
@@ -136,7 +140,9 @@ def _cuda(x: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool, reverse
 
 CAUSAL_CONV1D = Table(
     "causal_conv1d",
+    TRITON_CONV,
     Backend("cuda", _cuda, _cuda_refuses, EXTENSION.missing),
+    NUMBA_CONV,
     Backend("cpu", _cpu),
     Backend("reference", _reference),
 )

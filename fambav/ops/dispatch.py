@@ -24,10 +24,16 @@ class BackendError(RuntimeError):
     """A backend was forced and cannot run."""
 
 
-def never(*tensors: Tensor) -> str | None:
+def never(*tensors: Tensor | None) -> str | None:
     """Refuse nothing."""
     del tensors
     return None
+
+
+def always(*tensors: Tensor | None) -> bool:
+    """Stand for any call."""
+    del tensors
+    return True
 
 
 class Backend(NamedTuple):
@@ -38,12 +44,14 @@ class Backend(NamedTuple):
         run: The implementation.
         refuses: Takes the tensors of a call; says why they cannot run here, or None.
         missing: Says why this machine cannot run any call, or None.
+        default: Takes the tensors of a call; whether it may be chosen unasked.
     """
 
     name: str
     run: Callable[..., Any]
     refuses: Callable[..., str | None] = never
     missing: Callable[[], str | None] = never
+    default: Callable[..., bool] = always
 
 
 class Table:
@@ -52,11 +60,14 @@ class Table:
     Args:
         op: Name of the operation.
         backends: Its implementations; the last one refuses nothing.
+        follows: An operation that this one is made of.  What is forced there is forced here too;
+            a backend that is not in this table forces the last one, which calls that operation.
     """
 
-    def __init__(self, op: str, *backends: Backend) -> None:
+    def __init__(self, op: str, *backends: Backend, follows: str | None = None) -> None:
         self.op = op
         self.backends = backends
+        self.follows = follows
         _tables[op] = self
 
     def __getitem__(self, name: str) -> Backend:
@@ -66,27 +77,37 @@ class Table:
         known = ", ".join(backend.name for backend in self.backends)
         raise BackendError(f"backend of {self.op} is {name!r}, expected one of {known}")
 
-    def pick(self, *tensors: Tensor) -> Callable[..., Any]:
+    def pick(self, *tensors: Tensor | None) -> Callable[..., Any]:
         """Return the first implementation that runs `tensors`, or the forced one.
 
         Raises:
             BackendError: If the forced backend is unknown or refuses.
         """
-        forced = _forced.get(self.op)
+        forced = self._forced()
         if forced is None:
-            return next(b.run for b in self.backends if _refusal(b, tensors) is None)
+            return next(
+                b.run for b in self.backends if b.default(*tensors) and not _refusal(b, tensors)
+            )
         backend = self[forced]
         reason = _refusal(backend, tensors)
         if reason is not None:
             raise BackendError(f"backend {forced!r} of {self.op} cannot run: {reason}")
         return backend.run
 
+    def _forced(self) -> str | None:
+        own = _forced.get(self.op)
+        theirs = None if self.follows is None else _forced.get(self.follows)
+        if own is not None or theirs is None:
+            return own
+        fused = any(backend.name == theirs for backend in self.backends)
+        return theirs if fused else self.backends[-1].name
+
 
 _tables: dict[str, Table] = {}
 _forced: dict[str, str | None] = {SCAN: os.environ.get("FAMBAV_BACKEND") or None}
 
 
-def _refusal(backend: Backend, tensors: tuple[Tensor, ...]) -> str | None:
+def _refusal(backend: Backend, tensors: tuple[Tensor | None, ...]) -> str | None:
     return backend.refuses(*tensors) or backend.missing()
 
 
@@ -146,3 +167,16 @@ def expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def expect_beside(name: str, tensor: Tensor, shape: tuple[int, ...], first: Tensor) -> None:
+    """Check the shape of an argument, that it holds real numbers, and that it is where `first` is.
+
+    Raises:
+        ValueError: If one of them is another.
+    """
+    expect(name, tensor, shape)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype}, expected a floating-point dtype")
+    if tensor.device != first.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {first.device}")

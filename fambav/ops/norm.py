@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fambav.ops.dispatch import Backend, Table, expect
+from fambav.ops.dispatch import Backend, Table, expect_beside
+from fambav.ops.fused_norm import TRITON_NORM
 
 
 def add_rms_norm(
@@ -38,31 +39,43 @@ def add_rms_norm(
         normed, in hidden's dtype, and the new residual.  Both are shaped like hidden.
 
     Raises:
-        ValueError: If a shape does not fit that of hidden.
+        ValueError: If a shape, dtype or device does not fit that of hidden.
     """
-    expect("weight", weight, hidden.shape[-1:])
+    expect_beside("hidden", hidden, hidden.shape, hidden)
+    expect_beside("weight", weight, hidden.shape[-1:], hidden)
     if residual is not None:
-        expect("residual", residual, hidden.shape)
+        expect_beside("residual", residual, hidden.shape, hidden)
+    run = ADD_RMS_NORM.pick(hidden, residual, weight)
     dtype = torch.promote_types(hidden.dtype, residual_dtype)
-    total = hidden.to(dtype) if residual is None else residual.to(dtype) + hidden.to(dtype)
-    run = RMS_NORM.pick(total, weight)
-    normed: Tensor = run(total, weight, eps=eps, out_dtype=hidden.dtype)
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
+    normed, total = run(hidden, residual, weight, eps=eps, dtype=dtype)
     return normed, total
 
 
-def _reference(x: Tensor, weight: Tensor, *, eps: float, out_dtype: torch.dtype) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+def _add(hidden: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return hidden.to(dtype) if residual is None else residual.to(dtype) + hidden.to(dtype)
+
+
+def _reference(
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    total = _add(hidden, residual, dtype)
+    x = total.to(torch.promote_types(dtype, torch.float32))
     scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
-    return (x * scale * weight.to(x.dtype)).to(out_dtype)
+    return (x * scale * weight.to(x.dtype)).to(hidden.dtype), total
 
 
-def _cpu(x: Tensor, weight: Tensor, *, eps: float, out_dtype: torch.dtype) -> Tensor:
-    y: Tensor = _Lean.apply(x, weight, eps, out_dtype)
-    return y
+def _cpu(
+    hidden: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    total = _add(hidden, residual, dtype)
+    normed: Tensor = _Norm.apply(total, weight, eps, hidden.dtype)
+    return normed, total
 
 
-class _Lean(torch.autograd.Function):
-    """`_reference`, keeping its inputs and one number for each token."""
+class _Norm(torch.autograd.Function):
+    """The norm of `_reference`, keeping its inputs and one number for each token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
@@ -85,4 +98,6 @@ class _Lean(torch.autograd.Function):
         return dx.to(x.dtype), dweight.to(weight.dtype), None, None
 
 
-RMS_NORM = Table("rms_norm", Backend("cpu", _cpu), Backend("reference", _reference))
+ADD_RMS_NORM = Table(
+    "add_rms_norm", TRITON_NORM, Backend("cpu", _cpu), Backend("reference", _reference)
+)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fambav.ops import selective_scan_cpu, selective_scan_cuda
-from fambav.ops.dispatch import SCAN, Backend, Table, expect
+from fambav.ops.dispatch import SCAN, Backend, Table, expect_beside
+from fambav.ops.fused_scan import NUMBA_SCAN, TRITON_SCAN
 
 
 @overload
@@ -95,7 +96,7 @@ def selective_scan(
         h, (batch, dim, state).  The state is float32, or float64 if u is.
 
     Raises:
-        ValueError: If a shape does not fit those of u and A.
+        ValueError: If a shape, dtype or device does not fit those of u and A.
         BackendError: If a backend is forced that cannot run these tensors.
     """
     B, C = (w.unsqueeze(1) if w.dim() == 3 else w for w in (B, C))
@@ -123,19 +124,21 @@ def _check(
     if A.dim() != 2 or A.is_complex():
         raise ValueError(f"A is {A.dtype} of {A.dim()} axes, expected real (dim, state)")
     state = A.shape[1]
-    expect("A", A, (dim, state))
+    expect_beside("u", u, u.shape, u)
+    expect_beside("A", A, (dim, state), u)
     for name, weight in weights.items():
         groups = weight.shape[1] if weight.dim() == 4 else 1
         if groups < 1 or dim % groups:
             raise ValueError(f"{name} has {groups} groups, expected a divisor of {dim} channels")
         constant = weight.dim() == 2
-        expect(name, weight, (dim, state) if constant else (batch, groups, state, length))
+        shape = (dim, state) if constant else (batch, groups, state, length)
+        expect_beside(name, weight, shape, u)
     for name, tensor in tokens.items():
         if tensor is not None:
-            expect(name, tensor, (batch, dim, length))
+            expect_beside(name, tensor, (batch, dim, length), u)
     for name, tensor in channels.items():
         if tensor is not None:
-            expect(name, tensor, (dim,))
+            expect_beside(name, tensor, (dim,), u)
 
 
 def _reference(
@@ -186,12 +189,14 @@ def _each_step(weight: Tensor, *, dim: int, length: int) -> Sequence[Tensor]:
 
 SELECTIVE_SCAN = Table(
     SCAN,
+    TRITON_SCAN,
     Backend(
         "cuda",
         selective_scan_cuda.scan,
         selective_scan_cuda.refuses,
         selective_scan_cuda.EXTENSION.missing,
     ),
+    NUMBA_SCAN,
     Backend("cpu", selective_scan_cpu.scan, selective_scan_cpu.refuses),
     Backend("reference", _reference),
 )

@@ -9,12 +9,13 @@ A reducer is a class with `limit` and `reduce`, registered by name; its `reduce`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, cast
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from fambav.layers import Tokens
+from fambav.ops.match import Selection as Selection
+from fambav.ops.pool import pool
 from fambav.registry import REDUCERS
 
 Places = tuple[int, ...]
@@ -67,20 +68,6 @@ def make_reducer(name: str, counts: tuple[int, ...]) -> Reducer:
     return cast(Reducer, REDUCERS[name](counts))
 
 
-class Selection(NamedTuple):
-    """Which tokens one call keeps and which it folds into others, as places before the call.
-
-    Attributes:
-        keep: Tokens that stay, in their new order, (batch, length - count), int64.
-        source: Tokens that disappear, (batch, count), int64; with keep, every place once.
-        target: Tokens that absorb them, each in keep, (batch, count), int64; may repeat.
-    """
-
-    keep: Tensor
-    source: Tensor
-    target: Tensor
-
-
 def merge(tokens: Tokens, selection: Selection, weight: Tensor) -> Tokens:
     """Replace every group, a kept token and the sources folded into it, by its weighted mean.
 
@@ -95,80 +82,12 @@ def merge(tokens: Tokens, selection: Selection, weight: Tensor) -> Tokens:
     Returns:
         Tokens shorter by count, with the sizes of a group added up.
     """
-    keep, source, target = selection
-    batch, length = tokens.size.shape
-    kept = keep.shape[1]
-    order = torch.arange(kept, device=keep.device).expand(batch, kept)
-    place = torch.zeros_like(tokens.position).scatter(1, keep, order)
-    into = place.gather(1, target)
-    place = place.scatter(1, source, into)
-
-    groups = _Groups(_rows(keep, length), _rows(source, length), _rows(into, kept))
-    both = groups.total(torch.stack((weight, tokens.size), dim=-1).flatten(0, 1))
-    total, size = both.unflatten(0, (batch, kept)).unbind(-1)
-    share = weight.to(torch.promote_types(tokens.x.dtype, weight.dtype)) / total.gather(1, place)
-
-    def pool(x: Tensor) -> Tensor:
-        return cast(Tensor, _Mean.apply(x, share.flatten(), _rows(place, kept), *groups))
-
+    pooled = pool(tokens.x, tokens.residual, weight, tokens.size, selection)
     return Tokens(
-        x=pool(tokens.x),
-        residual=None if tokens.residual is None else pool(tokens.residual),
-        size=size,
-        position=tokens.position.gather(1, keep),
-        class_places=place.gather(1, tokens.class_places),
-        source=None if tokens.source is None else place.gather(1, tokens.source),
+        x=pooled.x,
+        residual=pooled.residual,
+        size=pooled.size,
+        position=tokens.position.gather(1, selection.keep),
+        class_places=pooled.place.gather(1, tokens.class_places),
+        source=None if tokens.source is None else pooled.place.gather(1, tokens.source),
     )
-
-
-class _Groups(NamedTuple):
-    """Rows of a batch laid end to end: kept, disappearing, and where the latter go afterwards."""
-
-    keep: Tensor
-    source: Tensor
-    into: Tensor
-
-    def total(self, rows: Tensor) -> Tensor:
-        """Add `rows`, (batch * length, n), up within each group, in an order that is fixed."""
-        moved = rows.index_select(0, self.source)
-        return rows.index_select(0, self.keep).index_put_((self.into,), moved, accumulate=True)
-
-
-class _Mean(torch.autograd.Function):
-    """Weighted group means, whose gradient is a plain lookup: nothing is added up in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        share: Tensor,
-        place: Tensor,
-        keep: Tensor,
-        source: Tensor,
-        into: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(share, place)
-        rows = x.flatten(0, 1)
-        out = _scaled(rows.index_select(0, keep), share.index_select(0, keep))
-        moved = _scaled(rows.index_select(0, source), share.index_select(0, source))
-        out.index_put_((into,), moved, accumulate=True)
-        return out.to(x.dtype).view(x.shape[0], -1, x.shape[2])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        share, place = ctx.saved_tensors
-        rows = _scaled(grad.flatten(0, 1).index_select(0, place), share)
-        return (rows.to(grad.dtype).view(grad.shape[0], -1, grad.shape[2]), *(None,) * 5)
-
-
-def _scaled(rows: Tensor, share: Tensor) -> Tensor:
-    """Multiply each row by its share, at least in float32, reusing the memory of `rows`."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    return rows.to(dtype).mul_(share.to(dtype)[:, None])
-
-
-def _rows(places: Tensor, length: int) -> Tensor:
-    """Turn places along sequences of `length`, (batch, n), into rows of (batch * length, dim)."""
-    first = torch.arange(len(places), device=places.device)[:, None] * length
-    return (places + first).flatten()

@@ -75,5 +75,16 @@ def test_meter_measures_the_update_it_surrounds():
     assert meter.peak().mib < first.mib
 
 
+@pytest.mark.gpu
+def test_graphs_are_measured_by_the_memory_that_they_reserve():
+    gpu = torch.device("cuda")
+    for replayed, kind in ((False, "cuda allocated"), (True, "cuda reserved")):
+        meter = Meter(gpu, [], replayed=replayed)
+        with meter.first_update():
+            torch.empty(4 * MIB, dtype=torch.uint8, device=gpu)
+        assert meter.peak().kind == kind
+        assert meter.peak().mib >= 4
+
+
 def test_resident_size_is_in_mib():
     assert 50 < resident_mib() < 100_000

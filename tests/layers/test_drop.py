@@ -20,6 +20,19 @@ def test_shards_drop_what_one_process_drops(drop, count):
     assert torch.equal(drop(batch), whole)  # nothing of the shards is left
 
 
+@pytest.mark.parametrize("drop", [DropPath(0.4), Dropout(0.4)], ids=["path", "single"])
+def test_a_shard_in_a_tensor_is_read_when_numbers_are_drawn(drop):
+    batch, place = torch.randn(3, 5, 2), torch.zeros(1, dtype=torch.int64)
+    for index in (2, 0, 1):
+        place.fill_(index)
+        drawn = []
+        for given in (place, index):
+            torch.manual_seed(7)
+            with shard(given, 3):
+                drawn.append(drop(batch))
+        assert torch.equal(*drawn)
+
+
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     out = DropPath(0.25)(torch.ones(20000, 3, 2))
     assert (out == out[:, :1, :1]).all()

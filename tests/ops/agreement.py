@@ -66,3 +66,8 @@ def agree(got, want, dtype):
         error = (got[name].cpu().double() - expected).abs().max()
         scale = expected.abs().max()
         assert error <= TOLERANCE[dtype] * scale, f"{name} is off by {error:.1e} of {scale:.1e}"
+
+
+def device_of(backend):
+    """Where a set of kernels runs; without a GPU, Triton's run in its interpreter."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"

@@ -90,7 +90,9 @@ def test_every_backend_is_listed_with_why_it_cannot_run(table):
 def test_the_scan_has_the_backends_that_a_flag_may_name():
     listed = [name for op, name, _ in backends() if op == "selective_scan"]
     assert listed == list(SCAN_BACKENDS)
-    assert {op for op, _, _ in backends()} == {"selective_scan", "causal_conv1d", "rms_norm"}
+    assert {op for op, _, _ in backends()} == {
+        *("selective_scan", "bimamba_scan", "causal_conv1d", "add_rms_norm", "match", "pool"),
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")

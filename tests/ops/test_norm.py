@@ -7,7 +7,7 @@ from fambav.ops import add_rms_norm, force
 from tests import golden
 from tests.ops.agreement import agree, draw, results, widened
 
-OP = "rms_norm"
+OP = "add_rms_norm"
 BACKENDS = ["cpu", "reference"]
 
 
@@ -114,6 +114,8 @@ def test_the_cpu_backend_keeps_the_sum_and_a_number_for_each_token():
             dict(residual=torch.ones(2, 4, 8)),
             r"residual has shape \(2, 4, 8\), expected \(2, 3, 8\)",
         ),
+        (dict(hidden=torch.ones(2, 3, 8).long()), "hidden is torch.int64, expected a floating"),
+        (dict(weight=torch.ones(8, device="meta")), "weight is on meta, expected cpu"),
     ],
 )
 def test_a_wrong_shape_is_named_with_the_right_one(changes, message):

@@ -206,6 +206,9 @@ def test_autocast_changes_nothing(backend):
         (dict(D=torch.ones(1)), r"D has shape \(1,\), expected \(8,\)"),
         (dict(z=torch.ones(2, 5, 8)), r"z has shape \(2, 5, 8\), expected \(2, 8, 5\)"),
         (dict(delta_bias=torch.ones(8, 1)), r"delta_bias has shape \(8, 1\)"),
+        (dict(u=torch.ones(2, 8, 5).int()), "u is torch.int32, expected a floating-point dtype"),
+        (dict(z=torch.ones(2, 8, 5, dtype=torch.complex64)), "z is torch.complex64, expected a"),
+        (dict(A=torch.ones(8, 4, device="meta")), "A is on meta, expected cpu"),
     ],
 )
 def test_a_wrong_shape_is_named_with_the_right_one(changes, message):

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fambav.layers import Tokens
+from fambav.ops.match import evens_then_odds, in_order, match, others
 from fambav.reduction import make_reducer, merge
-from fambav.reduction.merge import evens_then_odds, in_order, match, others
 from fambav.registry import METHODS, REDUCERS
 from tests import golden
 

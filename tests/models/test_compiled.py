@@ -1,0 +1,75 @@
+"""Whole models under torch.compile: one graph, the same numbers."""
+
+import shutil
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import fambav.models  # noqa: F401  registers them
+from fambav.ops import force
+from tests.ops.agreement import device_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
+
+
+def gradients(run, net, images, targets):
+    """The loss, and the gradient of every parameter, of one step that starts from one seed."""
+    torch.manual_seed(0)
+    loss = F.cross_entropy(run(images), targets)
+    return [loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))]
+
+
+CASES = [
+    ("triton", "famba-v", True),
+    ("triton", "ordered", False),
+    ("numba", "famba-v", False),
+    ("numba", "ordered", False),
+    ("cpu", "famba-v", True),
+    ("cpu", "ordered", False),
+]
+
+
+@pytest.mark.parametrize(("backend", "method", "low"), CASES)
+def test_a_fused_model_in_training_is_one_graph(backend, method, low):
+    check(backend, method, low, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numba", "cpu"])
+def test_a_fused_model_is_one_graph_to_the_default_compiler_too(backend):
+    if shutil.which("g++") is None:
+        pytest.skip("outside: there is no C++ compiler")
+    limit = sys.getrecursionlimit()
+    try:
+        check(backend, "famba-v", False, "inductor")
+    finally:
+        sys.setrecursionlimit(limit)  # which the compiler raises for the whole process
+
+
+def check(backend, method, low, compiler):
+    """Compare a training step with and without a compiler, in autocast if `low`."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    device, depth = device_of(backend), 2
+    net = timm.create_model(
+        "vim_micro",
+        num_classes=10,
+        img_size=8,
+        dim=16,
+        depth=depth,
+        drop_path_rate=0.2,
+        fusion_strategy="all",
+        fusion_token=1,
+        fusion_method=method,
+    ).to(device)
+    images, targets = torch.randn(2, 3, 8, 8, device=device), torch.tensor([3, 7], device=device)
+    compiled = torch.compile(net, fullgraph=True, backend=compiler)
+    with force(backend), torch.autocast(device, torch.bfloat16, enabled=low):
+        want = gradients(net, net, images, targets)
+        got = gradients(compiled, net, images, targets)
+    for x, y in zip(got, want, strict=True):
+        scale = y.abs().max()
+        assert (x - y).abs().max() <= (2e-2 if low else 2e-5) * scale

@@ -1,0 +1,195 @@
+"""The bidirectional Mamba operation: what it computes, and what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import fambav.ops.flops  # noqa: F401  registers the formulas
+from fambav.ops import BackendError, Direction, bimamba_scan, force, fused_bimamba
+from tests.ops.agreement import agree, device_of, draw, widened
+
+KERNELS = ["triton", "numba"]
+DIM, RANK, STATE, WIDTH = 8, 3, 4, 4
+SHAPES = Direction(
+    *((DIM, WIDTH), (DIM,), (RANK + 2 * STATE, DIM), (DIM, RANK), (DIM,), (DIM, STATE), (DIM,))
+)
+
+
+def inputs(length, *, batch=2, dtype=torch.float32, device="cpu", out=6):
+    """Every tensor by name; of A, what it is the negative exponential of."""
+    made = dict(xz=draw("xz", batch, length, 2 * DIM, dtype=dtype, device=device))
+    for end in ("f", "b"):
+        for name, shape in SHAPES._asdict().items():
+            made[f"{name}_{end}"] = draw(f"{name}_{end}", *shape, device=device)
+    if out:
+        made["out_proj"] = draw("out_proj", out, DIM, device=device)
+    return made
+
+
+def run(tensors, **options):
+    """Call the operation with tensors by name."""
+    ends = (Direction(*(tensors[f"{n}_{end}"] for n in Direction._fields)) for end in ("f", "b"))
+    forward, backward = (end._replace(A=-end.A.exp()) for end in ends)
+    return bimamba_scan(tensors["xz"], forward, backward, tensors.get("out_proj"), **options)
+
+
+def results(tensors, backend, **options):
+    """The output, and the gradient of every input by its name."""
+    with force(backend):
+        y = run(tensors, **options)
+    weight = draw("grad", *y.shape).detach().bfloat16().to(y)
+    grads = torch.autograd.grad(y, list(tensors.values()), weight)
+    return {"output": y.detach()} | dict(zip(tensors, grads, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 5, 17])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_every_gradient_agrees_with_the_float64_reference(kernels, length):
+    tensors = inputs(length, device=device_of(kernels))
+    got = results(tensors, kernels, scale=0.5)
+    assert got["output"].shape == (2, length, 6)
+    agree(got, results(widened(tensors), "reference", scale=0.5), torch.float32)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_long_sequence_passes_many_chunks(kernels):
+    tensors = inputs(70, batch=1, device=device_of(kernels))
+    agree(results(tensors, kernels), results(widened(tensors), "reference"), torch.float32)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_last_projection_can_be_left_out(kernels):
+    tensors = inputs(5, out=0, device=device_of(kernels))
+    got = results(tensors, kernels)
+    assert got["output"].shape == (2, 5, DIM)
+    agree(got, results(widened(tensors), "reference"), torch.float32)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_parameters_may_be_views_and_the_input_a_slice(kernels):
+    tensors = inputs(5, device=device_of(kernels))
+    want = results(tensors, kernels)
+    wide = F.pad(tensors["xz"].detach(), (3, 5))
+    views = {
+        name: x.detach().movedim(0, -1).contiguous().movedim(-1, 0).requires_grad_()
+        for name, x in tensors.items()
+        if name != "xz"
+    }
+    got = results(dict(xz=wide[..., 3:-5].requires_grad_()) | views, kernels)
+    agree(got, {name: x.cpu().double() for name, x in want.items()}, torch.float32)
+
+
+def test_autocast_makes_tokens_low_and_leaves_the_scan_alone():
+    device = device_of("triton")
+    tensors = inputs(5, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        got = results(tensors, "triton")
+    assert got["output"].dtype == torch.bfloat16
+    assert all(got[n].dtype == torch.float32 for n in tensors)
+    for name, want in results(tensors, "triton").items():
+        error = (got[name].double() - want.double()).norm()
+        assert error < 0.03 * want.double().norm(), name
+
+
+def test_swapping_directions_is_flipping_the_sequence():
+    tensors = inputs(7, device="cpu")
+    swapped = {n[:-1] + "fb"[n[-1] == "f"] if n[-2] == "_" else n: x for n, x in tensors.items()}
+    swapped["xz"] = tensors["xz"].flip(1)
+    for backend in ("numba", "reference"):
+        with force(backend):
+            torch.testing.assert_close(run(swapped).flip(1), run(tensors))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_torchs_own_checks_of_the_operator_pass(kernels):
+    tensors = inputs(5, device=device_of(kernels))
+    for end in ("f", "b"):
+        tensors[f"A_{end}"] = (-tensors[f"A_{end}"].exp()).detach().requires_grad_()
+    options = dict(scale=0.5, kernels=kernels, keep=True)
+    torch.use_deterministic_algorithms(False)  # what is kept may have places that nobody reads
+    torch.library.opcheck(fused_bimamba._forward, tuple(tensors.values()), options)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_equal_calls_give_equal_bits(kernels):
+    tensors = inputs(17, device=device_of(kernels))
+    first, second = (results(tensors, kernels) for _ in range(2))
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_not_a_number_comes_out_where_it_went_in(kernels):
+    tensors = inputs(5, device=device_of(kernels))
+    tensors["xz"].data[1, 2, 0] = torch.nan
+    with force(kernels):
+        y = run(tensors)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+def test_flops_are_those_of_the_products_the_convolutions_and_the_steps():
+    tensors = inputs(5)
+    with force("numba"), FlopCounterMode(display=False) as counter:
+        y = run(tensors)
+    tokens = 2 * 5
+    rows = DIM * (RANK + 2 * STATE) + DIM * RANK
+    want = tokens * (2 * 2 * rows + 2 * 6 * DIM + 2 * 2 * WIDTH * DIM + 2 * 7 * DIM * STATE)
+    assert counter.get_total_flops() == want
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert 2 * want < counter.get_total_flops() < 4 * want
+
+
+def test_what_is_forced_for_the_scan_is_forced_here(monkeypatch):
+    seen = []
+    monkeypatch.setattr(fused_bimamba, "_forward", lambda *_, kernels, **__: [seen.append(kernels)])
+    tensors = inputs(3)
+    for forced in ("numba", "triton"):
+        with force(forced):
+            run(tensors)
+    for forced in ("cpu", "reference"):
+        with force(forced):
+            assert run(tensors).shape == (2, 3, 6)
+    assert seen == ["numba", "triton"]
+    with force("cpu"), force("numba", "bimamba_scan"):
+        run(tensors)
+    assert seen[2:] == ["numba"]
+
+
+def test_backends_that_cannot_run_say_why():
+    double = {name: x.detach().double() for name, x in inputs(3).items()}
+    told = "backend 'numba' of bimamba_scan cannot run: a tensor is torch.float64, expected float32"
+    with force("numba"), pytest.raises(BackendError, match=told):
+        run(double)
+    assert run(double).dtype == torch.float64
+    empty = inputs(3, batch=0)
+    with force("numba"), pytest.raises(BackendError, match="the batch is empty"):
+        run(empty)
+    assert run(empty).shape == (0, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(xz=torch.ones(2, 0, 16)), r"xz has shape \(2, 0, 16\), expected \(batch, length"),
+        (dict(xz=torch.ones(2, 3, 15)), r"xz has shape \(2, 3, 15\), expected"),
+        (dict(xz=torch.ones(3, 16)), r"xz has shape \(3, 16\), expected"),
+        (
+            dict(xz=torch.ones(2, 3, 18)),
+            r"forward.conv_weight has shape \(8, 4\), expected \(9, 4\)",
+        ),
+        (dict(D_b=torch.ones(7)), r"backward.D has shape \(7,\), expected \(8,\)"),
+        (dict(A_b=torch.ones(8, 5)), r"backward.A has shape \(8, 5\), expected \(8, 4\)"),
+        (dict(x_proj_f=torch.ones(9, 8)), r"forward.x_proj has shape \(9, 8\), expected \(11, 8\)"),
+        (
+            dict(xz=torch.ones(2, 3, 16).long()),
+            "xz is torch.int64, expected a floating-point dtype",
+        ),
+        (dict(A_f=torch.ones(8, 4, device="meta")), "forward.A is on meta, expected cpu"),
+        (dict(out_proj=torch.ones(6, 7)), r"out_proj has shape \(6, 7\), expected \(6, 8\)"),
+    ],
+)
+def test_wrong_shapes_are_refused_by_name(changes, told):
+    with pytest.raises(ValueError, match=told):
+        run(inputs(3) | changes)

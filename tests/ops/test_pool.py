@@ -1,0 +1,266 @@
+"""Group means of both streams, by every backend."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fambav.layers import Tokens
+from fambav.ops import BackendError, force
+from fambav.ops.match import Selection, evens_then_odds
+from fambav.ops.pool import pool
+from fambav.reduction import make_reducer
+from fambav.registry import METHODS
+from tests.ops.agreement import device_of, draw, results, widened
+from tests.ops.places import close
+
+BACKENDS = ["triton", "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def groups(length, count, batch=2):
+    """A selection as a reducer makes it."""
+    features = draw("groups", batch, length, 4).detach()
+    return evens_then_odds(features, count, torch.empty(batch, 0, dtype=torch.int64))
+
+
+def inputs(batch, length, dim, dtype=torch.float32, *, residual=True, backend="triton"):
+    """One stream in `dtype`, the other in float32 as in a model."""
+    device = device_of(backend)
+    x = dict(x=draw("x", batch, length, dim, dtype=dtype, device=device))
+    other = dict(residual=draw("residual", batch, length, dim, device=device))
+    return x | other if residual else x
+
+
+def means(selection, **tensors):
+    """Means of the streams with weights that are no whole numbers."""
+    x = tensors["x"]
+    weight = draw("weight", *x.shape[:2], device=x.device).detach().abs() + 0.1
+    there = Selection(*(places.to(x.device) for places in selection))
+    pooled = pool(x, tensors.get("residual"), weight, weight, there)
+    return tuple(stream for stream in pooled[:2] if stream is not None)
+
+
+def compare(tensors, selection):
+    """Hold means and gradients against the reference in float64."""
+
+    def run(**given):
+        return means(selection, **given)
+
+    got = results(run, tensors, "triton", "pool")
+    want = results(run, widened(tensors), "reference", "pool")
+    for place, (name, stream) in enumerate(tensors.items()):
+        for result in (f"output {place}", f"gradient of {name}"):
+            assert got[result].dtype == stream.dtype
+            close(got[result], want[result])
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["both", "alone"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("length", "count"), [(2, 1), (5, 1), (5, 3), (17, 1), (17, 9), (65, 33)])
+def test_means_and_gradients_are_those_of_the_reference(length, count, dtype, residual):
+    compare(inputs(2, length, 8, dtype, residual=residual), groups(length, count))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_channels_are_shared_by_programs(dtype):
+    compare(inputs(1, 5, 1030, dtype), groups(5, 3, batch=1))
+
+
+def test_a_list_longer_than_a_program_reads_at_once_is_read_to_its_end():
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(0))[None]
+    keep, source = order.split((3, 147), dim=1)
+    target = keep.gather(1, torch.arange(147)[None] % 2)  # the third has no sources
+    tensors = inputs(1, 150, 4)
+    compare(tensors, Selection(keep, source, target))
+    with force("triton", "pool"):
+        x = means(Selection(keep, source, target), **tensors)[0]
+    assert x[0, 2].equal(tensors["x"][0, keep[0, 2]])
+
+
+STRIDES = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "batch in the middle": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "part of a wider tensor": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    "every second token": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("turned", [0, 1], ids=["x", "residual"])
+@pytest.mark.parametrize("strides", STRIDES)
+def test_strides_of_streams_places_and_gradients_do_not_matter(strides, turned):
+    selection, tensors = groups(17, 9), inputs(2, 17, 8)
+    apart = Selection(*(torch.stack((p, p), -1)[..., 0] for p in selection))
+    grads = [draw(name, 2, 8, 8, device=device_of("triton")).detach() for name in tensors]
+
+    def stretch(both):
+        return [STRIDES[strides](x) if i == turned else x for i, x in enumerate(both)]
+
+    def run(chosen, turn):
+        x, residual = turn(tensors.values())
+        with force("triton", "pool"):
+            found = means(chosen, x=x, residual=residual)
+        return *found, *torch.autograd.grad(found, list(tensors.values()), turn(grads))
+
+    assert not stretch(grads)[turned].is_contiguous()
+    assert all(map(torch.equal, run(apart, stretch), run(selection, list)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_is_one_number_for_all_is_spread(backend):
+    tensors = inputs(2, 17, 8, backend=backend)
+    with force(backend, "pool"):
+        x, residual = means(groups(17, 9), **tensors)
+    grads = torch.autograd.grad(x.sum() + residual.sum(), list(tensors.values()))
+    for grad in grads:
+        torch.testing.assert_close(grad.sum(1), torch.full_like(grad[:, 0], 8))  # of 8 groups
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stream_that_nothing_depends_on_has_no_gradient(backend):
+    tensors = inputs(2, 9, 4, backend=backend)
+    x, residual = tensors.values()
+    for used, unused, place in ((x, residual, 0), (residual, x, 1)):
+        with force(backend, "pool"):
+            y = means(groups(9, 3), **tensors)[place]
+        grad, nothing = torch.autograd.grad(y.sum(), (used, unused), allow_unused=True)
+        assert grad.abs().sum(-1).all()
+        assert nothing is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_and_places_follow_the_groups(backend):
+    selection = Selection(
+        keep=torch.tensor([[5, 1, 3], [1, 3, 5]]),
+        source=torch.tensor([[0, 4, 2], [2, 4, 0]]),
+        target=torch.tensor([[1, 1, 3], [3, 3, 3]]),
+    )
+    selection = Selection(*(places.to(device_of(backend)) for places in selection))
+    x, residual = inputs(2, 6, 3, backend=backend).values()
+    size = torch.tensor([[1.0, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]], device=x.device)
+    with force(backend, "pool"):
+        pooled = pool(x, residual, torch.ones_like(size), size, selection)
+    assert pooled.size.tolist() == [[6, 8, 7], [5, 15, 1]]
+    assert pooled.place.tolist() == [[1, 1, 2, 2, 1, 0], [1, 0, 1, 1, 1, 2]]
+    assert pooled.place.dtype == torch.int64
+    assert pooled.size.dtype == torch.float32
+    assert not pooled.size.requires_grad
+    torch.testing.assert_close(pooled.x[0, 1], x[0, [0, 1, 4]].mean(0))
+    torch.testing.assert_close(pooled.residual[1, 1], residual[1, [0, 2, 3, 4]].mean(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_without_sources_is_unchanged_to_the_last_bit(backend, dtype):
+    selection = groups(65, 20)
+    alone = ~(selection.keep[..., None] == selection.target[:, None]).any(-1)
+    assert 0 < alone.sum() < alone.numel() - 2
+    tensors = inputs(2, 65, 8, dtype, backend=backend)
+    with force(backend, "pool"):
+        pooled = means(selection, **tensors)
+    for mean, x in zip(pooled, tensors.values(), strict=True):
+        old = x.cpu().gather(1, selection.keep[..., None].expand(-1, -1, 8))
+        assert mean.cpu()[alone].equal(old[alone])
+
+
+def test_two_equal_calls_give_equal_bits():
+    tensors, selection = inputs(2, 65, 8, torch.bfloat16), groups(65, 33)
+    runs = [results(lambda **t: means(selection, **t), tensors, "triton", "pool") for _ in "ab"]
+    assert all(runs[0][name].equal(runs[1][name]) for name in runs[0])
+
+
+def test_the_kernels_keep_a_share_and_a_place_of_each_token_for_the_backward_pass():
+    tensors, saved = inputs(2, 17, 64), []
+    with (
+        force("triton", "pool"),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        means(groups(17, 9), **tensors)
+    assert sorted(t.dtype.itemsize for t in saved) == [4, 8]
+    assert all(t.shape == (2, 17) for t in saved)
+
+
+def test_no_copy_of_a_stream_is_made_beside_the_results():
+    from fambav.ops.triton_kernels.pool import pool_forward
+
+    class Allocated(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.total += out.numel() if "empty" in str(function) else 0
+            return out
+
+    x, residual = (stream.detach() for stream in inputs(2, 17, 64).values())
+    selection = [places.to(x.device) for places in groups(17, 9)]
+    weight = torch.ones(2, 17, device=x.device)
+    with Allocated() as mode:
+        pool_forward(x, residual, weight, weight, *selection)
+    assert 2 * 2 * 8 * 64 <= mode.total <= 2 * 2 * 8 * 64 + 2 * 8 + 2 * 2 * 17
+
+
+@pytest.mark.parametrize("name", ["x", "residual"])
+def test_double_precision_is_left_to_the_reference(name):
+    tensors = inputs(2, 9, 4)
+    tensors[name] = tensors[name].detach().double()
+    with (
+        force("triton", "pool"),
+        pytest.raises(BackendError, match="a tensor is float64, expected float32"),
+    ):
+        means(groups(9, 3), **tensors)
+    assert means(groups(9, 3), **tensors)[list(tensors).index(name)].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(residual=torch.ones(2, 9, 5)), r"residual has shape \(2, 9, 5\), expected \(2, 9, 4"),
+        (dict(weight=torch.ones(2, 8)), r"weight has shape \(2, 8\), expected \(2, 9\)"),
+        (dict(size=torch.ones(1, 9)), r"size has shape \(1, 9\), expected \(2, 9\)"),
+        (dict(keep=torch.zeros(2, 5).long()), r"keep has shape \(2, 5\), expected \(2, 6\)"),
+        (dict(source=torch.zeros(1, 3).long()), r"source has shape \(1, 3\), expected \(2, 3\)"),
+        (dict(target=torch.zeros(2, 2).long()), r"target has shape \(2, 2\), expected \(2, 3\)"),
+    ],
+)
+def test_a_wrong_shape_is_named_with_the_right_one(changes, message):
+    places = groups(9, 3)._asdict()
+    given = dict(x=torch.ones(2, 9, 4), residual=None, weight=torch.ones(2, 9))
+    given |= dict(size=torch.ones(2, 9)) | places | changes
+    selection = Selection(*(given.pop(name) for name in places))
+    with pytest.raises(ValueError, match=message):
+        pool(**given, selection=selection)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own tracing does so
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reducer_compiles_without_a_graph_break(method, backend):
+    x, residual = inputs(2, 17, 8, backend=backend).values()
+    start = Tokens.start(x.detach(), class_places=(8,), trace=True)
+    reducer = make_reducer(method, (5,))
+
+    def run(x, residual):
+        return reducer(start._replace(x=x, residual=residual), 0)
+
+    with force(backend, "match"), force(backend, "pool"):
+        runs = (
+            run(x, residual),
+            torch.compile(run, backend="aot_eager", fullgraph=True)(x, residual),
+        )
+    for eager, compiled in zip(*runs, strict=True):
+        assert eager.equal(compiled)
+        assert eager.requires_grad == compiled.requires_grad
+    losses = (t.x.square().sum() + t.residual.sin().sum() for t in runs)
+    eager, compiled = (torch.autograd.grad(loss, (x, residual)) for loss in losses)
+    assert all(map(torch.equal, eager, compiled))
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["both", "alone"])
+def test_shapes_are_known_without_running(residual):
+    tensors = inputs(2, 9, 4, residual=residual)
+    x, weight = tensors["x"], torch.ones(2, 9, device=device_of("triton"))
+    selection = [places.to(x.device) for places in groups(9, 3)]
+    given = x, tensors.get("residual"), weight, weight, *selection
+    torch.library.opcheck(torch.ops.fambav.pool.default, given)
+    *_, share, place = torch.ops.fambav.pool(*given)
+    grads = [stream.detach()[:, :6] for stream in tensors.values()]
+    torch.library.opcheck(torch.ops.fambav.pool_backward.default, (grads, share, place))

@@ -1,0 +1,67 @@
+"""The script for a machine with a GPU runs to its end on one without."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts/gpu_check.sh"
+STEPS = " ".join(re.findall(r'^steps\+?="(.*)"$', SCRIPT.read_text(), re.MULTILINE)).split()
+NO_REPORT = {"smoke_graphs", "tests"}  # on a CPU the first is a refusal
+
+
+def gpu_check(*words):
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_step_ends_without_a_gpu_and_leaves_its_figures(tmp_path):
+    done = gpu_check("--dry", tmp_path)
+    told = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in told] == STEPS
+    assert [step for step in told if step["status"]] == [], done.stdout + done.stderr
+    assert done.returncode == 0
+    for name in set(STEPS) - NO_REPORT:
+        figures = json.loads((tmp_path / f"{name}.json").read_text())
+        about = figures.get("settings") or figures["environment"]
+        assert about["commit"]
+
+
+@pytest.mark.slow
+def test_one_step_runs_alone_and_a_failure_is_a_status(tmp_path):
+    done = gpu_check("--dry", "--only", "floors", tmp_path)
+    assert done.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"floors.json", "steps.jsonl"}
+    (tmp_path / "floors.json").unlink()
+    (tmp_path / "floors.json").mkdir()  # cannot be written
+    assert gpu_check("--dry", "--only", "floors", tmp_path).returncode == 1
+    first, second = map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())
+    assert first["status"] == 0
+    assert second["status"] != 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--only", "scna"], "--only is 'scna', expected one of check_scan"),
+        (["--only"], "--only is '', expected one of check_scan"),
+        (["--wet"], "option is --wet, expected --only or --dry"),
+    ],
+)
+def test_a_wrong_option_is_one_line(words, message):
+    done = gpu_check(*words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
