@@ -14,7 +14,7 @@ versions=("triton==3.6.0 numpy<2.4" "triton==3.9.0") # 3.6's interpreter fails w
 tests=(tests/ops/test_triton_*.py tests/ops/test_match.py tests/ops/test_pool.py)
 
 status=0
-table=$(printf '%-8s%-8s%-44s%s' triton numpy "interpreter tests" "bench aot")
+table=$(printf '%-8s%-8s%-62s%s' triton numpy "interpreter tests" "bench aot")
 for wanted in "${versions[@]}"; do
     read -ra packages <<<"$wanted"
     here="$out/${packages[0]/==/-}"
@@ -37,7 +37,7 @@ for wanted in "${versions[@]}"; do
         status=1
     fi
     found=$("$python" -c 'import numpy, triton; print(f"{triton.__version__:<8}{numpy.__version__:<8}")')
-    table+=$(printf '\n%s%-44s%s' "$found" "$tested" "$compiled")
+    table+=$(printf '\n%s%-62s%s' "$found" "$tested" "$compiled")
 done
 printf '%s\n\nlogs and tables are in %s\n' "$table" "$out"
 exit $status
