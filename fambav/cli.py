@@ -166,7 +166,7 @@ def doctor(words: Words) -> None:
     from fambav import ecosystem, ops
 
     print(f"python      {platform.python_version()} on {platform.platform()}")
-    for name in ("torch", "torchvision", "timm", "pillow", "triton"):
+    for name in ("torch", "torchvision", "timm", "pillow", "triton", "numba"):
         note = f" ({ecosystem.TORCHVISION})" if name == "torchvision" else ""
         print(f"{name:<11} {_version(name)}{note}")
     print(f"cpu         {os.cpu_count()} cores, {torch.get_num_threads()} threads")
