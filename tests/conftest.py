@@ -1,4 +1,4 @@
-"""One thread, NaN in memory that nobody wrote, and a count of what a machine cannot run."""
+"""One thread, NaN in memory that nobody wrote, Triton interpreted, what a machine cannot run."""
 
 import os
 from collections import Counter

@@ -25,6 +25,11 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < limit, f"{node.name} has over {limit} lines"
 
 
+def test_the_package_holds_code_and_nothing_that_a_tool_left_behind():
+    found = {path for path in Path(fambav.__file__).parent.rglob("*") if path.is_file()}
+    assert {path for path in found if "__pycache__" not in path.parts} == set(FILES)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_is_named_by_the_noun_it_defines(path):
     assert path.stem not in VAGUE

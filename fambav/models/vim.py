@@ -22,8 +22,8 @@ from fambav.layers.drop import Dropout, DropPath
 from fambav.layers.embed import PatchEmbed, class_places, insert, pair, patch_grid, take
 from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import Tokens
+from fambav.ops.match import others
 from fambav.reduction import make_reducer, schedule
-from fambav.reduction.merge import others
 from fambav.registry import nearest
 
 Rows = Tensor | tuple[Tensor, Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fambav.layers.embed import class_places, insert, resize_grid, take
 from fambav.models.vim import Vim
-from fambav.reduction.merge import others
+from fambav.ops.match import others
 
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 _RAW, _AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")

@@ -55,8 +55,8 @@ def bimamba_scan(
     """Convolve, scan in both directions, add, gate and project.
 
     Nothing is flipped or transposed in memory.  The fused backends keep the input, the projection
-    of each token, one sum of both scans and a state every few dozen steps for the backward pass,
-    and make convolution and step sizes again there.  Sums are float32, the state too.
+    of each token, one sum of both scans and the states before each chunk of steps for the backward
+    pass, and make convolution and step sizes again there.  Sums are float32, the state too.
 
     Args:
         xz: Input x and gate z side by side, (batch, length, 2 dim).

@@ -3,8 +3,8 @@
     xz -> conv, both directions -> u -> x_proj -> B, C, dt -> dt_proj -> delta -> both scans -> gate
 
 Kernels and matrix products alternate; both directions are one launch each.  For the backward pass
-xz, the projection (B, C, dt), the sum of both scans and the states every few dozen steps are kept;
-u, delta and the gated sum are made again.
+xz, the projection (B, C, dt), the sum of both scans and the states before each chunk of steps are
+kept; u, delta and the gated sum are made again.
 """
 
 from __future__ import annotations
@@ -176,7 +176,10 @@ def _backward(
     scale: float,
     kernels: str,
 ) -> list[Tensor]:
-    """Return the gradients of the tensors that there are, in order."""
+    """Return the gradients of xz, of each parameter of both directions, and of out_proj if given.
+
+    Directions stay together, (2, *shape): slices of one tensor, which an operator may not return.
+    """
     *parameters, out_proj = rest
     mixer = _Mixer.of(tuple(parameters), kernels)
     dxz = torch.empty_like(xz)
@@ -210,14 +213,19 @@ def _backward(
     du.flatten(1, 2).baddbmm_(rows, mixer.x_proj)
     conv = mixer.run.conv_backward(du, x, *mixer.conv, dx, silu=True, reverse=REVERSE)
     both = (*conv, x_proj, dt_proj, dt_bias, dA, dD)
-    each = zip((g[end] for end in (0, 1) for g in both), parameters, strict=True)
-    return [dxz, *(g.to(p.dtype, copy=True) for g, p in each), *found]
+    return [dxz, *(g.contiguous() for g in both), *found]
 
 
 @_backward.register_fake
 def _backward_shapes(grad: Any, projected: Any, total: Any, kept: Any, *rest: Any, **_: Any) -> Any:
     del grad, projected, total, kept
-    return [torch.empty_like(x) for x in rest if x is not None]
+    xz, *parameters, out_proj = rest
+    found = [torch.empty_like(xz)]
+    for name, parameter in zip(_NAMES, parameters, strict=False):
+        product = name in ("x_proj", "dt_proj")
+        dtype = xz.dtype if product else torch.float32
+        found.append(xz.new_empty(2, *parameter.shape, dtype=dtype))
+    return found if out_proj is None else [*found, torch.empty_like(out_proj)]
 
 
 def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
@@ -227,8 +235,10 @@ def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None
 
 def _gradient(ctx: Any, grad: Any, *_: Any) -> Any:
     projected, total, kept, *inputs = ctx.saved_tensors  # read once, which checkpointing asks for
-    grads = iter(_backward(grad, projected, total, kept, *inputs, **ctx.options))
-    return tuple(None if x is None else next(grads) for x in inputs)
+    dxz, *found = _backward(grad, projected, total, kept, *inputs, **ctx.options)
+    both, out_proj = found[: len(_NAMES)], found[len(_NAMES) :]
+    each = zip((g[end] for end in (0, 1) for g in both), inputs[1:-1], strict=True)
+    return dxz, *(g.to(p.dtype) for g, p in each), out_proj[0] if out_proj else None
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)

@@ -21,8 +21,8 @@ def refuses(hidden: Tensor, residual: Tensor | None, weight: Tensor) -> str | No
         return "there are no tokens"
     if hidden.shape[-1] > MAX_DIM:
         return f"dim is {hidden.shape[-1]}, expected at most {MAX_DIM}"
-    rest = (weight,) if residual is None else (weight, residual)
-    return TRITON.refuses(hidden, *rest) or TRITON.refuses(*rest) or TRITON.refuses(rest[-1])
+    given = (hidden, weight) if residual is None else (hidden, weight, residual)
+    return next(filter(None, map(TRITON.refuses, given)), None)
 
 
 def add_norm(

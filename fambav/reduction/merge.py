@@ -16,7 +16,6 @@ import torch
 
 from fambav.layers import Tokens
 from fambav.ops.match import evens_then_odds, in_order
-from fambav.ops.match import others as others
 from fambav.reduction.reducer import Places, Reducer, merge
 from fambav.registry import REDUCERS
 

@@ -14,7 +14,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from fambav.layers import Tokens
-from fambav.ops.match import Selection as Selection
+from fambav.ops.match import Selection
 from fambav.ops.pool import pool
 from fambav.registry import REDUCERS
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fambav.ops import force
+from fambav.ops import force, selective_scan
 
 # Largest difference from the reference in float64, over the largest number of the same tensor.  In
 # bfloat16 it is the rounding of the result, as inputs are rounded before the reference sees them.
@@ -71,3 +71,32 @@ def agree(got, want, dtype):
 def device_of(backend):
     """Where a set of kernels runs; without a GPU, Triton's run in its interpreter."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def expected_scans(given, reverse, *, D, bias, softplus, dlast):
+    """Results and gradients of the loop in float64, under their names, directions stacked.
+
+    `given` has a tensor for each direction of what a set of kernels takes, and dy and dlast.
+    """
+    found = []
+    for k, backward in enumerate(reverse):
+        own = {n: x[k].cpu().double().requires_grad_() for n, x in given.items()}
+        tokens = {n: own[n].movedim(1, -1) for n in ("u", "delta", "B", "C")}
+        with force("reference"):
+            y, last = selective_scan(
+                **tokens,
+                A=own["A"],
+                D=own["D"] if D else None,
+                delta_bias=own["bias"] if bias else None,
+                delta_softplus=softplus,
+                return_last_state=True,
+                reverse=backward,
+            )
+        names = ["u", "delta", "A", "B", "C", *["D"] * D, *["bias"] * bias]
+        outputs, weights = (y.mT, last), (own["dy"], own["dlast"])
+        pairs = slice(2 if dlast else 1)
+        grads = torch.autograd.grad(outputs[pairs], [own[n] for n in names], weights[pairs])
+        results = dict(y=y.mT.detach(), last=last.detach())
+        results |= {f"d{n}": g for n, g in zip(names, grads, strict=True)}
+        found.append(results)
+    return {name: torch.stack([one[name] for one in found]) for name in found[0]}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fambav.ops import force, selective_scan
-from tests.ops.agreement import agree, draw
+from tests.ops.agreement import agree, draw, expected_scans
 
 pytest.importorskip("numba")
 from fambav.ops import numba_kernels
@@ -31,33 +31,6 @@ def drawn(reverse, batch, length, dim, groups, state):
         dy=tensor("dy", length, dim),
         dlast=tensor("dlast", dim, state),
     )
-
-
-def expected(given, reverse, *, D, bias, softplus, dlast):
-    """Results and gradients of the loop in float64, under their names."""
-    columns = {n: given[n] for n in ("u", "delta", "A", "B", "C", "D", "bias", "dy", "dlast")}
-    found = []
-    for k, backward in enumerate(reverse):
-        own = {n: x[k].double().requires_grad_() for n, x in columns.items()}
-        tokens = {n: own[n].movedim(1, -1) for n in ("u", "delta", "B", "C")}
-        with force("reference"):
-            y, last = selective_scan(
-                **tokens,
-                A=own["A"],
-                D=own["D"] if D else None,
-                delta_bias=own["bias"] if bias else None,
-                delta_softplus=softplus,
-                return_last_state=True,
-                reverse=backward,
-            )
-        names = ["u", "delta", "A", "B", "C", *["D"] * D, *["bias"] * bias]
-        outputs, weights = (y.mT, last), (own["dy"], own["dlast"])
-        pairs = slice(2 if dlast else 1)
-        grads = torch.autograd.grad(outputs[pairs], [own[n] for n in names], weights[pairs])
-        results = dict(y=y.mT.detach(), last=last.detach())
-        results |= {f"d{n}": g for n, g in zip(names, grads, strict=True)}
-        found.append(results)
-    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
 
 def plain(*shape):
@@ -87,7 +60,7 @@ def slowed(given):
 
 def agrees(sizes, reverse=BOTH, **options):
     given = drawn(reverse, *sizes)
-    want = expected(given, reverse, **options)
+    want = expected_scans(given, reverse, **options)
     agree(computed(given, reverse, **options), want, torch.float32)
 
 
@@ -112,7 +85,7 @@ def test_channels_belong_to_their_group(groups, dim):
 def test_what_can_be_left_out_is_left_out(absent):
     given = slowed(drawn(BOTH, 2, 17, 24, 1, 16))
     options = FULL | {absent: False}
-    agree(computed(given, BOTH, **options), expected(given, BOTH, **options), torch.float32)
+    agree(computed(given, BOTH, **options), expected_scans(given, BOTH, **options), torch.float32)
 
 
 def test_many_tasks_share_a_large_batch():
@@ -122,7 +95,7 @@ def test_many_tasks_share_a_large_batch():
 def test_a_state_that_grows_grows():
     given = slowed(drawn(BOTH, 2, 9, 24, 1, 4))
     given["A"] = [-rate for rate in given["A"]]
-    agree(computed(given, BOTH, **FULL), expected(given, BOTH, **FULL), torch.float32)
+    agree(computed(given, BOTH, **FULL), expected_scans(given, BOTH, **FULL), torch.float32)
 
 
 def in_wider_rows(*shape):
@@ -220,7 +193,7 @@ def test_nan_goes_where_it_goes_in_the_loop(name, bits):
     given = {n: x if torch.is_tensor(x) else torch.stack(x) for n, x in given.items()}
     given[name][0, ..., 1] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     options = FULL | dict(dlast=False)
-    want = expected(given, (False,), **options)
+    want = expected_scans(given, (False,), **options)
     got = computed(given, (False,), **options)
     assert any(tensor.isnan().any() for tensor in want.values())
     for key, tensor in want.items():

@@ -5,8 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from fambav.ops import force, selective_scan
-from tests.ops.agreement import device_of, draw
+from tests.ops.agreement import device_of, draw, expected_scans
 from tests.ops.places import close, like, place, unwritten_around
 
 pytest.importorskip("triton")
@@ -36,32 +35,6 @@ def drawn(reverse, batch, length, dim, groups, state, dtype=torch.float32):
     return given | dict(A=-given["A"].exp())
 
 
-def expected(given, reverse, *, D, bias, softplus, dlast):
-    """Results and gradients of the loop in float64, under their names."""
-    found = []
-    for k, backward in enumerate(reverse):
-        own = {n: x[k].cpu().double().requires_grad_() for n, x in given.items()}
-        tokens = {n: own[n].movedim(1, -1) for n in ("u", "delta", "B", "C")}
-        with force("reference"):
-            y, last = selective_scan(
-                **tokens,
-                A=own["A"],
-                D=own["D"] if D else None,
-                delta_bias=own["bias"] if bias else None,
-                delta_softplus=softplus,
-                return_last_state=True,
-                reverse=backward,
-            )
-        names = ["u", "delta", "A", "B", "C", *["D"] * D, *["bias"] * bias]
-        outputs, weights = (y.mT, last), (own["dy"], own["dlast"])
-        pairs = slice(2 if dlast else 1)
-        grads = torch.autograd.grad(outputs[pairs], [own[n] for n in names], weights[pairs])
-        results = dict(y=y.mT.detach(), last=last.detach())
-        results |= {f"d{n}": g for n, g in zip(names, grads, strict=True)}
-        found.append(results)
-    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
-
-
 def computed(given, reverse, layout="plain", *, D, bias, softplus, dlast, **choice):
     """Results and gradients of the kernels, under their names."""
     inputs = {n: given[n] for n in ("u", "delta", "A", "B", "C")}
@@ -85,7 +58,7 @@ def computed(given, reverse, layout="plain", *, D, bias, softplus, dlast, **choi
 
 def agrees(sizes, reverse=BOTH, dtype=torch.float32, **choice):
     given = drawn(reverse, *sizes, dtype=dtype)
-    compare(computed(given, reverse, **FULL, **choice), expected(given, reverse, **FULL))
+    compare(computed(given, reverse, **FULL, **choice), expected_scans(given, reverse, **FULL))
 
 
 def compare(got, want):
@@ -147,7 +120,7 @@ def test_what_can_be_left_out_is_left_out(absent):
     given = drawn(ONE, 1, 3, 6, 1, 4)
     given |= dict(A=given["A"] / 20)  # without softplus a state may grow
     options = FULL | {absent: False}
-    compare(computed(given, ONE, **options), expected(given, ONE, **options))
+    compare(computed(given, ONE, **options), expected_scans(given, ONE, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -172,7 +145,7 @@ def test_any_strides_are_read_and_written(layout):
     given = drawn(BOTH, 1, 3, 6, 1, 4)
     strided = {n: like(x, layout) if n in TOKENS else x for n, x in given.items()}
     got = computed(strided, BOTH, layout, **FULL)
-    compare(got, expected(given, BOTH, **FULL))
+    compare(got, expected_scans(given, BOTH, **FULL))
     for name in ("y", "du", "ddelta", "dB", "dC") if layout == "slice" else ():
         assert unwritten_around(got[name])
 
@@ -182,7 +155,7 @@ def test_no_number_before_the_first_token_or_after_the_last_is_used(length):
     given = drawn(BOTH, 1, length, 6, 1, 3)
     inner = {n: like(x, "slice") if n in TOKENS else x for n, x in given.items()}
     got = computed(inner, BOTH, "slice", **FULL, chunk=4)
-    compare(got, expected(given, BOTH, **FULL))
+    compare(got, expected_scans(given, BOTH, **FULL))
     assert all(unwritten_around(got[name]) for name in ("y", "du", "ddelta", "dB", "dC"))
 
 
@@ -190,13 +163,13 @@ def test_parameters_may_be_views():
     given = drawn(BOTH, 1, 3, 6, 1, 4)
     views = given | {n: given[n].repeat_interleave(2, dim=-1)[..., ::2] for n in ("A", "D", "bias")}
     views |= dict(dlast=given["dlast"].mT.contiguous().mT)
-    compare(computed(views, BOTH, **FULL), expected(given, BOTH, **FULL))
+    compare(computed(views, BOTH, **FULL), expected_scans(given, BOTH, **FULL))
 
 
 def test_directions_may_share_a_gradient():
     given = drawn(BOTH, 1, 3, 6, 1, 4)
     given |= dict(dy=given["dy"][:1].expand_as(given["dy"]))
-    compare(computed(given, BOTH, **FULL), expected(given, BOTH, **FULL))
+    compare(computed(given, BOTH, **FULL), expected_scans(given, BOTH, **FULL))
 
 
 def test_far_tokens_have_long_distances(monkeypatch):
