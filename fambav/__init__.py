@@ -13,4 +13,8 @@ def __getattr__(name: str) -> Any:
         from fambav.build import from_pretrained
 
         return from_pretrained
+    if name == "reduce":
+        from fambav.reduction import reduce
+
+        return reduce
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """The command line.
 
 main.py      train or evaluate
-fambav ...   plan, bench, doctor, list, predict, table
+fambav ...   plan, bench, flops, doctor, list, predict, table
 
 A user's mistake is one line that begins with `error:`, and status 2; a run that diverged is 3, a
 full disk 4; a bug keeps its traceback.
@@ -99,7 +99,7 @@ def plan(words: Words) -> None:
         print(run.notice)
     from fambav import build
 
-    print(build.schedule(run).table())
+    print(build.reduction(run).told())
 
 
 def bench(words: Words) -> None:
@@ -158,6 +158,25 @@ def _show(text: str, figures: str, target: Path | None) -> None:
         target.write_text(figures + "\n")
 
 
+def flops(words: Words) -> None:
+    """Count what an image costs each part of a model, with main.py's flags, without running it."""
+    parser = Parser("fambav flops", add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", action="store_true")
+    if {"-h", "--help"} & set(words):
+        own = "--json FILE writes the counts there too, --markdown prints a Markdown table."
+        print(config.help_text("fambav flops", f"{flops.__doc__}\n{own}"))
+        return
+    given, flags = parser.parse_known_args(words)
+    run = config.parse(flags)
+    if run.notice:
+        print(run.notice)
+    from fambav import costs
+
+    report = costs.configured(run)
+    _show(report.markdown() if given.markdown else report.text(), report.json(), given.json)
+
+
 def doctor(words: Words) -> None:
     """Print versions, devices and which implementations can run here."""
     Parser("fambav doctor", description=doctor.__doc__).parse_args(words)
@@ -182,8 +201,21 @@ def doctor(words: Words) -> None:
 def names(words: Words) -> None:
     """Print the names that a flag may take."""
     parser = Parser("fambav list", description=names.__doc__)
-    parser.add_argument("kind", choices=NAMES)
-    print(*NAMES[parser.parse_args(words).kind], sep="\n")
+    parser.add_argument("kind", choices=(*NAMES, "options"))
+    kind = parser.parse_args(words).kind
+    print(*(_options() if kind == "options" else NAMES[kind]), sep="\n")
+
+
+def _options() -> list[str]:
+    """Each method's options with their defaults, as --reduction-options takes them."""
+    from fambav import reduction
+
+    known = {method: reduction.known_options(method) for method in registry.METHODS}
+    lines = {
+        method: ",".join(f"{name}={str(value).lower()}" for name, value in found.items())
+        for method, found in known.items()
+    }
+    return [f"{method:<14} {text or '-'}" for method, text in lines.items()]
 
 
 def predict(words: Words) -> None:
@@ -215,20 +247,56 @@ def predict(words: Words) -> None:
 
 
 def table(words: Words) -> None:
-    """Compare finished runs; differences are to the first."""
+    """Compare finished runs, differences to the first; or run a grid of settings and seeds."""
     parser = Parser("fambav table", description=table.__doc__, allow_abbrev=False)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
     parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    _grid_flags(parser.add_argument_group("a grid of settings and seeds instead of runs"))
     given = parser.parse_args(words)
+    if given.grid is not None:
+        _table_of_grid(given)
+        return
+    if not given.runs:
+        raise ConfigError("the following arguments are required: RUN, or --grid FILE.yaml")
+    if given.output_dir or given.jobs or given.keep:
+        raise ConfigError("--output_dir, --jobs and --keep have no meaning without --grid")
     from fambav import comparison
 
     rows = [comparison.read(folder) for folder in given.runs]
     print(comparison.table(rows, markdown=given.markdown))
 
 
+def _grid_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--grid", type=Path, metavar="FILE.yaml", help="what to run and compare")
+    group.add_argument(
+        "--output_dir", "--output-dir", type=Path, metavar="DIR", help="gets the runs and the table"
+    )
+    group.add_argument("--jobs", type=int, metavar="N", help="processes that train at once (1)")
+    group.add_argument("--keep", action="store_true", help="keep every run's checkpoints")
+
+
+def _table_of_grid(given: argparse.Namespace) -> None:
+    """Run what is missing of a grid, and print its table; what is finished is not run again."""
+    if given.runs or given.output_dir is None:
+        raise ConfigError("--grid stands without runs, expected --grid FILE.yaml --output_dir DIR")
+    jobs = 1 if given.jobs is None else given.jobs
+    if jobs < 1:
+        raise ConfigError(f"--jobs is {jobs}, expected at least 1")
+    from fambav import experiments
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    grid, folder = experiments.read(given.grid), given.output_dir
+    found = experiments.run(grid, folder, jobs=jobs, keep=given.keep, say=say)
+    print(experiments.table(grid, found, markdown=given.markdown))
+    experiments.refuse_failures(grid, found, folder)
+
+
 COMMANDS: dict[str, Callable[[Words], None]] = {
     "plan": plan,
     "bench": bench,
+    "flops": flops,
     "doctor": doctor,
     "list": names,
     "predict": predict,

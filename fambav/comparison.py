@@ -16,7 +16,7 @@ from fambav import config
 
 Cells = list[str]
 
-_NAMES = ("run", "model", "fusion")
+_NAMES = ("run", "model", "reduction")
 _HEAD = (
     *_NAMES,
     "top-1 %",
@@ -36,7 +36,7 @@ class Result:
     Attributes:
         name: Name of its folder, and how far it came if it is not finished.
         model: Name of the model.
-        fusion: Strategy, layer, tokens per layer and method in short.
+        reduction: How tokens are removed, in short.
         acc1: Top-1 of the raw weights after the last epoch, in percent.
         ema_acc1: The same of the averaged weights, None without.
         seconds: Training time over all epochs, without evaluation.
@@ -44,12 +44,12 @@ class Result:
         memory_mib: Peak memory of the epochs.
         memory_kind: What that counts.
         tokens: Tokens in the last layer, None if the model has no such thing.
-        share: Tokens summed over the layers, as a share of what they are without fusion.
+        share: Tokens summed over the layers, as a share of what they are without reduction.
     """
 
     name: str
     model: str
-    fusion: str
+    reduction: str
     acc1: float
     ema_acc1: float | None
     seconds: float
@@ -76,7 +76,7 @@ def read(folder: Path) -> Result:
         return Result(
             name=folder.resolve().name + unfinished,
             model=run.model.model,
-            fusion=_fusion(run.fusion),
+            reduction=_reduction(run.reduction) or _fusion(run.fusion),
             acc1=last["test_acc1"],
             ema_acc1=last.get("test_ema_acc1"),
             seconds=sum(epoch["train_seconds"] for epoch in epochs),
@@ -98,15 +98,26 @@ def table(results: Sequence[Result], *, markdown: bool) -> str:
         markdown: Whether to draw it in Markdown.
     """
     first = results[0]
-    rows = [list(_HEAD), *(_row(result, first) for result in results)]
+    rows = [_HEAD, *(_row(result, first) for result in results)]
     kinds = sorted({result.memory_kind for result in results})
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = drawn(rows, names=len(_NAMES), markdown=markdown)
+    return "\n".join([*lines, "", f"memory: {'; '.join(kinds)}; in brackets: against {first.name}"])
+
+
+def drawn(rows: Sequence[Sequence[str]], *, names: int, markdown: bool) -> list[str]:
+    """Return the lines of a table.
+
+    Args:
+        rows: Its cells; the first row is the head.
+        names: Columns at the left that are no figures.
+        markdown: Whether to draw it in Markdown.
+    """
     if markdown:
         lines = [f"| {' | '.join(row)} |" for row in rows]
-        lines.insert(1, "|---" * len(_NAMES) + "|---:" * (len(_HEAD) - len(_NAMES)) + "|")
-    else:
-        lines = ["  ".join(_padded(row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"memory: {'; '.join(kinds)}; in brackets: against {first.name}"])
+        lines.insert(1, "|---" * names + "|---:" * (len(rows[0]) - names) + "|")
+        return lines
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(_padded(row, widths, names)).rstrip() for row in rows]
 
 
 def _epochs(log: Path) -> list[dict[str, Any]]:
@@ -133,6 +144,20 @@ def _share(path: Path) -> float | None:
         raise ValueError(f"{path} is damaged, expected a plan with its share") from None
 
 
+def _reduction(chosen: config.Reduction) -> str:
+    """Method, schedule and whatever is not the method's own; empty without."""
+    if chosen.reduction == "none":
+        return ""
+    more = (
+        chosen.reduction_hook,
+        chosen.scan_policy,
+        chosen.gap_policy,
+        chosen.class_token_policy,
+        chosen.reduction_options,
+    )
+    return ", ".join([chosen.reduction, chosen.reduction_schedule, *filter(None, more)])
+
+
 def _fusion(fusion: config.Fusion) -> str:
     if fusion.fusion_plan is not None:
         text = f"plan {fusion.fusion_plan}"
@@ -150,7 +175,7 @@ def _row(result: Result, first: Result) -> Cells:
     return [
         result.name,
         result.model,
-        result.fusion,
+        result.reduction,
         f"{result.acc1:.2f}{'' if same else f' ({result.acc1 - first.acc1:+.2f})'}",
         "-" if result.ema_acc1 is None else f"{result.ema_acc1:.2f}",
         _compared(result.seconds, None if same else first.seconds),
@@ -166,7 +191,7 @@ def _compared(value: float, base: float | None) -> str:
     return f"{value:.1f}{change}"
 
 
-def _padded(row: Cells, widths: Sequence[int]) -> Cells:
+def _padded(row: Sequence[str], widths: Sequence[int], names: int) -> Cells:
     pairs = list(zip(row, widths, strict=True))
-    names, figures = pairs[: len(_NAMES)], pairs[len(_NAMES) :]
-    return [t.ljust(width) for t, width in names] + [t.rjust(width) for t, width in figures]
+    left, figures = pairs[:names], pairs[names:]
+    return [t.ljust(width) for t, width in left] + [t.rjust(width) for t, width in figures]

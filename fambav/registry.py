@@ -31,10 +31,31 @@ MODELS: tuple[str, ...] = (
         f"vim_{grid}_bimambav2_final_pool_mean_abs_pos_embed_with_{suffix}_div2"
         for grid, suffix in product(_GRIDS, _SUFFIXES)
     ),
+    "plainmamba_l1",
+    "plainmamba_l2",
+    "plainmamba_l3",
+    "plainmamba_micro",
 )
 STRATEGIES: tuple[str, ...] = ("none", "all", "interleaved", "lower", "upper")
 STRATEGY_ALIASES: dict[str, str] = {"no": "none", "alternate": "interleaved"}
-METHODS: tuple[str, ...] = ("famba-v", "ordered")
+METHODS: tuple[str, ...] = (
+    "famba-v",
+    "ordered",
+    "tome",
+    "mtr",
+    "prune-aligned",
+    "evit",
+    "random",
+    "r-meeto",
+    "stm",
+    "storm",
+    "utrc",
+)
+FUSION_METHODS = METHODS[:2]  # those of --fusion-method
+HOOKS: tuple[str, ...] = ("before", "between", "after")
+SCAN_POLICIES: tuple[str, ...] = ("compact", "aligned", "masked")
+GAP_POLICIES: tuple[str, ...] = ("cached", "bias", "hold_prev", "self", "none")
+CLASS_TOKEN_POLICIES: tuple[str, ...] = ("exact", "proportional", "middle")
 DATA_SETS: tuple[str, ...] = (
     "DIGITS",
     "CIFAR",
@@ -47,6 +68,7 @@ DATA_SETS: tuple[str, ...] = (
 )
 CLASS_TOKENS: tuple[str, ...] = ("middle", "head", "double", "none")
 BIMAMBA: tuple[str, ...] = ("v2", "v1", "none")
+PARAM_ORDERS: tuple[str, ...] = ("raster", "permuted")
 SCAN_BACKENDS: tuple[str, ...] = ("triton", "cuda", "numba", "cpu", "reference")
 
 
@@ -99,5 +121,5 @@ class Registry(Generic[T]):
         return list(self._builders)
 
 
-REDUCERS: Registry[Callable[..., Any]] = Registry("fusion_method")
+REDUCERS: Registry[Callable[..., Any]] = Registry("reduction")
 BUILDERS: Registry[Callable[..., Any]] = Registry("data_set")

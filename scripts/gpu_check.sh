@@ -14,8 +14,8 @@ export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
 python=${PYTHON:-python3}
 total=470
 only= dry= out=output/gpu_check
-steps="check_scan check_kernels check_training scan step strategies floors block smoke smoke_graphs"
-steps+=" sweep scan_small step_small block_small tests sweep_float32"
+steps="check_scan check_kernels check_training scan step strategies reduction floors block smoke"
+steps+=" smoke_graphs sweep scan_small step_small block_small tests sweep_float32"
 
 fail() {
     printf 'error: %s\n' "$1" >&2
@@ -87,6 +87,7 @@ if [ -n "$dry" ]; then
     bench scan 1 "${scan[@]}" --dim 32
     bench step 1 "${step[@]}"
     bench strategies 1 strategies "${few[@]}" --model vim_micro --plan upper:3:9 all:1
+    bench reduction 1 reduction "${few[@]}" --model vim_micro
     bench floors 1 floors "${few[@]}"
     bench block 1 "${block[@]}"
     smoke smoke 1
@@ -106,6 +107,7 @@ else
     bench scan 40 scan
     bench step 50 step --cuda-graphs
     bench strategies 60 strategies
+    bench reduction 40 reduction
     bench floors 45 floors
     bench block 40 block
     smoke smoke 40

@@ -51,7 +51,7 @@ def test_a_plan_that_cannot_be_done_is_refused_with_the_arithmetic():
 def test_models_of_timms_have_no_plan():
     foreign = parse(["--model", "timm/resnet18"])
     assert sketch(foreign) == ((224, 224), None)
-    with pytest.raises(ValueError, match="expected one whose tokens can be fused"):
+    with pytest.raises(ValueError, match="expected one whose tokens can be reduced"):
         schedule(foreign)
     with pytest.raises(ValueError, match="did you mean 'deit_tiny_patch16_224'"):
         sketch(parse(["--model", "timm/deit_tiny_patch16_225"]))

@@ -80,9 +80,13 @@ def test_help_is_not_an_error(capsys):
         (["plna"], "command is 'plna', expected a known name; did you mean 'plan'?"),
         (["plan", *RUN, "--lr", "x"], "--lr is 'x', expected a number"),
         (["plan", *RUN, "--fusion-strategy", "upper"], "fusion_layer is 11, expected 1 to 6"),
-        (["plan", "--model", "timm/resnet10t"], "expected one whose tokens can be fused"),
+        (["plan", "--model", "timm/resnet10t"], "expected one whose tokens can be reduced"),
         (["plan", "--model", "timm/resnet10x"], "did you mean 'resnet10t'?"),
         (["plan", *RUN, "--input-size", "30"], "30"),
+        (["flops", "--model", "timm/resnet10t"], "expected one of `fambav list models`"),
+        (["flops", *RUN, "--data-set", "FOLDER"], "num_classes is None, expected a number with"),
+        (["flops", *RUN, "--lr", "x"], "--lr is 'x', expected a number"),
+        (["flops", "--json"], "argument --json: expected one argument"),
         (["list", "modles"], "invalid choice: 'modles'"),
         (["list"], "the following arguments are required"),
         (["bench"], "the following arguments are required"),
@@ -158,9 +162,9 @@ def test_a_bug_keeps_its_traceback(job, error):
 
 
 def test_a_value_error_of_this_package_is_the_users(job, capsys):
-    job(lambda _: registry.REDUCERS["tome"])
+    job(lambda _: registry.REDUCERS["fuse"])
     assert main(RUN) == 2
-    assert capsys.readouterr().err.startswith("error: fusion_method is 'tome', expected")
+    assert capsys.readouterr().err.startswith("error: reduction is 'fuse', expected")
 
 
 def test_only_the_first_of_many_processes_speaks(job, capsys, monkeypatch):

@@ -49,7 +49,7 @@ def plain(tmp_path):
 
 def test_a_run_is_its_last_accuracy_and_its_whole_training(fused):
     found = read(fused)
-    assert (found.name, found.model, found.fusion) == ("fused", "vim_micro", "upper 3, r = 12")
+    assert (found.name, found.model, found.reduction) == ("fused", "vim_micro", "upper 3, r = 12")
     assert (found.acc1, found.ema_acc1) == (92.0, 91.0)
     assert (found.seconds, found.speed) == (6.0, 101.0)
     assert (found.memory_mib, found.memory_kind) == (50.0, "saved for backward")
@@ -104,10 +104,15 @@ def test_what_a_run_does_not_have_is_a_dash(tmp_path):
         ("--fusion-plan 2:3,4:5", "plan 2:3,4:5"),
         ("--fusion-strategy all --fusion-method ordered", "all, r = 7, ordered"),
         ("--fusion-strategy none", "none"),
+        ("--reduction tome --reduction-schedule r:5", "tome, r:5"),
+        (
+            "--reduction evit --scan-policy aligned --reduction-options score=clip",
+            "evit, published, aligned, score=clip",
+        ),
     ],
 )
-def test_fusion_is_told_in_short(tmp_path, words, text):
-    assert read(made(tmp_path / "run", [epoch(0)], [*RUN, *words.split()])).fusion == text
+def test_a_reduction_is_told_in_short(tmp_path, words, text):
+    assert read(made(tmp_path / "run", [epoch(0)], [*RUN, *words.split()])).reduction == text
 
 
 def test_a_line_that_a_crash_cut_short_is_no_epoch(fused):

@@ -23,7 +23,9 @@ RANK = {
     "build": 7,
     "ahead": 8,
     "comparison": 8,
+    "costs": 8,
     "bench": 9,
+    "experiments": 9,
     "cli": 10,
     "__main__": 11,
 }

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fambav.bench.report import Report, settings
 from fambav.bench.scan import BATCH, LENGTHS, Pass, positive, table, training_dtype
 from fambav.bench.stack import sift, stack
-from fambav.bench.timing import interleave, with_replays
 from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision
+from fambav.engine.timing import interleave, with_replays
 from fambav.layers import Block, Tokens
 from fambav.models import Vim
 
@@ -94,7 +94,7 @@ class _Pass:
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the mixer's output and the new residual stream."""
         with self._precision.autocast():
-            tokens = self._net(self._tokens, lambda tokens: tokens)
+            tokens = self._net(self._tokens)
         return tokens.x, tokens.residual
 
     def both(self, backend: str) -> object:

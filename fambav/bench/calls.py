@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from fambav.bench.scan import REVERSE, SCALE, Inputs
-from fambav.bench.timing import Run
 from fambav.bench.work import Shape
+from fambav.engine.timing import Run
 from fambav.ops.kernels import kernel_set
 
 EPS = 1e-5

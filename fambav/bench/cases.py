@@ -286,7 +286,7 @@ def pool(kernels: str, length: int, device: torch.device, dtype: torch.dtype) ->
 
     def run(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         x, residual = inputs
-        here = Selection(*(place.to(x.device) for place in chosen))
+        here = Selection(*(place.to(x.device) for place in chosen[:3]))
         sizes = weight.to(x.device)
         left = pooled(x, residual, sizes, sizes, here)
         return left.x, *(() if left.residual is None else (left.residual,))

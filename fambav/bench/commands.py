@@ -16,6 +16,7 @@ from fambav.registry import METHODS, MODELS, SCAN_BACKENDS
 if TYPE_CHECKING:
     from fambav.bench.report import Report
 
+VIMS = tuple(name for name in MODELS if name.startswith("vim"))
 DTYPES = ("float32", "bfloat16", "float16")
 TABLE = Path(__file__).parents[2] / "benchmarks/aot.json"
 PARTS = (
@@ -76,8 +77,8 @@ def _backends(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=MODELS, metavar="NAME", default="vim_tiny")
+def _model(parser: argparse.ArgumentParser, names: Sequence[str] = VIMS) -> None:
+    parser.add_argument("--model", choices=names, metavar="NAME", default="vim_tiny")
 
 
 def _graphs(parser: argparse.ArgumentParser, text: str) -> None:
@@ -160,6 +161,33 @@ def _strategies(given: dict[str, Any]) -> Report:
         return strategies(**given)
 
 
+def _reduction_flags(parser: argparse.ArgumentParser) -> None:
+    _common(parser)
+    _model(parser, MODELS)
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        dest="methods",
+        default=METHODS,
+        help="all that the model can carry out by default",
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        metavar="N",
+        help="tokens that go; by default 5%% of the patches, or nearly so many that leave a grid",
+    )
+
+
+def _reduction(given: dict[str, Any]) -> Report:
+    """Time each reduction method where it acts, in layers of the model."""
+    from fambav.bench.reduction import reduction
+
+    with _placed(given):
+        return reduction(**given)
+
+
 def _floors_flags(parser: argparse.ArgumentParser) -> None:
     _numbers(parser, "batch", "rounds", "warmup")
     _device(parser)
@@ -239,6 +267,7 @@ KINDS = {
     "block": Kind(_block, _block_flags),
     "step": Kind(_step, _step_flags),
     "strategies": Kind(_strategies, _strategies_flags),
+    "reduction": Kind(_reduction, _reduction_flags),
     "floors": Kind(_floors, _floors_flags),
     "check": Kind(_check, _check_flags),
     "sweep": Kind(_sweep, _sweep_flags),

@@ -15,10 +15,10 @@ from fambav.bench.report import Report, Row, settings, short
 from fambav.bench.scan import positive, training_dtype
 from fambav.bench.step import CLASSES, training
 from fambav.bench.strategies import Merging, Plan
-from fambav.bench.timing import Run, captured, interleave, spread
 from fambav.bench.work import ADAMW, Shape, Work, block, kernels, merging, products
 from fambav.ecosystem import timm
 from fambav.engine.runtime import numerics
+from fambav.engine.timing import Run, captured, interleave, spread
 from fambav.models import Vim
 
 POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from fambav.bench.report import MeasureError, device_name
-from fambav.bench.timing import interleave
 from fambav.bench.work import Work
+from fambav.engine.timing import interleave
 
 WARP = 32  # lanes
 SCHEDULERS = 4  # of a multiprocessor, each of which issues an instruction of a warp in a cycle

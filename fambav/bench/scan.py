@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fambav.bench.report import Report, Row, settings
 from fambav.bench.stack import sift, stack
-from fambav.bench.timing import Run, Times, interleave, peak_mib, ratio, spread, with_replays
 from fambav.engine.memory import MIB
+from fambav.engine.timing import Run, Times, interleave, peak_mib, ratio, spread, with_replays
 from fambav.ops import BackendError, selective_scan
 from fambav.ops.kernels import kernel_set
 

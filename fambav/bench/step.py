@@ -11,12 +11,12 @@ import torch
 from fambav.bench.report import Report, settings
 from fambav.bench.scan import LENGTHS, positive, table, training_dtype
 from fambav.bench.stack import sift, stack
-from fambav.bench.timing import interleave, peak_mib
 from fambav.build import updates
 from fambav.config import Config
 from fambav.ecosystem import timm
 from fambav.engine.memory import MIB
 from fambav.engine.runtime import Processes, numerics
+from fambav.engine.timing import interleave, peak_mib
 from fambav.engine.train import Update
 from fambav.models import Vim
 

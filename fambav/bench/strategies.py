@@ -13,8 +13,8 @@ from fambav.bench.report import Report, Row, settings
 from fambav.bench.scan import positive, training_dtype
 from fambav.bench.stack import stack
 from fambav.bench.step import BATCH, Step, training
-from fambav.bench.timing import Run, Times, captured, interleave, ratio, spread
 from fambav.engine.runtime import numerics
+from fambav.engine.timing import Run, Times, captured, interleave, ratio, spread
 from fambav.layers import Tokens
 from fambav.registry import STRATEGIES, STRATEGY_ALIASES, nearest
 
@@ -139,7 +139,7 @@ def _row(
 
 
 class Merging:
-    """All that a model's reducer does in one step, on the very tokens that it meets there.
+    """All that a model's reduction does in one step, on the very tokens that it meets there.
 
     Args:
         step: A model, and a batch that goes through it once to find those tokens.
@@ -147,20 +147,20 @@ class Merging:
     """
 
     def __init__(self, step: Step, *, layers: int | None = None) -> None:
-        self._reducer, self._backend = step.net.reducer, step.backend
-        self._precision = step.update.precision
+        self._reduction, self._backend = step.net.reduction, step.backend
+        self._precision, counts = step.update.precision, self._reduction.schedule.counts
         met: list[tuple[Tokens, int]] = []
 
         def look(_: nn.Module, given: tuple[Tokens], options: dict[str, int]) -> None:
-            if self._reducer.counts[options["layer"]]:
+            if counts[options["layer"]]:
                 met.append((_leaves(given[0]), options["layer"]))
 
-        hook = self._reducer.register_forward_pre_hook(look, with_kwargs=True)
+        hook = self._reduction.register_forward_pre_hook(look, with_kwargs=True)
         with torch.no_grad(), stack(self._backend), self._precision.autocast():
             step.net(step.batch[0])
         hook.remove()
         self.met = met[:layers]
-        self._grads = [_grads(tokens, self._reducer.counts[layer]) for tokens, layer in self.met]
+        self._grads = [_grads(tokens, counts[layer]) for tokens, layer in self.met]
 
     def run(self) -> object:
         """Merge at every layer, and pass gradients back."""
@@ -168,7 +168,7 @@ class Merging:
         with stack(self._backend):
             for (tokens, layer), grads in zip(self.met, self._grads, strict=True):
                 with self._precision.autocast():
-                    fewer = self._reducer(tokens, layer=layer)
+                    fewer = self._reduction(tokens, layer=layer)
                 found.append(torch.autograd.grad(_streams(fewer), _streams(tokens), grads))
         return found
 

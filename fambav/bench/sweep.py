@@ -13,8 +13,8 @@ import torch
 from fambav.bench.calls import Calls
 from fambav.bench.report import Report, Row, settings, short
 from fambav.bench.scan import LENGTHS, positive
-from fambav.bench.timing import Run, Times, captured, interleave, ratio, spread
 from fambav.bench.work import Shape
+from fambav.engine.timing import Run, Times, captured, interleave, ratio, spread
 from fambav.ops.kernels import kernel_set
 
 BLOCKS = (32, 64, 128)

@@ -4,7 +4,7 @@ Config -> plan -> data -> run folder -> model -> update -> fit
 """
 
 from fambav.build.jobs import run
-from fambav.build.network import model, schedule
+from fambav.build.network import model, reduction, schedule
 from fambav.build.prediction import from_pretrained, predict
 
-__all__ = ["from_pretrained", "model", "predict", "run", "schedule"]
+__all__ = ["from_pretrained", "model", "predict", "reduction", "run", "schedule"]

@@ -12,17 +12,21 @@ from pathlib import Path
 from torch import nn
 
 from fambav.build import batches, folder, saved
+from fambav.build.exposure import exposure
 from fambav.build.network import Sketch, model, sketch
+from fambav.build.teacher import described, teacher
 from fambav.build.updates import images_per_update, precision, update
 from fambav.config import Config
 from fambav.data import DataSet
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import State
+from fambav.engine.distill import Teacher
 from fambav.engine.evaluate import Scores, evaluate
 from fambav.engine.fit import Fit, Progress, restore
 from fambav.engine.memory import Meter
 from fambav.engine.record import CHECKPOINT
 from fambav.engine.runtime import Console, Processes, numerics, processes
+from fambav.models import Isotropic
 from fambav.ops import force, set_backend
 from fambav.randomness import seed_all
 
@@ -39,14 +43,24 @@ def run(config: Config) -> int:
         OSError: If the run folder cannot be written.
         DivergedError: If the loss stops being a number.
     """
-    with _settings(config), processes(config.run.device) as group:
-        _check_device(config, group)
-        job = _job(config, group)
+    with opened(config) as job:
         if config.run.eval:
             job.evaluate()
         else:
             job.train()
     return 0
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[Job]:
+    """Prepare a run as `config` says, with what it sets for the whole process.
+
+    Raises:
+        ValueError: If something that is asked for is missing or does not fit together.
+    """
+    with _settings(config), processes(config.run.device) as group:
+        _check_device(config, group)
+        yield _job(config, group)
 
 
 @contextmanager
@@ -79,8 +93,8 @@ def _job(config: Config, group: Processes) -> Job:
     """Lay out the model and open the data, and say what was found."""
     console = Console(silent=not group.main)
     plan = sketch(config)
-    if plan.schedule is not None:
-        console.say(plan.schedule.table())
+    if plan.reduction is not None:
+        console.say(plan.reduction.told())
     found = batches.data_set(config, group, input_size=plan.input_size)
     for note in found.notes:
         console.say(note)
@@ -109,8 +123,12 @@ class Job:
     group: Processes
     console: Console
 
-    def evaluate(self) -> None:
-        """Score the weights of a file, and their moving average if it holds one."""
+    def evaluate(self) -> Scores:
+        """Score the weights of a file, and tell of their moving average if it holds one.
+
+        Returns:
+            The scores of the raw weights.
+        """
         path = self._source() or Path(self.config.run.finetune)
         state = checkpoint.load(path)
         net, score = self._model(), self._score()
@@ -122,6 +140,7 @@ class Job:
             self.console.say(f"EMA {score(net).line().removeprefix('* ')}")
         text = f"Accuracy of the network on the {raw.samples} test images: {raw.acc1:.1f}%"
         self.console.say(text)
+        return raw
 
     def train(self) -> None:
         """Train from the beginning, or from where a checkpoint left off, to the last epoch."""
@@ -140,7 +159,9 @@ class Job:
 
     def _fit(self, source: Path | None) -> Fit:
         """Build a run that stands where `source` was saved."""
-        state = None if source is None else self._state(source)
+        taught_by = self._teacher()
+        digest = None if taught_by is None else taught_by.digest()
+        state = None if source is None else self._state(source, digest)
         start = 0 if state is None else int(state["epoch"]) + 1
         loader = batches.train_batches(
             self.config,
@@ -155,9 +176,10 @@ class Job:
             self.group,
             num_classes=self.data.num_classes,
             per_epoch=loader.updates_per_epoch,
+            teacher=taught_by,
         )
         schedule, images = self.sketch.schedule, images_per_update(self.config, self.group)
-        facts = saved.facts(self.config, self.data, schedule, images=images)
+        facts = saved.facts(self.config, self.data, schedule, images=images, teacher=digest)
         return Fit(
             update=step,
             batches=iter(loader),
@@ -186,11 +208,19 @@ class Job:
             return Path(asked.output_dir or "") / CHECKPOINT
         return Path(asked.resume) if asked.resume else None
 
-    def _state(self, source: Path) -> State:
+    def _teacher(self) -> Teacher | None:
+        """Build the teacher, if there is to be one, and say what it is."""
+        found = teacher(self.config, num_classes=self.data.num_classes)
+        if found is not None:
+            found.net.to(self.group.device)
+            self.console.say(described(self.config))
+        return found
+
+    def _state(self, source: Path, teacher: str | None) -> State:
         """Read a checkpoint of this very run."""
         state = checkpoint.load(source)
         images = images_per_update(self.config, self.group)
-        saved.same_run(source, state, self.config, images=images)
+        saved.same_run(source, state, self.config, images=images, teacher=teacher)
         self.console.say(f"going on from {source}, after epoch {state['epoch']}")
         return state
 
@@ -201,7 +231,12 @@ class Job:
         if fresh and self.config.run.finetune:
             path = Path(self.config.run.finetune)
             saved.put(path, checkpoint.load(path), net, head="drop")
-        return net.to(self.group.device)
+        net.to(self.group.device)
+        if isinstance(net, Isotropic) and self.group.main:
+            composed = exposure(net, precision(self.config, self.group))
+            if composed is not None:
+                self.console.say(composed)
+        return net
 
     def _score(self) -> Callable[[nn.Module], Scores]:
         size = self.sketch.input_size

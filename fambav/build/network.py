@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from fambav.config import Config
 from fambav.ecosystem import timm
-from fambav.models import Vim
-from fambav.reduction import Schedule
+from fambav.models import Isotropic
+from fambav.reduction import Reduction, Schedule, fused, read_options, reduce
 from fambav.registry import nearest
 
-_FOREIGN = "timm/"
+_FOREIGN, _PLAIN = "timm/", "plainmamba"
 
 
 class Sketch(NamedTuple):
@@ -21,11 +21,16 @@ class Sketch(NamedTuple):
 
     Attributes:
         input_size: Height and width of an image, in pixels.
-        schedule: Tokens at each layer; None for a model that keeps its own.
+        reduction: Who removes tokens; None for a model that keeps its own.
     """
 
     input_size: tuple[int, int]
-    schedule: Schedule | None
+    reduction: Reduction | None
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """Tokens at each layer; None for a model that keeps its own."""
+        return None if self.reduction is None else self.reduction.schedule
 
 
 def model(config: Config, *, num_classes: int) -> nn.Module:
@@ -41,26 +46,57 @@ def model(config: Config, *, num_classes: int) -> nn.Module:
     if config.model.model.startswith(_FOREIGN):
         return _foreign(config, num_classes)
     chosen, fusion = config.model, config.fusion
-    net: nn.Module = timm.create_model(
+    own = _plain_arguments(config) if chosen.model.startswith(_PLAIN) else _vim_arguments(config)
+    net: Any = timm.create_model(
         chosen.model,
         num_classes=num_classes,
         img_size=chosen.input_size,
+        drop_path_rate=chosen.drop_path,
+        **own,
+    )
+    net.set_grad_checkpointing(chosen.grad_checkpointing)
+    net.reduction = fused(
+        net.body,
+        fusion.fusion_strategy,
+        layer=fusion.fusion_layer,
+        token=fusion.fusion_token,
+        method=fusion.fusion_method,
+        plan=fusion.fusion_plan,
+    )
+    if config.reduction.reduction != "none":
+        _reduce(net, config)
+    return cast(nn.Module, net)
+
+
+def _vim_arguments(config: Config) -> dict[str, Any]:
+    chosen = config.model
+    return dict(
         patch_size=chosen.patch_size,
         stride=chosen.stride,
         drop_rate=chosen.drop,
-        drop_path_rate=chosen.drop_path,
         class_token=chosen.class_token,
         bimamba_type=chosen.bimamba_type,
         legacy_init=chosen.legacy_init,
-        fusion_strategy=fusion.fusion_strategy,
-        fusion_layer=fusion.fusion_layer,
-        fusion_token=fusion.fusion_token,
-        fusion_method=fusion.fusion_method,
-        fusion_plan=fusion.fusion_plan,
     )
-    if isinstance(net, Vim):
-        net.set_grad_checkpointing(chosen.grad_checkpointing)
-    return net
+
+
+def _plain_arguments(config: Config) -> dict[str, Any]:
+    chosen = config.model
+    return dict(param_order=chosen.param_order, dt_bias_twice=chosen.dt_bias_twice)
+
+
+def _reduce(net: nn.Module, config: Config) -> None:
+    asked = config.reduction
+    reduce(
+        net,
+        asked.reduction,
+        asked.reduction_schedule,
+        hook=asked.reduction_hook,
+        scan=asked.scan_policy,
+        gap=asked.gap_policy,
+        class_policy=asked.class_token_policy,
+        **read_options(asked.reduction, asked.reduction_options),
+    )
 
 
 def sketch(config: Config) -> Sketch:
@@ -71,23 +107,33 @@ def sketch(config: Config) -> Sketch:
     """
     with torch.device("meta"):
         net = model(config, num_classes=1)
-    if isinstance(net, Vim):
-        return Sketch(net.img_size, net.schedule)
+    if isinstance(net, Isotropic):
+        return Sketch(net.img_size, net.reduction)
     height, width = net.pretrained_cfg["input_size"][-2:]  # type: ignore[index]  # timm sets it
     size = config.model.input_size
     return Sketch((size, size) if size else (int(height), int(width)), None)
+
+
+def reduction(config: Config) -> Reduction:
+    """Return who removes tokens from the model of `config`, and where, without building it.
+
+    Raises:
+        ValueError: If the plan cannot be carried out, or the model's tokens cannot be reduced.
+    """
+    found = sketch(config).reduction
+    if found is None:
+        wanted = "one whose tokens can be reduced"
+        raise ValueError(f"model is {config.model.model!r}, expected {wanted}")
+    return found
 
 
 def schedule(config: Config) -> Schedule:
     """Return how many tokens the model of `config` has at each layer, without building it.
 
     Raises:
-        ValueError: If the plan cannot be carried out, or the model has no tokens to fuse.
+        ValueError: As `reduction`.
     """
-    found = sketch(config).schedule
-    if found is None:
-        raise ValueError(f"model is {config.model.model!r}, expected one whose tokens can be fused")
-    return found
+    return reduction(config).schedule
 
 
 def _foreign(config: Config, num_classes: int) -> nn.Module:

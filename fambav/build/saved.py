@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fambav.config import Config
 from fambav.data import DataSet
 from fambav.engine.checkpoint import CheckpointError, State
-from fambav.models import Vim, adapt, official, published_class_token
+from fambav.models import PlainMamba, Vim, adapt, official, published_class_token
 from fambav.reduction import Schedule
 
 # What may differ between a run and its continuation: where and how fast, not what.
@@ -22,6 +22,7 @@ _FREE = {
     "output_dir",
     "resume",
     "finetune",
+    "teacher_path",  # what the file holds is compared instead
     "eval",
     "data_path",
     "download",
@@ -42,7 +43,14 @@ _TEXTS = {"class_token", "torch"}  # facts that are strings to begin with
 _IMAGES = {"batch_size", "grad_accum_steps"}  # compared as images per update
 
 
-def facts(config: Config, found: DataSet, plan: Schedule | None, *, images: int) -> State:
+def facts(
+    config: Config,
+    found: DataSet,
+    plan: Schedule | None,
+    *,
+    images: int,
+    teacher: str | None = None,
+) -> State:
     """Return what a checkpoint says of its run besides weights and optimizer: plain data.
 
     Args:
@@ -50,6 +58,7 @@ def facts(config: Config, found: DataSet, plan: Schedule | None, *, images: int)
         found: The data set.
         plan: Tokens at each layer, if the model has such a plan.
         images: Images in an update, over all processes.
+        teacher: Digest of the teacher's weights, if there is a teacher.
     """
     mean, std = found.statistics(config.data.data_stats)
     return {
@@ -57,6 +66,7 @@ def facts(config: Config, found: DataSet, plan: Schedule | None, *, images: int)
         "class_token": config.model.class_token,
         "schedule": plan and {name: _plain(value) for name, value in asdict(plan).items()},
         "images_per_update": images,
+        "teacher": teacher,
         "num_classes": found.num_classes,
         "class_names": found.class_names and list(found.class_names),
         "mean": list(mean),
@@ -86,7 +96,9 @@ def settings(state: State) -> Config | None:
     return Config.from_flat({name: _listed(value) for name, value in flat.items()})
 
 
-def same_run(path: Path, state: State, config: Config, *, images: int) -> None:
+def same_run(
+    path: Path, state: State, config: Config, *, images: int, teacher: str | None = None
+) -> None:
     """Refuse to go on with a run under other settings.
 
     Args:
@@ -94,6 +106,7 @@ def same_run(path: Path, state: State, config: Config, *, images: int) -> None:
         state: A checkpoint.
         config: The settings now.
         images: Images in an update now, over all processes.
+        teacher: Digest of the weights of the teacher now, if there is one.
 
     Raises:
         CheckpointError: If it is no run of ours, or a setting that matters differs.
@@ -102,14 +115,16 @@ def same_run(path: Path, state: State, config: Config, *, images: int) -> None:
     if not isinstance(before, Mapping) or "optimizer" not in state or "epoch" not in state:
         hint = "--finetune starts from its weights, --eval evaluates it"
         raise CheckpointError(f"{path} does not hold a run, expected a checkpoint of ours; {hint}")
-    now = config.flat()
+    before = {**Config().flat(), **before}  # a setting that was not there yet had its default
     changed = [
-        f"{name} {before.get(name)} -> {value}"
-        for name, value in now.items()
-        if name not in _FREE | _IMAGES and _listed(before.get(name)) != _listed(value)
+        f"{name} {before[name]} -> {value}"
+        for name, value in config.flat().items()
+        if name not in _FREE | _IMAGES and _listed(before[name]) != _listed(value)
     ]
     if state.get("images_per_update") != images:
         changed.append(f"images per update {state.get('images_per_update')} -> {images}")
+    if state.get("teacher") != teacher:
+        changed.append("weights of the teacher")
     if changed:
         raise CheckpointError(
             f"{path} is of a run with other settings, expected the same; {', '.join(changed)}"
@@ -129,7 +144,7 @@ def put(
     Args:
         path: Where the state comes from.
         state: What the file holds.
-        net: Gets the weights; those of a Vim are fitted to its image size.
+        net: Gets the weights; those of a model of ours are fitted to its image size.
         ema: Take the moving average instead.
         head: "drop" leaves the model's head as it is if the file's has other classes.
 
@@ -141,6 +156,8 @@ def put(
         if isinstance(net, Vim):
             place = fact(state, "class_token") or published_class_token(state)
             weights = adapt(weights, net, class_token=place, head=head)
+        elif isinstance(net, PlainMamba):
+            weights = adapt(weights, net, head=head)
         else:
             weights = _with_head(weights, net, head)
         net.load_state_dict(weights)

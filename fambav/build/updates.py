@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from fambav.build.batches import mixing
+from fambav.build.teacher import lesson
 from fambav.config import Config
 from fambav.engine import optim, train
+from fambav.engine.distill import Teacher
 from fambav.engine.replay import Replayed
 from fambav.engine.runtime import Precision, Processes
-from fambav.models import Vim
+from fambav.models import Isotropic
 from fambav.randomness import seed_all
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,7 +34,13 @@ def precision(config: Config, group: Processes) -> Precision:
 
 
 def update(
-    config: Config, net: nn.Module, group: Processes, *, num_classes: int, per_epoch: int
+    config: Config,
+    net: nn.Module,
+    group: Processes,
+    *,
+    num_classes: int,
+    per_epoch: int,
+    teacher: Teacher | None = None,
 ) -> train.Update:
     """Return what makes one update.
 
@@ -42,6 +50,7 @@ def update(
         group: The processes that share an update.
         num_classes: Length of the model's output.
         per_epoch: Updates in an epoch.
+        teacher: What else to learn from, on the same device; None for the labels alone.
     """
     wanted, mix = config.optim, mixing(config, num_classes)
     average = None
@@ -49,13 +58,15 @@ def update(
         average = optim.Average(net, decay=wanted.model_ema_decay, warmup=wanted.model_ema_warmup)
     if config.model.compile:
         net.compile()
+    loss = _loss(config, mixed=mix is not None)
     return train.Update(
         model=net,
         forward=group.wrap(_replayed(config, net, group) if config.model.cuda_graphs else net),
         optimizer=_optimizer(config, net),
-        loss=_loss(config, mixed=mix is not None),
+        loss=loss if teacher is None else lesson(config, loss),
         lr=learning_rate(config, group, per_epoch=per_epoch),
         seed=_seeding(config, net),
+        teacher=teacher,
         mix=mix,
         precision=precision(config, group),
         processes=group,
@@ -84,7 +95,7 @@ def learning_rate(config: Config, group: Processes, *, per_epoch: int) -> Callab
 
 def _replayed(config: Config, net: nn.Module, group: Processes) -> nn.Module:
     """Return the model with its passes over one process's batch recorded."""
-    ours = cast(Vim, net)
+    ours = cast(Isotropic, net)
     return Replayed(
         ours.train(config.optim.train_mode),
         (config.optim.batch_size, ours.patch_embed.in_chans, *ours.img_size),
@@ -121,7 +132,7 @@ def _seeding(config: Config, net: nn.Module) -> Callable[[int, int], None]:
     Our models draw for the whole update and keep their share, so all batches start alike; others
     draw for their batch only, and must not draw the same for each.
     """
-    seed, shares = config.run.seed, isinstance(net, Vim)
+    seed, shares = config.run.seed, isinstance(net, Isotropic)
 
     def start(done: int, place: int) -> None:
         seed_all(seed, "update", done, *(() if shares else (place,)))

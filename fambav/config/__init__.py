@@ -1,7 +1,7 @@
 """Every setting of a run, and the ways to write one: flags, YAML and code."""
 
 from fambav.config.config import Config, load, parse
-from fambav.config.options import Augment, Data, Fusion, Model, Optim, Run
+from fambav.config.options import Augment, Data, Distillation, Fusion, Model, Optim, Reduction, Run
 from fambav.config.sources import help_text
 from fambav.config.values import ConfigError
 
@@ -10,9 +10,11 @@ __all__ = [
     "Config",
     "ConfigError",
     "Data",
+    "Distillation",
     "Fusion",
     "Model",
     "Optim",
+    "Reduction",
     "Run",
     "help_text",
     "load",

@@ -1,11 +1,12 @@
 """A run's settings, resolved.
 
-Config.model, .fusion, .data, .augment, .optim, .run      groups of settings
-Config.flat()                                             {"lr": 0.0005, ...}, one name space
+Config.model, .fusion, ..., .run    groups of settings
+Config.flat()                       {"lr": 0.0005, ...}, one name space
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -15,7 +16,17 @@ from typing import Any
 import yaml
 
 from fambav.config import conflicts, sources, unoffered
-from fambav.config.options import GROUPS, Augment, Data, Fusion, Model, Optim, Run
+from fambav.config.options import (
+    GROUPS,
+    Augment,
+    Data,
+    Distillation,
+    Fusion,
+    Model,
+    Optim,
+    Reduction,
+    Run,
+)
 from fambav.config.values import COMMAND, FILE, ConfigError, Setting
 
 DEFAULT_FILE = "configs/digits/vim_micro_upper.yaml"
@@ -27,15 +38,18 @@ class Config:
     """Everything that defines a run.
 
     Attributes:
-        model, fusion, data, augment, optim, run: The settings, see `options`.
+        model, fusion, reduction, data, augment, optim, distillation, run: The settings, see
+            `options`.
         notice: A sentence to tell the user before anything else, or empty.
     """
 
     model: Model = field(default_factory=Model)
     fusion: Fusion = field(default_factory=Fusion)
+    reduction: Reduction = field(default_factory=Reduction)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     optim: Optim = field(default_factory=Optim)
+    distillation: Distillation = field(default_factory=Distillation)
     run: Run = field(default_factory=Run)
     notice: str = field(default="", compare=False)
 
@@ -61,6 +75,10 @@ class Config:
         """
         given = sources.from_mapping(_without_empty_strategy(self.flat()), FILE, "")
         return _resolved({**given, **sources.from_mapping(changes, COMMAND, "")}, self.notice)
+
+    def dense(self) -> Config:
+        """Return a copy whose model keeps every token."""
+        return dataclasses.replace(self, fusion=Fusion(), reduction=Reduction())
 
     def to_yaml(self) -> str:
         """Return text that `load` turns into an equal run."""
@@ -112,8 +130,15 @@ def _resolved(given: dict[str, Setting], notice: str = "") -> Config:
 
 
 def _without_empty_strategy(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop a resolved plan's `fusion_strategy: none`, which contradicts it when both are given."""
+    """Drop what a resolved run does without and which contradicts the rest when it is given.
+
+    That is `fusion_strategy: none` beside a plan or a reduction, and `reduction: none` beside a
+    strategy or a plan.
+    """
     kept = dict(flat)
-    if kept.get("fusion_plan") is not None and kept.get("fusion_strategy") == "none":
+    plan, reduction = kept.get("fusion_plan"), kept.get("reduction", "none")
+    if kept.get("fusion_strategy") == "none" and (plan is not None or reduction != "none"):
         del kept["fusion_strategy"]
+    if reduction == "none" and (plan is not None or "fusion_strategy" in kept):
+        kept.pop("reduction", None)
     return kept

@@ -7,9 +7,10 @@ read from a lower level than the one that took its meaning away is put back to i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NamedTuple
 
-from fambav.config.options import FOREIGN, OPTIONS
+from fambav.config.options import FOREIGN, OPTIONS, Fusion, Reduction
 from fambav.config.values import DEFAULT, ConfigError, Setting, refuse, shown
 
 Settings = dict[str, Setting]
@@ -18,6 +19,7 @@ Values = Callable[[str], Any]
 FUSED_TOKENS, FUSED_LAYER = 7, 11  # Famba-V's defaults
 NO_FILES = ("DIGITS", "FAKE")
 FETCHED = ("CIFAR", "CIFAR10")
+PLAIN = "plainmamba"  # what the names of these models start with
 
 
 class Rule(NamedTuple):
@@ -47,11 +49,28 @@ def _mixes(value: Values) -> bool:
 # In order: a rule may switch off what a later one depends on.
 RULES = (
     Rule(
-        _defaults("patch_size", "stride", "class_token", "bimamba_type", "legacy_init")
-        | _defaults("scan_backend", "grad_checkpointing", "cuda_graphs"),
+        _defaults("scan_backend", "grad_checkpointing", "cuda_graphs", "reduction"),
         ("model",),
         lambda value: value("model").startswith(FOREIGN),
         "with --model {model}",
+    ),
+    Rule(
+        _defaults("patch_size", "stride", "class_token", "bimamba_type", "legacy_init"),
+        ("model",),
+        lambda value: value("model").startswith((FOREIGN, PLAIN)),
+        "with --model {model}",
+    ),
+    Rule(
+        _defaults("drop"),
+        ("model",),
+        lambda value: value("model").startswith(PLAIN),
+        "with --model {model}, which has no dropout",
+    ),
+    Rule(
+        _defaults("param_order", "dt_bias_twice"),
+        ("model",),
+        lambda value: not value("model").startswith(PLAIN),
+        "with --model {model}, which has one form",
     ),
     Rule(
         _defaults("cuda_graphs"),
@@ -155,6 +174,18 @@ RULES = (
         lambda value: not value("model_ema"),
         "with --no-model-ema",
     ),
+    Rule(
+        _defaults("distillation_alpha", "distillation_tau", "teacher_model", "teacher_path"),
+        ("distillation_type",),
+        lambda value: value("distillation_type") == "none",
+        "without --distillation-type, so that there is no teacher",
+    ),
+    Rule(
+        _defaults("distillation_tau"),
+        ("distillation_type",),
+        lambda value: value("distillation_type") != "soft",
+        "with --distillation-type {distillation_type}",
+    ),
 )
 
 
@@ -173,8 +204,10 @@ def settle(given: Settings) -> dict[str, Any]:
     }
     for rule in RULES:
         _apply(rule, settings)
+    _choose_reduction_or_fusion(settings)
     _settle_fusion(settings)
     _check_loss(settings)
+    _settle_teacher(settings)
     _check_checkpoints(settings)
     return {name: setting.value for name, setting in settings.items()}
 
@@ -194,6 +227,35 @@ def _drop(settings: Settings, name: str, decided: int, neutral: Any, why: str) -
     if value != neutral and level != DEFAULT and level >= decided:
         refuse(label, value, f"{shown(neutral)} {why}")
     settings[name] = Setting(neutral, level, label)
+
+
+def _choose_reduction_or_fusion(settings: Settings) -> None:
+    """Keep the one that was given at the higher level; what describes the other goes with it."""
+    reduction = settings["reduction"]
+    fused = [settings["fusion_strategy"], settings["fusion_plan"]]
+    given = [s for s in fused if s.value not in (None, "none")]
+    if reduction.value == "none":
+        _drop_all(settings, "reduction_", reduction, "without --reduction")
+    elif any(s.level == reduction.level for s in given):
+        other = next(s for s in given if s.level == reduction.level)
+        refuse(reduction.label, reduction.value, f"none beside {other.label} {other.value}")
+    elif any(s.level > reduction.level for s in given):
+        decided = max(given, key=lambda s: s.level)
+        settings["reduction"] = reduction._replace(value="none")
+        _drop_all(settings, "reduction_", decided, f"with {decided.label}")
+    else:
+        why = f"with --reduction {reduction.value}, whose schedule says it all"
+        settings["fusion_plan"] = settings["fusion_plan"]._replace(value=None)
+        settings["fusion_strategy"] = settings["fusion_strategy"]._replace(value="none")
+        _drop_all(settings, "fusion_", reduction, why)
+
+
+def _drop_all(settings: Settings, prefix: str, cause: Setting, why: str) -> None:
+    """Put back what describes a reduction, or a fusion, that there is not."""
+    group = {"reduction_": Reduction, "fusion_": Fusion}[prefix]
+    for item in fields(group):
+        if item.name not in ("reduction", "fusion_strategy", "fusion_plan"):
+            _drop(settings, item.name, cause.level, OPTIONS[item.name].default, why)
 
 
 def _settle_fusion(settings: Settings) -> None:
@@ -254,6 +316,19 @@ def _check_loss(settings: Settings) -> None:
         smoothing = settings["smoothing"]
         expected = "0 with --bce-loss, which takes every target above 0 for right"
         refuse(smoothing.label, smoothing.value, expected)
+
+
+def _settle_teacher(settings: Settings) -> None:
+    """Let the model without reduction be taught by the weights that it starts from itself."""
+    kind, alpha, path = (
+        settings[n] for n in ("distillation_type", "distillation_alpha", "teacher_path")
+    )
+    if kind.value in ("soft", "hard") and alpha.value > 1:
+        expected = f"at most 1 with --distillation-type {kind.value}, where it is a share"
+        refuse(alpha.label, alpha.value, expected)
+    own = kind.value != "none" and settings["teacher_model"].value is None
+    if own and not path.value:
+        settings["teacher_path"] = path._replace(value=settings["finetune"].value)
 
 
 def _check_checkpoints(settings: Settings) -> None:

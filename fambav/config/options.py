@@ -1,4 +1,4 @@
-"""Every setting of a run: its name, default, unit and range, in six frozen groups.
+"""Every setting of a run: its name, default, unit and range, in frozen groups.
 
 A field below is one setting.  Its name is the YAML key; the same name with hyphens or underscores
 is the flag; its metadata says what it means.  There is no second list of settings anywhere.
@@ -6,8 +6,8 @@ is the flag; its metadata says what it means.  There is no second list of settin
 Source: flag names and defaults are those of DeiT (github.com/facebookresearch/deit), Vim
 (github.com/hustvl/Vim) and Famba-V (github.com/AIoT-MLSys-Lab/Famba-V), main.py.  Differing
 defaults: model, input_size (the model's own), data_set, data_path, output_dir (a new folder),
-device (a GPU if there is one), amp (on for a GPU), model_ema_warmup, fusion_layer and fusion_token
-(the original values, but only once a strategy is chosen).
+device (a GPU if there is one), amp (on for a GPU), model_ema_warmup, teacher_model (the model
+itself), fusion_layer and fusion_token (the original values, but only once a strategy is chosen).
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from fambav.registry import (
     BIMAMBA,
+    CLASS_TOKEN_POLICIES,
     CLASS_TOKENS,
     DATA_SETS,
+    FUSION_METHODS,
+    GAP_POLICIES,
+    HOOKS,
     METHODS,
     MODELS,
+    PARAM_ORDERS,
     SCAN_BACKENDS,
+    SCAN_POLICIES,
     STRATEGIES,
     STRATEGY_ALIASES,
     nearest,
@@ -191,6 +197,15 @@ class Model:
     legacy_init: bool = option(
         default=False, text="zero as the backward scan's initial dt bias, as published"
     )
+    param_order: str = option(
+        "raster",
+        "PlainMamba: step sizes go with the place in the image, as in released weights, or with "
+        "their token, as the paper describes",
+        choices=PARAM_ORDERS,
+    )
+    dt_bias_twice: bool = option(
+        default=True, text="PlainMamba: add the step sizes' bias twice, as released weights need"
+    )
     drop: float = option(0.0, "dropout after the position embedding", bounds=RATE)
     drop_path: float = option(0.1, "largest probability of skipping a block", bounds=RATE)
     grad_checkpointing: bool = option(
@@ -206,8 +221,42 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """Which tokens go, and where, by any method."""
+
+    reduction: str = option("none", "how tokens are chosen", choices=("none", *METHODS))
+    reduction_schedule: str = option(
+        "published",
+        "where and how many: r:5@3-23/2, ramp:16,-1, list:7,7,0, keep:0.8@5,10, "
+        "tokens:157,125@10,20, or published, what the method's paper says for the model",
+        check=filled,
+    )
+    reduction_hook: str | None = option(
+        None, "where in a layer tokens go; none = the method's own", choices=HOOKS
+    )
+    scan_policy: str | None = option(
+        None,
+        "what the scan makes of tokens that went; none = the method's own",
+        choices=SCAN_POLICIES,
+    )
+    gap_policy: str | None = option(
+        None,
+        "how an aligned scan ages its state over tokens that went; the method's own if not given",
+        choices=GAP_POLICIES,
+    )
+    class_token_policy: str | None = option(
+        None,
+        "where the class token goes among what is left; none = the method's own",
+        choices=CLASS_TOKEN_POLICIES,
+    )
+    reduction_options: str = option(
+        "", "options of the method, key=value,key=value; `fambav list options` names them"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fusion:
-    """Which tokens to fuse, and where."""
+    """Which tokens to fuse, and where, in the words of Famba-V."""
 
     fusion_strategy: str = option(
         "none", "layers that fuse tokens", choices=STRATEGIES, aliases=STRATEGY_ALIASES
@@ -220,7 +269,9 @@ class Fusion:
     fusion_token: int = option(
         0, "tokens removed in each fused layer; 7 once a strategy is chosen", bounds=NATURAL
     )
-    fusion_method: str = option("famba-v", "how tokens are paired and merged", choices=METHODS)
+    fusion_method: str = option(
+        "famba-v", "how tokens are paired and merged", choices=FUSION_METHODS
+    )
     fusion_plan: str | None = option(
         None, "layer:tokens pairs instead of a strategy, e.g. 6:9,8:9", check=fusion_list
     )
@@ -342,6 +393,32 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """What to learn from a teacher."""
+
+    distillation_type: str = option(
+        "none",
+        "soft and hard share the loss as DeiT does, kl adds to it as R-MeeTo does",
+        choices=("none", "soft", "hard", "kl"),
+    )
+    distillation_alpha: float = option(0.5, "weight of the teacher's part", bounds=POSITIVE)
+    distillation_tau: float = option(
+        1.0, "temperature of --distillation-type soft", bounds=POSITIVE
+    )
+    teacher_model: str | None = option(
+        None,
+        "the teacher; none = the model itself with every token kept",
+        aliases={"regnety_160": "timm/regnety_160"},  # DeiT's
+        check=model_name,
+    )
+    teacher_path: str = option(
+        "",
+        "checkpoint of the teacher's weights; for the model itself --finetune's if there is one",
+        check=local_file,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Where it runs and what it leaves behind."""
 
@@ -361,7 +438,14 @@ class Run:
 
 
 GROUPS: dict[str, type] = dict(
-    model=Model, fusion=Fusion, data=Data, augment=Augment, optim=Optim, run=Run
+    model=Model,
+    fusion=Fusion,
+    reduction=Reduction,
+    data=Data,
+    augment=Augment,
+    optim=Optim,
+    distillation=Distillation,
+    run=Run,
 )
 
 

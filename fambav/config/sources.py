@@ -124,7 +124,7 @@ def from_file(path: Path) -> dict[str, Setting]:
     Raises:
         ConfigError: If a file cannot be read, or one of its settings cannot be used.
     """
-    mapping = _mapping(path)
+    mapping = content(path)
     base = mapping.pop("base", None)
     given = from_mapping(mapping, FILE, f"{path}: ")
     if base is None:
@@ -132,7 +132,7 @@ def from_file(path: Path) -> dict[str, Setting]:
     if not isinstance(base, str):
         refuse(f"{path}: base", base, "the path of a YAML file")
     parent = path.parent / base
-    inherited = _mapping(parent)
+    inherited = content(parent)
     if "base" in inherited:
         raise ConfigError(f"{path}: base is {base!r}, expected a file without a base of its own")
     return {**from_mapping(inherited, BASE, f"{parent}: "), **given}
@@ -221,7 +221,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _mapping(path: Path) -> dict[Any, Any]:
+def content(path: Path) -> dict[Any, Any]:
+    """Read the keys and values of a YAML file.
+
+    Raises:
+        ConfigError: If it cannot be read, is not YAML, gives a key twice or holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         tree = yaml.load(text, Loader=_Loader)

@@ -21,16 +21,10 @@ def _table(*options: Option) -> dict[str, Option]:
     return {option.name: option for option in options}
 
 
-_DISTIL = "distillation is not offered"
 _COSINE = "only --sched cosine is offered"
 _NOISE = "noise on the learning rate is not offered"
 
 UNOFFERED: dict[str, Option] = _table(
-    _known("distillation_type", _DISTIL, default="none"),
-    _known("distillation_alpha", _DISTIL, default=0.5),
-    _known("distillation_tau", _DISTIL, default=1.0),
-    _known("teacher_model", _DISTIL, default="regnety_160"),
-    _known("teacher_path", _DISTIL, default=""),
     _known("cosub", "use --drop-path", default=False),
     _known("attn_only", "--finetune trains every weight", default=False),
     _known("visualize", "`fambav plan` prints the tokens of each layer", default=False),

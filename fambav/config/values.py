@@ -60,7 +60,7 @@ def from_text(option: Option, words: list[str], label: str) -> Any:
     Raises:
         ConfigError: If it is of the wrong type, unknown or out of range.
     """
-    if option.optional and words[0].lower() == "none" and len(words) == 1:
+    if _is_unset(option, words[0]) and len(words) == 1:
         return None
     if option.kind is tuple:
         return checked(option, tuple(_number(float, word, label) for word in words), label)
@@ -80,7 +80,7 @@ def from_data(option: Option, value: Any, label: str) -> Any:
     Raises:
         ConfigError: If it is of the wrong type, unknown or out of range.
     """
-    if option.optional and (value is None or str(value).lower() == "none"):
+    if option.optional and (value is None or _is_unset(option, str(value))):
         return None
     if option.kind is tuple:
         if not isinstance(value, list | tuple):
@@ -115,6 +115,11 @@ def checked(option: Option, value: Any, label: str) -> Any:
         except ValueError as error:
             refuse(label, value, str(error))
     return value
+
+
+def _is_unset(option: Option, word: str) -> bool:
+    """Whether a word leaves a setting open: "none", unless that is one of its own values."""
+    return option.optional and word.lower() == "none" and "none" not in option.choices
 
 
 def _number(kind: type, word: str, label: str) -> Any:

@@ -21,6 +21,7 @@ from fambav.layers.drop import shard
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Lesson = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MAX_SKIPPED = 20  # updates in a row
 
@@ -49,10 +50,12 @@ class Update:
         model: The model itself, for its weights.
         forward: The same model, wrapped for several processes if need be.
         optimizer: Over the model's parameters.
-        loss: Mean loss of (logits, targets) over a batch.
+        loss: Mean loss of (logits, targets) over a batch; of (logits, targets, teacher's logits)
+            if there is a teacher.
         lr: Learning rate, given the number of updates done.
         seed: Called before each forward pass with the number of updates done and that of the
             batch among all batches of the update; seeds whatever the model draws from.
+        teacher: Logits of the mixed images, which need no gradient; None for not.
         mix: Makes mixed images and soft targets of (images, targets, update=); None for not.
         precision: Format of the forward pass.
         processes: Who shares the update.
@@ -66,9 +69,10 @@ class Update:
     model: nn.Module
     forward: nn.Module
     optimizer: Any
-    loss: Loss
+    loss: Loss | Lesson
     lr: Callable[[int], float]
     seed: Callable[[int, int], None]
+    teacher: Callable[[Tensor], Tensor] | None = None
     mix: Callable[..., Batch] | None = None
     precision: Precision
     processes: Processes
@@ -103,7 +107,8 @@ class Update:
         self.seed(update, place)
         with shard(place, world * self.accumulate), self._sync(micro):
             with self.precision.autocast():
-                loss = self.loss(self.forward(images), targets) / self.accumulate
+                taught = () if self.teacher is None else (self.teacher(images),)
+                loss = self.loss(self.forward(images), targets, *taught) / self.accumulate
             self.precision.scaler.scale(loss).backward()
         return loss.detach()
 

@@ -1,9 +1,24 @@
 """Modules that two or more models are made of."""
 
-from fambav.layers.block import AddNorm, Block
+from fambav.layers.block import AddNorm, Block, Hooks, run_block
 from fambav.layers.drop import Dropout, DropPath, shard
 from fambav.layers.embed import PatchEmbed
 from fambav.layers.mamba import Mamba
-from fambav.layers.tokens import Tokens
+from fambav.layers.mamba2d import Mamba2D
+from fambav.layers.tokens import Ask, Signals, Tokens
 
-__all__ = ["AddNorm", "Block", "DropPath", "Dropout", "Mamba", "PatchEmbed", "Tokens", "shard"]
+__all__ = [
+    "AddNorm",
+    "Ask",
+    "Block",
+    "DropPath",
+    "Dropout",
+    "Hooks",
+    "Mamba",
+    "Mamba2D",
+    "PatchEmbed",
+    "Signals",
+    "Tokens",
+    "run_block",
+    "shard",
+]

@@ -1,21 +1,51 @@
-"""The residual block: add, normalise, mix, with room for something between norm and mixer.
+"""The residual block: add, normalise, mix, with room for something at three points.
 
-residual = residual + drop_path(x)      tokens = between(norm(residual), residual)      x = mixer
+tokens = before(tokens)
+residual = residual + drop_path(x)      tokens = between(norm(residual), residual)
+tokens = after(mixer(tokens))
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fambav.layers.drop import DropPath
-from fambav.layers.tokens import Tokens
+from fambav.layers.tokens import Ask, Tokens
 from fambav.ops import add_rms_norm
 
-Between = Callable[[Tokens], Tokens]
+Hook = Callable[[Tokens], Tokens]
+
+
+def unchanged(tokens: Tokens) -> Tokens:
+    """Return the tokens themselves."""
+    return tokens
+
+
+class Hooks(NamedTuple):
+    """What is done to the tokens at a block, and what its mixer is asked.
+
+    Attributes:
+        before: Called with the output of the block before, ahead of its drop path.
+        between: Called with the normalised sum as x.
+        after: Called with the mixer's output as x and its signals.
+        asked: Whether the mixer is told about its tokens, and asked for `needs`.
+        needs, gap: As in `Ask`.
+    """
+
+    before: Hook = unchanged
+    between: Hook = unchanged
+    after: Hook = unchanged
+    asked: bool = False
+    needs: frozenset[str] = frozenset()
+    gap: str | None = None
+
+
+NO_HOOKS = Hooks()
 
 
 class AddNorm(nn.Module):
@@ -42,7 +72,7 @@ class Block(nn.Module):
 
     Args:
         dim: Width of a token.
-        mixer: Maps (batch, length, dim) to the same shape.
+        mixer: Maps (batch, length, dim) to the same shape; with an `Ask` it also returns `Signals`.
         drop_path: Probability that a sample skips the output of the block before.
     """
 
@@ -53,24 +83,64 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.grad_checkpointing = False
 
-    def forward(self, tokens: Tokens, between: Between) -> Tokens:
+    def forward(self, tokens: Tokens, hooks: Hooks = NO_HOOKS) -> Tokens:
         """Return tokens with the mixer's output as x and the sum of everything before as residual.
 
         Args:
             tokens: Output of the block before; without a residual in the first block.
-            between: Called with the normalised sum as x; may return fewer tokens.
+            hooks: May return fewer tokens.
         """
-        # Outside of the part that is computed twice, so that randomness is drawn once.
-        tokens = tokens._replace(x=self.drop_path(tokens.x))
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            again: Tokens = checkpoint(
-                self.mix, tokens, between, use_reentrant=False, preserve_rng_state=False
-            )
-            return again
-        return self.mix(tokens, between)
+        return run_block(
+            tokens,
+            hooks,
+            norm=self.norm,
+            mixer=self.mixer,
+            drop_path=self.drop_path,
+            checkpointing=self.grad_checkpointing,
+        )
 
-    def mix(self, tokens: Tokens, between: Between) -> Tokens:
-        """Do what `forward` does, without drop path and without checkpointing."""
-        x, residual = self.norm(tokens.x, tokens.residual)
-        tokens = between(tokens._replace(x=x, residual=residual))
-        return tokens._replace(x=self.mixer(tokens.x))
+
+def run_block(
+    tokens: Tokens,
+    hooks: Hooks,
+    *,
+    norm: nn.Module,
+    mixer: nn.Module,
+    drop_path: nn.Module,
+    checkpointing: bool,
+) -> Tokens:
+    """Do what a block does, with parts of any names.
+
+    Args:
+        tokens: Output of the block before.
+        hooks: What is done at its three points.
+        norm: Maps x and residual to the normalised sum and the sum.
+        mixer: As a `Block`'s.
+        drop_path: Of x.
+        checkpointing: Compute norm and mixer again in the backward pass.
+    """
+
+    def mix(tokens: Tokens) -> Tokens:
+        x, residual = norm(tokens.x, tokens.residual)
+        tokens = hooks.between(tokens._replace(x=x, residual=residual))
+        if not hooks.asked:
+            return tokens._replace(x=mixer(tokens.x), signals=None)
+        x, signals = mixer(tokens.x, Ask(tokens, hooks.needs, hooks.gap))
+        return tokens._replace(x=silenced(x, tokens.alive), signals=signals)
+
+    tokens = hooks.before(tokens)
+    # Outside of the part that is computed twice, so that randomness is drawn once.
+    tokens = tokens._replace(x=drop_path(tokens.x))
+    if checkpointing and torch.is_grad_enabled():
+        tokens = checkpoint(mix, tokens, use_reentrant=False, preserve_rng_state=False)
+    else:
+        tokens = mix(tokens)
+    return hooks.after(tokens)
+
+
+def silenced(x: Tensor, alive: Tensor | None) -> Tensor:
+    """Silence what a mixer's biases say at masked places."""
+    if alive is None:
+        return x
+    mask = torch.zeros(x.shape[:2], dtype=x.dtype, device=x.device).scatter(1, alive, 1)
+    return x * mask[..., None]

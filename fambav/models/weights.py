@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from fambav.layers.embed import class_places, insert, resize_grid, take
+from fambav.models.plainmamba import PlainMamba
 from fambav.models.vim import Vim
 from fambav.ops.match import others
+
+Net = Vim | PlainMamba
 
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 _RAW, _AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
 
 
 def official(payload: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tensor]:
-    """Pick the weights out of a checkpoint of DeiT's family, or out of a bare state_dict.
+    """Pick the weights out of a checkpoint of DeiT's or OpenMMLab's family, or a bare state_dict.
 
     Args:
         payload: What the file holds: weights, or a dictionary that has them under "model" or
@@ -85,7 +88,7 @@ def check_class_token(saved: str, wanted: str) -> None:
 
 def adapt(
     state_dict: Mapping[str, Tensor],
-    model: Vim,
+    model: Net,
     *,
     class_token: str | None = None,
     grid: tuple[int, int] | None = None,
@@ -113,9 +116,10 @@ def adapt(
     own = model.state_dict()
     weights = _fit_head(dict(state_dict), model, own, head)
     _check_names(weights, own)
-    shape = weights["pos_embed"].shape
-    if len(shape) == 3 and shape[::2] == own["pos_embed"].shape[::2]:
-        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], model, grid)
+    position = "pos_embed" if isinstance(model, Vim) else "backbone.pos_embed"
+    shape = weights[position].shape
+    if len(shape) == 3 and shape[::2] == own[position].shape[::2]:
+        weights[position] = resize_pos_embed(weights[position], model, grid)
     for name, value in weights.items():
         if value.shape != own[name].shape:
             wanted = tuple(own[name].shape)
@@ -123,7 +127,7 @@ def adapt(
     return weights
 
 
-def resize_pos_embed(pos_embed: Tensor, model: Vim, grid: tuple[int, int] | None = None) -> Tensor:
+def resize_pos_embed(pos_embed: Tensor, model: Net, grid: tuple[int, int] | None = None) -> Tensor:
     """Resize a position embedding to a model's grid.
 
     Args:
@@ -158,10 +162,11 @@ def resize_pos_embed(pos_embed: Tensor, model: Vim, grid: tuple[int, int] | None
 
 
 def _fit_head(
-    weights: dict[str, Tensor], model: Vim, own: Mapping[str, Tensor], head: str
+    weights: dict[str, Tensor], model: Net, own: Mapping[str, Tensor], head: str
 ) -> dict[str, Tensor]:
     """Check the number of classes, or put the model's head in the place of one that differs."""
-    shape = weights["head.weight"].shape if "head.weight" in weights else ()
+    name = "head.weight" if isinstance(model, Vim) else "head.fc.weight"
+    shape = weights[name].shape if name in weights else ()
     saved = shape[0] if shape else 0
     if saved == model.num_classes:
         return weights

@@ -21,6 +21,8 @@ from fambav.ops.conv import causal_conv1d
 from fambav.ops.dispatch import SCAN, Backend, Table, expect_beside
 from fambav.ops.selective_scan import selective_scan
 
+ScanInputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 class Direction(NamedTuple):
     """The parameters of one direction.
@@ -117,9 +119,7 @@ def _check(xz: Tensor, forward: Direction, backward: Direction, out_proj: Tensor
         expect_beside("out_proj", out_proj, (out_proj.shape[0], dim), xz)
 
 
-def scan_inputs(
-    x: Tensor, direction: Direction, *, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scan_inputs(x: Tensor, direction: Direction, *, reverse: bool) -> ScanInputs:
     """Return u, delta, B and C of one direction for x, all (batch, length, their width)."""
     u = causal_conv1d(x.mT, direction.conv_weight, direction.conv_bias, "silu", reverse=reverse).mT
     rank, state = direction.dt_proj.shape[1], direction.A.shape[1]
@@ -127,9 +127,7 @@ def scan_inputs(
     return u, F.linear(dt, direction.dt_proj), B, C
 
 
-def directed_scan(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor], direction: Direction, *, reverse: bool
-) -> Tensor:
+def directed_scan(inputs: ScanInputs, direction: Direction, *, reverse: bool) -> Tensor:
     """Scan what `scan_inputs` returned, (batch, length, dim)."""
     u, delta, B, C = inputs
     y: Tensor = selective_scan(

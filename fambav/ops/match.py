@@ -27,15 +27,20 @@ _Places = tuple[Tensor, Tensor, Tensor]
 class Selection(NamedTuple):
     """Which tokens one call keeps and which it folds into others, as places before the call.
 
+    No place is both kept and folded; one that is neither is dropped.
+
     Attributes:
-        keep: Tokens that stay, in their new order, (batch, length - count), int64.
-        source: Tokens that disappear, (batch, count), int64; with keep, every place once.
+        keep: Tokens that stay, in their new order, (batch, kept), int64.
+        source: Tokens that are folded into others, (batch, count), int64.
         target: Tokens that absorb them, each in keep, (batch, count), int64; may repeat.
+        silent: Sources of which only the residual stream is folded in, (batch, count), bool; None
+            for none.
     """
 
     keep: Tensor
     source: Tensor
     target: Tensor
+    silent: Tensor | None = None
 
 
 def match(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:

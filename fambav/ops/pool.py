@@ -44,9 +44,10 @@ def pool(
     Args:
         x: One stream, (batch, length, dim).
         residual: Another, shaped like x; None for none.
-        weight: Weight of each token in its group, (batch, length), float32, greater than 0.
+        weight: Weight of each token in its group, (batch, length), float32, at least 0, and greater
+            for one that is kept.
         size: What is added up within each group, (batch, length), float32.
-        selection: The groups and their new order.
+        selection: The groups and their new order; every place is in one.
 
     Returns:
         A token for each group, in the order of `selection.keep`.
@@ -64,8 +65,9 @@ def pool(
     expect("source", selection.source, (batch, length - kept))
     expect("target", selection.target, (batch, count))
     streams = (x,) if residual is None else (x, residual)
-    run = POOL.pick(*streams, weight, size, *selection)
-    return cast(Pooled, run(x, residual, weight.detach(), size.detach(), *selection))
+    groups = selection[:3]
+    run = POOL.pick(*streams, weight, size, *groups)
+    return cast(Pooled, run(x, residual, weight.detach(), size.detach(), *groups))
 
 
 def _reference(

@@ -1,20 +1,54 @@
-"""Fewer tokens: where and how many (schedule), what happens to them (reducer), which (merge)."""
+"""Fewer tokens: which (methods), where and how many (schedule), and what the scan makes of it."""
 
 from fambav.ops.match import Selection, others
-from fambav.reduction.merge import FambaV, Ordered
-from fambav.reduction.reducer import Reducer, make_reducer, merge
-from fambav.reduction.schedule import Schedule, parse_plan, plan, schedule
+from fambav.reduction.apply import merge
+from fambav.reduction.body import Body
+from fambav.reduction.merging import FambaV, Ordered, ToMe
+from fambav.reduction.mtr import MTR
+from fambav.reduction.pruning import EViT, PruneAligned, Random
+from fambav.reduction.r_meeto import RMeeTo
+from fambav.reduction.reducer import Reducer, known_options, make_reducer, read_options
+from fambav.reduction.reduction import (
+    Reducible,
+    Reduction,
+    fused,
+    make_reduction,
+    no_reduction,
+    reduce,
+)
+from fambav.reduction.schedule import Schedule, fusion, parse_plan, plan
+from fambav.reduction.sequential import SequentialMerging
+from fambav.reduction.storm import Storm
+from fambav.reduction.utrc import UTRC
 
 __all__ = [
+    "MTR",
+    "UTRC",
+    "Body",
+    "EViT",
     "FambaV",
     "Ordered",
+    "PruneAligned",
+    "RMeeTo",
+    "Random",
     "Reducer",
+    "Reducible",
+    "Reduction",
     "Schedule",
     "Selection",
+    "SequentialMerging",
+    "Storm",
+    "ToMe",
+    "fused",
+    "fusion",
+    "known_options",
     "make_reducer",
+    "make_reduction",
     "merge",
+    "no_reduction",
     "others",
     "parse_plan",
     "plan",
-    "schedule",
+    "read_options",
+    "reduce",
 ]

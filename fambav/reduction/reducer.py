@@ -1,93 +1,180 @@
-"""The interface of every reduction method, and what is done with the tokens it chooses.
+"""The interface of every reduction method.
 
-    tokens -> reducer: which go, and where to -> merge: group means -> fewer tokens
-
-A reducer is a class with `limit` and `reduce`, registered by name; its `reduce` makes a
-`Selection` and hands it to `merge`.
+A method is a class with `select` and `limit`, registered by name.  It chooses which tokens stay,
+which are folded into others and which go; `apply` does that to everything a token carries, and
+`Reduction` decides at which layers, at which point of a block and what the scan makes of the gaps.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import Any, ClassVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from fambav.layers import Tokens
 from fambav.ops.match import Selection
-from fambav.ops.pool import pool
-from fambav.registry import REDUCERS
+from fambav.reduction.body import Body
+from fambav.registry import HOOKS, REDUCERS, nearest
 
 Places = tuple[int, ...]
+Grid = tuple[int, int]
+
+_WORDS = {"true": True, "false": False}
 
 
 class Reducer(nn.Module, ABC):
-    """Removes `counts[layer]` tokens at each layer, between its norm and its mixer.
+    """Chooses which tokens stay.  Its options are keyword-only arguments with defaults.
 
-    Args:
-        counts: Tokens to remove at each layer, checked by `schedule`; zeros cost nothing.
+    The attributes are what the method does unless its user says otherwise.
+
+    Attributes:
+        hook: Where tokens go: "before" the add of a block, "between" its norm and mixer, or
+            "after" its mixer.
+        hooks: Where they may go.
+        scan: What the scan makes of it, one of `registry.SCAN_POLICIES`.
+        gap: How the state ages if that is "aligned", one of `registry.GAP_POLICIES`.
+        class_policy: Where the class token goes, one of `registry.CLASS_TOKEN_POLICIES`.
+        ordered: Whether the tokens that are left are in the order of the scan.
+        weighted: Whether the mean of a group counts the patches behind each token.
+        needs: What it reads of the mixer before it, fields of `Signals`.
+        name: What it is registered as.
     """
 
-    def __init__(self, counts: tuple[int, ...]) -> None:
-        super().__init__()
-        self.counts = counts
+    hook: ClassVar[str] = "between"
+    hooks: ClassVar[tuple[str, ...]] = HOOKS
+    scan: ClassVar[str] = "compact"
+    gap: ClassVar[str] = "cached"
+    class_policy: str = "exact"
+    ordered: bool = True
+    weighted: bool = True
+    needs: frozenset[str] = frozenset()
+    name: str = "a method"
 
-    def forward(self, tokens: Tokens, layer: int) -> Tokens:
-        """Return `tokens` shorter by `counts[layer]`; layer counts from 0."""
-        count = self.counts[layer]
-        return self.reduce(tokens, count) if count else tokens
+    def check(self, body: Body) -> None:
+        """Refuse a model for which the method's options mean nothing.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        del body
 
     @abstractmethod
-    def reduce(self, tokens: Tokens, count: int) -> Tokens:
-        """Remove `count` >= 1 tokens from every sequence, and never a class token."""
+    def select(self, tokens: Tokens, count: int) -> Selection:
+        """Choose `count` >= 1 tokens of every sequence that go, and never a class token.
 
-    @staticmethod
+        Args:
+            tokens: Sequences of equal length; `signals` has what the method needs.
+            count: At most `limit`.
+        """
+
     @abstractmethod
-    def limit(length: int, class_places: Places) -> int:
+    def limit(self, length: int, class_places: Places) -> int:
         """Return how many of `length` tokens can go at once, whatever their features."""
 
-    @staticmethod
-    def moved(length: int, class_places: Places, count: int) -> set[Places]:
+    def moved(self, length: int, class_places: Places, count: int) -> set[Places]:
         """Return where the class tokens may be after `count` of `length` tokens went.
 
         Matters only to a `limit` that looks at more than the number of class tokens.
         """
         return {class_places}
 
-    def extra_repr(self) -> str:
-        """Show the counts when a model is printed."""
-        return f"counts={self.counts}"
+    def shape(self, grid: Grid | None, count: int) -> Grid | None:
+        """Return the grid that the patches form after `count` went; None if they form none.
+
+        Raises:
+            ValueError: If the method needs a grid, with what was expected as its text.
+        """
+        return None
+
+    @classmethod
+    def published(cls, body: Body) -> str | None:
+        """Return the schedule of the method's paper for such a model; None if it has none."""
+        return None
 
 
-def make_reducer(name: str, counts: tuple[int, ...]) -> Reducer:
-    """Build the reducer registered as `name`.
+def make_reducer(name: str, **options: Any) -> Reducer:
+    """Build the method registered as `name`.
 
     Raises:
-        ValueError: If there is no reducer of that name.
+        ValueError: If there is no method of that name, or it has no such option or value.
     """
-    return cast(Reducer, REDUCERS[name](counts))
+    build = REDUCERS[name]
+    known = known_options(name)
+    for option in options:
+        if option not in known:
+            hint = nearest(option, known) if known else f"{name} has none"
+            raise ValueError(f"reduction option is {option!r}, expected one of {name}; {hint}")
+    made = cast(Reducer, build(**options))
+    made.name = name
+    return made
 
 
-def merge(tokens: Tokens, selection: Selection, weight: Tensor) -> Tokens:
-    """Replace every group, a kept token and the sources folded into it, by its weighted mean.
+def read_options(name: str, text: str) -> dict[str, Any]:
+    """Read a method's options as written on a command line, such as "order=lost,weighted=false".
 
-    Both streams are averaged in float32 (float64 if they are) with the same groups, and come back
-    in their own dtype.  A token without sources is unchanged to the last bit.
+    A value has the type of the option's default.
 
-    Args:
-        tokens: Sequences of equal length.
-        selection: The groups and their new order.
-        weight: Weight of each token in its group, (batch, length), float32, greater than 0.
-
-    Returns:
-        Tokens shorter by count, with the sizes of a group added up.
+    Raises:
+        ValueError: If the method or an option is unknown, or a value cannot be read.
     """
-    pooled = pool(tokens.x, tokens.residual, weight, tokens.size, selection)
-    return Tokens(
-        x=pooled.x,
-        residual=pooled.residual,
-        size=pooled.size,
-        position=tokens.position.gather(1, selection.keep),
-        class_places=pooled.place.gather(1, tokens.class_places),
-        source=None if tokens.source is None else pooled.place.gather(1, tokens.source),
-    )
+    known, found = known_options(name), dict[str, Any]()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        option, equals, value = (word.strip() for word in part.partition("="))
+        if not equals or option in found:
+            raise ValueError(
+                f"reduction_options is {text!r}, expected key=value pairs, no key twice"
+            )
+        if option not in known:
+            hint = nearest(option, known) if known else f"{name} has none"
+            raise ValueError(f"reduction option is {option!r}, expected one of {name}; {hint}")
+        found[option] = _read(option, value, known[option])
+    return found
+
+
+def chosen(option: str, value: str, known: tuple[str, ...]) -> str:
+    """Return the value of an option that must be one of some words.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    if value not in known:
+        hint = nearest(value, known)
+        raise ValueError(f"reduction option {option} is {value!r}, expected a known name; {hint}")
+    return value
+
+
+def at_least(option: str, value: int, least: int) -> int:
+    """Return the value of an option that must not be less than a number.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if value < least:
+        raise ValueError(f"reduction option {option} is {value}, expected at least {least}")
+    return value
+
+
+def known_options(name: str) -> dict[str, Any]:
+    """Return the options of a method with their defaults.
+
+    Raises:
+        ValueError: If there is no method of that name.
+    """
+    parameters = inspect.signature(REDUCERS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _read(option: str, value: str, default: Any) -> Any:
+    kind = type(default)
+    if kind is bool:
+        if value.lower() not in _WORDS:
+            raise ValueError(f"reduction option {option} is {value!r}, expected true or false")
+        return _WORDS[value.lower()]
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(
+            f"reduction option {option} is {value!r}, expected {kind.__name__}"
+        ) from None

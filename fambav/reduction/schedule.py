@@ -3,7 +3,7 @@
     strategy, r -> tokens to remove at each layer -> tokens that each layer's mixer sees
 
 Layers count from 1 here, as in the paper; layer 1 is nearest the image.  Tokens go before the
-mixer of the same layer.
+mixer of the same layer, unless the method removes them after it.
 
 Source: Shen et al., "Famba-V", arXiv:2409.09808, section 3.
 """
@@ -13,9 +13,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
-from fambav.registry import REDUCERS, STRATEGIES, STRATEGY_ALIASES, nearest
+from fambav.reduction.body import Body
+from fambav.reduction.reducer import Places, Reducer
+from fambav.registry import STRATEGIES, STRATEGY_ALIASES, nearest
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,27 @@ class Schedule:
 
     Attributes:
         start: Tokens before the first layer, class tokens included.
-        counts: Tokens removed before each layer's mixer.
+        counts: Tokens removed at each layer.
         lengths: Tokens that each layer's mixer sees.
+        after: Whether a layer's tokens go after its mixer instead of before it.
     """
 
     start: int
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
+    after: bool = False
+
+    @classmethod
+    def of(cls, start: int, counts: tuple[int, ...], *, after: bool = False) -> Schedule:
+        """Work out the lengths."""
+        left = [start - sum(counts[: number + 1]) for number in range(len(counts))]
+        seen = [n + count for n, count in zip(left, counts, strict=True)] if after else left
+        return cls(start, counts, tuple(seen), after)
+
+    @property
+    def final(self) -> int:
+        """Tokens behind the last layer."""
+        return self.start - self.removed
 
     @property
     def removed(self) -> int:
@@ -46,14 +62,16 @@ class Schedule:
         """Return the plan as text; neighbouring layers that remove nothing share a line."""
         lines = [f"{'layer':>7}  {'tokens in':>9}  {'removed':>7}  {'tokens out':>10}"]
         layers = enumerate(zip(self.counts, self.lengths, strict=True), start=1)
-        for (count, out), run in groupby(layers, key=lambda item: item[1]):
+        for (count, seen), run in groupby(layers, key=lambda item: item[1]):
             first, *rest = (number for number, _ in run)
             name = f"{first}-{rest[-1]}" if rest else f"{first}"
+            out = seen - count if self.after else seen
             lines.append(f"{name:>7}  {out + count:>9}  {count or '-':>7}  {out:>10}")
+        point = ", after the mixer of their layer" if self.after else ""
         return "\n".join(
             (
                 *lines,
-                f"total removed: {self.removed} of {self.start} tokens",
+                f"total removed: {self.removed} of {self.start} tokens{point}",
                 f"share of token-layers left: {100 * self.share:.1f}% "
                 f"({sum(self.lengths)} of {len(self.lengths) * self.start})",
             )
@@ -133,27 +151,88 @@ def parse_plan(text: str, depth: int) -> tuple[int, ...]:
     return tuple(counts.get(number, 0) for number in range(1, depth + 1))
 
 
-def schedule(
+def check(
+    counts: tuple[int, ...], body: Body, reducer: Reducer, *, policy: str = "exact"
+) -> Misfit | None:
+    """Find out whether a plan can be carried out, whatever the images.
+
+    Args:
+        counts: Tokens to remove at each layer.
+        body: The model.
+        reducer: The method, which says how many tokens can go at once.
+        policy: Where class tokens go.
+
+    Returns:
+        The first layer that cannot remove its tokens without touching a class token; None if all
+        can.
+
+    Raises:
+        ValueError: If the method needs a grid of patches that a layer would not have.
+    """
+    length, grid, possible = body.length, body.grid, {body.class_places}
+    for number, count in enumerate(counts, start=1):
+        if count:
+            limit = min(reducer.limit(length, places) for places in possible)
+            if count > limit:
+                return Misfit(number, length, limit)
+            grid = _shaped(reducer, grid, count, number)
+            possible = set().union(
+                *(_places(reducer, length, places, count, policy) for places in possible)
+            )
+            length -= count
+    return None
+
+
+class Misfit(NamedTuple):
+    """Where a plan cannot be carried out.
+
+    Attributes:
+        layer: The layer, from 1.
+        length: Tokens there.
+        limit: How many of them can go.
+    """
+
+    layer: int
+    length: int
+    limit: int
+
+
+def _shaped(reducer: Reducer, grid: Any, count: int, number: int) -> Any:
+    try:
+        return reducer.shape(grid, count)
+    except ValueError as error:
+        raise ValueError(
+            f"tokens removed at layer {number} are {count}, expected {error}"
+        ) from None
+
+
+def _places(reducer: Reducer, length: int, places: Places, count: int, policy: str) -> set[Places]:
+    """Return where class tokens may be after `count` of `length` tokens went."""
+    kept = length - count
+    if policy == "exact":
+        return reducer.moved(length, places, count)
+    if policy == "middle":
+        return {((kept - 1) // 2,) * len(places)}
+    return {tuple(place * kept // length for place in places)}
+
+
+def fusion(
     strategy: str = "none",
     *,
-    depth: int,
-    start: int,
-    class_places: tuple[int, ...],
+    body: Body,
+    reducer: Reducer,
     count: int = 0,
     layer: int | None = None,
-    method: str = "famba-v",
     plan: str | None = None,
 ) -> Schedule:
-    """Make the plan and check that it can be carried out, whatever the images.
+    """Make the plan of a Famba-V strategy and check that it can be carried out.
 
     Args:
         strategy: As in `plan`; "none" if there is a free plan.
-        depth: Number of layers.
-        start: Tokens before the first layer, class tokens included.
-        class_places: Where the class tokens stand before the first layer, from 0.
+        body: The model.
+        reducer: Says how many tokens can go at once, and where.
         count: Tokens removed at each chosen layer.
         layer: First or last fused layer, as in `plan`.
-        method: Name of the reducer, which says how many tokens can go at once.
         plan: A free plan, as in `parse_plan`, instead of strategy, count and layer.
 
     Returns:
@@ -163,23 +242,22 @@ def schedule(
         ValueError: If an argument is wrong, or a layer would have to remove more tokens than the
             reducer can remove in every case without touching a class token.
     """
-    reducer = REDUCERS[method]
-    counts = _counts(strategy, depth=depth, count=count, layer=layer, text=plan)
-    over = _overrun(counts, start, class_places, reducer)
+    counts = _counts(strategy, depth=body.depth, count=count, layer=layer, text=plan)
+    over = check(counts, body, reducer)
     if over is not None:
-        number, limit = over
-        gone = sum(counts[: number - 1])
-        wrong = f"fusion_plan is {plan!r}, expected at most {limit} at layer {number}"
+        wrong = f"fusion_plan is {plan!r}, expected at most {over.limit} at layer {over.layer}"
         if plan is None:
-            most = _most(counts, start, class_places, reducer)
-            wrong = f"fusion_token is {count}, expected at most {most}"
-        raise ValueError(
-            f"{wrong}; "
-            f"layer {number} has {start} - {gone} = {start - gone} tokens, of which {method} "
-            f"can remove {limit} without touching a class token"
-        )
-    lengths = tuple(start - sum(counts[:number]) for number in range(1, depth + 1))
-    return Schedule(start=start, counts=counts, lengths=lengths)
+            wrong = f"fusion_token is {count}, expected at most {_most(counts, body, reducer)}"
+        raise ValueError(f"{wrong}; {explained(over, body, reducer)}")
+    return Schedule.of(body.length, counts, after=reducer.hook == "after")
+
+
+def explained(over: Misfit, body: Body, reducer: Reducer) -> str:
+    """Say why a layer cannot remove its tokens."""
+    return (
+        f"layer {over.layer} has {body.length} - {body.length - over.length} = {over.length} "
+        f"tokens, of which {reducer.name} can remove {over.limit} without touching a class token"
+    )
 
 
 def _check_layer(strategy: str, depth: int, layer: int | None) -> None:
@@ -204,25 +282,10 @@ def _counts(
     return parse_plan(text, depth)
 
 
-def _overrun(
-    counts: tuple[int, ...], start: int, class_places: tuple[int, ...], reducer: Any
-) -> tuple[int, int] | None:
-    """Return the first layer, from 1, that cannot remove its tokens and the limit there."""
-    length, possible = start, {class_places}
-    for number, count in enumerate(counts, start=1):
-        if count:
-            limit = min(reducer.limit(length, places) for places in possible)
-            if count > limit:
-                return number, limit
-            possible = set().union(*(reducer.moved(length, p, count) for p in possible))
-            length -= count
-    return None
-
-
-def _most(counts: tuple[int, ...], start: int, class_places: tuple[int, ...], reducer: Any) -> int:
+def _most(counts: tuple[int, ...], body: Body, reducer: Reducer) -> int:
     """Return the largest count that fits at all the layers where `counts` removes tokens."""
-    for most in range(min(start, max(counts) - 1), 0, -1):
+    for most in range(min(body.length, max(counts) - 1), 0, -1):
         fewer = tuple(most if count else 0 for count in counts)
-        if _overrun(fewer, start, class_places, reducer) is None:
+        if check(fewer, body, reducer) is None:
             return most
     return 0

@@ -74,7 +74,7 @@ def test_merging_meets_the_tokens_of_the_model_at_the_layers_that_fuse():
         assert x.shape == residual.shape == tokens.x.shape
         assert x.any()
         assert residual.any()
-    assert not step.net.reducer._forward_pre_hooks
+    assert not step.net.reduction._forward_pre_hooks
 
 
 @pytest.mark.gpu

@@ -3,7 +3,8 @@
 Each weight is a fixed hash of its state_dict key, so no weight file is needed: `hashed` gives
 numbers in [-1, 1), `weights` scales them as each kind of parameter needs.  The `.npz` files hold
 outputs of the unmodified official code (hustvl/Vim, AIoT-MLSys-Lab/Famba-V with its fusion lines
-enabled) on the CPU in float32, or of a float64 scan where the name begins with `scan`.
+enabled, ChenhongyiYang/PlainMamba) on the CPU in float32, or of a float64 scan where the name
+begins with `scan`.
 """
 
 import json
@@ -50,6 +51,8 @@ def weight(key, shape):
         value = 1 + 0.25 * s
     elif key.endswith(("dt_proj.bias", "dt_proj_b.bias")):
         value = s - 2
+    elif last == "running_var":
+        value = 1 + 0.4 * s
     elif last in ("pos_embed", "cls_token", "cls_token_head", "cls_token_tail"):
         value = s
     elif len(shape) <= 1:
@@ -62,6 +65,9 @@ def weight(key, shape):
 def fill(module):
     """Give every parameter of `module` its golden value, and return the module."""
     module.load_state_dict(
-        {key: weight(key, tuple(value.shape)) for key, value in module.state_dict().items()}
+        {
+            key: weight(key, tuple(value.shape)) if value.is_floating_point() else value * 0
+            for key, value in module.state_dict().items()
+        }
     )
     return module.eval()

@@ -9,10 +9,11 @@ import torch
 
 import fambav.models  # noqa: F401  registers the models
 from fambav.ecosystem import timm
-from fambav.models.vim import VARIANTS
-from fambav.registry import BIMAMBA, CLASS_TOKENS, METHODS, MODELS
+from fambav.models import plainmamba, vim
+from fambav.reduction import reduce
+from fambav.registry import BIMAMBA, CLASS_TOKENS, FUSION_METHODS, MODELS
 
-SIZES = [name for name in MODELS if len(name) < 12]  # the other names mean the same models
+SIZES = [name for name in MODELS if "patch16" not in name]  # the others mean the same models
 SMALL = dict(depth=2, img_size=64, patch_size=16, num_classes=7)
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -23,18 +24,20 @@ def build(name="vim_micro", **arguments):
 
 
 def test_the_list_of_names_is_what_is_registered():
-    registered = {name for name in timm.list_models(module="vim") if name.startswith("vim_")}
-    assert set(MODELS) == set(VARIANTS) == registered
+    registered = set(timm.list_models("vim_*", module="vim"))
+    assert set(vim.VARIANTS) == registered
+    assert set(plainmamba.VARIANTS) == set(timm.list_models(module="plainmamba"))
+    assert set(MODELS) == registered | set(plainmamba.VARIANTS)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_name_builds(name):
     with torch.device("meta"):
         model = timm.create_model(name)
-    assert model.head.out_features == 1000
+    assert model.get_classifier().out_features == 1000
     assert model.pretrained_cfg["architecture"] == name
     assert model.pretrained_cfg["input_size"] == (3, *model.img_size)
-    assert model.class_token == "middle"
+    assert model.class_token == ("middle" if name.startswith("vim") else "none")
     assert set(model.schedule.lengths) == {model.length}
 
 
@@ -52,7 +55,7 @@ SEEING = sorted(set(product(CLASS_TOKENS, BIMAMBA)) - {("head", "none")})
 
 
 @pytest.mark.parametrize(("class_token", "kind"), SEEING)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FUSION_METHODS)
 def test_every_parameter_of_every_variant_learns_through_fusion(class_token, kind, method):
     model = build(
         class_token=class_token,
@@ -67,7 +70,7 @@ def test_every_parameter_of_every_variant_learns_through_fusion(class_token, kin
     assert idle == (["layers.1.mixer.A_log"] if class_token == "head" else [])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FUSION_METHODS)
 @pytest.mark.parametrize("class_token", CLASS_TOKENS)
 @pytest.mark.parametrize(
     "fusion",
@@ -92,7 +95,7 @@ def test_mixers_see_exactly_the_tokens_of_the_schedule(fusion, class_token, meth
     assert [shape[1] for shape in seen] == list(model.schedule.lengths)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FUSION_METHODS)
 @pytest.mark.parametrize("class_token", ["middle", "head", "double"])
 def test_the_feature_is_read_where_each_sample_s_class_token_is_now(class_token, method):
     model = build(depth=4, class_token=class_token, fusion_method=method).eval()
@@ -128,11 +131,11 @@ def test_fusion_keeps_the_mean_over_patches_when_there_is_no_class_token():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_state_dict_round_trips_strictly(name):
-    model, other = build(name), build(name, fusion_strategy="all", fusion_token=1)
+    model, other = build(name), reduce(build(name), "ordered", "r:1")
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter)
     other.load_state_dict(model.state_dict(), strict=True)
-    other.fuse()
+    reduce(other, "none")
     assert torch.equal(other.eval()(IMAGES), model.eval()(IMAGES))
 
 
@@ -144,7 +147,7 @@ def test_copies_and_pickles_give_the_same_outputs():
         assert twin.schedule == model.schedule
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FUSION_METHODS)
 def test_checkpointing_changes_no_gradient(method):
     grads = []
     for enable in (False, True):
@@ -204,7 +207,7 @@ def test_timm_reads_what_images_the_model_wants():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FUSION_METHODS)
 def test_a_fused_model_compiles_without_a_graph_break(method):
     model = build(img_size=16, patch_size=4, fusion_plan="1:2,2:3", fusion_method=method)
     images = IMAGES[:, :, :16, :16]
@@ -212,7 +215,7 @@ def test_a_fused_model_compiles_without_a_graph_break(method):
     assert torch.equal(compiled(images), model(images))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FUSION_METHODS)
 def test_bfloat16_is_close_to_float32(method):
     images = torch.randn(9, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 

@@ -7,7 +7,7 @@ import torch
 
 from fambav.ecosystem import timm
 from fambav.models import Vim
-from fambav.models.vim import drop_path_rates
+from fambav.models.isotropic import drop_path_rates
 
 PUBLISHED = "vim_{}_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 
@@ -181,7 +181,7 @@ def test_an_image_of_another_size_is_refused():
         (dict(fusion_strategy="all", fusion_token=0), "fusion_token is 0"),
         (dict(fusion_strategy="all", fusion_token=30), "fusion_token is 30"),
         (dict(fusion_token=3), "fusion_token is 3"),
-        (dict(fusion_method="tome"), "fusion_method is 'tome'"),
+        (dict(fusion_method="tom"), "reduction is 'tom'"),
     ],
 )
 def test_a_wrong_argument_is_refused_in_a_sentence(arguments, message):
@@ -253,7 +253,7 @@ def test_stopping_early_runs_no_layer_behind_the_last_one_wanted():
 
 def test_a_grid_of_fused_tokens_is_refused():
     model = small(fusion_plan="2:3").eval()
-    with pytest.raises(ValueError, match="expected 'NLC' for tokens that were fused"):
+    with pytest.raises(ValueError, match="expected 'NLC' for tokens that form no grid"):
         model.forward_intermediates(IMAGES)
     assert model.forward_intermediates(IMAGES, [0], intermediates_only=True)[0].ndim == 4
     _, rows = model.forward_intermediates(IMAGES, output_fmt="NLC")

@@ -32,7 +32,7 @@ def chosen(function, backend, x, *arguments, **options):
     with force(backend, "match"):
         found = function(
             there(x), *map(there, arguments), **{name: there(v) for name, v in options.items()}
-        )
+        )[:3]
     assert all(tensor.dtype == torch.int64 for tensor in found)
     return [tensor.tolist() for tensor in found]
 
@@ -299,7 +299,7 @@ def test_a_compiler_sees_one_operator(function, backend):
 
     with force(backend, "match"):
         got = torch.compile(function, backend=keep, fullgraph=True)(x, 4, at)
-        assert all(map(torch.equal, got, function(x, 4, at)))
+        assert all(map(torch.equal, got[:3], function(x, 4, at)[:3]))
     (targets,) = graphs
     operators = [t for t in targets if "getitem" not in str(t) and t != "detach"]
     assert operators == [torch.ops.fambav.match]

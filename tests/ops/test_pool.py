@@ -8,10 +8,9 @@ from fambav.layers import Tokens
 from fambav.ops import BackendError, force
 from fambav.ops.match import Selection, evens_then_odds
 from fambav.ops.pool import pool
-from fambav.reduction import make_reducer
-from fambav.registry import METHODS
 from tests.ops.agreement import device_of, draw, results, widened
 from tests.ops.places import close
+from tests.reduction.made import reducing
 
 BACKENDS = ["triton", "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -35,7 +34,7 @@ def means(selection, **tensors):
     """Means of the streams with weights that are no whole numbers."""
     x = tensors["x"]
     weight = draw("weight", *x.shape[:2], device=x.device).detach().abs() + 0.1
-    there = Selection(*(places.to(x.device) for places in selection))
+    there = Selection(*(places.to(x.device) for places in selection[:3]))
     pooled = pool(x, tensors.get("residual"), weight, weight, there)
     return tuple(stream for stream in pooled[:2] if stream is not None)
 
@@ -89,7 +88,7 @@ STRIDES = {
 @pytest.mark.parametrize("strides", STRIDES)
 def test_strides_of_streams_places_and_gradients_do_not_matter(strides, turned):
     selection, tensors = groups(17, 9), inputs(2, 17, 8)
-    apart = Selection(*(torch.stack((p, p), -1)[..., 0] for p in selection))
+    apart = Selection(*(torch.stack((p, p), -1)[..., 0] for p in selection[:3]))
     grads = [draw(name, 2, 8, 8, device=device_of("triton")).detach() for name in tensors]
 
     def stretch(both):
@@ -134,7 +133,7 @@ def test_sizes_and_places_follow_the_groups(backend):
         source=torch.tensor([[0, 4, 2], [2, 4, 0]]),
         target=torch.tensor([[1, 1, 3], [3, 3, 3]]),
     )
-    selection = Selection(*(places.to(device_of(backend)) for places in selection))
+    selection = Selection(*(places.to(device_of(backend)) for places in selection[:3]))
     x, residual = inputs(2, 6, 3, backend=backend).values()
     size = torch.tensor([[1.0, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]], device=x.device)
     with force(backend, "pool"):
@@ -191,7 +190,7 @@ def test_no_copy_of_a_stream_is_made_beside_the_results():
             return out
 
     x, residual = (stream.detach() for stream in inputs(2, 17, 64).values())
-    selection = [places.to(x.device) for places in groups(17, 9)]
+    selection = [places.to(x.device) for places in groups(17, 9)[:3]]
     weight = torch.ones(2, 17, device=x.device)
     with Allocated() as mode:
         pool_forward(x, residual, weight, weight, *selection)
@@ -232,11 +231,11 @@ def test_a_wrong_shape_is_named_with_the_right_one(changes, message):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own tracing does so
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["famba-v", "ordered"])
 def test_a_reducer_compiles_without_a_graph_break(method, backend):
     x, residual = inputs(2, 17, 8, backend=backend).values()
     start = Tokens.start(x.detach(), class_places=(8,), trace=True)
-    reducer = make_reducer(method, (5,))
+    reducer = reducing(method, (5,), start)
 
     def run(x, residual):
         return reducer(start._replace(x=x, residual=residual), 0)
@@ -247,8 +246,8 @@ def test_a_reducer_compiles_without_a_graph_break(method, backend):
             torch.compile(run, backend="aot_eager", fullgraph=True)(x, residual),
         )
     for eager, compiled in zip(*runs, strict=True):
-        assert eager.equal(compiled)
-        assert eager.requires_grad == compiled.requires_grad
+        assert eager is compiled is None or eager.equal(compiled)
+        assert eager is None or eager.requires_grad == compiled.requires_grad
     losses = (t.x.square().sum() + t.residual.sin().sum() for t in runs)
     eager, compiled = (torch.autograd.grad(loss, (x, residual)) for loss in losses)
     assert all(map(torch.equal, eager, compiled))
@@ -258,7 +257,7 @@ def test_a_reducer_compiles_without_a_graph_break(method, backend):
 def test_shapes_are_known_without_running(residual):
     tensors = inputs(2, 9, 4, residual=residual)
     x, weight = tensors["x"], torch.ones(2, 9, device=device_of("triton"))
-    selection = [places.to(x.device) for places in groups(9, 3)]
+    selection = [places.to(x.device) for places in groups(9, 3)[:3]]
     given = x, tensors.get("residual"), weight, weight, *selection
     torch.library.opcheck(torch.ops.fambav.pool.default, given)
     *_, share, place = torch.ops.fambav.pool(*given)

@@ -4,18 +4,19 @@ import pytest
 import torch
 
 from fambav.layers import Tokens
-from fambav.reduction import Reducer, Selection, make_reducer, merge
+from fambav.reduction import Reducer, Reduction, Schedule, Selection, make_reducer, merge
 from fambav.registry import METHODS, REDUCERS
+from tests.reduction.made import body, reduce, reducing
 
 
 class Neighbours(Reducer):
     """Folds the first `count` tokens at even places into their right neighbours."""
 
-    def reduce(self, tokens, count):
+    def select(self, tokens, count):
         every = torch.arange(tokens.x.shape[1]).expand(len(tokens.x), -1)
         source, rest = every[:, 0 : 2 * count : 2], every[:, 2 * count :]
         target = source + 1
-        return merge(tokens, Selection(torch.cat((target, rest), 1), source, target), tokens.size)
+        return Selection(torch.cat((target, rest), 1), source, target)
 
     @staticmethod
     def limit(length, class_places):
@@ -111,25 +112,25 @@ def test_backward_keeps_no_copy_of_the_features():
     x = torch.randn(4, 64, 128, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        merged = make_reducer("famba-v", (20,))(Tokens.start(x, class_places=(0,)), 0)
+        merged = reduce(Tokens.start(x, class_places=(0,)), "famba-v", 20)
     assert merged.x.requires_grad
     assert 0 < sum(t.nbytes for t in saved) < x.nbytes / 16
 
 
 def test_a_layer_without_a_count_returns_the_very_same_tokens(tokens):
-    reducer = make_reducer("famba-v", (0, 1))
+    reducer = reducing("famba-v", (0, 1), tokens)
     assert reducer(tokens, 0) is tokens
     assert reducer(tokens, 1).x.shape == (2, 5, 3)
 
 
 def test_reducers_have_nothing_to_learn_or_to_save():
     for name in METHODS:
-        assert make_reducer(name, (1, 2)).state_dict() == {}
+        assert make_reducer(name).state_dict() == {}
 
 
 def test_an_unknown_reducer_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match=r"fusion_method is 'fambav'.*did you mean 'famba-v'"):
-        make_reducer("fambav", (1,))
+    with pytest.raises(ValueError, match=r"reduction is 'fambav'.*did you mean 'famba-v'"):
+        make_reducer("fambav")
 
 
 def test_the_methods_listed_without_torch_are_those_registered():
@@ -137,7 +138,8 @@ def test_the_methods_listed_without_torch_are_those_registered():
 
 
 def test_a_reducer_of_ones_own_takes_a_few_lines(tokens):
-    reduced = Neighbours((2,))(tokens, 0)
+    sizes = body(6, class_places=(5,))
+    reduced = Reduction(sizes, Neighbours(), Schedule.of(6, (2,)))(tokens, 0)
     assert reduced.position.tolist() == [[1, 3, 4, 5]] * 2
     torch.testing.assert_close(reduced.x[:, 1], tokens.x[:, 2:4].mean(1))
     assert reduced.class_places.tolist() == [[3]] * 2

@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fambav.layers import Tokens
-from fambav.reduction import make_reducer, parse_plan, plan, schedule
-from fambav.registry import METHODS, REDUCERS, STRATEGIES
+from fambav.reduction import parse_plan, plan
+from fambav.registry import REDUCERS, STRATEGIES
+from tests.reduction.made import reduce, reducing, schedule
+
+METHODS = ("famba-v", "ordered")
 
 VIM = dict(depth=24, start=197, class_places=(0,))
 LENGTHS = {
@@ -136,7 +139,7 @@ def test_a_free_plan_stands_alone(also):
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match=r"fusion_method is 'orderd'.*did you mean 'ordered'"):
+    with pytest.raises(ValueError, match=r"reduction is 'orderd'.*did you mean 'ordered'"):
         schedule("all", count=2, method="orderd", **VIM)
 
 
@@ -191,9 +194,9 @@ def test_no_more_and_no_fewer_tokens_than_the_limit_can_go(method):
         tokens = Tokens.start(x, class_places=places, trace=True)
         limit = REDUCERS[method].limit(length, places)
         if limit:
-            assert spared(make_reducer(method, (limit,))(tokens, 0), tokens)
+            assert spared(reduce(tokens, method, limit), tokens)
         try:
-            more = make_reducer(method, (limit + 1,))(tokens, 0)
+            more = reduce(tokens, method, limit + 1)
         except (RuntimeError, IndexError):
             continue  # there are not so many places at all
         assert not spared(more, tokens)
@@ -258,9 +261,9 @@ def test_a_schedule_is_what_happens_and_the_advice_in_a_refusal_works(wanted, se
             schedule(**wanted | dict(count=most + 1))
     x = torch.randn(3, made.start, 4, generator=torch.Generator().manual_seed(seed))
     start = tokens = Tokens.start(x, class_places=wanted["class_places"], trace=True)
-    reducer = make_reducer(wanted["method"], made.counts)
+    reduction = reducing(wanted["method"], made.counts, start)
     for layer, length in enumerate(made.lengths):
-        tokens = reducer(tokens, layer)
+        tokens = reduction(tokens, layer)
         assert tokens.x.shape == (3, length, 4)
         assert spared(tokens, start)
 

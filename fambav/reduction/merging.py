@@ -1,4 +1,4 @@
-"""Merge similar tokens: the paper's way, and one that keeps the order of the scan.
+"""Merge similar tokens: the ways of Famba-V and ToMe, and one that keeps the order of the scan.
 
 Tokens at even places are compared with tokens at odd places.  Each even token points at the odd
 token most like it, and the count most similar pairs become one token each, at the odd token's
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from itertools import accumulate, pairwise, product
 
-import torch
-
 from fambav.layers import Tokens
-from fambav.ops.match import evens_then_odds, in_order
-from fambav.reduction.reducer import Places, Reducer, merge
+from fambav.ops.match import Selection, evens_then_odds, in_order
+from fambav.reduction.reducer import Places, Reducer
 from fambav.registry import REDUCERS
 
 
@@ -28,10 +26,11 @@ class FambaV(Reducer):
     sequence and their scores are masked, so that they neither move into others nor take any in.
     """
 
-    def reduce(self, tokens: Tokens, count: int) -> Tokens:
-        """Fuse the `count` most similar pairs; scan order is lost."""
-        selection = evens_then_odds(tokens.x, count, tokens.class_places)
-        return merge(tokens, selection, weight=torch.ones_like(tokens.size))
+    ordered = weighted = False
+
+    def select(self, tokens: Tokens, count: int) -> Selection:
+        """Pair the `count` most similar tokens; scan order is lost."""
+        return evens_then_odds(tokens.x, count, tokens.class_places)
 
     @staticmethod
     def limit(length: int, class_places: Places) -> int:
@@ -69,13 +68,26 @@ class Ordered(Reducer):
     their rank among the patches that are left.  The order-keeping form is ours.
     """
 
-    def reduce(self, tokens: Tokens, count: int) -> Tokens:
-        """Fuse the `count` most similar pairs of patches; positions stay ascending."""
-        selection = in_order(tokens.x, count, tokens.class_places)
-        return merge(tokens, selection, weight=tokens.size)
+    def select(self, tokens: Tokens, count: int) -> Selection:
+        """Pair the `count` most similar patches; positions stay ascending."""
+        return in_order(tokens.x, count, tokens.class_places)
 
     @staticmethod
     def limit(length: int, class_places: Places) -> int:
         """Return half of the patches, rounded up, if there are two or more."""
         patches = length - len(class_places)
         return patches - patches // 2 if patches > 1 else 0
+
+
+@REDUCERS.register("tome")
+class ToMe(FambaV):
+    """Token merging as transformers know it: means count patches, and the scan order is lost.
+
+    Tokens are compared as the block before left them, ahead of the sum of both streams.
+
+    Source: Bolya et al., "Token Merging", arXiv:2210.09461, section 3; there the keys of an
+    attention are compared, which a scan does not have.
+    """
+
+    hook = "before"
+    weighted = True

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fambav.bench import timing
 from fambav.bench.scan import table
-from fambav.bench.timing import interleave, peak_mib, ratio, spread, with_replays
+from fambav.engine import timing
+from fambav.engine.timing import interleave, peak_mib, ratio, spread, with_replays
 
 CPU = torch.device("cpu")
 

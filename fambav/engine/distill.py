@@ -1,0 +1,117 @@
+"""Learning from a teacher: what is added to the loss of the labels.
+
+    soft   (1 - alpha) base + alpha tau^2 / classes KL(q || p)   p, q at temperature tau
+    hard   (1 - alpha) base + alpha CE(p, argmax q)
+    kl     base + alpha KL(q || p)
+
+p are the probabilities of the model in training, q those of its teacher, and KL and CE are means
+over the batch.  KL(q || p) = sum q (log q - log p): the teacher is what is expected under, so the
+model is drawn to every class that the teacher holds possible.
+
+Source: soft and hard, Touvron et al., "Training data-efficient image transformers", DeiT,
+arXiv:2012.12877, as its code computes them, which divides by the number of elements and so by
+the classes too; there the model has a second head for the teacher, here the one head learns both.
+kl, R-MeeTo, "Faster Vision Mamba is Rebuilt in Minutes via Merged Token Re-training",
+arXiv:2412.12496, as its code computes it, with alpha 0.5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fambav.engine.train import Lesson, Loss
+
+
+class Teacher:
+    """A model that is asked and never trained.
+
+    Draws nothing and changes nothing: it is in evaluation mode and its weights need no gradient.
+    (R-MeeTo's released code leaves its teacher in training mode, with blocks skipped at random.)
+
+    Args:
+        net: Maps images, (batch, channels, height, width), to logits, (batch, classes).  It is
+            frozen in place, and is not to be shared with the model in training.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net.eval().requires_grad_(requires_grad=False)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits of `images`, (batch, classes), cut off from every gradient."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the names, shapes and values of its weights, in hexadecimal."""
+        found = hashlib.sha256()
+        for name, value in self.net.state_dict().items():
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+
+def soft(base: Loss, *, alpha: float, tau: float) -> Lesson:
+    """Return DeiT's soft distillation, a loss of (logits, targets, teacher's logits).
+
+    Args:
+        base: Mean loss of (logits, targets) over a batch.
+        alpha: Share of the teacher, more than 0 and at most 1; the labels have the rest.
+        tau: Temperature that both logits are divided by, more than 0.
+    """
+
+    def loss(logits: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
+        distance = divergence(logits / tau, taught / tau) * tau**2 / logits.shape[1]
+        return (1 - alpha) * base(logits, targets) + alpha * distance
+
+    return loss
+
+
+def hard(base: Loss, *, alpha: float) -> Lesson:
+    """Return DeiT's hard distillation, a loss of (logits, targets, teacher's logits).
+
+    Args:
+        base: Mean loss of (logits, targets) over a batch.
+        alpha: Share of the teacher, more than 0 and at most 1; the labels have the rest.
+    """
+
+    def loss(logits: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
+        guess = F.cross_entropy(logits, taught.argmax(dim=1))
+        return (1 - alpha) * base(logits, targets) + alpha * guess
+
+    return loss
+
+
+def kl(base: Loss, *, alpha: float) -> Lesson:
+    """Return R-MeeTo's loss of (logits, targets, teacher's logits), base + alpha KL.
+
+    Args:
+        base: Mean loss of (logits, targets) over a batch, which keeps its whole weight.
+        alpha: Weight of the divergence, more than 0.
+    """
+
+    def loss(logits: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
+        return base(logits, targets) + alpha * divergence(logits, taught)
+
+    return loss
+
+
+def divergence(logits: Tensor, taught: Tensor) -> Tensor:
+    """Return KL(q || p), the mean over the batch, in nats.
+
+    Args:
+        logits: Of the model in training, (batch, classes); p is their softmax.
+        taught: Of the teacher, (batch, classes); q is their softmax.
+
+    Returns:
+        A scalar of at least 32 bits, whatever the logits have; at least 0.
+    """
+    p, q = (
+        F.log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+        for x in (logits, taught)
+    )
+    return F.kl_div(p, q, reduction="batchmean", log_target=True)

@@ -1,0 +1,330 @@
+"""PlainMamba: patches on a grid that keeps its shape, scanned along four snakes.
+
+    image -> convolutions and position -> depth x (add, norm, reduce, mix) -> norm -> mean -> head
+
+Source: Yang et al., "PlainMamba", arXiv:2403.17695.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fambav.layers.block import NO_HOOKS, Hooks, run_block, silenced
+from fambav.layers.drop import DropPath
+from fambav.layers.embed import pair, patch_grid, resize_grid
+from fambav.layers.mamba2d import SIGNALS, UNALIGNED, Mamba2D, on_image, standing
+from fambav.layers.tokens import Tokens
+from fambav.models.entry import data_config, register
+from fambav.models.isotropic import Isotropic, drop_path_rates, mean_patch
+from fambav.reduction import Body, no_reduction
+
+STEM = 64  # channels before the projection to tokens
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """Add to the residual stream, which stays in float32, and normalise the sum."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # two streams
+        """Return the normalised sum in x's dtype, and the sum, both shaped like x."""
+        total = x.to(torch.promote_types(x.dtype, torch.float32))
+        if residual is not None:
+            total = residual + total
+        weight, bias = self.weight.to(total.dtype), self.bias.to(total.dtype)
+        return F.layer_norm(total, self.normalized_shape, weight, bias, self.eps).to(x.dtype), total
+
+
+class Layer(nn.Module):
+    """A mixer on the normalised residual stream.
+
+    Args:
+        dim: Width of a token.
+        mixer: Of the grid.
+        drop_path: Probability that a sample skips the output of the layer before.
+        dwconv: Convolve the sum behind the mixer, each channel for itself.
+
+    Attributes:
+        grad_checkpointing: Compute norm and mixer again in the backward pass.
+    """
+
+    def __init__(self, dim: int, mixer: Mamba2D, *, drop_path: float, dwconv: bool) -> None:
+        super().__init__()
+        # Names and order are those of the published weights.
+        self.norm = AddLayerNorm(dim, eps=1e-5)
+        self.dw: nn.Sequential | None = None
+        if dwconv:
+            conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+            self.dw = nn.Sequential(conv, nn.BatchNorm2d(dim), nn.GELU())
+        self.mamba = mixer
+        self.drop_path = DropPath(drop_path)
+        self.grad_checkpointing = False
+
+    @property
+    def mixer(self) -> Mamba2D:
+        """The mixer, under the name that it has in other models."""
+        return self.mamba
+
+    def forward(self, tokens: Tokens, hooks: Hooks = NO_HOOKS) -> Tokens:
+        """Return tokens with the mixer's output as x and the sum of everything before as residual.
+
+        Behind a convolution of the sum, that is x, and there is no residual.
+
+        Args:
+            tokens: Output of the layer before; without a residual in the first layer.
+            hooks: May return fewer tokens.
+        """
+        tokens = run_block(
+            tokens,
+            hooks,
+            norm=self.norm,
+            mixer=self.mamba,
+            drop_path=self.drop_path,
+            checkpointing=self.grad_checkpointing,
+        )
+        if self.dw is None:
+            return tokens
+        total = cast(Tensor, tokens.residual) + tokens.x
+        x = on_image(total, *standing(tokens, self.mamba.grid), self.dw)
+        return tokens._replace(x=silenced(x, tokens.alive), residual=None)
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into overlapping patches with convolutions.
+
+    Args:
+        dim: Width of a token.
+        patch_size: From one patch to the next, in pixels, even.
+        stem_convs: Convolutions 3 x 3 at half the image's size.
+        in_chans: Channels of an image.
+    """
+
+    def __init__(self, dim: int, *, patch_size: int, stem_convs: int, in_chans: int) -> None:
+        super().__init__()
+        self.patch_size, self.in_chans = patch_size, in_chans
+        first = nn.Conv2d(in_chans, STEM, 7, stride=2, padding=3, bias=False)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(STEM), nn.ReLU())
+        between: list[nn.Module] = []
+        for _ in range(stem_convs):
+            conv = nn.Conv2d(STEM, STEM, 3, padding=1, bias=False)
+            between += [conv, nn.BatchNorm2d(STEM), nn.ReLU()]
+        self.convs = nn.Sequential(*between)
+        self.projection = nn.Conv2d(STEM, dim, patch_size // 2, stride=patch_size // 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed: (batch, in_chans, height, width) -> (batch, dim, *grid).
+
+        Raises:
+            ValueError: If the channels are others, or patches do not divide the images.
+        """
+        sides = images.shape[2:]
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"images are {tuple(images.shape)}, expected (batch, {self.in_chans}, height,"
+                " width)"
+            )
+        if not all(sides) or any(side % self.patch_size for side in sides):
+            raise ValueError(
+                f"images are {sides[0]} x {sides[1]} pixels, expected sides that patches of"
+                f" {self.patch_size} divide"
+            )
+        maps: Tensor = self.projection(self.convs(self.stem(images)))
+        return maps
+
+
+class Backbone(nn.Module):
+    """Everything but the head, under the names of the published weights."""
+
+    def __init__(self, dim: int, patches: int, embed: PatchEmbed, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, patches, dim))
+        self.patch_embed = embed
+        self.layers = nn.ModuleList(layers)
+        self.ln1 = AddLayerNorm(dim, eps=1e-6)
+
+
+class PlainMamba(Isotropic):
+    """Isotropic classifier whose tokens stay on their grid; without a class token.
+
+    Names, shapes and order of the parameters are those of the published weights.
+
+    Args:
+        dim: Width of a token.
+        depth: Number of layers, at least 1.
+        img_size: Side of an image or (height, width), in pixels; while no tokens are reduced,
+            images of other sizes are taken too, and the position embedding is resized.
+        patch_size: From one patch to the next, in pixels, even.
+        stem_convs: Convolutions 3 x 3 between the first one and the projection.
+        dwconv: Convolve what is behind layer 0.
+        in_chans: Channels of an image.
+        num_classes: Length of the output; 0 returns the feature.
+        state: Numbers of state per channel.
+        drop_path_rate: Stochastic depth of the last output; rises linearly from 0.
+        param_order: "raster" as the published weights need, or "permuted" as in the paper; see
+            `fambav.layers.mamba2d`.
+        dt_bias_twice: Add the bias of the step size twice, as the published weights need.
+
+    Attributes:
+        grid: Patches along height and width.
+        length: Tokens at the start.
+        reduction: Removes tokens; may be replaced at any time, see `fambav.reduce`.
+        feature_info: Channels and stride of each layer, in timm's words.
+
+    Raises:
+        ValueError: If patches do not divide the image, or a name or number is not one of those
+            above.
+    """
+
+    class_token = "none"
+    class_places: tuple[int, ...] = ()
+
+    undecayed = ("A_log", "D", "direction_Bs", "pos_embed")
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        stem_convs: int = 2,
+        dwconv: bool = False,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        state: int = 16,
+        drop_path_rate: float = 0.0,
+        param_order: str = "raster",
+        dt_bias_twice: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dim = self.embed_dim = self.num_features = self.head_hidden_size = dim
+        self.depth, self.param_order = depth, param_order
+        self.img_size = pair(img_size, name="img_size")
+        if patch_size % 2:
+            raise ValueError(f"patch_size is {patch_size}, expected an even number of pixels")
+        if stem_convs < 0:
+            raise ValueError(f"stem_convs is {stem_convs}, expected 0 or more")
+        self.grid = patch_grid(self.img_size, patch_size=patch_size, stride=patch_size)
+        self.length = self.grid[0] * self.grid[1]
+        rates = drop_path_rates(drop_path_rate, depth)
+        mixer = partial(
+            Mamba2D,
+            dim,
+            grid=self.grid,
+            state=state,
+            param_order=param_order,
+            dt_bias_twice=dt_bias_twice,
+        )
+        embed = PatchEmbed(dim, patch_size=patch_size, stem_convs=stem_convs, in_chans=in_chans)
+        layers = [
+            Layer(dim, mixer(), drop_path=rate, dwconv=dwconv and layer == 0)
+            for layer, rate in enumerate(rates)
+        ]
+        self.backbone = Backbone(dim, self.length, embed, layers)
+        # Behind a single layer nothing is dropped: the rate of the first output is 0.
+        self.drop_path = DropPath(drop_path_rate if depth > 1 else 0.0)
+        self.head = nn.Sequential(OrderedDict[str, nn.Module](fc=nn.Identity()))
+        self.reset_classifier(num_classes)
+        self.reduction = no_reduction(self.body)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size, "module": f"backbone.layers.{layer}"}
+            for layer in range(depth)
+        ]
+        self.pretrained_cfg = self.default_cfg = data_config(
+            self.img_size,
+            in_chans,
+            num_classes,
+            first_conv="backbone.patch_embed.stem.0",
+            classifier="head.fc",
+            fixed=False,
+        )
+
+    @property
+    def body(self) -> Body:
+        """What a reduction has to know."""
+        return Body(
+            family="plainmamba",
+            dim=self.dim,
+            depth=self.depth,
+            length=self.length,
+            class_places=(),
+            grid=self.grid,
+            signals=SIGNALS,
+            directions=4,
+            unaligned=UNALIGNED if self.param_order == "raster" else None,
+            scattered=True,
+        )
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers, under the name that they have in other models."""
+        return self.backbone.layers
+
+    @property
+    def patch_embed(self) -> PatchEmbed:
+        """The patch embedding, likewise."""
+        return self.backbone.patch_embed
+
+    def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:
+        """Cut images into patches and add where each stands."""
+        sides = tuple(images.shape[2:])
+        if self.schedule.removed and sides != self.img_size:
+            raise ValueError(
+                f"images are {tuple(images.shape)}, expected (batch, {self.patch_embed.in_chans},"
+                f" {self.img_size[0]}, {self.img_size[1]}); tokens of no other size are reduced"
+            )
+        maps = self.patch_embed(images)
+        grid, position = (maps.shape[2], maps.shape[3]), self.backbone.pos_embed
+        resized = position if grid == self.grid else resize_grid(position, self.grid, grid)
+        x = maps.flatten(2).mT + resized
+        return Tokens.start(x, class_places=(), grid=grid, trace=trace)
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """Return the feature, (batch, dim): the mean over patches, wherever they are now."""
+        tokens = tokens.living()
+        rows: Tensor = self.backbone.ln1(self.drop_path(tokens.x), tokens.residual)[0]
+        return mean_patch(rows, tokens)
+
+    def normed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Return the final norm of the residual stream's last sum, and the sum."""
+        normed, total = self.backbone.ln1(tokens.x, tokens.residual)
+        return normed, total
+
+    def hooks(self, layer: int, tokens: Tokens) -> Hooks:
+        """Return what a layer is to do; mixers know one grid and must be told of another."""
+        hooks = self.reduction.hooks(layer)
+        known = tokens.grid == self.grid or tokens.grid is None
+        return hooks if known else hooks._replace(asked=True)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head's linear map."""
+        return cast(nn.Module, self.head.fc)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new one of `num_classes` outputs; 0 for none.
+
+        Raises:
+            ValueError: If num_classes is negative.
+        """
+        self.head.fc = self.new_head(num_classes, self.backbone.pos_embed)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plainmamba_l1": {"dim": 192, "depth": 24, "stem_convs": 1, "dwconv": True},
+    "plainmamba_l2": {"dim": 384, "depth": 24},
+    "plainmamba_l3": {"dim": 448, "depth": 36},
+    "plainmamba_micro": {
+        "dim": 64,
+        "depth": 6,
+        "img_size": 32,
+        "patch_size": 4,
+        "stem_convs": 1,
+        "dwconv": True,
+    },
+}
+globals().update(register(PlainMamba, VARIANTS))

@@ -1,0 +1,337 @@
+"""A method at work in a model: where tokens go, how many, and what the scan makes of the gaps.
+
+    method x schedule x point of a block x scan policy x class-token policy
+
+All of them are fixed, and every length with them, before the first image.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from fambav.layers import Hooks, Tokens
+from fambav.reduction import spelling
+from fambav.reduction.apply import aged, merge, put_class_tokens
+from fambav.reduction.body import Body
+from fambav.reduction.reducer import Reducer, make_reducer
+from fambav.reduction.schedule import Schedule, check, explained, fusion
+from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, SCAN_POLICIES, nearest
+
+_DELTA = frozenset({"delta"})
+
+
+class Reduction(nn.Module):
+    """Removes `schedule.counts[layer]` tokens at each layer.  Has no parameters.
+
+    Args:
+        body: The model.
+        method: Chooses the tokens; None for none, with a schedule that removes none.
+        schedule: Where and how many, checked.
+        hook, scan, gap, class_policy: Instead of the method's own, see `Reducer`.
+
+    Raises:
+        ValueError: If these do not go together, or the model cannot give what they need.
+    """
+
+    method: Reducer | None
+    hook, scan, gap, class_policy = "between", "compact", "none", "exact"
+    needs: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        body: Body,
+        method: Reducer | None,
+        schedule: Schedule,
+        *,
+        hook: str | None = None,
+        scan: str | None = None,
+        gap: str | None = None,
+        class_policy: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.body, self.method, self.schedule = body, method, schedule
+        if method is None:
+            self._hooks = [Hooks()] * body.depth
+            return
+        method.check(body)
+        self.hook = _one_of("reduction_hook", hook or method.hook, method.hooks)
+        self.scan = _one_of("scan_policy", scan or method.scan, SCAN_POLICIES)
+        self.class_policy = _class_policy(body, method, class_policy)
+        self.gap = _gap(method, self.scan, gap)
+        _check_class_tokens(body, method, self.scan, self.class_policy)
+        _check_scan(body, method, self.scan)
+        self.needs = method.needs | (_DELTA if self.gap == "cached" else frozenset())
+        _check_needs(body, method, self.needs, self._first_asked())
+        self._hooks = [self._hooks_of(layer) for layer in range(body.depth)]
+
+    @property
+    def name(self) -> str:
+        """Name of the method, or "none"."""
+        return "none" if self.method is None else self.method.name
+
+    def hooks(self, layer: int) -> Hooks:
+        """Return what the block `layer`, from 0, is to do."""
+        return self._hooks[layer]
+
+    def forward(self, tokens: Tokens, layer: int) -> Tokens:
+        """Return `tokens` shorter by `schedule.counts[layer]`; layer counts from 0.
+
+        Under the scan policy "masked" they keep their length, and tokens that go become zero.
+        """
+        count = self.schedule.counts[layer]
+        if not count:
+            return tokens
+        method, left = cast(Reducer, self.method), tokens.living()
+        selection = put_class_tokens(
+            method.select(left, count),
+            left.class_places,
+            self.class_policy,
+            length=left.position.shape[1],
+        )
+        weight = left.size if method.weighted else torch.ones_like(left.size)
+        fewer = merge(left, selection, weight)
+        if self.gap == "cached":
+            fewer = fewer._replace(gap=aged(left, selection.keep))
+        if self.scan == "masked":
+            return _spread(tokens, fewer, selection.keep)
+        return fewer._replace(grid=method.shape(left.grid, count))
+
+    def extra_repr(self) -> str:
+        """Show the counts when a model is printed."""
+        return f"counts={self.schedule.counts}"
+
+    def told(self) -> str:
+        """Say in a few lines which tokens go where, as `fambav plan` prints it."""
+        lines = [self.schedule.table()]
+        if self.scan == "masked" and self.method is not None:
+            lines.append(f"masked: every mixer runs on all {self.body.length} tokens")
+        return "\n".join(lines)
+
+    def _first_asked(self) -> int:
+        """Return the first layer, from 0, whose mixer must answer; -1 if none has run by then."""
+        counts = self.schedule.counts
+        first = next((n for n, count in enumerate(counts) if count), len(counts))
+        return first if self.hook == "after" else first - 1
+
+    def _hooks_of(self, layer: int) -> Hooks:
+        counts = self.schedule.counts
+        found: dict[str, Any] = {}
+        if counts[layer]:
+            found[self.hook] = partial(self, layer=layer)
+        asked = layer if self.hook == "after" else layer + 1  # whose tokens this mixer's go to
+        needs = self.needs if asked < len(counts) and counts[asked] else frozenset()
+        gone = any(counts[: layer if self.hook == "after" else layer + 1])
+        gap = self.gap if gone and self.gap != "none" else None
+        told = bool(needs) or gap is not None or (gone and self.body.scattered)
+        return Hooks(**found, asked=told, needs=needs, gap=gap)
+
+
+class Reducible(Protocol):
+    """A model whose tokens can be reduced."""
+
+    reduction: Reduction
+
+    @property
+    def body(self) -> Body:
+        """Its sizes."""
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def no_reduction(body: Body) -> Reduction:
+    """Return a reduction that removes nothing."""
+    return Reduction(body, None, Schedule.of(body.length, (0,) * body.depth))
+
+
+def fused(
+    body: Body,
+    strategy: str = "none",
+    *,
+    layer: int | None = None,
+    token: int = 0,
+    method: str = "famba-v",
+    plan: str | None = None,
+) -> Reduction:
+    """Set a Famba-V strategy up for a model.
+
+    Args:
+        body: The model.
+        strategy: Layers that fuse, "none", "all", "interleaved", "lower" or "upper".
+        layer: First (upper) or last (lower) layer that does, counted from 1.
+        token: Tokens removed by each of them.
+        method: How, usually "famba-v" or "ordered".
+        plan: Instead of a strategy, "layer:tokens,..." with layers counted from 1.
+
+    Raises:
+        ValueError: If that cannot be done or would do nothing.
+    """
+    reducer = make_reducer(method)
+    made = fusion(strategy, body=body, reducer=reducer, count=token, layer=layer, plan=plan)
+    return Reduction(body, reducer, made) if made.removed else no_reduction(body)
+
+
+def make_reduction(
+    body: Body,
+    method: str,
+    schedule: str | int = "published",
+    *,
+    hook: str | None = None,
+    scan: str | None = None,
+    gap: str | None = None,
+    class_policy: str | None = None,
+    **options: Any,
+) -> Reduction:
+    """Set a method up for a model.
+
+    Args:
+        body: The model.
+        method: Name of a method, or "none".
+        schedule: Where and how many, as `spelling` explains; a number stands for so many at every
+            layer; "published" is what the method's paper says for such a model.
+        hook: Where in a block, "before", "between" or "after"; the method's own by default.
+        scan: "compact" scans what is left as if nothing had been between; "aligned" lets the state
+            age over what went; "masked" keeps all tokens and silences those that went.
+        gap: How it ages: by the step sizes that the tokens had ("cached"), the layer's bias
+            ("bias"), the step before ("hold_prev"), the token's own ("self"), not at all ("none").
+        class_policy: Where the class token goes: to its rank among what is left ("exact"), to the
+            same share of the sequence ("proportional"), to the "middle".
+        options: The method's own.
+
+    Raises:
+        ValueError: If that cannot be done with this model, or would do nothing.
+    """
+    if method == "none":
+        return no_reduction(body)
+    reducer = make_reducer(method, **options)
+    text = f"r:{schedule}" if isinstance(schedule, int) else schedule
+    if text == "published":
+        text = _published(reducer, body)
+    counts = spelling.counts(
+        text, depth=body.depth, start=body.length, classes=len(body.class_places)
+    )
+    over = check(counts, body, reducer, policy=_class_policy(body, reducer, class_policy))
+    if over is not None:
+        raise ValueError(
+            f"reduction_schedule is {text!r}, expected at most {over.limit} at layer {over.layer}; "
+            f"{explained(over, body, reducer)}"
+        )
+    after = (hook or reducer.hook) == "after"
+    made = Schedule.of(body.length, counts, after=after)
+    policies = dict(hook=hook, scan=scan, gap=gap, class_policy=class_policy)
+    return Reduction(body, reducer, made, **policies)
+
+
+def reduce(model: Model, method: str, schedule: str | int = "published", **how: Any) -> Model:
+    """Let a model reduce its tokens from now on, with the weights that it has.
+
+    Args:
+        model: One of ours, such as `timm.create_model("vim_tiny")`.
+        method: Name of a method; "none" ends it.
+        schedule: As in `make_reduction`.
+        how: Further arguments of `make_reduction`, and options of the method.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: If that cannot be done with this model, or would do nothing.
+    """
+    reducible = cast(Reducible, model)
+    if not isinstance(getattr(model, "reduction", None), Reduction):
+        raise ValueError(
+            f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
+        )
+    made = make_reduction(reducible.body, method, schedule, **how)
+    reducible.reduction = made.train(model.training)
+    return model
+
+
+def _published(reducer: Reducer, body: Body) -> str:
+    text = reducer.published(body)
+    if text is None:
+        raise ValueError(
+            f"reduction_schedule is 'published', expected another such as r:5; {reducer.name} has"
+            f" none for {body.family} of width {body.dim} and depth {body.depth}"
+        )
+    return text
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, expected a known name; {nearest(value, known)}")
+    return value
+
+
+def _class_policy(body: Body, method: Reducer, policy: str | None) -> str:
+    """Return where class tokens go; where there are none, no method puts them anywhere."""
+    own = method.class_policy if body.class_places else "exact"
+    return _one_of("class_token_policy", policy or own, CLASS_TOKEN_POLICIES)
+
+
+def _gap(method: Reducer, scan: str, gap: str | None) -> str:
+    """Return how the state ages; "none" unless scans are aligned."""
+    if scan != "aligned":
+        if gap not in (None, "none"):
+            raise ValueError(f"gap_policy is {gap!r}, expected none unless scan_policy is aligned")
+        return "none"
+    return _one_of("gap_policy", gap or method.gap, GAP_POLICIES)
+
+
+def _check_class_tokens(body: Body, method: Reducer, scan: str, policy: str) -> None:
+    places = body.class_places
+    if policy == "exact":
+        return
+    expected = None
+    if scan != "compact":
+        expected = f"'exact' with scan_policy {scan}, which counts how far tokens are apart"
+    elif policy == "middle" and places != (body.length // 2,):
+        expected = "'exact' or 'proportional' for a model without one class token in the middle"
+    if not places:
+        expected = "'exact' for a model without class tokens"
+    if expected:
+        raise ValueError(f"class_token_policy is {policy!r}, expected {expected}")
+
+
+def _check_scan(body: Body, method: Reducer, scan: str) -> None:
+    if scan == "compact":
+        return
+    if not method.ordered:
+        raise ValueError(
+            f"scan_policy is {scan!r}, expected 'compact' with {method.name}, which loses order"
+        )
+    if scan == "aligned" and body.unaligned:
+        raise ValueError(f"scan_policy is 'aligned', expected another; {body.unaligned}")
+
+
+def _check_needs(body: Body, method: Reducer, needs: frozenset[str], first: int) -> None:
+    missing, read = needs - body.signals, ", ".join(sorted(needs))
+    if missing:
+        able = ", ".join(sorted(body.signals)) or "nothing"
+        raise ValueError(
+            f"reduction is {method.name!r}, which reads {read} of the mixer, expected a method that"
+            f" makes do with {able}"
+        )
+    if needs and first < 0:
+        raise ValueError(
+            f"reduction is {method.name!r} at layer 1, expected a later layer or reduction_hook"
+            f" after; it reads {read} of the mixer before"
+        )
+
+
+def _spread(tokens: Tokens, fewer: Tokens, keep: Tensor) -> Tokens:
+    """Put what is left back to its places among zeros."""
+    alive = keep if tokens.alive is None else tokens.alive.gather(1, keep)
+
+    def among_zeros(stream: Tensor, like: Tensor) -> Tensor:
+        return torch.zeros_like(like).scatter(1, alive[..., None].expand_as(stream), stream)
+
+    residual = fewer.residual
+    if residual is not None:
+        residual = among_zeros(residual, cast(Tensor, tokens.residual))
+    x = among_zeros(fewer.x, tokens.x)
+    return fewer._replace(x=x, residual=residual, alive=alive, grid=tokens.grid)

@@ -1,0 +1,208 @@
+"""Merge neighbours on the grid of patches, which stays a grid.
+
+    rows: pairs of columns 0-1, 2-3, ... in each row       height x width  -> height x width'
+    columns: the same of what is left                      height x width' -> height' x width'
+
+Source: STORM, "spatial-aware token reduction", github.com/AOLIAO12312/STORM.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fambav.layers import Tokens
+from fambav.ops.match import Selection, others
+from fambav.reduction.apply import interspersed
+from fambav.reduction.body import Body
+from fambav.reduction.reducer import Grid, Places, Reducer, at_least, chosen
+from fambav.registry import REDUCERS
+
+DISTANCES = ("l1", "l2", "cosine")
+METRICS = ("residual", "hidden")
+
+
+@REDUCERS.register("storm")
+class Storm(Reducer):
+    """Merges as many pairs in every row, and then in every column, so that the grid stays one.
+
+    A pair are the first and second, third and fourth, ... of a line.  A line is cut into windows,
+    which contribute to its merges by their share of its pairs; in each the nearest pairs merge.
+    A token becomes the mean of up to four, where the published code adds them up.
+
+    Class tokens are no part of the grid.  Each stands behind as many patches as are left of those
+    that were before it.
+
+    Args:
+        distance: Between two tokens, "l1", "l2" or "cosine".
+        window: Pairs of a line that compete, 1 or more.
+        metric: What is compared: "residual", the stream that blocks add to (x where there is none
+            yet), or "hidden", x itself, which behind a mixer is its output.
+        weighted: Whether a mean counts the patches behind each token.
+    """
+
+    hook = "after"
+    ordered = False
+
+    def __init__(
+        self,
+        *,
+        distance: str = "l1",
+        window: int = 5,
+        metric: str = "residual",
+        weighted: bool = True,
+    ) -> None:
+        super().__init__()
+        self.distance = chosen("distance", distance, DISTANCES)
+        self.window = at_least("window", window, 1)
+        self.metric = chosen("metric", metric, METRICS)
+        self.weighted = weighted
+
+    def select(self, tokens: Tokens, count: int) -> Selection:
+        """Merge within rows and then within columns."""
+        if tokens.grid is None:
+            raise ValueError("grid is None, expected the one that the patches form")
+        height, width = _smaller(tokens.grid, count)
+        class_places, length = tokens.class_places, tokens.x.shape[1]
+        grid = self._grid(tokens, tokens.grid)
+        grid, *rows = self._shorter(grid, tokens.grid[1] - width)
+        grid, *columns = self._shorter(grid.turned(), tokens.grid[0] - height)
+        # Who joined a token that then joined another goes there too.
+        into = torch.arange(length, device=class_places.device).expand(len(class_places), -1)
+        into = into.scatter(1, columns[0], columns[1])
+        source = torch.cat((rows[0], columns[0]), dim=1)
+        target = torch.cat((into.gather(1, rows[1]), columns[1]), dim=1)
+        patches = grid.turned().places.flatten(1)
+        before = (patches[:, None] < class_places[..., None]).sum(dim=2)
+        new = before + torch.arange(class_places.shape[1], device=class_places.device)
+        return Selection(interspersed(patches, class_places, new), source, target)
+
+    def limit(self, length: int, class_places: Places) -> int:
+        """Return three quarters of the patches; `shape` says which numbers leave a grid."""
+        return 3 * (length - len(class_places)) // 4
+
+    @staticmethod
+    def shape(grid: Grid | None, count: int) -> Grid | None:
+        """Return the grid of so many patches less that has most nearly the same proportions.
+
+        Of two as near the wider one; each side keeps half of its length or more.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if grid is None:
+            raise ValueError("none, since the patches form no grid")
+        return _smaller(grid, count)
+
+    @classmethod
+    def published(cls, body: Body) -> str | None:
+        """Return the schedule of the published code, for a PlainMamba on a grid of 14 x 14."""
+        if body.family != "plainmamba" or body.grid != (14, 14) or body.depth not in (24, 36):
+            return None
+        return "tokens:169,144,100,81@5,11,17,23"
+
+    def _grid(self, tokens: Tokens, grid: Grid) -> _Grid:
+        """Lay out the patches, without the class tokens."""
+        x = tokens.x
+        if self.metric == "residual" and tokens.residual is not None:
+            x = tokens.residual
+        places = others(tokens.class_places, x.shape[1])
+        x = x.detach().gather(1, places[..., None].expand(-1, -1, x.shape[2])).float()
+        weight = tokens.size.gather(1, places)
+        if not self.weighted:
+            weight = torch.ones_like(weight)
+        return _Grid(x.unflatten(1, grid), weight.unflatten(1, grid), places.unflatten(1, grid))
+
+    def _shorter(self, grid: _Grid, count: int) -> tuple[_Grid, Tensor, Tensor]:
+        """Merge `count` pairs in each row.
+
+        Returns:
+            What is left, and the places of sources and targets, (batch, height * count).
+        """
+        even = 2 * self._chosen(grid.x, count)
+        odd = even + 1
+        x, weight, places = (part.flatten(0, 1) for part in grid)
+        weight_even, weight_odd = weight.gather(1, even), weight.gather(1, odd)
+        total = weight_even + weight_odd
+        index = odd[..., None].expand(-1, -1, x.shape[2])
+        first, second = x.gather(1, index - 1), x.gather(1, index)
+        mean = (first * weight_even[..., None] + second * weight_odd[..., None]) / total[..., None]
+        x, weight = x.scatter(1, index, mean), weight.scatter(1, odd, total)
+        left = others(even, x.shape[1])
+        kept = _Grid(
+            x.gather(1, left[..., None].expand(-1, -1, x.shape[2])),
+            weight.gather(1, left),
+            places.gather(1, left),
+        )
+        batch = len(grid.x)
+        return (
+            _Grid(*(part.unflatten(0, (batch, -1)) for part in kept)),
+            places.gather(1, even).view(batch, -1),
+            places.gather(1, odd).view(batch, -1),
+        )
+
+    def _chosen(self, x: Tensor, count: int) -> Tensor:
+        """Return the numbers of the pairs that merge in each row, (batch * height, count)."""
+        pairs = x.shape[2] // 2
+        lines = x[:, :, : 2 * pairs].flatten(0, 1)
+        apart = _apart(lines[:, 0::2], lines[:, 1::2], self.distance)
+        found = [lines.new_empty(len(lines), 0, dtype=torch.int64)]
+        shares = _shares(pairs, count, self.window)
+        for start, share in zip(range(0, pairs, self.window), shares, strict=True):
+            near = apart[:, start : start + self.window].sort(dim=1, stable=True).indices
+            found.append(start + near[:, :share])
+        return torch.cat(found, dim=1)
+
+
+class _Grid(NamedTuple):
+    """Tokens on a grid.
+
+    Attributes:
+        x: What is compared, (batch, height, width, dim), float32.
+        weight: Weight of each in a mean, (batch, height, width), float32.
+        places: Their places in the sequence, (batch, height, width), int64.
+    """
+
+    x: Tensor
+    weight: Tensor
+    places: Tensor
+
+    def turned(self) -> _Grid:
+        """Make rows of columns."""
+        return _Grid(*(part.transpose(1, 2) for part in self))
+
+
+def _smaller(grid: Grid, count: int) -> Grid:
+    """Do what `Storm.shape` says."""
+    height, width = grid
+    heights, widths = (range(side - side // 2, side + 1) for side in grid)
+    left = height * width - count
+    found = [(h, left // h) for h in heights if left % h == 0 and left // h in widths]
+    if not found:
+        possible = {height * width - h * w for h in heights for w in widths} - {0}
+        near = min(possible, key=lambda other: (abs(other - count), other), default=0)
+        raise ValueError(
+            f"a number that makes of {height} x {width} patches a smaller grid, such as {near}"
+        )
+    return min(found, key=lambda sides: (abs(sides[0] * width - sides[1] * height), sides[0]))
+
+
+def _shares(pairs: int, count: int, window: int) -> list[int]:
+    """Divide merges among windows in proportion to their pairs; remainders go to the largest."""
+    sizes = [min(window, pairs - start) for start in range(0, pairs, window)]
+    shares = [count * size // pairs for size in sizes]
+    by_rest = sorted(range(len(sizes)), key=lambda n: -(count * sizes[n] % pairs))
+    for n in by_rest[: count - sum(shares)]:
+        shares[n] += 1
+    return shares
+
+
+def _apart(first: Tensor, second: Tensor, distance: str) -> Tensor:
+    """Return the distance between rows, over the last dimension."""
+    if distance == "cosine":
+        return -F.cosine_similarity(first, second, dim=-1, eps=1e-12)
+    difference = first - second
+    return difference.abs().sum(dim=-1) if distance == "l1" else difference.norm(dim=-1)

@@ -1,0 +1,165 @@
+"""What reduction methods cost where they act."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from fambav.bench import commands
+from fambav.bench.reduction import nearest_count, reduction
+from fambav.cli import bench_parser, console
+from fambav.config import ConfigError
+from fambav.models import Vim
+from fambav.reduction import make_reducer
+from fambav.registry import METHODS
+
+CPU = torch.device("cpu")
+QUICK = dict(batch=1, rounds=1, warmup=0, device=CPU)
+VIM, PLAIN = "vim_micro", "plainmamba_micro"
+
+
+@pytest.fixture(scope="module")
+def vim():
+    return reduction(model=VIM, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def plainmamba():
+    return reduction(model=PLAIN, **QUICK)
+
+
+def test_every_method_has_a_row_in_a_vim(vim):
+    assert [row["method"] for row in vim.rows] == list(METHODS)
+    assert vim.skipped == {}
+    assert (vim.settings["length"], vim.settings["layer"]) == (65, 4)
+
+
+def test_every_method_has_a_row_or_a_reason_in_a_plainmamba(plainmamba):
+    done = {row["method"] for row in plainmamba.rows}
+    assert done | plainmamba.skipped.keys() == set(METHODS)
+    assert plainmamba.skipped.keys() == {"prune-aligned"}
+    reason = plainmamba.skipped["prune-aligned"]
+    assert reason.startswith("scan_policy is 'aligned', expected another")
+    assert "\n" not in reason
+
+
+@pytest.mark.parametrize("report", ["vim", "plainmamba"])
+def test_shares_are_those_of_one_round(report, request):
+    for row in request.getfixturevalue(report).rows:
+        assert row["choose_ms"] > 0
+        assert row["share_of_layer"] == pytest.approx(row["reduce_ms"] / row["layer_ms"])
+        assert row["share_of_layer"] > 0
+        assert row["launch"] == "eager"
+        assert math.isfinite(row["net"])
+        if row["telling"] is None:
+            assert row["net"] == row["share_of_layer"]
+        else:
+            assert (row["net"] > row["share_of_layer"]) == (row["telling"] > 1)
+
+
+def test_only_methods_that_read_a_mixer_pay_for_telling_and_only_aligned_ones_for_aging(vim):
+    asking = {row["method"] for row in vim.rows if row["telling"] is not None}
+    aging = {row["method"] for row in vim.rows if row["aging"] is not None}
+    reading = {name for name in METHODS if make_reducer(name).needs}
+    aligned = {name for name in METHODS if make_reducer(name).scan == "aligned"}
+    assert asking == reading | aligned  # a cached gap is read, too
+    assert aging == aligned == {"prune-aligned"}
+
+
+def test_five_percent_of_the_patches_go_or_the_nearest_step_of_a_grid(vim):
+    removed = {row["method"]: row["removed"] for row in vim.rows}
+    assert removed.pop("storm") == 8  # 8 x 8 patches become 8 x 7
+    assert set(removed.values()) == {3}
+    with torch.device("meta"):
+        body = Vim(dim=192, depth=24).body
+    assert nearest_count(make_reducer("storm"), body) == 14
+    assert nearest_count(make_reducer("ordered"), body) == 10
+
+
+def test_a_count_that_a_method_cannot_remove_is_its_reason():
+    report = reduction(model=VIM, methods=("ordered", "storm", "ordered"), count=9, **QUICK)
+    assert [(row["method"], row["removed"]) for row in report.rows] == [("ordered", 9)]
+    assert "expected a number that makes of 8 x 8 patches a smaller grid" in report.skipped["storm"]
+
+
+def test_half_precision_is_measured_as_well():
+    report = reduction(model=VIM, methods=("utrc",), dtype=torch.bfloat16, **QUICK)
+    assert report.settings["dtype"] == "bfloat16"
+    assert report.find(method="utrc")["telling"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(batch=0), "batch is 0, expected at least 1"),
+        (dict(count=0), "count is 0, expected at least 1"),
+        (dict(rounds=0), "rounds is 0, expected at least 1"),
+        (dict(methods=("ordred",)), "method is 'ordred', expected a known name; did you mean"),
+        (dict(methods=()), "method is empty, expected one or more"),
+        (dict(count=60), "expected at most 32 at layer 4"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        reduction(**dict(model=VIM, methods=("ordered",)) | QUICK | arguments)
+
+
+def test_the_command_prints_its_table_and_writes_it(capsys, tmp_path):
+    words = f"bench reduction --model {PLAIN} --batch 1 --rounds 1 --warmup 0 --device cpu"
+    target = tmp_path / "reduction.json"
+    more = ["--method", "ordered", "prune-aligned", "--count", "4", "--json", str(target)]
+    assert console([*words.split(), *more]) == 0
+    shown = capsys.readouterr().out
+    assert "share of layer" in shown
+    assert "prune-aligned is absent: scan_policy is 'aligned'" in shown
+    (row,) = json.loads(target.read_text())["rows"]
+    assert (row["method"], row["removed"]) == ("ordered", 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "tomme"], "invalid choice: 'tomme'"),
+        (["--model", "vim_nano"], "invalid choice: 'vim_nano'"),
+        (["--count", "x"], "argument --count: invalid int value: 'x'"),
+        (["--model", PLAIN, "--method", "prune-aligned", "--device", "cpu"], "expected another"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(capsys, words, message):
+    assert console(["bench", "reduction", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["block", "step", "strategies", "floors"])
+def test_kinds_that_measure_vim_take_no_other_model(kind):
+    parser = bench_parser()
+    assert parser.parse_args([kind, "--model", VIM]).model == VIM
+    with pytest.raises(ConfigError, match=f"invalid choice: '{PLAIN}'"):
+        parser.parse_args([kind, "--model", PLAIN])
+    assert commands.VIMS[0] == "vim_tiny"
+
+
+def test_a_method_whose_parts_cannot_all_be_replayed_is_eager_beside_an_eager_layer(monkeypatch):
+    def with_replays(runs, _):
+        refused = {("ordered", "choose")}
+        ways = {key: ("eager", "replayed") if key not in refused else ("eager",) for key in runs}
+        made = {(n, way, part): runs[n, part] for (n, part) in runs for way in ways[n, part]}
+        return made, {"ordered replayed choose": "no"}
+
+    monkeypatch.setattr("fambav.bench.reduction.with_replays", with_replays)
+    report = reduction(model=VIM, methods=("ordered", "tome"), **QUICK)
+    assert [row["launch"] for row in report.rows] == ["eager", "replayed"]
+    assert report.skipped == {"ordered replayed choose": "no"}
+    ordered, tome = report.rows
+    assert ordered["layer_ms"] != tome["layer_ms"]
+
+
+@pytest.mark.gpu
+def test_reductions_are_timed_as_replays_on_a_gpu():
+    gpu = dict(batch=4, rounds=3, warmup=1, device=torch.device("cuda", 0))
+    report = reduction(model=VIM, **gpu)
+    assert {row["method"] for row in report.rows} == set(METHODS)
+    assert {row["launch"] for row in report.rows} == {"replayed"}, report.skipped
