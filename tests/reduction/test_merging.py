@@ -10,7 +10,7 @@ from fambav.ops.match import evens_then_odds, in_order, match, others
 from fambav.reduction import merge
 from fambav.registry import REDUCERS
 from tests import golden
-from tests.reduction.made import agree, cosine, insert, pick, reduce, reducing, some
+from tests.reduction.made import agree, cosine, insert, pick, reduce, some
 
 METHODS = ("famba-v", "ordered")
 
@@ -112,24 +112,6 @@ def test_autocast_does_not_change_who_merges(method):
     with torch.autocast("cpu", torch.bfloat16):
         within = reduce(tokens, method, 20)
     assert torch.equal(within.x, reduce(tokens, method, 20).x)
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own tracing does so
-@pytest.mark.parametrize("method", METHODS)
-def test_merging_compiles_without_a_graph_break(method):
-    tokens = some((32,), batch=2)._replace(source=None)
-    reducer = reducing(method, (9,), tokens)
-
-    def run(x, residual):
-        merged = reducer(tokens._replace(x=x, residual=residual), 0)
-        return merged.x, merged.residual, merged.size, merged.class_places
-
-    inputs = [t.clone().requires_grad_() for t in (tokens.x, tokens.residual)]
-    got = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)
-    for mine, eager in zip(got, run(*inputs), strict=True):
-        assert torch.equal(mine, eager)
-    want = torch.autograd.grad(run(*inputs)[0].square().sum(), inputs[0])[0]
-    assert torch.equal(torch.autograd.grad(got[0].square().sum(), inputs[0])[0], want)
 
 
 @pytest.mark.gpu

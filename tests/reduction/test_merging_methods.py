@@ -7,6 +7,8 @@ from fambav.reduction import make_reducer
 from tests.reduction.made import pick, reduce, reducing, some
 
 WAYS = {
+    "famba-v": ("famba-v", {}),
+    "ordered": ("ordered", {}),
     "r-meeto": ("r-meeto", {}),
     "r-meeto by l1": ("r-meeto", dict(distance="l1")),
     "r-meeto by l2": ("r-meeto", dict(distance="l2", weighted=False)),
@@ -24,7 +26,16 @@ WAYS = {
 ORDERED = [
     way for way, (method, options) in WAYS.items() if make_reducer(method, **options).ordered
 ]
-COMPILED = ("r-meeto", "r-meeto by l1", "r-meeto out of order", "tome", "stm", "storm")
+COMPILED = (
+    "famba-v",
+    "ordered",
+    "r-meeto",
+    "r-meeto by l1",
+    "r-meeto out of order",
+    "tome",
+    "stm",
+    "storm",
+)
 PLACES = {"head": (0,), "middle": (32,), "double": (0, 65), "none": ()}
 POLICIES = [
     *((name, "exact") for name in PLACES),

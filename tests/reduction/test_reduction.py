@@ -20,7 +20,7 @@ from fambav.reduction import (
     others,
     read_options,
 )
-from fambav.registry import REDUCERS
+from fambav.registry import METHODS, REDUCERS
 from tests.reduction.made import body, reducing
 
 
@@ -212,6 +212,34 @@ def test_some_may_be_folded_and_some_dropped_and_a_silent_source_reaches_one_str
     torch.testing.assert_close(fewer.x[1, 2], x[1, 4:].mean(0))
     assert fewer.size.tolist() == [[2, 2, 1], [2, 1, 2]]
     assert fewer.source.tolist() == [[0, 0, 1, 1, -1, 2], [0, 0, 1, -1, 2, 2]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["vim_micro", "plainmamba_micro"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_does_on_a_gpu_what_it_does_on_a_cpu(method, family):
+    torch.manual_seed(0)
+    own = dict(class_token="none") if family == "vim_micro" else dict(param_order="permuted")
+    net = timm.create_model(family, num_classes=5, **own).eval()
+    fambav.reduce(net, method, "tokens:56,42@2,4" if method == "storm" else "r:9@2,4")
+    images, results = torch.randn(2, 3, 32, 32), []
+    for device in ("cpu", "cuda"):
+        net.to(device)
+        feature, trace = net.forward_features(images.to(device), trace=True)
+        net.zero_grad()
+        net(images.to(device)).square().sum().backward()
+        grads = [p.grad.cpu() for p in net.parameters() if p.grad is not None]
+        results.append(
+            (
+                trace.sources[-1].cpu(),
+                feature.detach().cpu(),
+                torch.cat([g.flatten() for g in grads]),
+            )
+        )
+    (where, feature, grad), (there, found, gradient) = results
+    assert there.equal(where)
+    torch.testing.assert_close(found, feature, atol=1e-4, rtol=1e-4)
+    assert (gradient - grad).norm() < 1e-3 * grad.norm()
 
 
 MIDDLE = dict(class_places=(8,), depth=4)
