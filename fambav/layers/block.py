@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fambav.layers.drop import DropPath
-from fambav.layers.tokens import Ask, Tokens
+from fambav.layers.tokens import Ask, Signals, Tokens
 from fambav.ops import add_rms_norm
 
 Hook = Callable[[Tokens], Tokens]
@@ -33,7 +33,8 @@ class Hooks(NamedTuple):
         before: Called with the output of the block before, ahead of its drop path.
         between: Called with the normalised sum as x.
         after: Called with the mixer's output as x and its signals.
-        asked: Whether the mixer is told about its tokens, and asked for `needs`.
+        asked: Whether the mixer is told about its tokens, and asked for `needs`; a need of its
+            output alone is served without asking.
         needs, gap: As in `Ask`.
     """
 
@@ -124,7 +125,8 @@ def run_block(
         x, residual = norm(tokens.x, tokens.residual)
         tokens = hooks.between(tokens._replace(x=x, residual=residual))
         if not hooks.asked:
-            return tokens._replace(x=mixer(tokens.x), signals=None)
+            x = mixer(tokens.x)
+            return tokens._replace(x=x, signals=Signals(mixed=x) if hooks.needs else None)
         x, signals = mixer(tokens.x, Ask(tokens, hooks.needs, hooks.gap))
         return tokens._replace(x=silenced(x, tokens.alive), signals=signals)
 

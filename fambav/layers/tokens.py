@@ -13,7 +13,8 @@ class Signals(NamedTuple):
 
     Attributes:
         order: Places of the tokens in the order in which they are scanned, (batch or 1,
-            directions, length), int64; the directions of a Vim mixer are forward, backward.
+            directions, length), int64; the directions of a Vim mixer are forward, backward.  None
+            of a mixer that was not asked.
         u: What is scanned, (batch, directions, length, inner).
         delta: Step sizes after softplus, shaped like u.
         B, C: Weights of a token into and out of the state, (batch, directions, length, state).
@@ -22,7 +23,7 @@ class Signals(NamedTuple):
         mixed: The mixer's output, (batch, length, dim).
     """
 
-    order: Tensor
+    order: Tensor | None = None
     u: Tensor | None = None
     delta: Tensor | None = None
     B: Tensor | None = None

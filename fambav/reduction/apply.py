@@ -160,15 +160,16 @@ def aged(tokens: Tokens, keep: Tensor) -> Tensor:
         The gap of each token that stays, (batch, directions, kept, inner), float32.
     """
     signals = tokens.signals
-    if signals is None or signals.delta is None:
+    if signals is None or signals.delta is None or signals.order is None:
         raise ValueError("signals have no delta, expected it from the mixer before the reduction")
+    delta, order = signals.delta, signals.order
     found = [
         hand_over(
-            signals.delta[:, end],
+            delta[:, end],
             None if tokens.gap is None else tokens.gap[:, end],
             keep,
-            signals.order[:, end],
+            order[:, end],
         )
-        for end in range(signals.delta.shape[1])
+        for end in range(delta.shape[1])
     ]
     return torch.stack(found, dim=1)

@@ -21,7 +21,7 @@ from fambav.reduction.reducer import Reducer, make_reducer
 from fambav.reduction.schedule import Schedule, check, explained, fusion
 from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, SCAN_POLICIES, nearest
 
-_DELTA = frozenset({"delta"})
+_DELTA, _OUTPUT = frozenset({"delta"}), frozenset({"mixed"})
 
 
 class Reduction(nn.Module):
@@ -126,7 +126,7 @@ class Reduction(nn.Module):
         needs = self.needs if asked < len(counts) and counts[asked] else frozenset()
         gone = any(counts[: layer if self.hook == "after" else layer + 1])
         gap = self.gap if gone and self.gap != "none" else None
-        told = bool(needs) or gap is not None or (gone and self.body.scattered)
+        told = bool(needs - _OUTPUT) or gap is not None or (gone and self.body.scattered)
         return Hooks(**found, asked=told, needs=needs, gap=gap)
 
 

@@ -135,6 +135,17 @@ def test_a_method_is_told_what_it_needs_of_the_mixer_before(hook, bimamba_type):
     assert [net.reduction.hooks(n).asked for n in range(4)].count(True) == 1
 
 
+@pytest.mark.parametrize("hook", ["before", "between", "after"])
+def test_a_method_that_reads_the_output_alone_leaves_the_mixer_fused(hook):
+    net, outputs = fambav.reduce(vim(), "every", "r:3@3", hook=hook, reads="mixed"), []
+    assert not any(net.reduction.hooks(n).asked for n in range(4))
+    asked = net.layers[2 if hook == "after" else 1].mixer
+    asked.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    net(IMAGES)
+    (tokens,) = net.reduction.method.seen
+    assert tokens.signals.mixed.equal(outputs[0])
+
+
 def test_an_asked_mixer_computes_what_a_fused_one_does_and_tells_what_it_scanned():
     net = vim()
     mixer, x = net.layers[1].mixer, torch.randn(2, 9, 32)
