@@ -270,7 +270,9 @@ class Fusion:
         0, "tokens removed in each fused layer; 7 once a strategy is chosen", bounds=NATURAL
     )
     fusion_method: str = option(
-        "famba-v", "how tokens are paired and merged", choices=FUSION_METHODS
+        "famba-v",
+        "how tokens are paired and merged; ordered keeps the scan order, famba-v is the paper's",
+        choices=FUSION_METHODS,
     )
     fusion_plan: str | None = option(
         None, "layer:tokens pairs instead of a strategy, e.g. 6:9,8:9", check=fusion_list
