@@ -26,8 +26,13 @@ RANK = {
     "costs": 8,
     "bench": 9,
     "experiments": 9,
-    "cli": 10,
-    "__main__": 11,
+    "pictures": 9,
+    "search": 9,
+    "export": 9,
+    "report": 10,
+    "commands": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 ROOT = Path(fambav.__file__).parent
 FILES = sorted(set(ROOT.rglob("*.py")) - {ROOT / "__init__.py"})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fambav.cli import bench_parser
+from fambav.commands.bench import parser as bench_parser
 from fambav.config import parse
 from fambav.registry import REDUCERS
 

@@ -8,7 +8,8 @@ import torch
 
 from fambav.bench import commands
 from fambav.bench.reduction import nearest_count, reduction
-from fambav.cli import bench_parser, console
+from fambav.cli import console
+from fambav.commands.bench import parser as bench_parser
 from fambav.config import ConfigError
 from fambav.models import Vim
 from fambav.reduction import make_reducer

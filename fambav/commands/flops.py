@@ -1,0 +1,28 @@
+"""fambav flops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fambav import config
+from fambav.commands.output import show
+from fambav.commands.parser import Parser
+
+
+def run(words: list[str]) -> None:
+    """Count what an image costs each part of a model, with main.py's flags, without running it."""
+    parser = Parser("fambav flops", add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", action="store_true")
+    if {"-h", "--help"} & set(words):
+        own = "--json FILE writes the counts there too, --markdown prints a Markdown table."
+        print(config.help_text("fambav flops", f"{run.__doc__}\n{own}"))
+        return
+    given, flags = parser.parse_known_args(words)
+    found = config.parse(flags)
+    if found.notice:
+        print(found.notice)
+    from fambav import costs
+
+    report = costs.configured(found)
+    show(report.markdown() if given.markdown else report.text(), report.json(), given.json)

@@ -1,0 +1,39 @@
+"""fambav list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fambav import registry
+from fambav.commands.parser import Parser
+
+NAMES: dict[str, Sequence[str]] = {
+    "models": registry.MODELS,
+    "strategies": (
+        *registry.STRATEGIES,
+        *(f"{alias} = {name}" for alias, name in registry.STRATEGY_ALIASES.items()),
+    ),
+    "methods": registry.METHODS,
+    "data-sets": registry.DATA_SETS,
+    "backends": registry.SCAN_BACKENDS,
+}
+
+
+def run(words: list[str]) -> None:
+    """Print the names that a flag may take."""
+    parser = Parser("fambav list", description=run.__doc__)
+    parser.add_argument("kind", choices=(*NAMES, "options"))
+    kind = parser.parse_args(words).kind
+    print(*(_options() if kind == "options" else NAMES[kind]), sep="\n")
+
+
+def _options() -> list[str]:
+    """Each method's options with their defaults, as --reduction-options takes them."""
+    from fambav import reduction
+
+    known = {method: reduction.known_options(method) for method in registry.METHODS}
+    lines = {
+        method: ",".join(f"{name}={str(value).lower()}" for name, value in found.items())
+        for method, found in known.items()
+    }
+    return [f"{method:<14} {text or '-'}" for method, text in lines.items()]

@@ -1,0 +1,18 @@
+"""fambav plan."""
+
+from __future__ import annotations
+
+from fambav import config
+
+
+def run(words: list[str]) -> None:
+    """Print how many tokens each layer sees, with main.py's flags, without training."""
+    if {"-h", "--help"} & set(words):
+        print(config.help_text("fambav plan", f"{run.__doc__}"))
+        return
+    found = config.parse(words)
+    if found.notice:
+        print(found.notice)
+    from fambav import build
+
+    print(build.reduction(found).told())
