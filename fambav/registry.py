@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection
 from itertools import product
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T", bound=Callable[..., Any])
@@ -58,6 +59,7 @@ GAP_POLICIES: tuple[str, ...] = ("cached", "bias", "hold_prev", "self", "none")
 CLASS_TOKEN_POLICIES: tuple[str, ...] = ("exact", "proportional", "middle")
 DATA_SETS: tuple[str, ...] = (
     "DIGITS",
+    "SHAPES100",
     "CIFAR",
     "CIFAR10",
     "IMNET",
@@ -70,6 +72,24 @@ CLASS_TOKENS: tuple[str, ...] = ("middle", "head", "double", "none")
 BIMAMBA: tuple[str, ...] = ("v2", "v1", "none")
 PARAM_ORDERS: tuple[str, ...] = ("raster", "permuted")
 SCAN_BACKENDS: tuple[str, ...] = ("triton", "cuda", "numba", "cpu", "reference")
+
+
+def grids() -> dict[str, Path]:
+    """Return the files of the grids of experiments that lie beside the package, by name."""
+    folder = Path(__file__).resolve().parents[1] / "configs" / "grids"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+PICTURES: dict[str, str] = {  # what `fambav show` draws, and what is to be seen
+    "groups": "patches that each token stands for, layer by layer",
+    "strategies": "patches that each token stands for under every strategy, same weights",
+    "animation": "patches that each token stands for, in motion (GIF)",
+    "similarity": "cosine of every two tokens, layer by layer",
+    "likeness": "mean cosine of neighbours and of all pairs of tokens, over the layers",
+    "layers": "tokens and operations of each layer",
+    "scan": "path of the scan before and after tokens went",
+    "curves": "accuracy, loss and learning rate of all runs, over the epochs",
+}
 
 
 def nearest(name: str, names: Collection[str]) -> str:

@@ -14,7 +14,7 @@ export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
 python=${PYTHON:-python3}
 total=470
 only= dry= out=output/gpu_check
-steps="check_scan check_kernels check_training scan step strategies reduction floors block smoke"
+steps="check_scan check_kernels check_training scan step strategies infer latency reduction data floors block smoke"
 steps+=" smoke_graphs sweep scan_small step_small block_small tests sweep_float32"
 
 fail() {
@@ -80,6 +80,7 @@ if [ -n "$dry" ]; then
     scan=(scan "${few[@]}" --length 5 3 --state 4 --backend triton cuda numba cpu reference)
     block=(block "${few[@]}" --model vim_micro --length 5 3)
     step=(step "${few[@]}" --model vim_micro --length 10 5)
+    forward=(--batch 1 --rounds 1 --warmup 0 --model vim_micro --plan none upper:3:9 --peer deit_tiny_patch16_224 --ceilings --split)
     sweep=(sweep "${few[@]}" --length 3 --dim 32 --state 4 --blocks 32 --warps 1)
     bench check_scan 1 check --part scan --length 2 --dtype float32
     bench check_kernels 1 check --part scan_forms conv gate norm match pool mixer --length 5 --dtype float32
@@ -87,7 +88,10 @@ if [ -n "$dry" ]; then
     bench scan 1 "${scan[@]}" --dim 32
     bench step 1 "${step[@]}"
     bench strategies 1 strategies "${few[@]}" --model vim_micro --plan upper:3:9 all:1
+    bench infer 1 infer "${forward[@]}"
+    bench latency 1 latency "${forward[@]:2}"
     bench reduction 1 reduction "${few[@]}" --model vim_micro
+    bench data 1 data --batch 2 --batches 1 --rounds 1 --warmup 0 --workers 0 --input-size 32
     bench floors 1 floors "${few[@]}"
     bench block 1 "${block[@]}"
     smoke smoke 1
@@ -101,13 +105,17 @@ if [ -n "$dry" ]; then
 else
     device=cuda
     small=(--model vim_tiny --batch-size 64 --num_workers 8 --fusion-strategy upper --fusion-layer 6 --fusion-token 9)
+    forward=(--plan none upper:6:9 all:7 --peer deit_tiny_patch16_224 --cuda-graphs --ceilings --split)
     bench check_scan 80 check --part scan
     bench check_kernels 70 check --part scan_forms scan_large conv gate norm match pool mixer
     bench check_training 45 check --part training
     bench scan 40 scan
     bench step 50 step --cuda-graphs
     bench strategies 60 strategies
+    bench infer 45 infer "${forward[@]}"
+    bench latency 35 latency "${forward[@]}"
     bench reduction 40 reduction
+    bench data 40 data --workers 0 1 8
     bench floors 45 floors
     bench block 40 block
     smoke smoke 40

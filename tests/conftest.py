@@ -1,6 +1,7 @@
 """One thread, NaN in memory that nobody wrote, Triton interpreted, what a machine cannot run."""
 
 import os
+import shutil
 from collections import Counter
 
 import pytest
@@ -14,7 +15,9 @@ import fambav.ecosystem  # noqa: F401  before any test imports timm or torchvisi
 torch.set_num_threads(1)
 
 # Why a test with the mark cannot run here, or None; called with the mark's arguments.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CANNOT_RUN = {
+    "browser": lambda: None if any(map(shutil.which, BROWSERS)) else "needs Chromium",
     "gpu": lambda: None if torch.cuda.is_available() else "needs a CUDA device",
     "outside": lambda name: None if os.environ.get(name) else f"{name} names no checkout",
 }

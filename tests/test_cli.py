@@ -295,5 +295,5 @@ def test_table_compares_runs(capsys, tmp_path):
     assert console(["table", *runs]) == 0
     plain = capsys.readouterr().out
     assert [line.split()[0] for line in plain.splitlines()[1:3]] == ["one", "two"]
-    assert console(["table", "--markdown", *runs]) == 0
+    assert console(["table", "--format", "markdown", *runs]) == 0
     assert capsys.readouterr().out.startswith("| run | model |")

@@ -346,7 +346,8 @@ def test_json_has_every_number():
 
 
 @pytest.mark.parametrize(
-    ("name", "classes"), [("DIGITS", 10), ("CIFAR", 100), ("CIFAR10", 10), ("IMNET", 1000)]
+    ("name", "classes"),
+    [("DIGITS", 10), ("SHAPES100", 100), ("CIFAR", 100), ("CIFAR10", 10), ("IMNET", 1000)],
 )
 def test_the_head_has_the_classes_of_the_data_set(name, classes):
     flags = ["--model", "vim_micro", "--data-set", name]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,6 @@ from fambav import experiments
 from fambav.build import jobs
 from fambav.cli import console
 from fambav.engine.train import DivergedError
-from fambav.experiments import summary
 from tests.data.made import made_cifar
 
 ROOT = Path(fambav.__file__).parents[1]
@@ -147,6 +147,22 @@ def test_finished_cells_are_not_run_again(finished, written, again):
     assert before == {path: path.stat().st_mtime_ns for path in again.rglob("cells/**/*.*")}
 
 
+def test_results_of_the_first_version_stay_valid(written, again):
+    for path in again.rglob("result.json"):
+        known = json.loads(path.read_text())
+        for name in ("started", "ended", "resumed"):
+            del known[name]
+        del known["about"]["cpu"], known["figures"]["acc5"]
+        known["about"]["threads"] = 2
+        path.write_text(json.dumps(known))
+    for path in again.rglob("machine.json"):
+        path.unlink()
+    found = go(written(), again)
+    assert found.ran == []
+    assert all(line["started"] and not line["ended"] for line in lines(again))
+    assert "| dense |" in (again / "results.md").read_text()
+
+
 def test_a_changed_row_runs_again_and_nothing_else(written, again):
     found = go(written(("fusion_token: 3", "fusion_token: 4")), again)
     phases = ("training-free", "fine-tuned")
@@ -214,7 +230,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(written, again, capsys):
     assert {bool(line["error"]) for line in lines(again) if line["row"] == "wrong"} == {True}
     assert not [line for line in lines(again) if line["row"] != "wrong" and line["error"]]
     assert "Traceback" in (again / "cells/wrong/seed0/fine-tuned/output.txt").read_text()
-    assert "| wrong | - | - | - | - | - | - |" in (again / "results.md").read_text()
+    assert "| wrong | - | - | - | - | - | - | - | - |" in (again / "results.md").read_text()
 
 
 def test_a_failed_cell_is_tried_again(written, again, monkeypatch):
@@ -247,18 +263,21 @@ def test_the_tidy_table_has_a_line_for_each_cell(finished):
     assert {line["fusion_method"] for line in ordered} == {"ordered"}
     assert {line["fusion_method"] for line in found if line["row"] == "dense"} == {""}
     assert {line["token_layers"] for line in ordered} == {"0.8125"}
+    assert {line["threads"] for line in found} == {"1"}
     for line in found:
         name = f"{line['row']}, seed {line['seed']}, {line['phase']}"
         assert float(line["acc1"]) == finished.found[name]["figures"]["acc1"]
         assert (
             bool(line["seconds"]) == bool(line["memory_mib"]) == (line["phase"] != "training-free")
         )
-        assert line["date"].startswith("20")
+        assert "2026" <= line["started"] <= line["ended"]
+        assert "torch " in line["versions"]
 
 
 def made(acc1, seconds=4.0, error=None):
     figures = dict(
         acc1=acc1,
+        acc5=99.0,
         token_layers=0.5,
         seconds_per_epoch=seconds,
         images_per_second=100.0,
@@ -288,9 +307,20 @@ def test_a_row_is_the_mean_and_the_sample_deviation_over_seeds(written):
         "ordered, seed 0, fine-tuned": made(80.0, 3.0),
         "ordered, seed 1, fine-tuned": made(83.0, 5.0),
     }
-    text = summary.table(grid, found, markdown=True)
-    assert "| dense | 0.500 | 91.00 ± 1.41 | - | 4.00 ± 0.00 | 100 | 10.00 |" in text
-    assert "| ordered | 0.500 | 50.00 (1 of 2) | 81.50 ± 2.12 | 4.00 ± 1.41 | 100 | 10.00 |" in text
+    text = experiments.rendered(grid, found, "markdown")
+    dense, ordered = (
+        line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| [do]", line)
+    )
+    assert dense[:2] == ["dense", "0.500"]
+    assert dense[3:] == ["91.00 ± 1.41", "-", "99.00 ± 0.00", "4.00 ± 0.00", "100", "10.0"]
+    assert ordered[3:] == [
+        "50.00 [1 of 2] (-40.00)",
+        "81.50 ± 2.12",
+        "99.00 ± 0.00 (+0.00)",
+        "4.00 ± 1.41 (+0%)",
+        "100",
+        "10.0 (+0%)",
+    ]
     assert "mean ± sample standard deviation over seeds 0, 1" in text
     assert "commit: abc+\n\ndate: 2026-11-21\n\nmachine: Linux, 2 cores, 2 processes" in text
     assert "versions: fambav 0.1.0, python 3.11.7, torch 2.13.0" in text
@@ -299,19 +329,20 @@ def test_a_row_is_the_mean_and_the_sample_deviation_over_seeds(written):
 
 def test_a_failed_cell_is_below_the_table(written):
     found = {"ordered, seed 0, fine-tuned": made(0.0, error="no")}
-    text = summary.table(experiments.read(written()), found, markdown=False)
+    text = experiments.rendered(experiments.read(written()), found, "text")
     assert text.endswith("failed: ordered, seed 0, fine-tuned")
-    assert "ordered             -" in text
+    assert re.search(r"^ordered( +-){8}$", text, re.MULTILINE)
 
 
 def test_the_command_prints_the_table_and_leaves_it(finished, written, again, capsys):
     words = ["table", "--grid", str(written()), "--output_dir", str(again)]
     assert console(words) == 0
     plain = capsys.readouterr().out
-    assert console([*words, "--markdown"]) == 0
-    drawn = capsys.readouterr().out
-    assert plain.splitlines()[1].startswith("row      token-layers  training-free %")
-    assert drawn.split("\n", 1)[1] == (again / "results.md").read_text()
+    assert console([*words, "--format", "markdown"]) == 0
+    drawn, told = capsys.readouterr()
+    assert told == f"{CELLS} of {CELLS} cells are finished\n"
+    assert re.match(r"row +token-layers +MFLOPs +training-free %", plain.splitlines()[1])
+    assert drawn == (again / "results.md").read_text()
     rows = [line.split(" | ")[0] for line in drawn.splitlines() if line.startswith("| ")]
     assert rows == ["| row", "| dense", "| ordered"]
 
@@ -323,14 +354,15 @@ def test_the_command_prints_the_table_and_leaves_it(finished, written, again, ca
             ["--grid", "none.yaml", "--output_dir", "x"],
             "config is 'none.yaml', expected a readable",
         ),
-        (["--grid", "none.yaml"], "--grid stands without runs, expected --grid FILE.yaml --output"),
-        (["run", "--grid", "none.yaml", "--output_dir", "x"], "--grid stands without runs"),
-        (
-            ["--grid", "n.yaml", "--output_dir", "x", "--jobs", "0"],
-            "--jobs is 0, expected at least",
-        ),
-        (["run", "--jobs", "2"], "--jobs and --keep have no meaning without --grid"),
-        (["run", "--output-dir", "x"], "--output_dir, --jobs and --keep have no meaning without"),
+        (["run", "--grid", "none.yaml"], "--grid stands without runs"),
+        (["none.yaml", "--output_dir", "x"], "config is 'none.yaml', expected a readable"),
+        (["n.yaml", "--jobs", "0"], "--jobs is 0, expected at least 1"),
+        (["n.yaml", "--seeds", "0"], "--seeds is 0, expected at least 1"),
+        (["one", "two", "--jobs", "2"], "--jobs has no meaning without a grid"),
+        (["one", "two", "--output-dir", "x"], "--output_dir has no meaning without a grid"),
+        ([], "the following arguments are required: RUN... or GRID"),
+        (["digit-table1"], "'digit-table1' is no run folder, expected one, or a grid; did you"),
+        (["digits-table1", "--format", "pdf"], "invalid choice: 'pdf'"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_writes_nothing(
@@ -406,7 +438,7 @@ def test_a_killed_grid_leaves_no_process_and_goes_on(finished, written, tmp_path
     assert err == ("interrupted\n" if blow == signal.SIGINT else "")
     before = {p: p.read_bytes() for p in folder.rglob("result.json")}
     assert 3 <= len(before) < CELLS
-    found = go(path, folder)
+    found = go(path, folder, jobs=2)
     assert len(found.ran) == CELLS - len(before)
     assert all(p.read_bytes() == content for p, content in before.items())
     assert accuracies(found.found) == pytest.approx(accuracies(finished.found))

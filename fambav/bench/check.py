@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fambav.bench.candidates import EAGER, REPLAYED, Candidate
 from fambav.bench.cases import (
     Found,
     conv,
@@ -27,7 +28,6 @@ from fambav.bench.cases import (
 )
 from fambav.bench.report import MeasureError, Report, settings, short
 from fambav.bench.step import training
-from fambav.bench.strategies import Plan
 from fambav.engine.runtime import numerics
 from fambav.ops import backends
 from fambav.ops.kernels import interpreted, kernel_set
@@ -196,14 +196,8 @@ def _trained(
 ) -> dict[str, Tensor]:
     """Return the losses and the weights of a fused model after some updates."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    fusion = Plan.parse("upper:3:8").fusion
-    step = training(
-        "vim_micro",
-        batch=batch,
-        device=device,
-        dtype=dtype,
-        fusion=fusion,
-        cuda_graphs=cuda_graphs,
-    )
+    launch = REPLAYED if cuda_graphs else EAGER
+    candidate = Candidate("vim_micro", "upper:3:8", dtype=dtype, launch=launch)
+    step = training(candidate, batch=batch, device=device)
     losses = [step.update(iter([step.batch]), number) for number in range(updates)]
     return {"losses": torch.stack(losses), **step.net.state_dict()}

@@ -6,12 +6,13 @@ Nothing here loads torch before a kind is run.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fambav.registry import METHODS, MODELS, SCAN_BACKENDS
+from fambav.registry import DATA_SETS, METHODS, MODELS, SCAN_BACKENDS
 
 if TYPE_CHECKING:
     from fambav.bench.report import Report
@@ -70,10 +71,57 @@ def _lengths(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _backends(parser: argparse.ArgumentParser) -> None:
-    text = "what to compare; by default what suits the device"
+def _backends(parser: argparse.ArgumentParser, default: str = "what suits the device") -> None:
+    text = f"what to compare; by default {default}"
     parser.add_argument(
         "--backend", nargs="+", choices=SCAN_BACKENDS, dest="names", default=None, help=text
+    )
+
+
+def _dtypes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        dest="dtypes",
+        default=None,
+        help="of the forward pass; as in training by default",
+    )
+
+
+def _plans(parser: argparse.ArgumentParser, more: str = "") -> None:
+    text = "strategy:layer:tokens or strategy:tokens, such as upper:6:9 or all:7, or none"
+    parser.add_argument(
+        "--plan",
+        nargs="+",
+        dest="plans",
+        metavar="PLAN",
+        default=argparse.SUPPRESS,
+        help=text + more,
+    )
+    parser.add_argument("--method", choices=METHODS, default="famba-v")
+
+
+def _beside(parser: argparse.ArgumentParser) -> None:
+    """Add what may stand beside our models in a comparison."""
+    parser.add_argument(
+        "--peer",
+        nargs="+",
+        metavar="NAME",
+        dest="peers",
+        default=(),
+        help="models of timm to compare with, such as deit_tiny_patch16_224",
+    )
+    parser.add_argument(
+        "--ceilings",
+        action="store_true",
+        help="measure a large product and a large copy in the same rounds, and shares of them",
+    )
+    parser.add_argument(
+        "--split",
+        action="store_true",
+        dest="parts",
+        help="tell the share of every layer and of every kind of operation",
     )
 
 
@@ -122,7 +170,13 @@ def _block(given: dict[str, Any]) -> Report:
 
 
 def _step_flags(parser: argparse.ArgumentParser) -> None:
-    _block_flags(parser)
+    _numbers(parser, "batch", "rounds", "warmup")
+    _device(parser)
+    _dtypes(parser)
+    _model(parser)
+    _lengths(parser)
+    _backends(parser)
+    _beside(parser)
     _graphs(parser, "measure each also with its passes recorded")
 
 
@@ -135,19 +189,44 @@ def _step(given: dict[str, Any]) -> Report:
         return step(**given)
 
 
+def _latency_flags(parser: argparse.ArgumentParser) -> None:
+    _numbers(parser, "rounds", "warmup")
+    _device(parser)
+    _dtypes(parser)
+    _model(parser, MODELS)
+    _plans(parser)
+    _backends(parser, "the fastest")
+    _beside(parser)
+    _graphs(parser, "measure each also as a replay of what was recorded")
+
+
+def _latency(given: dict[str, Any]) -> Report:
+    """Time single images through models, from an idle device to the logits."""
+    from fambav.bench.infer import latency
+
+    with _placed(given):
+        _need_gpu(given, "--cuda-graphs")
+        return latency(**given)
+
+
+def _infer_flags(parser: argparse.ArgumentParser) -> None:
+    _latency_flags(parser)
+    _numbers(parser, "batch")
+
+
+def _infer(given: dict[str, Any]) -> Report:
+    """Time forward passes over batches of images, without gradients."""
+    from fambav.bench.infer import infer
+
+    with _placed(given):
+        _need_gpu(given, "--cuda-graphs")
+        return infer(**given)
+
+
 def _strategies_flags(parser: argparse.ArgumentParser) -> None:
     _common(parser)
     _model(parser)
-    text = "strategy:layer:tokens or strategy:tokens, such as upper:6:9 or all:7"
-    parser.add_argument(
-        "--plan",
-        nargs="+",
-        dest="plans",
-        metavar="PLAN",
-        default=argparse.SUPPRESS,
-        help=f"{text}; none is always measured",
-    )
-    parser.add_argument("--method", choices=METHODS, default="famba-v")
+    _plans(parser, "; none is always measured")
     parser.add_argument("--backend", choices=SCAN_BACKENDS, help="the fastest by default")
     _graphs(parser, "with the passes of every step recorded")
 
@@ -262,21 +341,50 @@ def _sweep(given: dict[str, Any]) -> Report:
         return sweep(**given)
 
 
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    _numbers(parser, "batch", "batches", "rounds", "warmup")
+    _device(parser)
+    parser.add_argument("--input-size", type=int, metavar="N", default=224)
+    parser.add_argument("--data-set", choices=DATA_SETS, metavar="NAME", default="DIGITS")
+    parser.add_argument("--data-path", metavar="FOLDER", default="datasets")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="loader processes; several numbers are measured in turn",
+    )
+
+
+def _data(given: dict[str, Any]) -> Report:
+    """Count images that loader processes and a set on the device bring to training."""
+    from fambav.bench.loading import loading
+
+    with _placed(given):
+        return loading(**given)
+
+
 KINDS = {
     "scan": Kind(_scan, _scan_flags),
     "block": Kind(_block, _block_flags),
     "step": Kind(_step, _step_flags),
+    "infer": Kind(_infer, _infer_flags),
+    "latency": Kind(_latency, _latency_flags),
     "strategies": Kind(_strategies, _strategies_flags),
     "reduction": Kind(_reduction, _reduction_flags),
     "floors": Kind(_floors, _floors_flags),
     "check": Kind(_check, _check_flags),
     "sweep": Kind(_sweep, _sweep_flags),
+    "data": Kind(_data, _data_flags),
 }
 
 
 @contextmanager
 def _placed(given: dict[str, Any]) -> Iterator[None]:
     """Put the device and dtypes themselves in the place of their names."""
+    # Read when a profiler starts; below this its library writes lines to the console.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     import torch
 
     from fambav.engine.runtime import processes

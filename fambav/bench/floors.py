@@ -10,13 +10,13 @@ import torch
 
 from fambav import ahead
 from fambav.bench.calls import Calls
+from fambav.bench.candidates import Candidate
 from fambav.bench.machine import Machine, described, measured
 from fambav.bench.report import Report, Row, settings, short
 from fambav.bench.scan import positive, training_dtype
-from fambav.bench.step import CLASSES, training
-from fambav.bench.strategies import Merging, Plan
+from fambav.bench.step import training
+from fambav.bench.strategies import Merging
 from fambav.bench.work import ADAMW, Shape, Work, block, kernels, merging, products
-from fambav.ecosystem import timm
 from fambav.engine.runtime import numerics
 from fambav.engine.timing import Run, captured, interleave, spread
 from fambav.models import Vim
@@ -91,9 +91,7 @@ def floors(
 
 def _sketch(model: str, plan: str) -> Vim:
     """Return a model without memory for its weights."""
-    with torch.device("meta"):
-        fusion = Plan.parse(plan).fusion
-        return cast(Vim, timm.create_model(model, num_classes=CLASSES, **fusion))
+    return cast(Vim, Candidate(model, plan).network(torch.device("meta")))
 
 
 def slots_of(
@@ -164,13 +162,13 @@ def _times(
     warmup: int,
 ) -> dict[str, list[float]]:
     """Time replays of every kernel, a whole step, and merging in one layer."""
-    options: dict[str, Any] = dict(batch=shape.batch, device=device, dtype=dtype)
+    options: dict[str, Any] = dict(batch=shape.batch, device=device)
+    whole, some = (Candidate(model, p, dtype=dtype) for p in (plan, f"upper:1:{MERGED}"))
     with numerics(deterministic=False, matmul_precision="high"):
         calls = Calls(shape, "triton", device=device, dtype=dtype)
         runs: dict[str, Run] = {name: captured(run) for name, run in calls.runs().items()}
-        fused = training(model, fusion=Plan.parse(f"upper:1:{MERGED}").fusion, **options)
-        runs["merging"] = captured(Merging(fused, layers=1).run)
-        runs[STEP] = training(model, fusion=Plan.parse(plan).fusion, **options).run
+        runs["merging"] = captured(Merging(training(some, **options), layers=1).run)
+        runs[STEP] = training(whole, **options).run
         return interleave(runs, rounds=rounds, warmup=warmup, device=device)
 
 

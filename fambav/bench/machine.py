@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 from typing import NamedTuple
 
 import torch
 
+from fambav.bench.ceilings import Ceilings
 from fambav.bench.report import MeasureError, device_name
 from fambav.bench.work import Work
 from fambav.engine.timing import interleave
@@ -15,8 +15,6 @@ from fambav.engine.timing import interleave
 WARP = 32  # lanes
 SCHEDULERS = 4  # of a multiprocessor, each of which issues an instruction of a warp in a cycle
 SFU_LANES = 16  # of a multiprocessor, for exponentials and logarithms
-COPIED = 2**30  # bytes
-SIDE = 8192  # of the matrices multiplied
 
 
 class Machine(NamedTuple):
@@ -83,17 +81,13 @@ def measured(
         MeasureError: If nvidia-smi does not tell the clock.
     """
     about = torch.cuda.get_device_properties(device)
-    source = torch.empty(COPIED, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
-    left, right = (torch.randn(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
-    runs = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
-    times = interleave(runs, rounds=rounds, warmup=2, device=device)
-    seconds = {name: statistics.median(own) / 1000 for name, own in times.items()}
+    limits = Ceilings(device, [dtype])
+    times = interleave(limits.runs(), rounds=rounds, warmup=2, device=device)
     return Machine(
         name=device_name(device),
         arch=10 * about.major + about.minor,
-        bytes=2 * COPIED / seconds["copy"],
-        flops=2 * SIDE**3 / seconds["product"],
+        bytes=limits.bytes_per_s(times),
+        flops=limits.flops_per_s(times, dtype),
         multiprocessors=about.multi_processor_count,
         clock_hz=_clock_hz(device) if clock_hz is None else clock_hz,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Report:
         rows: A mapping for each candidate, all with the same keys; None where there is no value.
         skipped: What could not run here, with the reason.
         failures: What was found wrong, a sentence each.
+        tables: Further tables by their titles, each made like `rows`.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Report:
     rows: tuple[Row, ...]
     skipped: dict[str, str]
     failures: tuple[str, ...] = ()
+    tables: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
 
     def find(self, **wanted: Any) -> Row:
         """Return the first row with these values.
@@ -49,19 +51,17 @@ class Report:
     def json(self) -> str:
         """Return everything as JSON, with a line for each row."""
         told = asdict(self)
-        rows = ",\n  ".join(json.dumps(row) for row in told.pop("rows"))
-        return f'{json.dumps(told, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}'
+        rows, tables = told.pop("rows"), told.pop("tables")
+        more = ",\n".join(f"  {json.dumps(title)}: {_json(own)}" for title, own in tables.items())
+        made = f' "tables": {{\n{more}\n }},\n' if tables else ""
+        return f'{json.dumps(told, indent=1)[:-2]},\n{made} "rows": {_json(rows)}\n}}'
 
     def text(self) -> str:
-        """Return a table to read."""
+        """Return tables to read."""
         told = ", ".join(f"{n.replace('_', ' ')} {_cell(v)}" for n, v in self.settings.items())
-        lines = [f"{self.title}: {told}", ""]
-        if self.rows:
-            table = [[name.replace("_", " ") for name in self.rows[0]]]
-            table += [[_cell(value) for value in row.values()] for row in self.rows]
-            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-            words = [isinstance(value, str) for value in self.rows[0].values()]
-            lines += [_line(row, widths, words) for row in table]
+        lines = [f"{self.title}: {told}", "", *_lines(self.rows)]
+        for title, rows in self.tables.items():
+            lines += ["", title, "", *_lines(rows)]
         lines += [f"{name} is absent: {reason}" for name, reason in self.skipped.items()]
         return "\n".join([*lines, *(f"wrong: {failure}" for failure in self.failures)])
 
@@ -115,6 +115,21 @@ def _cell(value: Any) -> str:
     if isinstance(value, tuple | list):
         return " .. ".join(map(_cell, value))
     return str(value)
+
+
+def _lines(rows: Sequence[Row]) -> list[str]:
+    """Lay rows out below the names of their columns."""
+    if not rows:
+        return []
+    table = [[name.replace("_", " ") for name in rows[0]]]
+    table += [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    words = [isinstance(value, str) for value in rows[0].values()]
+    return [_line(row, widths, words) for row in table]
+
+
+def _json(rows: Sequence[Row]) -> str:
+    return "[\n  " + ",\n  ".join(map(json.dumps, rows)) + "\n ]"
 
 
 def _line(cells: list[str], widths: list[int], words: list[bool]) -> str:

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from fambav.bench.report import Report, settings
-from fambav.bench.scan import LENGTHS, positive, table, training_dtype
-from fambav.bench.stack import sift, stack
+from fambav.bench.candidates import CLASSES, EAGER, REPLAYED, Candidate, candidates, images, sifted
+from fambav.bench.ceilings import Ceilings
+from fambav.bench.counts import flops
+from fambav.bench.report import Report, Row, settings
+from fambav.bench.scan import LENGTHS, positive, training_dtype
+from fambav.bench.split import Watched, split
+from fambav.bench.stack import stack
 from fambav.build import updates
 from fambav.config import Config
-from fambav.ecosystem import timm
 from fambav.engine.memory import MIB
 from fambav.engine.runtime import Processes, numerics
-from fambav.engine.timing import interleave, peak_mib
+from fambav.engine.timing import Run, Times, interleave, peak_mib, ratio, spread
 from fambav.engine.train import Update
-from fambav.models import Vim
 
 BATCH = {"cuda": 128, "cpu": 2}
 NAMES = {"cuda": ("triton", "cuda"), "cpu": ("numba", "cpu", "cuda")}
-CLASSES = 1000
+BASELINES = ("cuda", "cpu")
 EPOCH = 1000  # updates
+PASSES = 3  # a backward pass makes two products for each one of the forward pass
 
-Key = tuple[str, str, int]  # backend, launch, length
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Step(NamedTuple):
@@ -39,9 +44,9 @@ class Step(NamedTuple):
         recorded_mib: Peak of memory while its passes were recorded; None if they were not.
     """
 
-    net: Vim
+    net: nn.Module
     update: Update
-    batch: tuple[torch.Tensor, torch.Tensor]
+    batch: Batch
     backend: str | None
     recorded_mib: float | None
 
@@ -59,149 +64,157 @@ class Step(NamedTuple):
 
 def step(
     *,
-    model: str = "vim_tiny",
     batch: int | None = None,
     lengths: Sequence[int] = LENGTHS,
     rounds: int = 5,
     warmup: int = 2,
     device: torch.device,
-    dtype: torch.dtype | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
     names: Sequence[str] | None = None,
-    cuda_graphs: bool = False,
+    ceilings: bool = False,
+    parts: bool = False,
+    **which: Any,
 ) -> Report:
     """Measure whole training steps: forward, loss, backward and optimizer, on random images.
 
     Args:
-        model: One of ours.
         batch: Images; by default 128 on a GPU and 2 on a CPU.
         lengths: Tokens, class tokens included; images get a size that makes so many.
         rounds: How often each candidate is timed, at least 1.
         warmup: Rounds before those.
         device: Where.
-        dtype: Of the forward pass; by default that of training there.
+        dtypes: Of the forward pass; by default that of training there.
         names: Backends; by default those that suit the device, and no plain PyTorch.
-        cuda_graphs: Measure each also with its passes recorded.
+        ceilings: Also measure a copy and products, and set all beside them, as `Ceilings` does.
+        parts: Also tell where the time goes, by layer and by operation, as `split` does.
+        which: What else is compared, as `candidates` takes it; peers are not recorded.
 
     Returns:
-        A row for every backend, way to launch it, and length.
+        A row for every candidate.  Operations are three times those of a forward pass.
 
     Raises:
-        ValueError: If a number is too small.
+        ValueError: If a number is too small, or as `candidates`.
+        MeasureError: If no candidate can run here.
     """
     batch = BATCH[device.type] if batch is None else batch
-    dtype = training_dtype(device) if dtype is None else dtype
+    dtypes = [training_dtype(device)] if dtypes is None else dtypes
     positive(batch=batch, length=min(lengths, default=0))
-    wanted = NAMES[device.type] if names is None else names
-    options: dict[str, Any] = dict(batch=batch, device=device, dtype=dtype)
-
-    def attempt(name: str) -> object:
-        probe = training(model, length=min(lengths), backend=name, **options | dict(batch=1))
-        return probe.net.eval()(probe.batch[0])
-
-    launches = ("eager", "replayed") if cuda_graphs else ("eager",)
+    names = NAMES[device.type] if names is None else names
+    given = candidates(names=names, dtypes=dtypes, lengths=lengths, device=device, **which)
     with numerics(deterministic=False, matmul_precision="high"):
-        able, skipped = sift(wanted, device, attempt)
-        steps, refused = _steps(model, itertools.product(able, launches, lengths), **options)
-        runs = {key: ready.run for key, ready in steps.items()}
-        times = interleave(runs, rounds=rounds, warmup=warmup, device=device)
-        memory: dict[tuple[Any, ...], float] = {key: s.peak_mib() for key, s in steps.items()}
-    return Report(
-        title="training step (forward, loss, backward, optimizer)",
-        settings=settings(device, dtype, model=model, batch=batch, rounds=rounds),
-        rows=table(times, memory, lengths, baselines=("cuda", "cpu")),
-        skipped=skipped | refused,
-    )
+        able, skipped = sifted([c for c in given if c.ours or c.launch == EAGER], device)
+        steps, refused = _steps(able, batch, device)
+        limits = Ceilings(device, dtypes if ceilings else ())
+        runs: dict[Any, Run] = {key: ready.run for key, ready in steps.items()}
+        options: dict[str, Any] = dict(rounds=rounds, warmup=warmup, device=device)
+        times = interleave({**runs, **limits.runs()}, **options)
+        rows = tuple(_row(key, steps, times, max(lengths), limits) for key in steps)
+        tables = limits.tables(times)
+        if parts:
+            tables |= split(_watched(steps), rounds=rounds, device=device)
+    title = "training step (forward, loss, backward, optimizer)"
+    kept = "allocated" if device.type == "cuda" else "saved for backward"
+    about = settings(device, model=given[0].model, batch=batch, rounds=rounds, memory=kept)
+    return Report(title=title, settings=about, rows=rows, skipped=skipped | refused, tables=tables)
+
+
+def _watched(steps: Mapping[Candidate, Step]) -> dict[str, Watched]:
+    """Return what may be split: a replay tells nothing of its parts."""
+    return {
+        key.name: Watched(one.run, one.net, one.update.optimizer)
+        for key, one in steps.items()
+        if key.launch == EAGER
+    }
+
+
+def _row(
+    key: Candidate,
+    steps: Mapping[Candidate, Step],
+    times: Mapping[Any, Times],
+    longest: int,
+    limits: Ceilings,
+) -> Row:
+    """Compare with other backends, and with the longest sequences of the same one.
+
+    `over_NAME` says how many times faster than that backend in the same round; `growth` is time
+    over that at the longest length, divided by the ratio of the lengths: 1 is proportional.
+    """
+    own, length, batch = times[key], key.length, len(steps[key].batch[0])
+    growth = ratio(own, times.get(key._replace(length=longest))) if length else None
+    named = dict(key.row())
+    del named["plan"]
+    return {
+        **named,
+        "length": length,
+        "images_per_s": 1000 * batch / statistics.median(own),
+        **spread(own),
+        **{f"over_{b}": ratio(times.get(key._replace(backend=b)), own) for b in BASELINES},
+        "peak_mib": steps[key].peak_mib(),
+        "growth": None if growth is None or length is None else growth * longest / length,
+        **limits.beside(
+            times,
+            key,
+            key.dtype,
+            batch=batch,
+            flops=PASSES * flops(key),
+            run=steps[key._replace(launch=EAGER)].run,
+        ),
+    }
 
 
 def _steps(
-    model: str, wanted: Iterable[Key], **options: Any
-) -> tuple[dict[Key, Step], dict[str, str]]:
-    """Make a step for each backend, launch and length, and say why it cannot be recorded."""
-    found: dict[Key, Step] = {}
+    able: Iterable[Candidate], batch: int, device: torch.device
+) -> tuple[dict[Candidate, Step], dict[str, str]]:
+    """Make a step for each candidate, and say why it cannot be recorded."""
+    found: dict[Candidate, Step] = {}
     refused: dict[str, str] = {}
-    for name, launch, length in wanted:
-        given: dict[str, Any] = dict(length=length, backend=name)
+    for candidate in able:
         try:
-            found[name, launch, length] = training(
-                model, cuda_graphs=launch == "replayed", **given, **options
-            )
+            found[candidate] = training(candidate, batch=batch, device=device)
         except RuntimeError as error:
-            if launch == "eager":
+            if candidate.launch == EAGER:
                 raise
-            refused[f"{name} {launch} {length}"] = str(error).splitlines()[0]
+            refused[candidate.name] = str(error).splitlines()[0]
     return found, refused
 
 
-def training(
-    model: str,
-    *,
-    length: int | None = None,
-    batch: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str | None = None,
-    cuda_graphs: bool = False,
-    fusion: dict[str, Any] | None = None,
-    seed: int = 0,
-) -> Step:
+def training(candidate: Candidate, *, batch: int, device: torch.device, seed: int = 0) -> Step:
     """Make a model and what trains it.
 
     Args:
-        model: One of ours.
-        length: Tokens at the start; None for the model's own.
+        candidate: The model, and how it runs.
         batch: Images.
         device: Where.
-        dtype: Of the forward pass.
-        backend: What operations run by; None for the fastest.
-        cuda_graphs: Record the passes.
-        fusion: Arguments `fusion_...` of the model.
         seed: Of weights, images and labels.
 
     Raises:
         ValueError: If the model cannot be built so.
     """
-    config = _config(model, batch, dtype, cuda_graphs=cuda_graphs)
-    torch.manual_seed(seed)
-    options: dict[str, Any] = dict(num_classes=CLASSES, drop_path_rate=config.model.drop_path)
-    if length is not None:
-        options["img_size"] = image_size(model, length)
-    net = cast(Vim, timm.create_model(model, **options, **fusion or {})).to(device)
-    images = torch.randn(batch, net.patch_embed.in_chans, *net.img_size).to(device)
+    config = _config(candidate, batch)
+    net = candidate.network(device, drop_path=config.model.drop_path, seed=seed)
+    given = images(net, batch, device)
     labels = torch.randint(CLASSES, (batch,)).to(device)
     group, peak = Processes(0, 1, device), None
-    if cuda_graphs:
+    recorded = candidate.launch == REPLAYED
+    if recorded:
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-    with stack(backend):
+    with stack(candidate.backend):
         update = updates.update(config, net, group, num_classes=CLASSES, per_epoch=EPOCH)
-    if cuda_graphs:
+    if recorded:
         peak = (torch.cuda.max_memory_allocated(device) - before) / MIB
     update.forward.train()
-    return Step(net, update, (images, labels), backend, peak)
+    return Step(net, update, (given, labels), candidate.backend, peak)
 
 
-def image_size(model: str, length: int) -> tuple[int, int]:
-    """Return height and width, in pixels, of images that become so many tokens.
-
-    The grid of patches is as square as their number allows.
-    """
-    with torch.device("meta"):
-        net = cast(Vim, timm.create_model(model))
-    patches = length - len(net.class_places)
-    if patches < 1:
-        raise ValueError(f"length is {length}, expected at least {1 + len(net.class_places)}")
-    rows = next(n for n in range(int(patches**0.5), 0, -1) if patches % n == 0)
-    (patch, _), (stride, _) = net.patch_embed.proj.kernel_size, net.patch_embed.proj.stride
-    return patch + stride * (rows - 1), patch + stride * (patches // rows - 1)
-
-
-def _config(model: str, batch: int, dtype: torch.dtype, *, cuda_graphs: bool) -> Config:
+def _config(candidate: Candidate, batch: int) -> Config:
     """Return the settings of a plain run: no mixing, no moving average."""
-    mixed = dtype != torch.float32
-    precision = {"amp_dtype": "fp16" if dtype == torch.float16 else "bf16"}
+    mixed, recorded = candidate.dtype != torch.float32, candidate.launch == REPLAYED
+    name = candidate.model if candidate.ours else f"timm/{candidate.model}"
+    precision = {"amp_dtype": "fp16" if candidate.dtype == torch.float16 else "bf16"}
     return Config.from_flat(
-        dict(model=model, data_set="FAKE", batch_size=batch, cuda_graphs=cuda_graphs)
+        dict(model=name, data_set="FAKE", batch_size=batch, cuda_graphs=recorded)
         | dict(mixup=0.0, cutmix=0.0, model_ema=False, amp=mixed)
         | (precision if mixed else {})
     )

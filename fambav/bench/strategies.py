@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fambav.bench.candidates import METHOD, NONE, REPLAYED, candidates
+from fambav.bench.memory_model import fit
 from fambav.bench.report import Report, Row, settings
 from fambav.bench.scan import positive, training_dtype
 from fambav.bench.stack import stack
@@ -16,52 +17,19 @@ from fambav.bench.step import BATCH, Step, training
 from fambav.engine.runtime import numerics
 from fambav.engine.timing import Run, Times, captured, interleave, ratio, spread
 from fambav.layers import Tokens
-from fambav.registry import STRATEGIES, STRATEGY_ALIASES, nearest
+from fambav.models import Isotropic
+from fambav.reduction import Schedule
 
-NONE = "none"
 # For 24 layers and 197 tokens: the plans of the paper's table 1, a late one, and one token a layer.
 PLANS = ("upper:6:9", "upper:14:14", "interleaved:14", "lower:19:9", "all:7", "all:1")
-
-
-class Plan(NamedTuple):
-    """Which layers fuse how many tokens.
-
-    Attributes:
-        name: strategy:layer:tokens or strategy:tokens, as on the command line.
-        fusion: The same as arguments of a model.
-    """
-
-    name: str
-    fusion: dict[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> Plan:
-        """Read a plan such as "upper:6:9", layers counted from 1, or "none".
-
-        Raises:
-            ValueError: If it has another form.
-        """
-        strategy, *numbers = text.split(":")
-        known = (*STRATEGIES, *STRATEGY_ALIASES)
-        if strategy not in known:
-            hint = nearest(strategy, known)
-            raise ValueError(f"plan is {text!r}, expected strategy:layer:tokens; {hint}")
-        if STRATEGY_ALIASES.get(strategy, strategy) == NONE and not numbers:
-            return cls(NONE, {})
-        wanted = 2 if strategy in ("lower", "upper") else 1
-        if len(numbers) != wanted or not all(re.fullmatch(r"[1-9]\d*", n) for n in numbers):
-            form = "layer:tokens" if wanted == 2 else "tokens"
-            raise ValueError(f"plan is {text!r}, expected {strategy}:{form}")
-        *layer, token = map(int, numbers)
-        fusion: dict[str, Any] = dict(fusion_strategy=strategy, fusion_token=token)
-        return cls(text, fusion | ({"fusion_layer": layer[0]} if layer else {}))
+MEMORY = "model of the peak memory"
 
 
 def strategies(
     *,
     model: str = "vim_tiny",
     plans: Sequence[str] = PLANS,
-    method: str = "famba-v",
+    method: str = METHOD,
     batch: int | None = None,
     rounds: int = 5,
     warmup: int = 2,
@@ -88,6 +56,7 @@ def strategies(
         A row for every plan: the share of token-layers and of the step's time that are left, how
         many times faster the step is, and the time of all merging, forward and backward, alone.  On
         a GPU merging is timed as a replay, without the launches that hide behind other kernels.
+        With enough plans, also the model of memory of `memory_model` and how far it is off.
 
     Raises:
         ValueError: If a plan cannot be read or carried out, or a number is too small.
@@ -95,16 +64,15 @@ def strategies(
     batch = BATCH[device.type] if batch is None else batch
     dtype = training_dtype(device) if dtype is None else dtype
     positive(batch=batch)
-    wanted = [Plan.parse(text) for text in plans]
-    chosen = {p.name: p.fusion | {"fusion_method": method} for p in wanted if p.name != NONE}
-    options: dict[str, Any] = dict(batch=batch, device=device, dtype=dtype, backend=backend)
+    which: dict[str, Any] = dict(
+        model=model, plans=(NONE, *plans), method=method, cuda_graphs=cuda_graphs
+    )
+    given = candidates(names=(backend,), dtypes=(dtype,), device=device, **which)
+    given = [c for c in given if (c.launch == REPLAYED) == cuda_graphs]
     with numerics(deterministic=False, matmul_precision="high"):
-        steps = {
-            name: training(model, fusion=fusion, cuda_graphs=cuda_graphs, **options)
-            for name, fusion in {NONE: {}, **chosen}.items()
-        }
+        steps = {c.plan: training(c, batch=batch, device=device) for c in given}
         runs: dict[tuple[str, str], Run] = {(n, "step"): s.run for n, s in steps.items()}
-        for name in chosen:
+        for name in (plan for plan in steps if plan != NONE):
             merging = Merging(steps[name]).run
             runs[name, "merging"] = captured(merging) if device.type == "cuda" else merging
         times = interleave(runs, rounds=rounds, warmup=warmup, device=device)
@@ -115,19 +83,30 @@ def strategies(
         settings=settings(device, dtype, **told, backend=backend or "fastest"),
         rows=tuple(_row(name, ready, times, peaks) for name, ready in steps.items()),
         skipped={},
+        tables=_memory(steps, peaks),
     )
+
+
+def _memory(steps: Mapping[str, Step], peaks: Mapping[str, float]) -> dict[str, tuple[Row, ...]]:
+    """Return a table with the model of memory; no table if the plans are too few."""
+    found = fit([_schedule(ready) for ready in steps.values()], [*peaks.values()])
+    return {} if found is None else {MEMORY: (found.row(max(peaks.values())),)}
+
+
+def _schedule(ready: Step) -> Schedule:
+    return cast(Isotropic, ready.net).schedule
 
 
 def _row(
     name: str, ready: Step, times: dict[tuple[str, str], Times], peaks: dict[str, float]
 ) -> Row:
     own, merging = times[name, "step"], times.get((name, "merging"))
-    share = ready.net.schedule.share
+    schedule = _schedule(ready)
     left = ratio(own, times[NONE, "step"])
     return {
         "plan": name,
-        "last_length": ready.net.schedule.lengths[-1],
-        "token_layers_left": share,
+        "last_length": schedule.lengths[-1],
+        "token_layers_left": schedule.share,
         "time_left": left,
         "times_faster": ratio(times[NONE, "step"], own),
         "memory_left": peaks[name] / peaks[NONE] if peaks[NONE] else None,
@@ -147,7 +126,7 @@ class Merging:
     """
 
     def __init__(self, step: Step, *, layers: int | None = None) -> None:
-        self._reduction, self._backend = step.net.reduction, step.backend
+        self._reduction, self._backend = cast(Isotropic, step.net).reduction, step.backend
         self._precision, counts = step.update.precision, self._reduction.schedule.counts
         met: list[tuple[Tokens, int]] = []
 

@@ -74,7 +74,7 @@ def kernels(s: Shape) -> dict[str, Work]:
     channels = s.tokens * s.inner
     steps = 2 * channels * s.state
     BC = 2 * s.tokens * 2 * s.state * s.bytes
-    kept = 2 * s.batch * -(-s.length // KEPT_EVERY) * s.inner * s.state * WIDE
+    kept = _kept(s)
     scale = s.tokens * WIDE
     return {
         "scan_forward": Work(6 * inner + BC + kept, steps + 4 * channels, steps),
@@ -121,3 +121,37 @@ def block(s: Shape) -> dict[str, tuple[int, Work]]:
     twice = ("conv_forward", "gate_forward")
     found = {name: (2 if name in twice else 1, work) for name, work in kernels(s).items()}
     return found | {name: (1, work) for name, work in products(s).items()}
+
+
+def mixing(s: Shape, *, kept: bool) -> float:
+    """Return the bytes of a mixer between in_proj and its result, forward.
+
+    Args:
+        s: Sizes.
+        kept: Whether states and the sum of both scans are written for a backward pass.
+    """
+    found, made = kernels(s), products(s)
+    names = ("scan_forward", "conv_forward", "gate_forward")
+    total = sum(found[name].bytes for name in names) + _once(made)
+    return total if kept else total - _kept(s) - s.tokens * s.inner * s.bytes
+
+
+def mixing_backward(s: Shape) -> float:
+    """Return the bytes of a mixer's backward pass, as far as `mixing` goes."""
+    found, made = kernels(s), products(s)
+    names = ("scan_backward", "conv_backward", "gate_backward", "conv_forward")
+    both = sum(made[name].bytes for name in _MIXED)
+    return sum(found[name].bytes for name in names) + both - _once(made)
+
+
+_MIXED = {"x_proj": 3, "dt_proj": 4, "out_proj": 3}  # products, and how often each is made
+
+
+def _once(made: dict[str, Work]) -> float:
+    """Bytes of one forward pass of the products inside."""
+    return sum(made[name].bytes / times for name, times in _MIXED.items())
+
+
+def _kept(s: Shape) -> int:
+    """Bytes of the states that are kept for the backward pass."""
+    return 2 * s.batch * -(-s.length // KEPT_EVERY) * s.inner * s.state * WIDE

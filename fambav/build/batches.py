@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fambav import data
 from fambav.config import Config
 from fambav.data import Batches, DataSet, TrainBatchesLoader
+from fambav.data.resident import Resident, ResidentEvaluation, resident_train_loader
 from fambav.engine.runtime import Console, Processes
 
 _REPEATS = 3  # views of an image in an epoch of repeated augmentation
@@ -53,38 +56,38 @@ def train_batches(
     start_epoch: int = 0,
 ) -> TrainBatchesLoader:
     """Return this process's share of the batches from `start_epoch` to the end of the run."""
-
-    def make(start_update: int) -> TrainBatchesLoader:
-        return data.train_loader(
-            found.train,
-            _train_transform(config, found, input_size),
-            batch_size=config.optim.batch_size,
-            seed=config.run.seed,
-            epochs=config.optim.epochs,
-            rank=group.rank,
-            world=group.world,
-            accum=config.optim.grad_accum_steps,
-            start_update=start_update,
-            repeats=_REPEATS if config.augment.repeated_aug else 1,
-            **_reading(config, group),
-        )
-
-    loader = make(0)
-    return make(start_epoch * loader.updates_per_epoch) if start_epoch else loader
+    share: dict[str, Any] = dict(
+        batch_size=config.optim.batch_size,
+        seed=config.run.seed,
+        epochs=config.optim.epochs,
+        rank=group.rank,
+        world=group.world,
+        accum=config.optim.grad_accum_steps,
+        repeats=_REPEATS if config.augment.repeated_aug else 1,
+        **_reading(config, group),
+    )
+    transform = _train_transform(config, found, input_size)
+    make: Callable[..., TrainBatchesLoader]
+    if config.augment.gpu_augment:
+        make = partial(resident_train_loader, Resident(found.train, device=group.device))
+    else:
+        make = partial(data.train_loader, found.train)
+    loader = make(transform, **share)
+    start = start_epoch * loader.updates_per_epoch
+    return make(transform, start_update=start, **share) if start else loader
 
 
 def eval_batches(
     config: Config, found: DataSet, group: Processes, *, input_size: tuple[int, int]
-) -> Batches:
+) -> Batches | ResidentEvaluation:
     """Return this process's share of the held-out images."""
-    return data.eval_loader(
-        found.val,
-        eval_transform(config, found.statistics(config.data.data_stats), input_size),
-        batch_size=int(_EVAL_BATCH * config.optim.batch_size),
-        rank=group.rank,
-        world=group.world,
-        **_reading(config, group),
+    transform = eval_transform(config, found.statistics(config.data.data_stats), input_size)
+    share: dict[str, Any] = dict(
+        batch_size=int(_EVAL_BATCH * config.optim.batch_size), rank=group.rank, world=group.world
     )
+    if config.augment.gpu_augment:
+        return ResidentEvaluation(Resident(found.val, device=group.device), transform, **share)
+    return data.eval_loader(found.val, transform, **share, **_reading(config, group))
 
 
 def eval_transform(config: Config, statistics: Any, input_size: tuple[int, int]) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from fambav.build import batches, folder, saved
+from fambav.build import batches, folder, pictured, saved
 from fambav.build.exposure import exposure
 from fambav.build.network import Sketch, model, sketch
 from fambav.build.teacher import described, teacher
@@ -156,6 +156,10 @@ class Job:
             )
         with closing(fit.recorder) if fit.recorder else nullcontext():
             fit()
+            if fit.recorder is not None:
+                shown = pictured.tokens(self.config, fit.update.model, self.data)
+                if shown is not None:
+                    fit.recorder.picture("tokens", shown, fit.progress.epochs)
 
     def _fit(self, source: Path | None) -> Fit:
         """Build a run that stands where `source` was saved."""

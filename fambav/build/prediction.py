@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,36 +14,77 @@ from fambav.build import batches, saved
 from fambav.build.network import model, sketch
 from fambav.config import Config
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
-from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.runtime import processes
 from fambav.models import official
 
 Guess = tuple[str, float]
 
+_HEADS = ("head.weight", "head.fc.weight", "fc.weight")
+
+
+class Pretrained(NamedTuple):
+    """A model with the weights of a file, and what the file says of it.
+
+    Attributes:
+        source: The file.
+        state: What it holds.
+        config: The model's settings.
+        net: The model, in evaluation mode, on the CPU.
+        class_names: Of the classes, in order; None if the file has none.
+        mean, std: What the channels of an image are normalised with.
+        transform: Makes a tensor of an image, as in evaluation.
+    """
+
+    source: Path
+    state: State
+    config: Config
+    net: nn.Module
+    class_names: list[str] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    transform: Any
+
 
 def from_pretrained(path: str | Path, **settings: Any) -> nn.Module:
-    """Build the model of a file and load its weights.
+    """Build the model of a file or folder and load its weights.
 
     Args:
         path: A checkpoint of ours, which knows its own model, a published one of Vim's, which
-            needs `model="vim_tiny"` or the like, or a `.safetensors` file of ours.
+            needs `model="vim_tiny"` or the like, a `.safetensors` file of ours, a run folder, whose
+            best checkpoint is taken, or a folder that `fambav export` wrote as safetensors or hf.
         settings: Settings by the names of main.py's flags, with underscores, such as
             `fusion_strategy="upper", fusion_layer=6, fusion_token=9`: fusion has no weights and
             may differ from what the file was trained with.
 
     Returns:
-        The model in evaluation mode, on the CPU.
+        The model in evaluation mode, on the CPU.  Its `pretrained_cfg` says in timm's words what
+        images it reads, and has the `label_names`.
 
     Raises:
         CheckpointError: If the file cannot be used, or does not say what model it is of.
         ConfigError: If a setting is unknown or wrong.
     """
-    source = Path(path)
-    state = checkpoint.load(source)
+    return opened(path, **settings).net
+
+
+def opened(path: str | Path, **settings: Any) -> Pretrained:
+    """Do what `from_pretrained` does; also return what the file says."""
+    source = saved.weights_of(Path(path))
+    state = saved.read(source)
     asked = Config.from_flat(settings) if "model" in settings else None
     made_with = _made_with(source, state, asked)
-    return _loaded(source, state, made_with.replace(**settings) if settings else made_with)
+    config = made_with.replace(**settings) if settings else made_with
+    net = _loaded(source, state, config)
+    mean, std = _statistics(state)
+    names = saved.fact(state, "class_names")
+    own = getattr(net, "pretrained_cfg", None)
+    if isinstance(own, dict):
+        told = {"mean": mean, "std": std, "crop_pct": config.data.eval_crop_ratio}
+        own = {**own, **told, "label_names": names}
+        vars(net).update(pretrained_cfg=own, default_cfg=own)
+    transform = _transform(config, state)
+    return Pretrained(source, state, config, net, names, mean, std, transform)
 
 
 def predict(
@@ -57,7 +98,7 @@ def predict(
     """Classify images.
 
     Args:
-        path: A checkpoint or a `.safetensors` file.
+        path: A file or folder that `from_pretrained` takes.
         images: Image files.
         config: The model of a file that is not ours; a file of ours knows its own and takes none.
         device: `cpu`, `cuda` or None for a GPU if there is one.
@@ -71,8 +112,8 @@ def predict(
         CheckpointError: If the file cannot be used, or does not say what model it is of.
         DataError: If an image cannot be read.
     """
-    source = Path(path)
-    state = checkpoint.load(source)
+    source = saved.weights_of(Path(path))
+    state = saved.read(source)
     if config is not None and saved.settings(state) is not None:
         raise CheckpointError(f"{source} says itself what it is of, expected no model beside it")
     made_with = _made_with(source, state, config)
@@ -110,15 +151,17 @@ def _loaded(source: Path, state: State, config: Config) -> nn.Module:
 
 def _classes(state: State) -> int:
     weights = official(state)
-    found = next((weights[n] for n in ("head.weight", "fc.weight") if n in weights), None)
+    found = next((weights[n] for n in _HEADS if n in weights), None)
     if found is None:
         raise CheckpointError("checkpoint has no head.weight, expected a classifier")
     return len(found)
 
 
+def _statistics(state: State) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of the channels."""
+    mean = saved.fact(state, "mean") or IMAGENET_MEAN
+    return tuple(mean), tuple(saved.fact(state, "std") or IMAGENET_STD)
+
+
 def _transform(config: Config, state: State) -> Any:
-    statistics = (
-        saved.fact(state, "mean") or IMAGENET_MEAN,
-        saved.fact(state, "std") or IMAGENET_STD,
-    )
-    return batches.eval_transform(config, statistics, sketch(config).input_size)
+    return batches.eval_transform(config, _statistics(state), sketch(config).input_size)

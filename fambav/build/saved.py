@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from fambav.config import Config
 from fambav.data import DataSet
+from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError, State
+from fambav.engine.record import BEST, CHECKPOINT, WEIGHTS
 from fambav.models import PlainMamba, Vim, adapt, official, published_class_token
 from fambav.reduction import Schedule
 
@@ -28,6 +30,7 @@ _FREE = {
     "download",
     "device",
     "num_workers",
+    "gpu_augment",  # gives the same bits
     "threads",
     "pin_mem",
     "log_every",
@@ -39,6 +42,7 @@ _FREE = {
     "deterministic",
     "if_continue_inf",
 }
+DESCRIPTION = "config.json"  # beside exported weights
 _TEXTS = {"class_token", "torch"}  # facts that are strings to begin with
 _IMAGES = {"batch_size", "grad_accum_steps"}  # compared as images per update
 
@@ -86,6 +90,57 @@ def fact(state: State, name: str) -> Any:
     if isinstance(strings, Mapping) and name in strings:
         return strings[name] if name in _TEXTS else json.loads(strings[name])
     return state.get(name)
+
+
+def weights_of(path: Path) -> Path:
+    """Return the file of weights that a path means: itself, or the one in a folder.
+
+    Of a run folder that is its best checkpoint, of an exported folder its weights.
+
+    Raises:
+        CheckpointError: If a folder holds none.
+    """
+    if not path.is_dir():
+        return path
+    names = (WEIGHTS,) if (path / DESCRIPTION).is_file() else (BEST, CHECKPOINT, WEIGHTS)
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(
+        f"{path} holds no {names[0]}, expected a run folder or one exported as safetensors or hf"
+    )
+
+
+def read(path: Path) -> State:
+    """Read a file of weights, with the description beside it if it was exported.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+    """
+    state, description = checkpoint.load(path), path.parent / DESCRIPTION
+    if path.name != WEIGHTS or not description.is_file():
+        return state
+    try:
+        told = json.loads(description.read_text(encoding="utf-8"))
+        own, images = told["fambav"], told["pretrained_cfg"]
+        known = {
+            "config": own["settings"],
+            "class_token": own["class_token"],
+            "class_names": told["label_names"],
+            "mean": images["mean"],
+            "std": images["std"],
+        }
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{description} is damaged, expected what fambav export writes: {error!r}"
+        ) from error
+    trained = fact(state, "class_token")
+    if trained is not None and trained != known["class_token"]:
+        raise CheckpointError(
+            f"class_token is {known['class_token']!r} in {description}, expected {trained!r} as"
+            f" in {path.name}"
+        )
+    return {**state, "metadata": {**state.get("metadata", {}), **as_strings(known)}}
 
 
 def settings(state: State) -> Config | None:

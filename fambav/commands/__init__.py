@@ -6,7 +6,21 @@ a command runs, so that a mistake in a flag is told at once.
 
 from types import ModuleType
 
-from fambav.commands import bench, doctor, flops, names, plan, predict, table
+from fambav.commands import (
+    bench,
+    doctor,
+    export,
+    flops,
+    names,
+    pareto,
+    plan,
+    predict,
+    report,
+    search_plan,
+    show,
+    table,
+    tune,
+)
 
 COMMANDS: dict[str, ModuleType] = {
     "plan": plan,
@@ -16,6 +30,12 @@ COMMANDS: dict[str, ModuleType] = {
     "list": names,
     "predict": predict,
     "table": table,
+    "pareto": pareto,
+    "show": show,
+    "report": report,
+    "search-plan": search_plan,
+    "tune": tune,
+    "export": export,
 }
 
 __all__ = ["COMMANDS"]

@@ -22,9 +22,10 @@ NAMES: dict[str, Sequence[str]] = {
 def run(words: list[str]) -> None:
     """Print the names that a flag may take."""
     parser = Parser("fambav list", description=run.__doc__)
-    parser.add_argument("kind", choices=(*NAMES, "options"))
+    parser.add_argument("kind", choices=(*NAMES, "grids", "options"))
     kind = parser.parse_args(words).kind
-    print(*(_options() if kind == "options" else NAMES[kind]), sep="\n")
+    read = {"options": _options, "grids": registry.grids}
+    print(*(read[kind]() if kind in read else NAMES[kind]), sep="\n")
 
 
 def _options() -> list[str]:

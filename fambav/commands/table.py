@@ -3,54 +3,104 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from fambav import registry
 from fambav.commands.parser import Parser
+from fambav.comparison.tables import FORMATS
 from fambav.config import ConfigError
+
+_LOG, _RESULTS = "log.txt", "results.json"  # what makes a folder a run's, and a grid's
+_ENDINGS = (".yaml", ".yml")
 
 
 def run(words: list[str]) -> None:
-    """Compare finished runs, differences to the first; or run a grid of settings and seeds."""
+    """Train a grid of settings and seeds and print its table; or compare finished runs."""
     parser = Parser("fambav table", description=run.__doc__, allow_abbrev=False)
-    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
-    parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
-    _grid_flags(parser.add_argument_group("a grid of settings and seeds instead of runs"))
+    parser.add_argument(
+        "what", nargs="*", metavar="RUN|GRID", help="run folders, or a grid's name or YAML file"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="text", help="how to print it (text)")
+    parser.add_argument(
+        "--mixed",
+        action="store_true",
+        help="show runs of several machines or recipes, without time and memory",
+    )
+    _grid_flags(parser.add_argument_group("with a grid; `fambav list grids` names those at hand"))
     given = parser.parse_args(words)
-    if given.grid is not None:
-        _table_of_grid(given)
+    grid = _grid(given)
+    if grid is not None:
+        _table_of_grid(given, grid)
         return
-    if not given.runs:
-        raise ConfigError("the following arguments are required: RUN, or --grid FILE.yaml")
-    if given.output_dir or given.jobs or given.keep:
-        raise ConfigError("--output_dir, --jobs and --keep have no meaning without --grid")
+    if not given.what:
+        raise ConfigError("the following arguments are required: RUN... or GRID")
+    for name in ("output_dir", "jobs", "seeds", "data_path", "keep"):
+        if getattr(given, name) not in (None, False):
+            raise ConfigError(f"--{name} has no meaning without a grid")
     from fambav import comparison
 
-    rows = [comparison.read(folder) for folder in given.runs]
-    print(comparison.table(rows, markdown=given.markdown))
+    rows = [comparison.read(Path(folder)) for folder in given.what]
+    print(comparison.table(rows, form=given.format, mixed=given.mixed))
 
 
 def _grid_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--grid", type=Path, metavar="FILE.yaml", help="what to run and compare")
+    group.add_argument("--grid", type=Path, metavar="FILE.yaml", help="the same as GRID")
+    group.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (the grid's own)")
     group.add_argument(
-        "--output_dir", "--output-dir", type=Path, metavar="DIR", help="gets the runs and the table"
+        "--output_dir",
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="gets the runs and the table (output/NAME)",
     )
-    group.add_argument("--jobs", type=int, metavar="N", help="processes that train at once (1)")
+    group.add_argument(
+        "--data_path", "--data-path", metavar="DIR", help="folder of the data set (the settings')"
+    )
+    group.add_argument(
+        "--jobs", type=int, metavar="N", help="processes that train at once (one per GPU, else 1)"
+    )
     group.add_argument("--keep", action="store_true", help="keep every run's checkpoints")
 
 
-def _table_of_grid(given: argparse.Namespace) -> None:
+def _grid(given: argparse.Namespace) -> Path | None:
+    """The file of the grid that is asked for; None if it is runs."""
+    if given.grid is not None:
+        if given.what:
+            raise ConfigError("--grid stands without runs, expected --grid FILE.yaml alone")
+        return Path(given.grid)
+    if len(given.what) != 1 or (Path(given.what[0]) / _LOG).is_file():
+        return None
+    name, known = given.what[0], registry.grids()
+    if (Path(name) / _RESULTS).is_file():
+        hint = f"fambav table GRID --output_dir {name}"
+        raise ConfigError(f"{name!r} is the folder of a grid, expected runs, or the grid; {hint}")
+    if Path(name).suffix in _ENDINGS:
+        return Path(name)
+    if name in known:
+        return known[name]
+    if Path(name).is_dir() or Path(name).name != name:
+        return None
+    hint = registry.nearest(name, known) if known else "there is no folder configs/grids"
+    raise ConfigError(f"{name!r} is no run folder, expected one, or a grid; {hint}")
+
+
+def _table_of_grid(given: argparse.Namespace, path: Path) -> None:
     """Run what is missing of a grid, and print its table; what is finished is not run again."""
-    if given.runs or given.output_dir is None:
-        raise ConfigError("--grid stands without runs, expected --grid FILE.yaml --output_dir DIR")
-    jobs = 1 if given.jobs is None else given.jobs
-    if jobs < 1:
-        raise ConfigError(f"--jobs is {jobs}, expected at least 1")
+    for name in ("jobs", "seeds"):
+        number = getattr(given, name)
+        if number is not None and number < 1:
+            raise ConfigError(f"--{name} is {number}, expected at least 1")
+    folder = Path("output", path.stem) if given.output_dir is None else given.output_dir
     from fambav import experiments
 
-    def say(line: str) -> None:
-        print(line, flush=True)
+    said = sys.stdout if given.format == FORMATS[0] else sys.stderr  # the table stands alone there
 
-    grid, folder = experiments.read(given.grid), given.output_dir
-    found = experiments.run(grid, folder, jobs=jobs, keep=given.keep, say=say)
-    print(experiments.table(grid, found, markdown=given.markdown))
+    def say(line: str) -> None:
+        print(line, file=said, flush=True)
+
+    grid = experiments.read(path, seeds=given.seeds, data_path=given.data_path)
+    jobs = given.jobs or max(1, len(experiments.gpus()))
+    found = experiments.run(grid, folder, jobs=jobs, keep=given.keep, say=say, mixed=given.mixed)
+    print(experiments.rendered(grid, found, given.format, mixed=given.mixed))
     experiments.refuse_failures(grid, found, folder)

@@ -17,8 +17,9 @@ Settings = dict[str, Setting]
 Values = Callable[[str], Any]
 
 FUSED_TOKENS, FUSED_LAYER = 7, 11  # Famba-V's defaults
-NO_FILES = ("DIGITS", "FAKE")
+NO_FILES = ("DIGITS", "SHAPES100", "FAKE")
 FETCHED = ("CIFAR", "CIFAR10")
+IN_MEMORY = ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10")
 PLAIN = "plainmamba"  # what the names of these models start with
 
 
@@ -107,6 +108,20 @@ RULES = (
         ("three_augment",),
         lambda value: not value("three_augment"),
         "without --ThreeAugment",
+    ),
+    Rule(
+        _defaults("gpu_augment"),
+        ("data_set",),
+        lambda value: value("data_set") not in IN_MEMORY,
+        f"with --data-set {{data_set}}, whose images are read one by one; {', '.join(IN_MEMORY)} "
+        "are held in memory",
+    ),
+    Rule(
+        _defaults("gpu_augment"),
+        ("aa", "three_augment"),
+        lambda value: not (value("aa") or "rand-").startswith("rand-"),
+        "with --aa {aa}; rand-*, such as rand-m9-mstd0.5-inc1, none and --ThreeAugment are "
+        "offered on the device",
     ),
     Rule(
         {"color_jitter": None},

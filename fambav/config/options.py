@@ -283,7 +283,9 @@ class Fusion:
 class Data:
     """What to train on."""
 
-    data_set: str = option("DIGITS", "data set; CIFAR is CIFAR-100", choices=DATA_SETS)
+    data_set: str = option(
+        "DIGITS", "data set; CIFAR is CIFAR-100, SHAPES100 is made here", choices=DATA_SETS
+    )
     data_path: str = option("datasets", "folder of the data set", check=filled)
     inat_category: str = option("name", "label of an INAT image", choices=INAT_LEVELS)
     data_stats: str = option(
@@ -318,6 +320,9 @@ class Augment:
     src: bool = option(default=False, text="simple random crop, with --ThreeAugment")
     affine: float = option(
         0.0, "degrees of random rotation, with a tenth of shift and scale", bounds=Bounds(0, 180)
+    )
+    gpu_augment: bool = option(
+        default=False, text="augment on the GPU, where a set held in memory then lives; same images"
     )
     hflip: float = option(0.5, "probability of a horizontal flip", bounds=PROBABILITY)
     reprob: float = option(0.25, "probability of erasing a rectangle", bounds=PROBABILITY)

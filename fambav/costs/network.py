@@ -22,7 +22,14 @@ from fambav.reduction import Reducer, Reduction
 Grid = tuple[int, int]
 
 # What `--data-set` means without reading it; FOLDER and INAT have what their files say.
-CLASSES = {"DIGITS": 10, "CIFAR": 100, "CIFAR10": 10, "IMNET": 1000, "FAKE": 1000}
+CLASSES = {
+    "DIGITS": 10,
+    "SHAPES100": 100,
+    "CIFAR": 100,
+    "CIFAR10": 10,
+    "IMNET": 1000,
+    "FAKE": 1000,
+}
 
 
 def configured(config: Config) -> Report:

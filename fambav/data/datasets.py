@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fambav.data import cifar
+from fambav.data import cifar, shapes
 from fambav.data.arrays import ArraySet, DataError, DataSet, digest
 from fambav.data.folders import read_folder, read_inat
 from fambav.randomness import key
@@ -46,7 +46,7 @@ def load(
 
     Args:
         name: One of `fambav.registry.DATA_SETS`.
-        root: Folder of the data; DIGITS and FAKE need none.
+        root: Folder of the data; DIGITS, SHAPES100 and FAKE need none.
         inat_category: What iNaturalist's labels tell apart.
         classes: Number of classes of FAKE.
         image_size: Height and width of FAKE's images, in pixels.
@@ -77,7 +77,7 @@ def fetch(name: str, root: str | Path) -> None:
     """Fetch what is missing of a data set; on one process only, while the others wait.
 
     Args:
-        name: One of `fambav.registry.DATA_SETS`; DIGITS and FAKE need nothing.
+        name: One of `fambav.registry.DATA_SETS`; DIGITS, SHAPES100 and FAKE need nothing.
         root: Folder to put it in.
 
     Raises:
@@ -85,7 +85,7 @@ def fetch(name: str, root: str | Path) -> None:
     """
     if name in cifar.LAYOUTS:
         cifar.fetch(name, Path(root))
-    elif name not in ("DIGITS", "FAKE"):
+    elif name not in ("DIGITS", "SHAPES100", "FAKE"):
         raise DataError(
             f"data_set is {name!r}, expected one that --download can fetch: "
             f"{', '.join(cifar.LAYOUTS)}; put {name} into {root} by hand"
@@ -142,6 +142,11 @@ def hold_out(labels: NDArray[Any], *, count: int) -> NDArray[np.bool_]:
         places = np.flatnonzero(labels == label)
         chosen[sorted(places, key=lambda place: key("hold out", place))[:share]] = True
     return chosen
+
+
+@BUILDERS.register("SHAPES100")
+def _shapes100(_: Request) -> DataSet:
+    return shapes.read()
 
 
 @BUILDERS.register("CIFAR")

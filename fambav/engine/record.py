@@ -21,7 +21,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fambav.engine.checkpoint import write_text
 
@@ -98,6 +100,11 @@ class Recorder:
                 self._events.add_scalar("update/loss", loss, number)
             self._events.add_scalar("update/lr", lr, done - 1)
 
+    def picture(self, name: str, pixels: NDArray[np.uint8], epochs: int) -> None:
+        """Add a picture, (3, height, width), after so many epochs."""
+        if self._events is not None:
+            self._events.add_image(name, pixels, epochs)
+
     def close(self) -> None:
         """Finish the files."""
         if self._events is not None:
@@ -106,7 +113,6 @@ class Recorder:
 
 def environment(**more: Any) -> Record:
     """Describe the machine, the versions and the command, with `more` entries added."""
-    cuda = torch.cuda.is_available()
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -114,13 +120,27 @@ def environment(**more: Any) -> Record:
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "fambav": _version("fambav") or "not installed",
         "commit": _commit(),
+        "cpu": _cpu(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu": gpu(),
         "cuda": torch.version.cuda,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **more,
     }
+
+
+def gpu() -> str | None:
+    """Return the name of the GPU that this process computes on if it may; None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _cpu() -> str:
+    """The model of the processor as the system names it; its architecture if it does not."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else ()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _version(name: str) -> str | None:

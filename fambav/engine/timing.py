@@ -2,7 +2,8 @@
 
 Every candidate runs once in every round, so that a busy machine slows all of them alike, and ratios
 are taken within a round.  On a GPU a turn lies between two events and is repeated until it is long
-enough to be measured; on a CPU it lies between two looks at the clock.
+enough to be measured; on a CPU, or if each run is to be alone, it lies between two looks at the
+clock.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fambav.engine.memory import MIB, Saved
+from fambav.engine.memory import MIB, Saved, allocated_peak
 
 Run = Callable[[], object]
 Times = list[float]
@@ -28,7 +30,12 @@ WARM = 3  # runs before a capture
 
 
 def interleave(
-    candidates: Mapping[Key, Run], *, rounds: int, warmup: int, device: torch.device
+    candidates: Mapping[Key, Run],
+    *,
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    alone: bool = False,
 ) -> dict[Key, Times]:
     """Time every candidate in every round.
 
@@ -37,6 +44,8 @@ def interleave(
         rounds: How often each is timed, at least 1.
         warmup: Rounds before those.
         device: Where they run.
+        alone: From an idle device until it is idle again, by the clock, as whoever waits for one
+            result does; otherwise a GPU may launch a run while it computes the one before.
 
     Returns:
         Milliseconds of one run, for each round.
@@ -50,8 +59,9 @@ def interleave(
     for _ in range(warmup):
         for run in candidates.values():
             run()
-    clock = _events if device.type == "cuda" else _clock
-    repeats = {key: _repeats(run, device) for key, run in candidates.items()}
+    queued = device.type == "cuda" and not alone
+    clock = _events if queued else partial(_clock, device=device)
+    repeats = {key: _repeats(run) if queued else 1 for key, run in candidates.items()}
     times: dict[Key, Times] = {key: [] for key in candidates}
     for _ in range(rounds):
         for key, run in candidates.items():
@@ -59,11 +69,24 @@ def interleave(
     return times
 
 
-def _clock(run: Run, repeats: int) -> float:
+def first_ms(run: Run, device: torch.device) -> float:
+    """Return the milliseconds of one run: of the first, with all that is compiled for it."""
+    return _clock(run, 1, device=device)
+
+
+def _clock(run: Run, repeats: int, *, device: torch.device) -> float:
+    settle(device)
     start = time.perf_counter()
     for _ in range(repeats):
         run()
+    settle(device)
     return 1000 * (time.perf_counter() - start) / repeats
+
+
+def settle(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _events(run: Run, repeats: int) -> float:
@@ -77,9 +100,7 @@ def _events(run: Run, repeats: int) -> float:
     return float(first.elapsed_time(last)) / repeats
 
 
-def _repeats(run: Run, device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
+def _repeats(run: Run) -> int:
     return max(1, min(MOST, math.ceil(LEAST_MS / max(_events(run, 1), 1e-3))))
 
 
@@ -135,26 +156,46 @@ def peak_mib(run: Run, device: torch.device, *, ignored: Iterable[Tensor] = ()) 
     for the backward pass but for those of `ignored`, counted by hooks: exact on any machine.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+        return allocated_mib(run, device)
     saved = Saved(ignored)
     with saved.watch():
         run()
     return saved.peak_bytes / MIB
 
 
+def allocated_mib(run: Run, device: torch.device) -> float:
+    """Return the peak memory that PyTorch allocates in a run above what was there, in MiB.
+
+    On a CPU this is exact, and leaves out what libraries allocate for themselves.
+    """
+    if device.type != "cuda":
+        return allocated_peak(run) / MIB
+    settle(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    settle(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / MIB
+
+
 def spread(times: Times) -> dict[str, Any]:
     """Return the median and the quartiles of one candidate."""
-    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    low, median, high = quartiles(times)
     return {"median_ms": median, "quartiles_ms": (low, high)}
+
+
+def quartiles(values: Sequence[float]) -> Sequence[float]:
+    """Return the lower quartile, the median and the upper quartile."""
+    return statistics.quantiles(values, n=4) if len(values) > 1 else (*values,) * 3
 
 
 def ratio(above: Times | None, below: Times | None) -> float | None:
     """Divide round by round and take the median; None if one of them was not run."""
     if above is None or below is None:
         return None
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+    return statistics.median(ratios(above, below))
+
+
+def ratios(above: Times, below: Times) -> Times:
+    """Divide round by round."""
+    return [a / b for a, b in zip(above, below, strict=True)]

@@ -1,52 +1,18 @@
-"""A grid of settings and seeds, as a YAML file says, and the cells that it asks for.
-
-    base: vim_micro.yaml           # settings of the dense model, a file beside this one
-    seeds: [0, 1, 2]
-    finetune: {epochs: 2, ...}     # what differs while fine-tuning; may be left out
-    rows:
-      - {name: ordered 12, fusion_strategy: all, fusion_token: 12, fusion_method: ordered}
-
-For each seed one dense model is trained, as `base` says.  For each row and seed its weights are
-evaluated with the row's settings, and fine-tuned with them.  The first row, `dense`, has no
-settings of its own: what the others gain by more epochs, it gains too.
-"""
+"""A grid of settings and seeds: its rows, and the cells that have to run."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fambav import config
-from fambav.config import Config, ConfigError
+from fambav.config import Config
 from fambav.config.options import OPTIONS
-from fambav.config.sources import content
-from fambav.config.values import refuse, shown
-from fambav.registry import nearest
+from fambav.experiments.rows import Row
 
-DENSE, FREE, TUNED = PHASES = ("dense", "training-free", "fine-tuned")
+DENSE, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")
 
-_KEYS = ("base", "seeds", "finetune", "rows")
-_OWN = ("seed", "output_dir", "resume", "finetune", "eval")  # settings that the grid itself sets
 _PLACES = {"output_dir", "resume", "finetune", "eval", "data_path", "download", "log_every"}
-_LARGEST = OPTIONS["seed"].bounds.high
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        name: What the file calls it.
-        slug: The same as the name of a folder.
-        settings: What differs from the dense model, by the names of settings.
-    """
-
-    name: str
-    slug: str
-    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +24,7 @@ class Cell:
         seed: Of every random draw.
         phase: One of PHASES.
         config: Its settings, without the places of files.
-        start: The cell whose weights it starts from; None for a dense model.
+        start: The cell whose weights it starts from; None for one that starts from none.
     """
 
     row: Row
@@ -103,121 +69,51 @@ class Grid:
 
     Attributes:
         path: The file.
-        rows: The rows, the dense one first.
+        title: What the table is called; may be empty.
+        scratch: Whether every row is trained from scratch.
+        names: Heads of the columns that name rows.
+        rows: The rows in the order of the table.
+        baseline: The row without reduction, with which the others are compared.
+        vary: Settings besides those of reduction in which rows may differ.
+        source: Where the papers' figures come from; empty without.
+        differences: Whether the paper's differences are shown instead of its figures.
         seeds: The seeds.
         cells: The cells in the order in which they run: all dense models, then seed by seed.
     """
 
     path: Path
+    title: str
+    scratch: bool
+    names: tuple[str, ...]
     rows: tuple[Row, ...]
+    baseline: Row
+    vary: tuple[str, ...]
+    source: str
+    differences: bool
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
 
+    @property
+    def name(self) -> str:
+        """The name of the file without its ending."""
+        return self.path.stem
 
-def read(path: Path) -> Grid:
-    """Read a grid.
+    @property
+    def phase(self) -> str:
+        """The phase whose figures a row is known by: the one that trains, if there is one."""
+        phases = {cell.phase for cell in self.cells}
+        return next(phase for phase in (SCRATCH, TUNED, FREE) if phase in phases)
 
-    Raises:
-        ConfigError: If the file or one of its settings cannot be used.
-    """
-    given = content(path)
-    for key in given:
-        if key not in _KEYS:
-            raise ConfigError(f"{path}: {shown(key)} is not of a grid; {nearest(str(key), _KEYS)}")
-    base = _base(path, given.get("base"))
-    tuning = _settings(f"{path}: finetune", given["finetune"]) if "finetune" in given else None
-    if tuning is not None:
-        _with(base, tuning, f"{path}: finetune")
-    seeds = _seeds(f"{path}: seeds", given.get("seeds"))
-    rows = (Row(name=DENSE, slug=DENSE, settings={}), *_rows(path, given.get("rows")))
-    cells = _cells(path, base, rows, seeds, tuning)
-    return Grid(path=path, rows=rows, seeds=seeds, cells=tuple(cells))
+    def of(self, row: Row, phase: str) -> list[Cell]:
+        """Return the cells of a row, one for each seed.
 
-
-def _cells(
-    path: Path,
-    base: Config,
-    rows: Sequence[Row],
-    seeds: Sequence[int],
-    tuning: dict[str, Any] | None,
-) -> list[Cell]:
-    phases: list[tuple[Row, str, Config]] = []
-    for row in rows:
-        label = f"{path}: row {row.name!r}"
-        if row.settings:
-            phases.append((row, FREE, _with(base, row.settings, label)))
-        if tuning is not None:
-            phases.append((row, TUNED, _with(base, {**tuning, **row.settings}, label)))
-    starts = [
-        Cell(row=rows[0], seed=seed, phase=DENSE, config=base.replace(seed=seed)) for seed in seeds
-    ]
-    return starts + [
-        Cell(row=row, seed=s.seed, phase=phase, config=found.replace(seed=s.seed), start=s)
-        for s in starts
-        for row, phase, found in phases
-    ]
-
-
-def _base(path: Path, given: Any) -> Config:
-    """The dense model's settings; a cell that names no number of threads computes with one."""
-    if not isinstance(given, str):
-        refuse(f"{path}: base", given, "the path of a YAML file")
-    found = config.load(path.parent / given)
-    for name in _OWN:
-        if found.flat()[name] != OPTIONS[name].default:
-            raise ConfigError(f"{path}: base sets {name}, which the grid sets itself")
-    return found.replace(threads=1) if found.run.threads is None else found
-
-
-def _seeds(label: str, given: Any) -> tuple[int, ...]:
-    whole = isinstance(given, list) and all(type(seed) is int for seed in given)
-    if not whole or not given or not all(0 <= seed <= _LARGEST for seed in given):
-        refuse(label, given, "a list of seeds such as [0, 1, 2]")
-    if len(set(given)) < len(given):
-        refuse(label, given, "every seed once")
-    return tuple(given)
-
-
-def _rows(path: Path, given: Any) -> list[Row]:
-    if not isinstance(given, list) or not given:
-        refuse(f"{path}: rows", given, "a list of rows, each with a name and settings")
-    rows: list[Row] = []
-    taken = {DENSE: DENSE}
-    for number, entry in enumerate(given, start=1):
-        label = f"{path}: row {number}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            refuse(label, entry, "settings and a `name`, which is a text")
-        name = entry["name"]
-        slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
-        if not slug:
-            refuse(f"{label}: name", name, "a name with a letter or a digit")
-        if slug in taken:
-            hint = f"it is too near to {taken[slug]!r}"
-            refuse(f"{label}: name", name, f"a name that no other row has; {hint}")
-        taken[slug] = name
-        settings = {key: value for key, value in entry.items() if key != "name"}
-        settings = _settings(f"{path}: row {name!r}", settings)
-        if not settings:
-            refuse(f"{path}: row {name!r}", {}, f"settings; row {DENSE!r} is there without asking")
-        rows.append(Row(name=name, slug=slug, settings=settings))
-    return rows
-
-
-def _settings(label: str, given: Any) -> dict[str, Any]:
-    """Settings as they were written, under keys that may stand there."""
-    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        refuse(label, given, "settings such as {lr: 0.001}")
-    for key in given:
-        if key in _OWN:
-            raise ConfigError(f"{label} sets {key}, which the grid sets itself")
-    return dict(given)
-
-
-def _with(base: Config, settings: dict[str, Any], label: str) -> Config:
-    try:
-        return base.replace(**settings)
-    except ConfigError as error:
-        raise ConfigError(f"{label}: {error}") from None
+        Args:
+            row: The row; training-free figures of the dense model's are its own.
+            phase: One of PHASES.
+        """
+        if phase == FREE and row.name == DENSE and not self.scratch:
+            phase = DENSE
+        return [cell for cell in self.cells if cell.row.name == row.name and cell.phase == phase]
 
 
 def _lasting(found: Config) -> dict[str, Any]:

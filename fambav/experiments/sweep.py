@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 
+from fambav.comparison.likeness import differing, machine, told
 from fambav.engine import record
-from fambav.experiments import results, summary
-from fambav.experiments.grid import DENSE, Cell, Grid
+from fambav.experiments import archive, results, summary
+from fambav.experiments.grid import Cell, Grid
+from fambav.experiments.lock import alone
 from fambav.experiments.results import Record, Task
 from fambav.experiments.workers import Workers
 
@@ -17,7 +19,13 @@ _NAMED = 6  # failed cells that an error names
 
 
 def run(
-    grid: Grid, folder: Path, *, jobs: int, keep: bool, say: Callable[[str], None]
+    grid: Grid,
+    folder: Path,
+    *,
+    jobs: int,
+    keep: bool,
+    say: Callable[[str], None],
+    mixed: bool = False,
 ) -> dict[str, Record]:
     """Carry out what is missing of a grid.
 
@@ -25,34 +33,40 @@ def run(
 
     Args:
         grid: What to carry out.
-        folder: Gets the cells and the tables, results.csv and results.md.
+        folder: Gets the cells and the tables, results.csv, results.json and results.md.
         jobs: Processes that work at once, at least 1.
-        keep: Whether the checkpoints of fine-tuned cells stay.
+        keep: Whether the checkpoints of trained cells stay.
         say: Is told of each finished cell in one line.
+        mixed: Whether cells may come from several machines; the table then has no time and memory.
 
     Returns:
         The records of all cells, by their names.
 
     Raises:
+        ValueError: If another process works in the folder, or its cells come from another machine.
         OSError: If the folder cannot be written.
     """
     record.prepare(folder)
-    about = record.environment(jobs=jobs)
-    found = {c.name: known for c in grid.cells if (known := results.finished(c, folder))}
-    left = [cell for cell in grid.cells if cell.name not in found]
-    say(f"{len(found)} of {len(grid.cells)} cells are finished")
-    summary.write(grid, found, folder)
-    pace = Pace(found.values(), left, jobs)
-    starts = [cell for cell in left if cell.phase == DENSE]
-    rest = [cell for cell in left if cell.phase != DENSE]
-    with Workers(min(jobs, max(1, len(left)))) as workers:
-        for wave in (starts, rest):
-            tasks = [Task(cell, folder, keep, about) for cell in wave]
-            for task, known in workers.perform(tasks):
-                found[task.cell.name] = known
-                pace.count(task.cell, known)
-                summary.write(grid, found, folder)
-                say(f"[{len(found)}/{len(grid.cells)}] {_line(task.cell, known)}{pace.text()}")
+    with alone(folder):
+        about = record.environment(jobs=jobs)
+        found = {c.name: known for c in grid.cells if (known := results.finished(c, folder))}
+        left = [cell for cell in grid.cells if cell.name not in found]
+        if not mixed:
+            _refuse_mixed(folder, found, about if left else None)
+        say(f"{len(found)} of {len(grid.cells)} cells are finished")
+        summary.write(grid, found, folder, mixed=mixed)
+        pace = Pace(found.values(), left, jobs)
+        with Workers(min(jobs, max(1, len(left)))) as workers:
+            for wave in _waves(left):
+                tasks = [Task(cell, folder, keep, about) for cell in wave]
+                for task, known in workers.perform(tasks):
+                    found[task.cell.name] = known
+                    pace.count(task.cell, known)
+                    summary.write(grid, found, folder, mixed=mixed)
+                    line = _line(task.cell, known)
+                    say(f"[{len(found)}/{len(grid.cells)}] {line}{pace.text()}")
+        if not mixed:
+            _refuse_mixed(folder, found, None)  # processes may have found GPUs of several kinds
     return found
 
 
@@ -72,7 +86,7 @@ def refuse_failures(grid: Grid, found: dict[str, Record], folder: Path) -> None:
         more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
         raise ValueError(
             f"{len(failed)} of {len(grid.cells)} cells failed: {'; '.join(failed[:_NAMED])}{more}; "
-            f"{folder / summary.CSV} has the reasons"
+            f"{folder / archive.CSV} has the reasons"
         )
 
 
@@ -107,6 +121,29 @@ class Pace:
     def _add(self, known: Record) -> None:
         if known["error"] is None and known["wall_seconds"] is not None:
             self._seconds[known["phase"]].append(known["wall_seconds"])
+
+
+def _waves(left: Iterable[Cell]) -> list[list[Cell]]:
+    """Cells that start from nothing, then those that start from one of them."""
+    waves: tuple[list[Cell], list[Cell]] = ([], [])
+    for cell in left:
+        waves[cell.start is not None].append(cell)
+    return [wave for wave in waves if wave]
+
+
+def _refuse_mixed(folder: Path, found: dict[str, Record], here: Record | None) -> None:
+    """Refuse cells of several machines, those that are to run here among them.
+
+    A cell's number of threads is one of its settings, so that what the grid's own process says of
+    it does not count.
+    """
+    places = [*(known["about"] for known in found.values()), *([] if here is None else [here])]
+    differences = differing(machine(about, without=["threads"]) for about in places)
+    if differences:
+        raise ValueError(
+            f"cells in {folder} and those to run differ in {told(differences)}, expected one "
+            "machine and one number of jobs; --mixed leaves time and memory out of the table"
+        )
 
 
 def _line(cell: Cell, known: Record) -> str:

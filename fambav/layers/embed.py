@@ -93,7 +93,7 @@ def insert(x: Tensor, extra: Sequence[Tensor], places: Sequence[int]) -> Tensor:
     """
     pieces, start = [], 0
     for before, (row, place) in enumerate(zip(extra, places, strict=True)):
-        pieces += [x[:, start : place - before], row.expand(len(x), -1, -1)]
+        pieces += [x[:, start : place - before], row.expand(x.shape[0], -1, -1)]
         start = place - before
     return torch.cat([*pieces, x[:, start:]], dim=1)
 

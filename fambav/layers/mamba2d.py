@@ -141,7 +141,7 @@ class Mamba2D(nn.Module):
             y = self._scan(inputs)
         else:
             inputs, y = self._aged_scan(inputs, places, ask)
-        y = y.unflatten(0, (len(hidden), -1))
+        y = y.unflatten(0, (hidden.shape[0], -1))
         out: Tensor = self.out_proj(collect(y, places.orders) * F.silu(z))
         if ask is None:
             return out
@@ -260,5 +260,5 @@ def on_image(
     if position is None:
         return function(x.mT.unflatten(2, grid)).flatten(2).mT
     index = position[..., None].expand_as(x)
-    whole = x.new_zeros(len(x), grid[0] * grid[1], x.shape[2]).scatter(1, index, x)
+    whole = x.new_zeros(x.shape[0], grid[0] * grid[1], x.shape[2]).scatter(1, index, x)
     return take(function(whole.mT.unflatten(2, grid)).flatten(2).mT, position)

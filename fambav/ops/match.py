@@ -175,7 +175,7 @@ def _reference(x: Tensor, class_places: Tensor, count: int, *, in_order: bool) -
         return others(source, length), source, target
     source, target = _pairs(x, count, masked=class_places)
     even = 2 * others(source // 2, length - length // 2)
-    odd = torch.arange(1, length, 2, device=x.device).expand(len(x), -1)
+    odd = torch.arange(1, length, 2, device=x.device).expand(x.shape[0], -1)
     return torch.cat((even, odd), dim=1), source, target
 
 

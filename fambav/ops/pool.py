@@ -144,7 +144,7 @@ def _scaled(rows: Tensor, share: Tensor) -> Tensor:
 
 def _rows(places: Tensor, length: int) -> Tensor:
     """Turn places along sequences of `length`, (batch, n), into rows of (batch * length, dim)."""
-    first = torch.arange(len(places), device=places.device)[:, None] * length
+    first = torch.arange(places.shape[0], device=places.device)[:, None] * length
     return (places + first).flatten()
 
 

@@ -145,7 +145,7 @@ def interspersed(patches: Tensor, class_places: Tensor, new: Tensor) -> Tensor:
         The places of all in their order, (batch, patches + k), int64.
     """
     length = patches.shape[1] + class_places.shape[1]
-    order = patches.new_empty(len(patches), length).scatter(1, others(new, length), patches)
+    order = patches.new_empty(patches.shape[0], length).scatter(1, others(new, length), patches)
     return order.scatter(1, new, class_places)
 
 

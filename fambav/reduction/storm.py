@@ -71,7 +71,7 @@ class Storm(Reducer):
         grid, *rows = self._shorter(grid, tokens.grid[1] - width)
         grid, *columns = self._shorter(grid.turned(), tokens.grid[0] - height)
         # Who joined a token that then joined another goes there too.
-        into = torch.arange(length, device=class_places.device).expand(len(class_places), -1)
+        into = torch.arange(length, device=class_places.device).expand(class_places.shape[0], -1)
         into = into.scatter(1, columns[0], columns[1])
         source = torch.cat((rows[0], columns[0]), dim=1)
         target = torch.cat((into.gather(1, rows[1]), columns[1]), dim=1)
@@ -137,7 +137,7 @@ class Storm(Reducer):
             weight.gather(1, left),
             places.gather(1, left),
         )
-        batch = len(grid.x)
+        batch = grid.x.shape[0]
         return (
             _Grid(*(part.unflatten(0, (batch, -1)) for part in kept)),
             places.gather(1, even).view(batch, -1),
@@ -149,7 +149,7 @@ class Storm(Reducer):
         pairs = x.shape[2] // 2
         lines = x[:, :, : 2 * pairs].flatten(0, 1)
         apart = _apart(lines[:, 0::2], lines[:, 1::2], self.distance)
-        found = [lines.new_empty(len(lines), 0, dtype=torch.int64)]
+        found = [lines.new_empty(lines.shape[0], 0, dtype=torch.int64)]
         shares = _shares(pairs, count, self.window)
         for start, share in zip(range(0, pairs, self.window), shares, strict=True):
             near = apart[:, start : start + self.window].sort(dim=1, stable=True).indices

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fambav.bench.block import block
+from fambav.bench.candidates import Candidate, image_size
 from fambav.bench.scan import Inputs, _both, _composed, _leaves, scan
 from fambav.bench.stack import sift, stack
-from fambav.bench.step import image_size, step, training
+from fambav.bench.step import step, training
 from fambav.ops import BackendError, backends, causal_conv1d
 from fambav.ops.conv import CAUSAL_CONV1D
 from fambav.ops.kernels import NUMBA
@@ -130,7 +131,7 @@ def test_a_step_cannot_have_the_class_token_alone():
 
 
 def test_a_step_is_an_update_of_the_weights():
-    made = training("vim_micro", length=5, batch=2, device=CPU, dtype=torch.float32)
+    made = training(Candidate("vim_micro", length=5), batch=2, device=CPU)
     before = made.net.head.weight.detach().clone()
     assert made.run().isfinite()
     assert not torch.equal(made.net.head.weight, before)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from fambav.bench.candidates import Candidate, Plan
 from fambav.bench.step import training
-from fambav.bench.strategies import PLANS, Merging, Plan, strategies
+from fambav.bench.strategies import PLANS, Merging, strategies
 from fambav.models import Vim
 
 CPU = torch.device("cpu")
@@ -61,8 +62,8 @@ def test_a_plan_that_cannot_be_read_or_done_is_refused(plan, message):
 
 
 def test_merging_meets_the_tokens_of_the_model_at_the_layers_that_fuse():
-    fusion = Plan.parse("upper:4:9").fusion
-    step = training("vim_micro", batch=2, device=CPU, dtype=torch.bfloat16, fusion=fusion)
+    candidate = Candidate("vim_micro", "upper:4:9", dtype=torch.bfloat16)
+    step = training(candidate, batch=2, device=CPU)
     merging = Merging(step)
     assert [(layer, tokens.x.shape[1]) for tokens, layer in merging.met] == [
         (3, 65),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fambav.engine.memory import MIB, Meter, Saved, resident_mib
+from fambav.engine.memory import MIB, Meter, Saved, allocated_peak, resident_mib
 
 CPU = torch.device("cpu")
 
@@ -73,6 +73,20 @@ def test_meter_measures_the_update_it_surrounds():
         model(x[:16]).sum().backward()
     model(x).sum().backward()
     assert meter.peak().mib < first.mib
+
+
+def test_the_allocator_is_asked_for_what_it_holds_at_once():
+    there = torch.ones(1000)
+
+    def run():
+        first = there + 1
+        del first
+        second, third = there + 2, there + 3
+        return second, third
+
+    assert 2 * 4000 <= allocated_peak(run) < 3 * 4000  # each is rounded up
+    assert allocated_peak(lambda: there.add_(1)) < 1000
+    assert allocated_peak(lambda: there.view(10, 100)) == 0
 
 
 @pytest.mark.gpu

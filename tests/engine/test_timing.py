@@ -5,7 +5,17 @@ import torch
 
 from fambav.bench.scan import table
 from fambav.engine import timing
-from fambav.engine.timing import interleave, peak_mib, ratio, spread, with_replays
+from fambav.engine.timing import (
+    allocated_mib,
+    first_ms,
+    interleave,
+    peak_mib,
+    quartiles,
+    ratio,
+    ratios,
+    spread,
+    with_replays,
+)
 
 CPU = torch.device("cpu")
 
@@ -33,12 +43,14 @@ def test_too_few_rounds_are_refused(options, message):
 
 def test_ratios_are_taken_within_a_round():
     assert ratio([3.0, 8.0, 8.0], [1.0, 2.0, 4.0]) == 3.0
+    assert ratios([3.0, 8.0, 8.0], [1.0, 2.0, 4.0]) == [3.0, 4.0, 2.0]
     assert ratio(None, [1.0]) is None
     assert ratio([1.0], None) is None
 
 
 def test_medians_come_with_quartiles():
     assert spread([3.0, 1.0, 2.0]) == {"median_ms": 2.0, "quartiles_ms": (1.0, 3.0)}
+    assert (*quartiles([1.0, 2.0, 3.0]),) == (1.0, 2.0, 3.0)
     assert spread([5.0]) == {"median_ms": 5.0, "quartiles_ms": (5.0, 5.0)}
 
 
@@ -81,6 +93,21 @@ def test_a_row_compares_with_the_baseline_of_its_own_length_and_launch():
     assert replayed["over_cuda"] is long["over_cpu"] is None
     assert (long["growth"], short["growth"]) == (1.0, 1.5)
     assert (long["peak_mib"], short["peak_mib"]) == (7.0, None)
+
+
+def test_the_first_call_is_timed_once_and_a_call_alone_is_not_repeated(monkeypatch):
+    waited, turns = [], []
+    monkeypatch.setattr(timing, "settle", waited.append)
+    gpu = torch.device("cuda")
+    assert first_ms(lambda: turns.append("first"), gpu) >= 0
+    interleave({"a": lambda: turns.append("a")}, rounds=2, warmup=0, device=gpu, alone=True)
+    assert turns == ["first", "a", "a"]
+    assert waited == [gpu] * 6  # before and after each
+
+
+def test_memory_of_a_pass_without_gradients_is_what_it_allocates():
+    x = torch.ones(2**16)
+    assert allocated_mib(lambda: x + 1, CPU) == pytest.approx(0.25, rel=1e-3)
 
 
 @pytest.mark.gpu

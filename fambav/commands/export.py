@@ -1,0 +1,68 @@
+"""fambav export."""
+
+from __future__ import annotations
+
+from fambav.commands.parser import Parser
+from fambav.config import ConfigError
+from fambav.registry import nearest
+
+_FORMATS = ("safetensors", "torch", "onnx", "hf")
+
+
+def run(words: list[str]) -> None:
+    """Write a trained model for other programs, checked on images against the model itself."""
+    parser = Parser(
+        "fambav export",
+        description=run.__doc__,
+        epilog="safetensors and hf are loaded by fambav.from_pretrained, torch by torch.export.load"
+        " without this package, onnx by ONNX Runtime.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", metavar="RUN|CHECKPOINT", help="a run folder or a file of weights")
+    parser.add_argument("--format", required=True, metavar="|".join(_FORMATS))
+    parser.add_argument(
+        *("--output_dir", "--output-dir"),
+        metavar="DIR",
+        help="empty or new; export-FORMAT beside the weights by default",
+    )
+    parser.add_argument(
+        "--images", type=int, default=64, metavar="N", help="held-out images to compare on (64)"
+    )
+    parser.add_argument(
+        "--noise", action="store_true", help="compare on noise, where the data set is not at hand"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
+        help="largest difference of a logit, relative to the largest logit, at least 1 (1e-4)",
+    )
+    parser.add_argument(
+        *("--data_path", "--data-path"), metavar="DIR", help="of the data set, if it has moved"
+    )
+    given = parser.parse_args(words)
+    if given.format not in _FORMATS:
+        hint = nearest(given.format, _FORMATS)
+        raise ConfigError(f"format is {given.format!r}, expected a known name; {hint}")
+
+    from pathlib import Path
+
+    from fambav.export import export
+
+    source = Path(given.path)
+    beside = source if source.is_dir() else source.parent
+    folder = Path(given.output_dir or beside / f"export-{given.format}")
+    check = export(
+        source,
+        given.format,
+        folder,
+        images=given.images,
+        noise=given.noise,
+        tolerance=given.tolerance,
+        data_path=given.data_path,
+    )
+    print(f"{given.format} in {check.seconds:.1f} s: {folder}")
+    for file in sorted(folder.iterdir()):
+        print(f"  {file.name:<26}{file.stat().st_size / 2**20:8.2f} MiB")
+    print(check.line())

@@ -1,0 +1,51 @@
+"""fambav pareto."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from fambav.commands.parser import Parser
+
+
+def run(words: list[str]) -> None:
+    """Draw accuracy against time, memory, operations and tokens over the rows of a grid."""
+    given = _parser().parse_args(words)
+    from fambav import experiments, pictures
+
+    points = experiments.points(given.folder, phase=given.phase)
+    title, kinds = _told(given.folder)
+    if points:
+        title = f"{title}: top-1 accuracy against cost, {points[0].phase}"
+    figure = pictures.pareto(points, title=title, detail=f"memory: {kinds}" if kinds else "")
+    folder = given.output_dir or given.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "svg"):
+        path = folder / f"pareto.{kind}"
+        pictures.write(figure, path)
+        print(f"{path}  {title}")
+
+
+def _told(folder: Path) -> tuple[str, str]:
+    """Return the title of a grid, and what its memory counts."""
+    from fambav.experiments.archive import JSON
+
+    told = json.loads((folder / JSON).read_text(encoding="utf-8"))
+    known = (cell["figures"].get("memory_kind") for cell in told["cells"])
+    return told["title"] or told["grid"], "; ".join(sorted({kind for kind in known if kind}))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("fambav pareto", description=run.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="the folder of a grid, see fambav table --grid"
+    )
+    parser.add_argument(
+        *("--output-dir", "--output_dir"),
+        type=Path,
+        metavar="DIR",
+        help="where pareto.png and pareto.svg go; FOLDER by default",
+    )
+    parser.add_argument("--phase", metavar="NAME", help="such as training-free or fine-tuned")
+    return parser

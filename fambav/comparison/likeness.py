@@ -1,0 +1,71 @@
+"""Whether figures may stand in one column: the machine, and the recipe, that they come from.
+
+Two runs may be compared in time and memory if they differ in nothing but tokens and seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from fambav.config import Config, Fusion, Reduction
+
+Facts = Mapping[str, Any]
+
+MACHINE = ("platform", "cpu", "cpu_count", "gpu", "device", "processes", "threads", "jobs")
+REDUCTION = frozenset(item.name for group in (Fusion, Reduction) for item in fields(group))
+_PLACES = {"output_dir", "resume", "eval", "data_path", "download", "log_every"}
+_FILES = {"finetune", "teacher_path"}  # whether there is one is of the recipe, its name is not
+_NAMED = 8  # settings that an error names
+
+
+def machine(about: Facts, *, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Return where something was measured.
+
+    Args:
+        about: What `engine.record.environment` says.
+        without: Entries to leave out.
+    """
+    return {name: about[name] for name in MACHINE if name in about and name not in set(without)}
+
+
+def recipe(config: Config) -> dict[str, Any]:
+    """Return all that a run is made with but its reduction, its seed and the places of files."""
+    left_out = REDUCTION | _PLACES | {"seed"}
+    return {
+        name: bool(value) if name in _FILES else value
+        for name, value in config.flat().items()
+        if name not in left_out
+    }
+
+
+def differing(facts: Iterable[Facts]) -> dict[str, list[Any]]:
+    """Return the entries that are not the same in all of `facts`, each with its values.
+
+    An entry that some do not have is compared among those that have it: a file of an earlier
+    version may not know it.
+    """
+    values: dict[str, list[Any]] = {}
+    for found in facts:
+        for name, value in found.items():
+            known = values.setdefault(name, [])
+            if value not in known:
+                known.append(value)
+    return {name: known for name, known in values.items() if len(known) > 1}
+
+
+def told(differences: Mapping[str, list[Any]]) -> str:
+    """Return differences in one line: `lr (0.001, 0.002), gpu (none, H200)`."""
+    shown = [
+        f"{name} ({', '.join(_short(value) for value in values)})"
+        for name, values in list(differences.items())[:_NAMED]
+    ]
+    more = len(differences) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

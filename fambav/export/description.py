@@ -1,0 +1,160 @@
+"""What is known of an exported model, for programs: config.json.
+
+The words at the top are those of timm's own files; what only this package knows is under "fambav".
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import fambav
+from fambav.build.prediction import Pretrained
+from fambav.build.saved import fact
+from fambav.config.options import Fusion, Model, Reduction
+from fambav.models import Isotropic
+
+# Settings of a run that say nothing of the model itself.
+_MACHINE = ("scan_backend", "compile", "cuda_graphs", "grad_checkpointing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the files of a run say; None where they do not.
+
+    Attributes:
+        epoch: Number of the epoch behind which the weights were saved, from 1.
+        epochs: Epochs that the run was to have.
+        acc1, acc5: Of the raw weights on the held-out images after that epoch, in percent.
+        seed: Of the run.
+        date: When it started.
+        commit: Of the source.
+        hardware: What it ran on.
+    """
+
+    epoch: int | None = None
+    epochs: int | None = None
+    acc1: float | None = None
+    acc5: float | None = None
+    seed: int | None = None
+    date: str | None = None
+    commit: str | None = None
+    hardware: str | None = None
+
+
+def run_of(model: Pretrained) -> Run:
+    """Read the files beside a checkpoint; what they do not say is unknown."""
+    folder, state = model.source.parent, model.state
+    log = folder / "log.txt"
+    if not log.is_file():
+        return Run()
+    epochs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line]
+    number = state.get("epoch", epochs[-1].get("epoch") if epochs else None)
+    record: dict[str, Any] = next((e for e in epochs if e.get("epoch") == number), {})
+    about = folder / "env.json"
+    where = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    return Run(
+        epoch=None if number is None else int(number) + 1,
+        epochs=model.config.optim.epochs,
+        acc1=record.get("test_acc1"),
+        acc5=record.get("test_acc5"),
+        seed=model.config.run.seed,
+        date=where.get("started"),
+        commit=where.get("commit"),
+        hardware=_hardware(where),
+    )
+
+
+def described(model: Pretrained, kind: str) -> dict[str, Any]:
+    """Return what `config.json` holds.
+
+    Args:
+        model: The model.
+        kind: The format.
+    """
+    net, config = model.net, model.config
+    channels, height, width = input_size(model)
+    plan = None
+    if isinstance(net, Isotropic):
+        plan = {**asdict(net.schedule), "share": net.schedule.share}
+    small = max(height, width) <= 32
+    return {
+        "architecture": config.model.model.removeprefix("timm/"),
+        "num_classes": num_classes(model),
+        "num_features": getattr(net, "num_features", None),
+        "label_names": model.class_names,
+        "pretrained_cfg": {
+            "input_size": [channels, height, width],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0 if small else config.data.eval_crop_ratio,
+            "crop_mode": "squash" if small else "center",
+            "mean": list(model.mean),
+            "std": list(model.std),
+            "num_classes": num_classes(model),
+        },
+        "fambav": {
+            "version": fambav.__version__,
+            "format": kind,
+            "class_token": config.model.class_token,
+            "settings": settings(model),
+            "plan": plan,
+            "run": asdict(run_of(model)),
+        },
+    }
+
+
+def settings(model: Pretrained) -> dict[str, Any]:
+    """Return the settings that the model is built from, and how its images are made."""
+    flat, names = model.config.flat(), {"data_set", "data_stats", "eval_crop_ratio"}
+    for group in (Model, Fusion, Reduction):
+        names |= {field.name for field in fields(group)}
+    kept = {name: value for name, value in flat.items() if name in names - set(_MACHINE)}
+    if kept["fusion_strategy"] == "none" and kept["reduction"] != "none":
+        del kept["fusion_strategy"]
+    return kept
+
+
+def input_size(model: Pretrained) -> tuple[int, int, int]:
+    """Return channels, height and width of an image."""
+    net: Any = model.net
+    if isinstance(net, Isotropic):
+        return net.patch_embed.in_chans, *net.img_size
+    channels, height, width = net.pretrained_cfg["input_size"]
+    size = model.config.model.input_size
+    return channels, size or height, size or width
+
+
+def num_classes(model: Pretrained) -> int:
+    """Return the length of the output."""
+    net: Any = model.net
+    return int(net.num_classes)
+
+
+def facts(model: Pretrained) -> dict[str, Any]:
+    """Return what the file of weights says beside them."""
+    return {
+        "config": settings(model),
+        "class_token": model.config.model.class_token,
+        "num_classes": num_classes(model),
+        "class_names": model.class_names,
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "torch": fact(model.state, "torch") or "unknown",
+    }
+
+
+def write(folder: Path, told: dict[str, Any]) -> None:
+    """Write `config.json` into a folder."""
+    text = json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _hardware(where: dict[str, Any]) -> str | None:
+    if not where:
+        return None
+    if where.get("gpu") and str(where.get("device", "")).startswith("cuda"):
+        return str(where["gpu"])
+    return f"{where.get('cpu_count')} CPU cores, {where.get('threads')} threads"

@@ -1,0 +1,101 @@
+"""A model as a graph of PyTorch's own operations, for a batch of any size.
+
+Numbers of tokens are fixed by the schedule, so they are constants of the graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from fambav.export import recurrence
+from fambav.export.choosing import match
+from fambav.ops.dispatch import SCAN, Backend, backends, force
+from fambav.ops.selective_scan import SELECTIVE_SCAN
+
+Lowering = Mapping[Any, Callable[..., Any]]
+
+_EXAMPLES = 2  # a batch of one would be taken for a constant
+_KEPT = ("val", "tensor_meta")  # what a saved graph needs to know of a node
+
+
+def traced(net: nn.Module, input_size: tuple[int, int, int], lowering: Lowering) -> ExportedProgram:
+    """Trace a model.
+
+    Args:
+        net: In evaluation mode, on the CPU; its parameters no longer want gradients afterwards.
+        input_size: Channels, height and width of an image.
+        lowering: What operators become in the graph; the matching is in it already.
+
+    Returns:
+        A program without operators of ours, but for those that `lowering` brings in.
+
+    Raises:
+        ValueError: If the model does something that depends on its numbers.
+    """
+    examples = (torch.zeros(_EXAMPLES, *input_size),)
+    shapes = ({0: Dim("batch", min=1)},)
+    net.requires_grad_(requires_grad=False)
+    with torch.no_grad(), _plain_backends(), quiet():
+        try:
+            program: ExportedProgram = torch.export.export(
+                net, examples, dynamic_shapes=shapes, strict=False
+            )
+            program = program.run_decompositions({**_choice(), **lowering})
+        except (RuntimeError, TypeError, torch._dynamo.exc.UserError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"model is a {type(net).__name__}, expected one that torch can trace: {reason}"
+            ) from error
+    return program
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back what torch and ONNX remark on themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def bare(program: ExportedProgram) -> ExportedProgram:
+    """Take out of a program, in place, what it says of the source it was traced from."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        node.meta = {name: node.meta[name] for name in _KEPT if name in node.meta}
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def _choice() -> Lowering:
+    return {torch.ops.fambav.match.default: match}
+
+
+@contextmanager
+def _plain_backends() -> Iterator[None]:
+    """Let every operation run its reference, and the scan as the recurrence and what is around."""
+    before = SELECTIVE_SCAN.backends
+    last = {op: name for op, name, _ in backends()}
+    SELECTIVE_SCAN.backends = (Backend("export", recurrence.scan), *before)
+    try:
+        with ExitStack() as stack:
+            for op, name in last.items():
+                stack.enter_context(force("export" if op == SCAN else name, op))
+            yield
+    finally:
+        SELECTIVE_SCAN.backends = before

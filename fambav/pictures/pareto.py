@@ -1,0 +1,261 @@
+"""Accuracy against what it costs, over the rows of a grid, and which rows nothing beats.
+
+A row is on the front if no other is at least as accurate at no higher cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fambav.pictures import style
+from fambav.pictures.labels import placed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SPELLED = 9  # most rows whose names stand in the picture; of more, numbers do
+_NAMED = 16  # most rows that all have a number; of more, those on a front
+_FRONT = "front"
+
+
+class Estimate(Protocol):
+    """A figure over several seeds: its mean, and its standard deviation unless there is one."""
+
+    @property
+    def count(self) -> int:
+        """Seeds."""
+
+    @property
+    def mean(self) -> float:
+        """Mean."""
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation, None with one seed."""
+
+
+class Point(Protocol):
+    """A row of a grid, such as `fambav.experiments.points` returns."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def method(self) -> str:
+        """Method of reduction; if there are several, rows of one have one colour."""
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is the row without reduction."""
+
+    @property
+    def phase(self) -> str:
+        """What the figures are of, such as fine-tuned."""
+
+    @property
+    def figures(self) -> Mapping[str, Estimate]:
+        """What was measured, by its key."""
+
+
+class Axis(NamedTuple):
+    """A cost.
+
+    Attributes:
+        key: Of the figures of a point.
+        label: With the unit.
+        unit: What the figures are divided by.
+    """
+
+    key: str
+    label: str
+    unit: float = 1.0
+
+
+AXES = (
+    Axis("seconds", "training time (s)"),
+    Axis("memory_mib", "peak memory in training (MiB)"),
+    Axis("flops", "forward pass of one image (MFLOPs)", 1e6),
+    Axis("token_layers", "token-layers left (%)", 0.01),
+)
+
+
+def front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
+    """Return which of several are on the front, by growing cost; of equals the first."""
+    order = sorted(range(len(costs)), key=lambda n: (costs[n], -values[n], n))
+    found: list[int] = []
+    for number in order:
+        if not found or values[number] > values[found[-1]]:
+            found.append(number)
+    return found
+
+
+def pareto(points: Sequence[Point], *, title: str, detail: str = "") -> Figure:
+    """Draw top-1 accuracy against every cost that was measured.
+
+    Args:
+        points: Rows measured on the same hardware.
+        title: What grid they are of.
+        detail: Such as what memory counts.
+
+    Raises:
+        ValueError: If no row has an accuracy and a cost.
+    """
+    known = [point for point in points if "acc1" in point.figures]
+    shown = [axis for axis in AXES if any(axis.key in point.figures for point in known)]
+    if not shown:
+        raise ValueError(f"points have no figures, expected acc1 and one of {', '.join(_keys())}")
+    names = _named(known, shown)
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = style.figure(5.6 * columns, 4.2 * rows + 1.0 + 0.1 * len(names))
+    seeds = sorted({point.figures["acc1"].count for point in known})
+    over = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seeds"
+    told = "one seed" if seeds == [1] else f"mean and standard deviation over {over}"
+    told += "; line: rows that no other row beats"
+    style.headed(figure, title, f"{told}{'; ' if detail else ''}{detail}")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, axis in zip(panels, shown, strict=False):
+        _draw(axes, axis, known)
+    for unused in panels[len(shown) :]:
+        unused.remove()
+    _key(figure, known, names)
+    figure.draw_without_rendering()  # only then is it known where points are
+    for axes, axis in zip(panels, shown, strict=False):
+        _name(axes, axis, [p for p in known if axis.key in p.figures], names)
+    return figure
+
+
+def _keys() -> list[str]:
+    return [axis.key for axis in AXES]
+
+
+def _xy(point: Point, axis: Axis) -> tuple[float, float]:
+    return point.figures[axis.key].mean / axis.unit, point.figures["acc1"].mean
+
+
+def _named(points: Sequence[Point], shown: Sequence[Axis]) -> dict[str, str]:
+    """Return what is written beside the rows that have something beside them."""
+    if len(points) <= _SPELLED:
+        return {point.name: point.name for point in points}
+    if len(points) <= _NAMED:
+        return {point.name: str(number) for number, point in enumerate(points, start=1)}
+    chosen = {point.name for point in points if point.baseline}
+    for axis in shown:
+        there = [point for point in points if axis.key in point.figures]
+        x, y = zip(*(_xy(point, axis) for point in there), strict=True)
+        chosen |= {there[number].name for number in front(x, y)}
+    names = [point.name for point in points if point.name in chosen]
+    return {name: str(number) for number, name in enumerate(names, start=1)}
+
+
+def _colours(points: Sequence[Point]) -> dict[str, tuple[str, str]]:
+    """Return colour and mark of each row by its name, a black star for what has no reduction."""
+    methods = list(dict.fromkeys(point.method for point in points if not point.baseline))
+    kinds = {p.name: p.method if len(methods) > 1 else p.name for p in points if not p.baseline}
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds.values()))}
+    look = {
+        name: (style.LINES[numbers[kind] % 6], style.MARKS[numbers[kind] % len(style.MARKS)])
+        for name, kind in kinds.items()
+    }
+    return look | {point.name: (style.INK, "*") for point in points if point.baseline}
+
+
+def _draw(axes: Axes, axis: Axis, points: Sequence[Point]) -> None:
+    look = _colours(points)
+    there = [point for point in points if axis.key in point.figures]
+    x, y = zip(*(_xy(point, axis) for point in there), strict=True)
+    best = front(x, y)
+    corners = [(x[n], y[before]) for before, n in pairwise(best)]
+    ends = [(x[n], y[n]) for n in best]
+    way = [ends[0], *chain.from_iterable(zip(corners, ends[1:], strict=True))]
+    axes.plot(*zip(*way, strict=True), color=style.GREY, lw=1.2, zorder=1, gid=_FRONT)
+    for point, across, up in zip(there, x, y, strict=True):
+        colour, mark = look[point.name]
+        wide, high = point.figures[axis.key].std, point.figures["acc1"].std
+        axes.errorbar(
+            across,
+            up,
+            xerr=None if wide is None else wide / axis.unit,
+            yerr=high,
+            color=colour,
+            marker=mark,
+            markersize=11 if mark == "*" else 6.5,
+            elinewidth=0.9,
+            alpha=0.9,
+        )
+    axes.set(xlabel=axis.label, ylabel="top-1 accuracy (%)")
+    axes.margins(0.12)
+    style.plain(axes, grid="both")
+
+
+def _name(axes: Axes, axis: Axis, points: Sequence[Point], names: Mapping[str, str]) -> None:
+    """Write names beside points, with a thin line to those that are not near."""
+    ordered = sorted(points, key=lambda point: point.name not in names)
+    named = [point for point in ordered if point.name in names]
+    at = np.array([_xy(point, axis) for point in ordered])
+    size, dpi = style.type_size(style.of(axes)), style.of(axes).dpi
+    pixel = size * dpi / 72
+    sizes = np.array([(pixel * (0.56 * len(names[p.name]) + 0.3), 1.1 * pixel) for p in named])
+    box = axes.get_window_extent()
+    (line,) = (line for line in axes.lines if line.get_gid() == _FRONT)
+    way = _along(axes.transData.transform(line.get_xydata()), 0.5 * pixel)
+    boxes = placed(
+        np.concatenate((axes.transData.transform(at), way)),
+        sizes,
+        area=(box.x0, box.y0, box.x1, box.y1),
+        mark=8 * dpi / 72,
+    )
+    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
+    back = axes.transData.inverted()
+    for point, start, middle in zip(named, at, back.transform(middles), strict=False):
+        written = axes.annotate(
+            names[point.name],
+            xy=(start[0], start[1]),
+            xytext=(middle[0], middle[1]),
+            fontsize=size,
+            ha="center",
+            va="center",
+            color=style.INK,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": style.GREY,
+                "lw": 0.7,
+                "shrinkA": 6,
+                "shrinkB": 3,
+            },
+        )
+        written.set_in_layout(False)  # or axes would move, and points with them
+
+
+def _along(corners: NDArray[np.float64], step: float) -> NDArray[np.float64]:
+    """Return points along a line at most `step` apart, (points, 2)."""
+    found = [corners[:1]]
+    for start, end in pairwise(corners):
+        many = int(np.abs(end - start).max() // step) + 1
+        found.append(start + (end - start) * np.linspace(0, 1, many + 1)[1:, None])
+    return np.concatenate(found)
+
+
+def _key(figure: Figure, points: Sequence[Point], names: Mapping[str, str]) -> None:
+    """Explain numbers and colours below the picture."""
+    from matplotlib.lines import Line2D
+
+    look = _colours(points)
+    lines = {
+        p.method if names.get(p.name) == p.name else f"{names[p.name]}  {p.name}": look[p.name]
+        for p in points
+        if p.name in names
+    }
+    lines |= {f"other rows of {p.method}": look[p.name] for p in points if p.name not in names}
+    marks = [
+        Line2D([], [], color=colour, marker=mark, linestyle="", label=name)
+        for name, (colour, mark) in lines.items()
+    ]
+    style.legend(figure, marks)

@@ -1,0 +1,108 @@
+"""Operations and bytes are counted, and set beside what a device does at best."""
+
+import pytest
+import torch
+
+from fambav.bench import ceilings
+from fambav.bench.candidates import Candidate, images
+from fambav.bench.ceilings import Ceilings
+from fambav.bench.counts import flops, traffic
+from fambav.bench.work import Shape, kernels, mixing, mixing_backward, products
+from fambav.ops.kernels import NUMBA
+
+CPU = torch.device("cpu")
+SHAPE = Shape(batch=3, length=70, dim=8, inner=16, state=4, rank=2, taps=4, bytes=2)
+
+
+def test_every_tensor_is_read_once_and_every_result_written_once():
+    x, y = torch.ones(10, 20), torch.ones(20, 30)
+    assert traffic(lambda: x @ y) == 4 * (200 + 600 + 300)
+    assert traffic(lambda: x.add_(1)) == 4 * (200 + 200)
+    assert traffic(lambda: x.copy_(y[0, :20])) == 4 * (20 + 200)
+    assert traffic(lambda: torch.empty(100).zero_()) == 4 * 100
+
+
+def test_views_and_what_is_repeated_cost_nothing():
+    x = torch.ones(10, 20)
+    assert traffic(lambda: x.view(200)[:5].unsqueeze(0).expand(9, 5)) == 0
+    one = torch.ones(1, 20)
+    assert traffic(lambda: x + one.expand(10, 20)) == 4 * (200 + 20 + 200)
+
+
+def test_lists_that_are_changed_in_place_are_read_and_written():
+    weights = [torch.ones(5), torch.ones(7)]
+    assert traffic(lambda: torch._foreach_add_(weights, 1.0)) == 2 * 4 * 12
+
+
+def test_a_backward_pass_is_counted():
+    x = torch.ones(10, requires_grad=True)
+    forward = traffic(lambda: (x * x).sum())
+    assert traffic(lambda: (x * x).sum().backward()) > 2 * forward
+
+
+@pytest.mark.skipif(NUMBA.missing() is not None, reason="needs numba")
+def test_inside_the_fused_mixer_kernels_and_products_are_counted():
+    made, found = products(SHAPE), kernels(SHAPE)
+    once = made["x_proj"].bytes / 3 + made["dt_proj"].bytes / 4 + made["out_proj"].bytes / 3
+    own = sum(found[f"{name}_forward"].bytes for name in ("scan", "conv", "gate"))
+    assert mixing(SHAPE, kept=True) == pytest.approx(own + once)
+    states = 2 * 3 * 2 * 16 * 4 * 4  # a float32 state every 64 tokens, for 70
+    total = 3 * 70 * 16 * 2
+    assert mixing(SHAPE, kept=False) == pytest.approx(own + once - states - total)
+    both = sum(made[name].bytes for name in ("x_proj", "dt_proj", "out_proj"))
+    again = own - found["scan_forward"].bytes - found["gate_forward"].bytes
+    back = sum(found[f"{name}_backward"].bytes for name in ("scan", "conv", "gate"))
+    assert mixing_backward(SHAPE) == pytest.approx(back + again + both - once)
+
+    net = Candidate("vim_micro", backend="numba").network(CPU).eval()
+    x = torch.ones(1, net.length, net.dim)
+    mixer = net.layers[0].mixer
+    with torch.no_grad():
+        seen = traffic(lambda: mixer(x))
+        inside = mixing(Shape.of(net, batch=1, length=net.length, bytes_=4), kept=False)
+    around = 3 * x.nbytes  # in_proj reads tokens and writes twice the inner width, four times them
+    weights = sum(p.nbytes for p in mixer.parameters())
+    assert inside + around + weights < seen < 1.3 * (inside + around + weights)
+
+
+def test_the_operations_of_a_peer_are_those_of_its_products():
+    assert flops(Candidate("deit_tiny_patch16_224")) == pytest.approx(2 * 1.254e9, rel=1e-3)
+
+
+def test_our_operations_are_two_for_a_product_and_those_of_all_scans():
+    net = Candidate("vim_tiny").network(torch.device("meta"))
+    scans = 2 * 24 * 197 * 384 * (9 * 16 + 2)
+    products = flops(Candidate("vim_tiny")) - scans
+    assert products == pytest.approx(2 * 1.293e9, rel=1e-3)
+    assert net.length == 197
+    assert flops(Candidate("vim_tiny", "upper:6:9")) < 0.7 * flops(Candidate("vim_tiny"))
+
+
+def test_images_have_the_size_that_the_model_reads():
+    net = Candidate("vim_micro").network(CPU)
+    assert images(net, 2, CPU).shape == (2, 3, 32, 32)
+
+
+def test_shares_of_ceilings_are_taken_within_each_round(monkeypatch):
+    monkeypatch.setattr(ceilings, "SIDE", {"cpu": 100})
+    monkeypatch.setattr(ceilings, "COPIED", {"cpu": 1000})
+    limits = Ceilings(CPU, [torch.float32])
+    product, copy = limits.runs()
+    assert all(run() is not None for run in limits.runs().values())
+    # The machine is half as fast in the second round, for all alike.
+    times = {"own": [4.0, 8.0], product: [2.0, 4.0], copy: [1.0, 2.0]}
+    x = torch.ones(50)
+    row = limits.beside(times, "own", torch.float32, batch=2, flops=5e5, run=lambda: x + 1)
+    assert row["mib_moved"] == 400 / 2**20
+    assert row["flops_share"] == pytest.approx(1e6 / 2e6 * 2 / 4)
+    assert row["bytes_share"] == pytest.approx(400 / 2000 * 1 / 4)
+    assert row["gflop_per_s"] == pytest.approx(1e6 / 6e-3 / 1e9)
+    rates = {rate["what"]: rate["giga_per_s"] for rate in limits.tables(times)["ceilings"]}
+    assert rates == pytest.approx({"product in float32": 2e6 / 3e6, "copy": 2000 / 1.5e6})
+    assert limits.flops_per_s(times, torch.float32) == pytest.approx(2e6 / 3e-3)
+    assert limits.bytes_per_s(times) == pytest.approx(2000 / 1.5e-3)
+    assert Ceilings(CPU, []).tables(times) == {}
+    few = Ceilings(CPU, []).beside(
+        times, "own", torch.float32, batch=2, flops=5e5, run=lambda: 1 / 0
+    )
+    assert few.keys() == {"gflop_per_image", "gflop_per_s"}

@@ -1,0 +1,353 @@
+"""Batches made on a device are those that Pillow makes, to the bit."""
+
+import contextlib
+import io
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from fambav import cli
+from fambav.data import (
+    ArraySet,
+    eval_loader,
+    eval_transform,
+    load,
+    three_augment,
+    train_loader,
+    train_transform,
+)
+from fambav.data.batch_geometry import warp
+from fambav.data.recording import Draws, Recipe
+from fambav.data.resident import (
+    OPERATIONS,
+    Resident,
+    ResidentEvaluation,
+    resident_train_loader,
+)
+from fambav.ecosystem import timm
+from fambav.engine import checkpoint, train
+from tests.data.made import made_cifar
+
+CPU = torch.device("cpu")
+RUN = dict(batch_size=16, seed=3, epochs=2)
+OFF = dict(aa=None, color_jitter=0, reprob=0.0, hflip=0.0)
+POLICY = "rand-m9-mstd0.5-inc1"
+
+
+def pictures(count=64, height=32, width=32):
+    """Smooth pictures with noise; every fourth uses few levels, one is all of one colour."""
+    source = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, 5, 5, generator=source)
+    pixels = 200 * F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    pixels = pixels + 55 * torch.rand(count, 3, height, width, generator=source)
+    pixels[::4] = (pixels[::4] / 40).floor() * 25 + 30
+    pixels[1] = 77
+    images = pixels.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    return ArraySet(images, np.arange(count) % 10)
+
+
+def resident(samples, transform, device=CPU, **options):
+    return resident_train_loader(Resident(samples, device=device), transform, **RUN | dict(options))
+
+
+def same(one, other):
+    return len(one) == len(other) and all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one, other, strict=True)
+    )
+
+
+RECIPES = {
+    "published": dict(input_size=48),
+    "published, small": dict(input_size=32),
+    "another shape": dict(input_size=(40, 56)),
+    "bilinear": dict(input_size=48, train_interpolation="bilinear"),
+    "either": dict(input_size=48, train_interpolation="random"),
+    "three operations": dict(input_size=48, aa="rand-m9-n3-mstd0.5-p1.0"),
+    "weighted": dict(input_size=48, aa="rand-m9-mstd101-tweights-inc1"),
+    "greater magnitudes": dict(input_size=48, aa="rand-m12-mmax20-mstd2-t3aw-inc1"),
+    "jitter": dict(input_size=48, aa=None, color_jitter=0.4),
+    "turned": dict(input_size=48, affine=25.0),
+    "turned, small": dict(input_size=32, affine=25.0),
+    "erased thrice": dict(input_size=48, reprob=0.9, recount=3),
+    "erased in one colour": dict(input_size=48, reprob=0.9, remode="rand"),
+    "erased in grey": dict(input_size=48, reprob=0.9, remode="const"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_gives_the_images_of_the_loader_to_the_bit(name):
+    samples, transform = pictures(), train_transform(**RECIPES[name])
+    assert same(list(resident(samples, transform)), list(train_loader(samples, transform, **RUN)))
+
+
+@pytest.mark.parametrize("options", [{}, {"src": True}, {"color_jitter": 0}])
+def test_three_augment_gives_the_images_of_the_loader_to_the_bit(options):
+    samples, transform = pictures(), three_augment(input_size=48, **options)
+    assert same(list(resident(samples, transform)), list(train_loader(samples, transform, **RUN)))
+
+
+@pytest.mark.parametrize("name", timm.data.auto_augment.LEVEL_TO_ARG)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_every_operation_at_every_magnitude_is_pillows_to_the_bit(name, interpolation):
+    policy = "rand-m10-n1-mstd101-p1.0"
+    transform = train_transform(
+        input_size=40, train_interpolation=interpolation, **OFF | {"aa": policy}
+    )
+    augment = transform.transforms[1]
+    augment.ops = [type(augment.ops[0])(name, prob=1.0, hparams=augment.ops[0].hparams)]
+    samples = pictures()
+    assert same(
+        list(resident(samples, transform, epochs=1)),
+        list(train_loader(samples, transform, **RUN | dict(epochs=1))),
+    )
+
+
+@pytest.mark.parametrize("magnitude", [0, 30, 60])
+def test_quarter_turns_are_pillows_to_the_bit(magnitude):
+    policy = f"rand-m{magnitude}-mmax60-n1-p1.0"  # 30 is a quarter
+    transform = train_transform(input_size=40, **OFF | {"aa": policy})
+    augment = transform.transforms[1]
+    augment.ops = [operation for operation in augment.ops if operation.name == "Rotate"]
+    samples = pictures()
+    assert same(list(resident(samples, transform)), list(train_loader(samples, transform, **RUN)))
+
+
+@pytest.mark.parametrize("kind", ["BICUBIC", "BILINEAR"])
+@pytest.mark.parametrize("by", [-7.5, -0.5, 0.5, 3.0, 31.5, 40.0])
+@pytest.mark.parametrize("axes", ["across", "down", "both"])
+def test_a_place_on_the_edge_is_inside_or_outside_as_for_pillow(axes, by, kind):
+    samples = pictures(2)
+    right, down = by * (axes != "down"), by * (axes != "across")
+    resample = Image.Resampling[kind]
+    fill = (1, 2, 3)
+    matrix = (1, 0, right, 0, 1, down)
+    expected = [
+        np.asarray(samples[place][0].transform((32, 32), 0, matrix, resample, fillcolor=fill))
+        for place in range(2)
+    ]
+    given = (1, 0, down, 0, 1, right) if axes == "down" else matrix
+    values = torch.tensor([[*given, *fill]] * 2, dtype=torch.float64)
+    made = warp(Resident(samples, device=CPU).images, values, axes=axes, cubic=kind == "BICUBIC")
+    assert np.array_equal(made.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (100, 100), (30, 70)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_crops_are_enlarged_and_reduced_as_pillow_does(shape, interpolation):
+    samples = pictures(32, *shape)
+    transform = train_transform(input_size=44, train_interpolation=interpolation, **OFF)
+    assert same(list(resident(samples, transform)), list(train_loader(samples, transform, **RUN)))
+
+
+def test_a_policy_draws_each_operation_as_often_as_timm_says():
+    recipe = Recipe(train_transform(input_size=48, aa=POLICY), image_size=(32, 32))
+    draws, count = Draws(recipe, seed=0), 3000
+    records = [draws[0, position, 0][1] for position in range(count)]
+    policy = Counter(step.name for record in records for step in record.steps if step.stage == 2)
+    geometric = ("AcrossCubic", "DownCubic", "TurnCubic")  # two, two and one of fifteen
+    expected = dict.fromkeys(policy, 1) | dict(zip(geometric, (2, 2, 1), strict=True))
+    assert sum(expected.values()) == 15
+    each = count * 2 * 0.5 / 15
+    for name, share in expected.items():
+        assert abs(policy[name] - share * each) < 4 * (share * each) ** 0.5, name
+    flips = sum(step.name == "FLIP_LEFT_RIGHT" for record in records for step in record.steps)
+    assert abs(flips - count / 2) < 4 * (count / 4) ** 0.5
+    erased = sum(bool(record.patches) for record in records)
+    assert abs(erased - count / 4) < 4 * (count * 3 / 16) ** 0.5
+    assert policy.keys() <= OPERATIONS.keys()
+
+
+@pytest.mark.parametrize("size", [32, 48, (40, 56)])
+@pytest.mark.parametrize("shape", [(32, 32), (8, 8), (30, 70)])
+def test_evaluation_gives_the_images_of_the_loader_to_the_bit(size, shape):
+    samples, transform = pictures(21, *shape), eval_transform(input_size=size)
+    made = ResidentEvaluation(Resident(samples, device=CPU), transform, batch_size=8)
+    assert len(made) == 3
+    expected = list(eval_loader(samples, transform, batch_size=8))
+    assert same(list(made), expected)
+    assert same(list(made), expected)
+
+
+def test_processes_share_evaluation_as_the_loader_does():
+    samples, transform = pictures(21), eval_transform(input_size=40)
+    for rank in range(2):
+        share = dict(batch_size=8, rank=rank, world=2)
+        made = ResidentEvaluation(Resident(samples, device=CPU), transform, **share)
+        assert same(list(made), list(eval_loader(samples, transform, **share)))
+
+
+def test_a_sample_is_augmented_alike_by_one_process_and_by_two():
+    samples, transform = pictures(), train_transform(input_size=48)
+    alone = list(resident(samples, transform))
+    shares = [
+        list(resident(samples, transform, batch_size=8, world=2, rank=rank)) for rank in range(2)
+    ]
+    for whole, *parts in zip(alone, *shares, strict=True):
+        for rank, (images, labels) in enumerate(parts):
+            assert torch.equal(whole[0][rank::2], images)
+            assert torch.equal(whole[1][rank::2], labels)
+
+
+def test_processes_that_draw_ahead_change_nothing():
+    samples, transform = pictures(), train_transform(input_size=48, reprob=0.6)
+    assert same(list(resident(samples, transform, workers=2)), list(resident(samples, transform)))
+
+
+def test_the_stream_may_start_anywhere_and_repeats_samples_as_asked():
+    samples, transform = pictures(), train_transform(input_size=48)
+    repeated = resident(samples, transform, repeats=3)
+    assert repeated.updates_per_epoch == 4
+    batches = list(repeated)
+    assert same(batches, list(train_loader(samples, transform, repeats=3, **RUN)))
+    assert same(batches[5:], list(resident(samples, transform, repeats=3, start_update=5)))
+    images, labels = batches[0]
+    assert torch.equal(labels[:3], labels[:1].expand(3))
+    assert not torch.equal(images[0], images[1])
+
+
+def test_no_two_batches_are_alike():
+    batches = [images for images, _ in resident(pictures(), train_transform(input_size=48))]
+    assert not any(torch.equal(one, other) for one, other in pairwise(batches))
+
+
+def test_a_policy_that_is_not_offered_is_refused_by_name():
+    for policy, step in (("augmix-m5-w4-d2", "AugMixAugment"), ("original", "AutoAugment")):
+        transform = train_transform(input_size=48, aa=policy)
+        with pytest.raises(ValueError, match=rf"aa is a policy with {step}, expected rand-\*"):
+            resident(pictures(), transform)
+
+
+def test_a_set_that_is_not_in_memory_is_refused():
+    with pytest.raises(ValueError, match="from a FakeImages, expected a set held in memory"):
+        Resident(load("FAKE").train, device=CPU)
+
+
+def test_an_epoch_without_a_full_batch_is_refused():
+    with pytest.raises(ValueError, match="batch_size is 16"):
+        resident(pictures(8), train_transform(input_size=48))
+
+
+class Crash(BaseException):
+    """Stands for a kill signal."""
+
+
+def go(*words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main([str(word) for word in words])
+    return status, out.getvalue() + err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    made_cifar(folder, train=40, test=37)
+    text = """--model vim_micro --input-size 48 --stride 16 --patch-size 16 --data-set CIFAR
+        --num_workers 0 --batch-size 8 --grad-accum-steps 2 --epochs 2 --warmup-epochs 0 --lr 1e-3
+        --unscale-lr --device cpu"""
+    return [*text.split(), "--data-path", folder]
+
+
+@pytest.fixture(scope="module")
+def plain(words, tmp_path_factory):
+    """A run whose images come from the loader."""
+    folder = tmp_path_factory.mktemp("run") / "plain"
+    status, told = go(*words, "--output_dir", folder)
+    assert status == 0, told
+    return checkpoint.load(folder / "checkpoint.pth")
+
+
+def lasting(state):
+    history = [
+        {name: value for name, value in record.items() if name.endswith(("loss", "acc1", "acc5"))}
+        for record in state["history"]
+    ]
+    return history, state["model"], state["model_ema"]
+
+
+def equal(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
+
+
+def assert_same_run(folder, plain):
+    ours, theirs = lasting(checkpoint.load(folder / "checkpoint.pth")), lasting(plain)
+    assert ours[0] == theirs[0]
+    assert equal(ours[1], theirs[1])
+    assert equal(ours[2], theirs[2])
+
+
+def test_a_run_learns_the_same_weights_with_and_without(words, plain, tmp_path):
+    status, told = go(*words, "--output_dir", tmp_path, "--gpu-augment")
+    assert status == 0, told
+    assert_same_run(tmp_path, plain)
+
+
+@pytest.mark.parametrize("before", [["--gpu-augment"], []])
+def test_an_interrupted_run_goes_on_to_the_bit_with_or_without_before(
+    words, plain, tmp_path, before
+):
+    real = train.Update.__call__
+
+    def call(self, batches, number):
+        if number == 3:  # in the middle of the second epoch
+            raise Crash
+        return real(self, batches, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Update, "__call__", call)
+        with pytest.raises(Crash):
+            go(*words, "--output_dir", tmp_path, *before)
+    torch.manual_seed(99)  # whatever was drawn before must not matter
+    status, told = go(*words, "--output_dir", tmp_path, "--gpu-augment", "--resume", "auto")
+    assert status == 0, told
+    assert "going on from" in told
+    assert_same_run(tmp_path, plain)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--data-set FAKE", "--gpu-augment is on, expected off with --data-set FAKE"),
+        ("--data-set IMNET", "SHAPES100, CIFAR, CIFAR10 are held in memory"),
+        ("--aa augmix-m5-w4-d2", "expected off with --aa augmix-m5-w4-d2; rand-*, such as"),
+        ("--aa original", "none and --ThreeAugment are offered on the device"),
+    ],
+)
+def test_what_the_device_cannot_do_is_refused_in_one_line(more, message):
+    status, told = go("--gpu-augment", *more.split())
+    assert status == 2
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert message in told
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [train_transform, three_augment])
+def test_a_gpu_makes_the_batches_of_a_cpu(make):
+    samples, transform = pictures(), make(input_size=224)
+    options = dict(workers=1, pin_memory=True)
+    made = list(resident(samples, transform, torch.device("cuda"), **options))
+    for (images, labels), (expected, wanted) in zip(
+        made, resident(samples, transform), strict=True
+    ):
+        assert images.is_cuda
+        assert labels.is_cuda
+        assert torch.equal(labels.cpu(), wanted)
+        torch.testing.assert_close(images.cpu(), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_gpu_evaluates_the_images_of_a_cpu():
+    samples, transform = pictures(), eval_transform(input_size=224)
+    made = ResidentEvaluation(
+        Resident(samples, device=torch.device("cuda")), transform, batch_size=24
+    )
+    expected = eval_loader(samples, transform, batch_size=24)
+    for (images, labels), (theirs, wanted) in zip(made, expected, strict=True):
+        assert torch.equal(labels.cpu(), wanted)
+        torch.testing.assert_close(images.cpu(), theirs, rtol=0, atol=1e-3)

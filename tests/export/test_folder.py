@@ -1,0 +1,188 @@
+"""An exported folder is whole, tells only what is known, and gives back the model."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+import fambav
+from fambav.commands import export as command
+from fambav.engine.checkpoint import CheckpointError
+from fambav.export import FORMATS, export, folder
+from tests.export.made import NAMES, weights
+
+UPPER = dict(fusion_strategy="upper", fusion_layer=4, fusion_token=9)
+SMALL = dict(input_size=16, reduction="prune-aligned", reduction_schedule="r:2@3-6")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a checkpoint of its last epoch of two."""
+    path = tmp_path / "run"
+    path.mkdir()
+    weights(path / "checkpoint.pth", **UPPER)
+    epochs = [dict(epoch=n, test_acc1=50.0 + n, test_acc5=90.0 + n) for n in range(2)]
+    (path / "log.txt").write_text("".join(json.dumps(e) + "\n" for e in epochs))
+    about = dict(started="2026-01-02T03:04:05+0000", commit="abc123", cpu_count=2, threads=1)
+    (path / "env.json").write_text(json.dumps(about))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "hf"])
+@pytest.mark.parametrize("settings", [UPPER, SMALL, {"model": "plainmamba_micro"}])
+def test_a_folder_gives_back_the_model_bit_by_bit(kind, settings, tmp_path):
+    net = weights(tmp_path / "weights.pth", **settings)
+    check = export(tmp_path / "weights.pth", kind, tmp_path / "out", images=2, noise=True)
+    assert (check.difference, check.agreeing, check.images) == (0, 2, 2)
+    found = fambav.from_pretrained(tmp_path / "out")
+    assert not found.training
+    assert found.schedule == net.schedule
+    told = found.pretrained_cfg
+    assert (told["mean"], told["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert told["label_names"] == NAMES
+    images = torch.randn(2, *told["input_size"])
+    assert torch.equal(found(images), net(images))
+
+
+def test_held_out_images_are_compared(run, tmp_path):
+    check = export(run, "safetensors", tmp_path / "out", images=3)
+    assert check.line().startswith("3 held-out images of DIGITS: largest difference of a logit 0 ")
+
+
+def test_the_description_alone_is_enough_to_build_the_model(run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    export(run, "hf", tmp_path / "out", images=1, noise=True)
+    bare = tmp_path / "out" / "model.safetensors"
+    save_file(load_file(bare), bare)  # without what stands beside the weights
+    found = fambav.from_pretrained(tmp_path / "out")
+    assert found.schedule.counts == (0, 0, 0, 9, 9, 9)
+    assert found.pretrained_cfg["label_names"] == NAMES
+
+
+def test_the_card_says_what_the_run_says(run, tmp_path):
+    export(run, "hf", tmp_path / "out", images=1, noise=True)
+    text = (tmp_path / "out" / "README.md").read_text()
+    _, head, card = text.split("---\n", 2)
+    told = yaml.safe_load(head)
+    assert told["license"] == "apache-2.0"
+    assert told["datasets"] == ["digits"]
+    assert told["model-index"][0]["results"][0]["metrics"][0]["value"] == 51.0
+    for known in (
+        "51.00%",
+        "91.00%",
+        "abc123",
+        "2026-01-02T03:04:05+0000",
+        "2 of 300",
+        "| 4 | 9 |",
+    ):
+        assert known in card, known
+    assert "fambav.from_pretrained('out')" in card
+    assert "literature" in card
+
+
+def test_the_card_of_bare_weights_invents_nothing(tmp_path):
+    weights(tmp_path / "weights.pth")
+    export(tmp_path / "weights.pth", "hf", tmp_path / "out", images=1, noise=True)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| top-1 on the held-out images of DIGITS | not measured |" in text
+    assert "model-index" not in text
+    assert text.count("unknown") == 5, "seed, epoch, date, commit, hardware"
+
+
+def test_an_export_that_differs_is_refused_and_leaves_nothing(run, tmp_path, monkeypatch):
+    def wrong(place):
+        assert (place / "model.safetensors").is_file()
+        return lambda images: fambav.from_pretrained(run)(images) + 1e-2
+
+    broken = FORMATS["safetensors"]._replace(load=wrong)
+    monkeypatch.setitem(folder.FORMATS, "safetensors", broken)
+    with pytest.raises(ValueError, match=r"differs on 2 of 2 images of noise.*nothing was kept"):
+        export(run, "safetensors", tmp_path / "out", images=2, noise=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    export(run, "safetensors", tmp_path / "out", images=2, noise=True, tolerance=0.1)
+
+
+def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(model, place):
+        raise OSError("no space left on device")
+
+    broken = FORMATS["hf"]._replace(write=full)
+    monkeypatch.setitem(folder.FORMATS, "hf", broken)
+    with pytest.raises(OSError, match="no space"):
+        export(run, "hf", tmp_path / "out", images=1, noise=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_loaded(tmp_path, monkeypatch):
+    missing, full = tmp_path / "missing", tmp_path / "full"
+    full.mkdir()
+    (full / "file").touch()
+    with pytest.raises(ValueError, match=r"format is 'onx', expected .*onnx"):
+        export(missing, "onx", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"output_dir is .*full', expected a folder that is empty"):
+        export(missing, "hf", full)
+    with pytest.raises(ValueError, match="images is 0, expected 1 or more"):
+        export(missing, "hf", tmp_path / "out", images=0)
+    monkeypatch.setattr(folder.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'onnx is not installed.*pip install "fambav\[export\]"'):
+        export(missing, "onnx", tmp_path / "out")
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no best_checkpoint\.pth, expected a run"):
+        export(tmp_path, "hf", tmp_path / "out")
+
+
+def test_of_a_run_folder_the_best_checkpoint_is_taken(run):
+    last = fambav.from_pretrained(run)
+    torch.manual_seed(9)
+    (run / "checkpoint.pth").rename(run / "best_checkpoint.pth")
+    weights(run / "checkpoint.pth")
+    assert fambav.from_pretrained(run).schedule == last.schedule
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda told: told["fambav"].update(class_token="head"), "class_token is 'head'"),
+        (lambda told: told.pop("pretrained_cfg"), "is damaged, expected what fambav export writes"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(run, tmp_path, change, message):
+    export(run, "safetensors", tmp_path / "out", images=1, noise=True)
+    path = tmp_path / "out" / "config.json"
+    told = json.loads(path.read_text())
+    change(told)
+    path.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=message):
+        fambav.from_pretrained(tmp_path / "out")
+
+
+def test_the_command_tells_files_and_the_check(run, tmp_path, capsys):
+    words = [str(run), "--format", "hf", "--output-dir", str(tmp_path / "out"), "--images", "2"]
+    command.run([*words, "--noise"])
+    printed = capsys.readouterr().out
+    for name in ("README.md", "config.json", "model.safetensors", "preprocessor_config.json"):
+        assert name in printed
+    assert "same top-1 on 2 of 2" in printed
+    with pytest.raises(ValueError, match="format is 'pickle', expected a known name"):
+        command.run([str(run), "--format", "pickle"])
+
+
+def test_the_command_knows_every_format():
+    assert set(command._FORMATS) == set(FORMATS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_a_reduced_model_is_exported_with_its_card(kind, tmp_path):
+    weights(tmp_path / "weights.pth", input_size=16, fusion_plan="2:3,5:3")
+    check = export(tmp_path / "weights.pth", kind, tmp_path / "out", images=3)
+    assert check.difference < check.tolerance
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"README.md", "config.json", "model.pt2" if kind == "torch" else "model.onnx"}
+    assert "| 5 | 3 |" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(CheckpointError, match="expected a run folder or one exported as"):
+        fambav.from_pretrained(tmp_path / "out")

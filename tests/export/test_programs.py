@@ -1,0 +1,101 @@
+"""Graphs of plain operations give what models give, wherever they run."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fambav
+from fambav.ecosystem import timm
+from fambav.export.graph import onnx_model
+from fambav.export.recurrence import in_blocks
+from fambav.export.tracing import bare, traced
+
+LOWERING = {torch.ops.fambav.recurrence.default: in_blocks}
+KINDS = {
+    "fambav": ("vim_micro", "famba-v", {"class_token": "middle"}),
+    "ordered": ("vim_micro", "ordered", {"class_token": "middle"}),
+    "aligned": ("vim_micro", "prune-aligned", {"class_token": "none"}),
+    "plain": ("plainmamba_micro", "evit", {}),
+}
+# A fresh process in which our package cannot be imported.
+LOADING = """
+import sys
+sys.modules["fambav"] = None
+import torch
+images, want = torch.load(sys.argv[2])
+model = torch.export.load(sys.argv[1]).module()
+print(float((torch.cat([model(images[:1]), model(images[1:])]) - want).abs().max()))
+"""
+
+
+def small(kind):
+    """Two layers that both remove tokens."""
+    model, method, options = KINDS[kind]
+    torch.manual_seed(0)
+    net = timm.create_model(model, depth=2, num_classes=10, img_size=16, **options).eval()
+    fambav.reduce(net, method, "r:3")
+    return net
+
+
+def images(number=3):
+    torch.manual_seed(1)
+    return torch.randn(number, 3, 16, 16)
+
+
+def answers(net, x):
+    with torch.no_grad():
+        return net(x)
+
+
+def runtime(model):
+    """A function from images to logits."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
+
+
+def near(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_program_answers_as_the_model_without_our_package(kind, tmp_path):
+    net, x = small(kind), images()
+    want = answers(net, x)
+    program = bare(traced(net, (3, 16, 16), LOWERING))
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert len(called) > 100
+    assert not [target for target in called if "fambav" in str(target)]
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save((x, want), tmp_path / "images.pt")
+    places = [str(tmp_path / name) for name in ("model.pt2", "images.pt")]
+    command = [sys.executable, "-W", "ignore", "-c", LOADING, *places]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert float(done.stdout) < 1e-5
+    assert not torch.equal(want[0], want[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_onnx_runtime_answers_as_the_model_for_any_batch(kind):
+    net = small(kind)
+    model = onnx_model(net, (3, 16, 16))
+    run = runtime(model)
+    for number in (1, 3):
+        near(run(images(number)), answers(net, images(number)))
+    assert {opset.domain for opset in model.opset_import} == {""}
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    scans = sum(node.op_type == "Scan" for node in model.graph.node)
+    assert scans == (2 if kind == "plain" else 4), "one loop for each scan, however many tokens"
+
+
+@pytest.mark.slow
+def test_equal_tokens_are_chosen_alike_by_onnx_runtime():
+    net, grey = small("fambav"), torch.ones(2, 3, 16, 16)
+    with torch.no_grad():
+        net.pos_embed.zero_()  # all patches of a grey image are one now
+    near(runtime(onnx_model(net, (3, 16, 16)))(grey), answers(net, grey))

@@ -1,0 +1,1 @@
+"""Pictures of token reduction, and which of them a run gets."""

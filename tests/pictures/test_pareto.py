@@ -1,0 +1,163 @@
+"""Accuracy against cost, and names that can be read."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from fambav.pictures import pareto, write
+from fambav.pictures.labels import placed
+from fambav.pictures.pareto import front
+
+
+class Estimate(NamedTuple):
+    mean: float
+    std: float | None
+    count: int
+
+
+@dataclass
+class Point:
+    name: str
+    method: str
+    baseline: bool
+    figures: dict[str, Estimate]
+    phase: str = "scratch"
+
+
+def points(count, *, seeds=3, keys=("seconds", "memory_mib", "flops", "token_layers"), seed=0):
+    source = np.random.default_rng(seed)
+    size = {"acc1": 100, "seconds": 60, "memory_mib": 20, "flops": 2e7, "token_layers": 1}
+    std = 0.01 if seeds > 1 else None
+    return [
+        Point(
+            name=f"row {number}" if number else "without fusion",
+            method="none" if not number else ("famba-v", "ordered")[number % 2],
+            baseline=not number,
+            figures={
+                key: Estimate(size[key] * source.uniform(0.5, 1), std and std * size[key], seeds)
+                for key in ("acc1", *keys)
+            },
+        )
+        for number in range(count)
+    ]
+
+
+def test_the_front_is_what_nothing_beats():
+    costs, values = [1.0, 2.0, 2.0, 3.0, 4.0, 5.0], [10.0, 9.0, 12.0, 12.0, 15.0, 14.0]
+    assert front(costs, values) == [0, 2, 4]
+    assert front([1.0, 1.0], [5.0, 5.0]) == [0]
+    for number in range(len(costs)):
+        beaten = any(
+            costs[n] <= costs[number] and values[n] >= values[number] and n != number
+            for n in range(len(costs))
+        )
+        assert (number in front(costs, values)) == (not beaten)
+
+
+def boxes_of(figure):
+    """Edges in pixels of the names beside points, by axes."""
+    figure.draw_without_rendering()
+    return [
+        np.array([Text.get_window_extent(text).extents for text in axes.texts])
+        for axes in figure.axes
+    ]
+
+
+@pytest.mark.parametrize("count", [5, 9, 14, 40])
+def test_names_do_not_cover_each_other(count):
+    figure = pareto(points(count), title="made up")
+    named = boxes_of(figure)
+    assert len(named) == 4
+    for boxes in named:
+        assert len(boxes) >= (count if count <= 16 else 2)
+        wide = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+        low = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
+        shared = (wide - low).clip(0).prod(axis=2)
+        np.fill_diagonal(shared, 0)
+        assert shared.max() < 4  # square pixels
+
+
+def test_few_rows_are_named_and_many_have_numbers_with_a_key():
+    few, many = (pareto(points(count), title="made up") for count in (6, 12))
+    names = [f"row {number}" if number else "without fusion" for number in range(12)]
+    assert sorted(t.get_text() for t in few.axes[0].texts) == sorted(names[:6])
+    assert {t.get_text() for t in few.legends[0].texts} == {"none", "famba-v", "ordered"}
+    assert sorted(int(t.get_text()) for t in many.axes[0].texts) == list(range(1, 13))
+    key = [text.get_text() for text in many.legends[0].texts]
+    assert key == [f"{number}  {name}" for number, name in enumerate(names, start=1)]
+
+
+def test_of_many_rows_those_on_a_front_are_named():
+    rows = points(30)
+    figure = pareto(rows, title="made up")
+    best = set()
+    for key in ("seconds", "memory_mib", "flops", "token_layers"):
+        chosen = front([r.figures[key].mean for r in rows], [r.figures["acc1"].mean for r in rows])
+        best |= {rows[n].name for n in chosen}
+    key = {text.get_text().split("  ")[-1] for text in figure.legends[0].texts}
+    others = {"other rows of famba-v", "other rows of ordered"}
+    assert key == best | {"without fusion"} | others
+
+
+def test_points_stand_where_they_were_measured_with_their_spread():
+    rows = points(3, keys=("token_layers",))
+    (axes,) = pareto(rows, title="made up").axes
+    assert axes.get_xlabel() == "token-layers left (%)"
+    for row, bars in zip(rows, axes.containers, strict=True):
+        (line, _, (across, up)) = bars.lines
+        x, y = 100 * row.figures["token_layers"].mean, row.figures["acc1"].mean
+        np.testing.assert_allclose(line.get_xydata(), [[x, y]])
+        np.testing.assert_allclose(across.get_segments(), [[[x - 1, y], [x + 1, y]]])
+        np.testing.assert_allclose(up.get_segments(), [[[x, y - 1], [x, y + 1]]])
+
+
+def test_the_front_is_a_line_of_steps():
+    rows = points(3, keys=("seconds",), seeds=1)
+    for row, (cost, value) in zip(rows, [(3, 9), (1, 5), (2, 7)], strict=True):
+        row.figures = {"seconds": Estimate(cost, None, 1), "acc1": Estimate(value, None, 1)}
+    figure = pareto(rows, title="made up")
+    (line,) = [line for line in figure.axes[0].lines if line.get_gid() == "front"]
+    assert line.get_xydata().tolist() == [[1, 5], [2, 5], [2, 7], [3, 7], [3, 9]]
+    assert "one seed;" in figure.get_suptitle()
+
+
+def test_only_what_was_measured_is_drawn():
+    rows = points(4, keys=("seconds", "token_layers"))
+    del rows[2].figures["seconds"]
+    figure = pareto(rows, title="made up")
+    assert [len(axes.containers) for axes in figure.axes] == [3, 4]
+    with pytest.raises(
+        ValueError, match="points have no figures, expected acc1 and one of seconds"
+    ):
+        pareto([Point("a", "none", True, {})], title="made up")
+
+
+def test_axes_and_rows_stand_in_the_svg_as_text(tmp_path):
+    path = tmp_path / "pareto.svg"
+    write(pareto(points(5), title="made up"), path)
+    text = path.read_text()
+    for label in ("training time (s)", "peak memory in training (MiB)", "token-layers left (%)"):
+        assert label in text
+    assert "forward pass of one image (MFLOPs)" in text
+    assert text.count(">row 3<") == 4
+
+
+def test_type_can_be_read_at_half_size():
+    figure = pareto(points(12), title="made up")
+    figure.draw_without_rendering()
+    least = max(11, 0.018 * 72 * figure.get_figwidth())
+    shown = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+    assert min(t.get_fontsize() for t in shown) >= least
+
+
+def test_names_find_room_around_points_that_coincide():
+    at = np.full((10, 2), 50.0)
+    boxes = placed(at, np.full((10, 2), (12.0, 6.0)), area=(0, 0, 100, 100), mark=4)
+    assert (boxes >= 0).all()
+    assert (boxes <= 100).all()
+    for number, one in enumerate(boxes):
+        for other in boxes[:number]:
+            assert (np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])).min() <= 1e-9

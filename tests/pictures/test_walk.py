@@ -1,0 +1,108 @@
+"""An image on its way through a model."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import fambav
+import fambav.models
+from fambav.pictures import follow, likeness
+from fambav.pictures.scan import path
+from fambav.pictures.similarity import cosines
+from fambav.pictures.walk import Step, Walk
+
+IMAGE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def small(name="vim_micro", **arguments):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=3, img_size=16, depth=3, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "how"),
+    [
+        ("vim_micro", "none", {}),
+        ("vim_micro", "famba-v", {}),
+        ("vim_micro", "ordered", {"scan": "masked"}),
+        ("vim_micro", "prune-aligned", {}),
+        ("plainmamba_micro", "ordered", {}),
+        ("plainmamba_micro", "stm", {}),
+    ],
+)
+def test_a_walk_is_the_forward_pass_itself(name, method, how):
+    model = small(name)
+    fambav.reduce(model, method, "r:3", **how)
+    model.train()
+    before = torch.get_rng_state()
+    walk = follow(model, IMAGE)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), before)
+    model.eval()
+    with torch.no_grad():
+        feature, trace = model.forward_features(IMAGE[None], trace=True)
+        logits = model.forward_head(feature)[0]
+    np.testing.assert_array_equal(walk.logits, logits.numpy())
+    for step, source in zip(walk.steps, trace.sources, strict=True):
+        np.testing.assert_array_equal(step.source, source[0].numpy())
+    assert tuple(len(step.features) for step in walk.steps) == model.schedule.lengths
+    assert walk.left[-1] == model.schedule.final
+
+
+def test_features_are_what_the_mixer_reads():
+    model, read = small().eval(), []
+    handle = model.layers[1].mixer.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    walk = follow(model, IMAGE)
+    handle.remove()
+    np.testing.assert_array_equal(walk.steps[1].features, read[0][0].numpy())
+
+
+def test_a_model_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="model is a Linear, expected one whose tokens can be"):
+        follow(torch.nn.Linear(3, 3), IMAGE)
+
+
+def made(features, position=None, rank=(0, 1, 2)):
+    length = len(features)
+    place = np.arange(length) if position is None else np.array(position)
+    step = Step(np.array(features, dtype=np.float32), place, np.arange(length), np.arange(3))
+    return Walk((1, 3), (), np.array(rank), (step,), np.zeros(2, dtype=np.float32))
+
+
+def test_neighbours_and_pairs_are_compared_by_their_cosines():
+    found = likeness(made([[1, 0], [2, 0], [0, 3]]))
+    assert found.neighbours.tolist() == [0.5]
+    assert found.pairs[0] == pytest.approx(1 / 3)
+    assert np.isnan(likeness(made([[1, 0]])).neighbours).all()
+
+
+def test_the_cosine_of_nothing_is_nothing():
+    assert cosines(np.array([[0, 0], [1, 0]], dtype=np.float32)).tolist() == [[0, 0], [0, 1]]
+
+
+def test_a_step_back_in_the_scan_is_told():
+    found = path(made(np.eye(3), position=[1, 0, 2]), 1)
+    assert found.places.tolist() == [1, 0, 2]
+    assert found.forward.tolist() == [False, True]
+    assert found.share == 0.5
+
+
+def test_a_whole_image_is_scanned_row_by_row_or_along_a_snake():
+    walk = follow(small(), IMAGE)
+    assert path(walk, 0).places.tolist() == list(range(16))
+    assert path(walk, 1).places.tolist() == list(range(16))
+    snake = path(follow(small("plainmamba_micro"), IMAGE), 1)
+    assert snake.places.tolist() == [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11, 15, 14, 13, 12]
+    assert snake.share == 1.0
+
+
+@pytest.mark.parametrize(("method", "kept"), [("ordered", True), ("famba-v", False)])
+def test_order_is_kept_or_lost_as_the_method_says(method, kept):
+    model = small()
+    fambav.reduce(model, method, "r:3")
+    walk = follow(model, IMAGE)
+    shares = [path(walk, layer).share for layer in (1, 2, 3)]
+    assert (min(shares) == 1.0) == kept
+    assert path(walk, 0).share == 1.0

@@ -1,0 +1,209 @@
+"""The page: everything in one file, nothing from elsewhere, and a browser shows it."""
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fambav import experiments
+from fambav.cli import console, main
+from fambav.comparison import Table
+from fambav.experiments import Estimate, Point
+from fambav.report import page, report
+from tests.conftest import BROWSERS
+from tests.data.made import made_cifar
+
+TINY = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 16
+    --epochs 1 --warmup-epochs 0 --threads 1 --device cpu"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of one epoch whose names would be markup if nobody escaped them."""
+    folder = tmp_path_factory.mktemp("report")
+    made_cifar(folder, train=32, test=8)
+    plans = {
+        "<b>plain & whole": [],
+        "upper": ["--fusion-strategy", "upper", "--fusion-layer", "3", "--fusion-token", "2"],
+    }
+    places = []
+    for name, plan in plans.items():
+        place = folder / name
+        words = [*TINY.split(), "--data-path", str(folder), *plan, "--output_dir", str(place)]
+        assert main(words) == 0
+        places.append(place)
+    return places
+
+
+@pytest.fixture(scope="module")
+def made(runs, tmp_path_factory):
+    target = tmp_path_factory.mktemp("page") / "page.html"
+    assert console(["report", *map(str, runs), "--output", str(target)]) == 0
+    return target
+
+
+class Seen(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.sources, self.links, self.cells, self._in = [], [], [], [], None
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.tags.append(tag)
+        self.sources += [given[name] for name in ("src", "srcset", "data") if name in given]
+        self.links += [given["href"]] if "href" in given else []
+        self._in = tag
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        self._in = None
+
+    def handle_data(self, data):
+        if self._in in ("td", "th"):
+            self.cells[-1] += data
+
+
+def seen(target):
+    found = Seen()
+    found.feed(target.read_text())
+    return found
+
+
+def test_the_page_needs_no_network_and_runs_nothing(made):
+    found, text = seen(made), made.read_text()
+    assert not {"script", "link", "iframe", "object", "form"} & set(found.tags)
+    assert found.sources
+    assert all(source.startswith("data:image/") for source in found.sources)
+    assert all(link.startswith("#") for link in found.links)
+    assert not re.search(r"url\(|@import", text)
+    assert "default-src 'none'" in text
+
+
+def test_every_picture_is_whole_and_says_what_it_shows(made):
+    found = seen(made)
+    assert found.tags.count("img") == found.tags.count("figcaption") == len(found.sources)
+    for source in found.sources:
+        with Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))) as image:
+            image.load()
+            assert min(image.size) > 100
+    assert any(source.startswith("data:image/gif") for source in found.sources)
+    assert not re.search(r'alt=""', made.read_text())
+
+
+def test_tables_hold_results_plans_settings_and_the_machine(made):
+    cells = seen(made).cells
+    for expected in ("top-1 %", "token-layers", "upper 3, r = 2", "fusion_strategy", "torch"):
+        assert any(expected in cell for cell in cells), expected
+    assert any("vim_micro" in cell for cell in cells)
+
+
+def test_the_plan_is_that_of_the_run(runs, tmp_path):
+    report([runs[1]], tmp_path / "one.html")
+    cells = seen(tmp_path / "one.html").cells
+    at = cells.index("tokens its mixer sees")
+    rows = [cells[at + 1 + 4 * n : at + 5 + 4 * n] for n in range(6)]
+    assert [row[0] for row in rows] == list("123456")
+    assert [int(row[1]) - int(row[2].replace("-", "0")) for row in rows] == [
+        int(row[3]) for row in rows
+    ]
+
+
+def test_names_are_texts_and_never_markup(made):
+    text = made.read_text()
+    assert "<b>plain" not in text
+    assert "&lt;b&gt;plain &amp; whole" in text
+
+
+def test_a_grid_stands_as_a_table_and_its_front(tmp_path, monkeypatch):
+    points = [
+        Point(
+            name=name,
+            labels=(name,),
+            baseline=name == "none",
+            phase="scratch",
+            settings={},
+            method=name,
+            figures={
+                "acc1": Estimate(accuracy, 0.25, 3),
+                "seconds": Estimate(seconds, 1.0, 3),
+                "token_layers": Estimate(share, None, 3),
+            },
+            paper=None,
+        )
+        for name, accuracy, seconds, share in (("none", 97.0, 30.0, 1.0), ("all", 90.5, 20.0, 0.5))
+    ]
+    monkeypatch.setattr(experiments, "is_grid", lambda folder: True)
+    monkeypatch.setattr(experiments, "points", lambda folder: points)
+    report([tmp_path / "grid"], tmp_path / "grid.html", title="A grid")
+    found = seen(tmp_path / "grid.html")
+    assert found.cells[-4:] == ["all", "90.50 ± 0.25", "0.500", "20.0 ± 1.0"]
+    assert "memory MiB" not in found.cells
+    assert len(found.sources) == 1
+    assert "<h1>A grid</h1>" in (tmp_path / "grid.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["none"], "error: run is 'none', expected a folder with log.txt and config.yaml"),
+        (["none", "--output", "page.pdf"], "expected a file ending in .html"),
+        ([], "error: the following arguments are required: RUN|GRID"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_line(tmp_path, monkeypatch, capsys, words, expected):
+    monkeypatch.chdir(tmp_path)
+    assert console(["report", *words]) == 2
+    line = capsys.readouterr().err
+    assert expected in line
+    assert line.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_plan_is_named_and_leaves_no_page(runs, tmp_path, capsys):
+    place = tmp_path / "run"
+    shutil.copytree(runs[1], place)
+    (place / "env.json").write_text("{")
+    assert console(["report", str(place), "--output", str(tmp_path / "page.html")]) == 2
+    assert "env.json" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_table_with_a_title_has_a_caption():
+    table = Table(title="T", head=("a", "b"), rows=[("x", "1 < 2")], names=1, notes=["n & m"])
+    text = page.drawn(page.Page("t", "", [table], [], []))
+    assert "<caption>T</caption>" in text
+    assert '<td class="figure">1 &lt; 2</td>' in text
+    assert '<p class="note">n &amp; m</p>' in text
+
+
+@pytest.mark.browser
+def test_a_browser_shows_the_page(made, tmp_path):
+    browser = next(name for name in BROWSERS if shutil.which(name))
+    shot = tmp_path / "shot.png"
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    subprocess.run(
+        [
+            *(browser, *words, f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--window-size=1200,3000", f"--screenshot={shot}", made.as_uri()),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert pixels.shape == (3000, 1200, 3)
+    blue = np.abs(pixels - (0x00, 0x72, 0xB2)).sum(axis=2) < 6  # the line below a heading
+    assert (blue.sum(axis=1) > 900).any()
+    lower = pixels[700:]  # below the tables are pictures: many colours
+    assert len(np.unique(lower.reshape(-1, 3), axis=0)) > 500
+    assert (pixels[:, -4:] > 240).all(), "nothing is cut off at the right"
