@@ -65,8 +65,9 @@ class Ordered(Reducer):
     """Fusion for a scan: order is kept, and a mean counts the patches behind each token.
 
     Class tokens are taken out before the places are split into even and odd, and put back at
-    their rank among the patches that are left.  The order-keeping form is ours; at equal cost it
-    has been more accurate than `famba-v` at every operating point measured (benchmarks/README.md).
+    their rank among the patches that are left.  The order-keeping form is ours; on models that were
+    trained dense it has been more accurate than `famba-v` at every operating point measured, at
+    equal cost (benchmarks/README.md).
     """
 
     def select(self, tokens: Tokens, count: int) -> Selection:
