@@ -30,7 +30,7 @@ _FREE = {
     "download",
     "device",
     "num_workers",
-    "gpu_augment",  # gives the same bits
+    "gpu_augment",  # the same bits on a CPU
     "threads",
     "pin_mem",
     "log_every",

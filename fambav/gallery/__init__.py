@@ -7,7 +7,7 @@ contrast     the strategies set up side by side on the same weights
 album        every picture of one run or several
 """
 
-from fambav.gallery.album import Picture, drawn, every
+from fambav.gallery.album import Picture, drawn, every, names_of
 from fambav.gallery.subject import Source, Subject, subjects
 
-__all__ = ["Picture", "Source", "Subject", "drawn", "every", "subjects"]
+__all__ = ["Picture", "Source", "Subject", "drawn", "every", "names_of", "subjects"]

@@ -84,7 +84,7 @@ def drawn(
     """
     wanted = _wanted(runs, what)
     alone = [name for name in wanted if name != "curves"]
-    names = _names(runs)
+    names = names_of(runs)
     folder.mkdir(parents=True, exist_ok=True)
     for run, own in zip(runs, names, strict=True):
         before = f"{own}/" if len(runs) > 1 else ""
@@ -220,7 +220,7 @@ def _wanted(runs: Sequence[Path], what: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(what))
 
 
-def _names(runs: Sequence[Path]) -> list[str]:
+def names_of(runs: Sequence[Path]) -> list[str]:
     """Call each run by as many last parts of its path as tell it from the others."""
     parts = [
         run.resolve().with_suffix("").parts if run.is_file() else run.resolve().parts

@@ -18,10 +18,11 @@ from fambav.report.page import Picture, Section
 _UNKNOWN = "unknown"
 
 
-def section(folder: Path, result: Result, pictures: Sequence[Picture]) -> Section:
+def section(name: str, folder: Path, result: Result, pictures: Sequence[Picture]) -> Section:
     """Describe a run.
 
     Args:
+        name: What to call the run.
         folder: Of the run.
         result: What it came to.
         pictures: Its pictures.
@@ -31,7 +32,7 @@ def section(folder: Path, result: Result, pictures: Sequence[Picture]) -> Sectio
     """
     settings = folder / "config.yaml"
     return Section(
-        name=result.name,
+        name=name,
         summary=_summary(result),
         pictures=pictures,
         plan=_plan(folder / "plan.json"),

@@ -57,12 +57,13 @@ def report(
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         together = [_front(place, folder, found) for folder, found in points.items()]
+        names = gallery.names_of(runs) if runs else []
         found = gallery.every(runs, place, source=source or gallery.Source()) if runs else {}
         shown = {name: picture(entry.path, entry.title) for name, entry in found.items()}
         together += [shown.pop(_CURVES)] if _CURVES in shown and len(runs) > 1 else []
         sections = [
-            contents.section(folder, result, _own(folder, shown, alone=len(runs) == 1))
-            for folder, result in zip(runs, results, strict=True)
+            contents.section(name, folder, result, _own(name, shown, alone=len(runs) == 1))
+            for name, folder, result in zip(names, runs, results, strict=True)
         ]
         write_text(target, drawn(_page(title, folders, tables, together, sections)))
 
@@ -86,12 +87,11 @@ def _page(
     )
 
 
-def _own(folder: Path, shown: dict[str, Picture], *, alone: bool) -> list[Picture]:
+def _own(run: str, shown: dict[str, Picture], *, alone: bool) -> list[Picture]:
     """The pictures of one run among those of all."""
     if alone:
         return list(shown.values())
-    prefix = f"{folder.resolve().name}/"
-    return [found for name, found in shown.items() if name.startswith(prefix)]
+    return [found for name, found in shown.items() if name.startswith(f"{run}/")]
 
 
 def _front(place: Path, folder: Path, points: Sequence[Point]) -> Picture:

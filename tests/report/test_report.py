@@ -117,6 +117,17 @@ def test_the_plan_is_that_of_the_run(runs, tmp_path):
     ]
 
 
+def test_runs_of_one_name_keep_their_own_pictures(runs, tmp_path):
+    places = [tmp_path / parent / "run" for parent in "ab"]
+    for place in places:
+        shutil.copytree(runs[1], place)
+    report(places, tmp_path / "two.html")
+    text = (tmp_path / "two.html").read_text()
+    for name, after in (("a-run", "b-run"), ("b-run", "</main>")):
+        part = text.split(f"<h2>{name}</h2>")[1].split(f"<h2>{after}</h2>")[0]
+        assert part.count("<img ") >= 7
+
+
 def test_names_are_texts_and_never_markup(made):
     text = made.read_text()
     assert "<b>plain" not in text
