@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -402,6 +403,17 @@ def children(pid):
     return found
 
 
+def at_work(pid):
+    """Processes of a grid, each with the folder of the cell it works at."""
+    found = []
+    for child in children(pid):
+        for link in Path(f"/proc/{child}/fd").glob("*"):
+            with suppress(OSError):  # closed, or ended, since it was listed
+                if link.readlink().name == "output.txt":
+                    found.append((child, link.readlink().parent))
+    return found
+
+
 def until(condition, *, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
@@ -464,12 +476,9 @@ def test_workers_of_a_killed_grid_do_not_finish_their_cells(written, place, tmp_
 def test_a_worker_that_dies_fails_its_cell_alone(written, tmp_path):
     folder = tmp_path / "out"
     process = start(written(), folder)
-    until(lambda: list(folder.rglob("cell.json")))
-    begun = next(folder.rglob("cell.json")).parent
-    for pid in children(process.pid):
-        files = [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
-        if begun / "output.txt" in files:
-            os.kill(pid, signal.SIGKILL)
+    until(lambda: at_work(process.pid))
+    (pid, begun), *_ = at_work(process.pid)
+    os.kill(pid, signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     record = json.loads((begun / "result.json").read_text())

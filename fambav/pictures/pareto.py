@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_SPELLED = 9  # most rows whose names stand in the picture; of more, numbers do
+_SPELLED = 5  # most rows whose names stand in the picture; of more, numbers do
 _NAMED = 16  # most rows that all have a number; of more, those on a front
 _FRONT = "front"
 
@@ -196,7 +196,7 @@ def _draw(axes: Axes, axis: Axis, points: Sequence[Point]) -> None:
 
 
 def _name(axes: Axes, axis: Axis, points: Sequence[Point], names: Mapping[str, str]) -> None:
-    """Write names beside points, with a thin line to those that are not near."""
+    """Write names beside points, with a thin line of its colour to a point that is not near."""
     ordered = sorted(points, key=lambda point: point.name not in names)
     named = [point for point in ordered if point.name in names]
     at = np.array([_xy(point, axis) for point in ordered])
@@ -212,26 +212,19 @@ def _name(axes: Axes, axis: Axis, points: Sequence[Point], names: Mapping[str, s
         area=(box.x0, box.y0, box.x1, box.y1),
         mark=8 * dpi / 72,
     )
-    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
     back = axes.transData.inverted()
-    for point, start, middle in zip(named, at, back.transform(middles), strict=False):
-        written = axes.annotate(
-            names[point.name],
-            xy=(start[0], start[1]),
-            xytext=(middle[0], middle[1]),
-            fontsize=size,
-            ha="center",
-            va="center",
-            color=style.INK,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": style.GREY,
-                "lw": 0.7,
-                "shrinkA": 6,
-                "shrinkB": 3,
-            },
-        )
+    for point, start, (x0, y0, x1, y1) in zip(
+        named, axes.transData.transform(at), boxes, strict=False
+    ):
+        x, y = back.transform(((x0 + x1) / 2, (y0 + y1) / 2))
+        written = axes.text(x, y, names[point.name], fontsize=size, ha="center", va="center")
         written.set_in_layout(False)  # or axes would move, and points with them
+        edge = np.clip(start, (x0, y0), (x1, y1))
+        if np.hypot(*(edge - start)) > pixel:
+            way = back.transform((start, edge)).T
+            axes.plot(
+                *way, color=_colours(points)[point.name][0], lw=0.7, scalex=False, scaley=False
+            )
 
 
 def _along(corners: NDArray[np.float64], step: float) -> NDArray[np.float64]:

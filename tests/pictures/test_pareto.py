@@ -81,13 +81,38 @@ def test_names_do_not_cover_each_other(count):
 
 
 def test_few_rows_are_named_and_many_have_numbers_with_a_key():
-    few, many = (pareto(points(count), title="made up") for count in (6, 12))
+    few, many = (pareto(points(count), title="made up") for count in (5, 12))
     names = [f"row {number}" if number else "without fusion" for number in range(12)]
-    assert sorted(t.get_text() for t in few.axes[0].texts) == sorted(names[:6])
+    assert sorted(t.get_text() for t in few.axes[0].texts) == sorted(names[:5])
     assert {t.get_text() for t in few.legends[0].texts} == {"none", "famba-v", "ordered"}
     assert sorted(int(t.get_text()) for t in many.axes[0].texts) == list(range(1, 13))
     key = [text.get_text() for text in many.legends[0].texts]
     assert key == [f"{number}  {name}" for number, name in enumerate(names, start=1)]
+
+
+@pytest.mark.parametrize("count", [5, 16])
+def test_a_line_leads_from_every_name_that_is_not_near_to_its_own_point(count):
+    rows = points(count, seed=3)
+    for row in rows:  # so close that names have to give way
+        row.figures = {
+            k: Estimate(e.mean if row.baseline else 0.3 * size, e.std, e.count)
+            for (k, e), size in zip(row.figures.items(), (100, 60, 20, 2e7, 1), strict=True)
+        }
+    figure = pareto(rows, title="made up")
+    led = 0
+    for axes, boxes in zip(figure.axes, boxes_of(figure), strict=True):
+        centre = axes.transData.transform(axes.containers[1].lines[0].get_xydata()[0])
+        lines = [axes.transData.transform(line.get_xydata()) for line in axes.lines]
+        for text, (x0, y0, x1, y1) in zip(axes.texts, boxes, strict=True):
+            if text.get_text() in ("1", "without fusion"):
+                continue
+            gap = np.hypot(*(np.clip(centre, (x0, y0), (x1, y1)) - centre))
+            to = [line[1] for line in lines if len(line) == 2 and np.allclose(line[0], centre)]
+            near = [np.clip(end, (x0, y0), (x1, y1)) - end for end in to]
+            reached = any(np.hypot(*gap_left) < 6 for gap_left in near)
+            assert reached or gap < y1 - y0
+            led += reached
+    assert led >= count
 
 
 def test_of_many_rows_those_on_a_front_are_named():
