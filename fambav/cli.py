@@ -4,7 +4,8 @@ main.py      train or evaluate
 fambav ...   the commands of fambav.commands
 
 A user's mistake is one line that begins with `error:`, and status 2; a run that diverged is 3, a
-full disk 4; a bug keeps its traceback.
+full disk 4, samples that cannot be read 5, a full device 6, SIGTERM after the state is saved 143;
+a bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fambav.config import ConfigError
 Words = list[str]
 
 PACKAGE = Path(__file__).parent
-STATUS = {"DivergedError": 3}
+STATUS = {"DivergedError": 3, "LoaderError": 5}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -81,16 +82,24 @@ def _guarded(function: Callable[[Words], int], words: Words) -> int:
         return _tell("interrupted", 130)
     except SystemExit as stop:  # argparse has printed its help
         return stop.code if isinstance(stop.code, int) else 0
-    except OSError as error:
-        if error.errno in FULL:
-            return _tell(f"error: {_reason(error)}; nothing saved before is lost", 4)
-        if error.filename is None:
+    except (OSError, ValueError, RuntimeError) as error:
+        line, code = _failure(error)
+        if code is None:
             raise
-        return _tell(f"error: {_reason(error)}", 2)
-    except (ValueError, RuntimeError) as error:
-        if not _is_ours(error):
-            raise
-        return _tell(f"error: {_one_line(error)}", STATUS.get(type(error).__name__, 2))
+        return _tell(f"error: {line}", code)
+
+
+def _failure(error: Exception) -> tuple[str, int | None]:
+    """Say what happened in a line, and the exit status; None for a bug."""
+    kind, line = type(error).__name__, _one_line(error)
+    if isinstance(error, OSError):
+        if error.errno in FULL or kind == "UnsavedError":
+            return f"{_reason(error)}; nothing saved before is lost", 4
+        return _reason(error), None if error.filename is None else 2
+    if kind == "OutOfMemoryError":
+        hint = "a smaller --batch-size with --grad-accum-steps, or --grad-checkpointing, needs less"
+        return f"memory of the device is full; {hint} ({line})", 6
+    return line, STATUS.get(kind, 2) if _is_ours(error) else None
 
 
 def _is_ours(error: Exception) -> bool:

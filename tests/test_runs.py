@@ -112,7 +112,9 @@ def test_a_run_says_its_plan_and_what_tools_look_for(finished):
 def test_a_run_leaves_its_files(finished):
     names = {path.name.split(".out")[0] for path in finished.folder.iterdir()}
     assert names == {
+        ".lock",
         "checkpoint.pth",
+        "previous_checkpoint.pth",
         "best_checkpoint.pth",
         "model.safetensors",
         "log.txt",
@@ -249,7 +251,7 @@ def test_the_best_epoch_is_kept_over_a_crash_that_lost_its_copy(flags, tmp_path)
 
     def copy(source, target):
         copies.append(target.name)
-        if len(copies) == 2:
+        if copies.count("best_checkpoint.pth") == 2:
             raise Crash
         real(source, target)
 
@@ -258,7 +260,7 @@ def test_the_best_epoch_is_kept_over_a_crash_that_lost_its_copy(flags, tmp_path)
         patch.setattr(jobs, "evaluate", Scripted(5.0, 9.0))
         with pytest.raises(Crash):
             go(*flags, "--output_dir", tmp_path)
-    assert copies == ["best_checkpoint.pth"] * 2
+    assert copies.count("best_checkpoint.pth") == 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs, "evaluate", Scripted(7.0))
         found = go(*flags, "--output_dir", tmp_path, "--resume", "auto")

@@ -10,7 +10,7 @@ from typing import Any
 
 from fambav import data
 from fambav.config import Config
-from fambav.data import Batches, DataSet, TrainBatchesLoader
+from fambav.data import Batches, DataSet, Samples, TrainBatchesLoader
 from fambav.data.resident import Resident, ResidentEvaluation, resident_train_loader
 from fambav.engine.runtime import Console, Processes
 
@@ -53,9 +53,19 @@ def train_batches(
     group: Processes,
     *,
     input_size: tuple[int, int],
+    start_update: int | None = None,
     start_epoch: int = 0,
 ) -> TrainBatchesLoader:
-    """Return this process's share of the batches from `start_epoch` to the end of the run."""
+    """Return this process's share of the batches that are left of the run.
+
+    Args:
+        config: The recipe.
+        found: The data set.
+        group: The processes.
+        input_size: Height and width, in pixels.
+        start_update: Updates that are done; None for those of `start_epoch` epochs.
+        start_epoch: Epochs that are done.
+    """
     share: dict[str, Any] = dict(
         batch_size=config.optim.batch_size,
         seed=config.run.seed,
@@ -71,9 +81,9 @@ def train_batches(
     if config.augment.gpu_augment:
         make = partial(resident_train_loader, Resident(found.train, device=group.device))
     else:
-        make = partial(data.train_loader, found.train)
+        make = partial(data.train_loader, _samples(config, found.train, replacing=True))
     loader = make(transform, **share)
-    start = start_epoch * loader.updates_per_epoch
+    start = start_epoch * loader.updates_per_epoch if start_update is None else start_update
     return make(transform, start_update=start, **share) if start else loader
 
 
@@ -87,7 +97,9 @@ def eval_batches(
     )
     if config.augment.gpu_augment:
         return ResidentEvaluation(Resident(found.val, device=group.device), transform, **share)
-    return data.eval_loader(found.val, transform, **share, **_reading(config, group))
+    return data.eval_loader(
+        _samples(config, found.val, replacing=False), transform, **share, **_reading(config, group)
+    )
 
 
 def eval_transform(config: Config, statistics: Any, input_size: tuple[int, int]) -> Any:
@@ -126,6 +138,13 @@ def advise(config: Config, console: Console) -> None:
     if config.data.num_workers > cores:
         workers = config.data.num_workers
         console.say(f"num_workers is {workers} on {cores} CPU cores; fewer may be faster")
+
+
+def _samples(config: Config, samples: Samples, *, replacing: bool) -> Samples:
+    """Let a few samples be unreadable, if that is asked for."""
+    if config.data.on_bad_image == "error":
+        return samples
+    return data.Tolerant(samples, replacing=replacing)
 
 
 def _reading(config: Config, group: Processes) -> dict[str, Any]:

@@ -15,12 +15,30 @@ from fambav.engine.record import BEST, Recorder
 from fambav.reduction import Schedule
 
 
+def named(config: Config, source: Path | None) -> Path:
+    """Return the folder asked for, that of the run to go on with, or a new one."""
+    if config.run.output_dir is not None:
+        return Path(config.run.output_dir)
+    if source is not None:
+        return source.parent
+    name = config.model.model.replace("/", "_")
+    now = time.strftime("%Y%m%d-%H%M%S")
+    return Path("output") / f"{name}_{config.data.data_set.lower()}_{now}"
+
+
 def open_folder(
-    config: Config, plan: Schedule | None, found: DataSet, fit: Fit, *, source: Path | None
+    folder: Path,
+    config: Config,
+    plan: Schedule | None,
+    found: DataSet,
+    fit: Fit,
+    *,
+    source: Path | None,
 ) -> Recorder:
     """Make the run folder, write what is known so far, and open its log.
 
     Args:
+        folder: The run folder.
         config: The complete settings.
         plan: Tokens at each layer, if the model has such a plan.
         found: The data set.
@@ -30,7 +48,7 @@ def open_folder(
     Raises:
         OSError: If the folder cannot be written.
     """
-    folder, console = _name(config, source), fit.console
+    console = fit.console
     record.prepare(folder)
     if source is None or source.parent.resolve() != folder.resolve():
         kept = record.set_aside(folder)
@@ -54,17 +72,6 @@ def open_folder(
     console.say(f"{config.model.model} on {found.name}: {group.device}, {precision}")
     console.say(f"run folder: {folder}")
     return Recorder(folder, fit.progress.history, warn=console.say)
-
-
-def _name(config: Config, source: Path | None) -> Path:
-    """The folder asked for, that of the run to go on with, or a new one."""
-    if config.run.output_dir is not None:
-        return Path(config.run.output_dir)
-    if source is not None:
-        return source.parent
-    name = config.model.model.replace("/", "_")
-    now = time.strftime("%Y%m%d-%H%M%S")
-    return Path("output") / f"{name}_{config.data.data_set.lower()}_{now}"
 
 
 def _last_is_best(progress: Progress) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -17,18 +18,23 @@ from fambav.build.network import Sketch, model, sketch
 from fambav.build.teacher import described, teacher
 from fambav.build.updates import images_per_update, precision, update
 from fambav.config import Config
-from fambav.data import DataSet
+from fambav.data import Batches, DataSet
+from fambav.data.resident import ResidentEvaluation
 from fambav.engine import checkpoint
-from fambav.engine.checkpoint import State
+from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.distill import Teacher
 from fambav.engine.evaluate import Scores, evaluate
 from fambav.engine.fit import Fit, Progress, restore
+from fambav.engine.lock import locked
+from fambav.engine.maxima import Maxima
 from fambav.engine.memory import Meter
-from fambav.engine.record import CHECKPOINT
+from fambav.engine.record import BEST, CHECKPOINT, PREVIOUS
 from fambav.engine.runtime import Console, Processes, numerics, processes
 from fambav.models import Isotropic
 from fambav.ops import force, set_backend
 from fambav.randomness import seed_all
+
+KEPT = (CHECKPOINT, PREVIOUS, BEST)  # checkpoints of a run, the newest first
 
 
 def run(config: Config) -> int:
@@ -133,46 +139,69 @@ class Job:
         state = checkpoint.load(path)
         net, score = self._model(), self._score()
         saved.put(path, state, net)
-        raw = score(net)
+        held_out = self._held_out()
+        raw = score(net, batches=held_out)
         self.console.say(raw.line())
         if self.config.optim.model_ema and state.get("model_ema"):
             saved.put(path, state, net, ema=True)
-            self.console.say(f"EMA {score(net).line().removeprefix('* ')}")
+            self.console.say(f"EMA {score(net, batches=held_out).line().removeprefix('* ')}")
         text = f"Accuracy of the network on the {raw.samples} test images: {raw.acc1:.1f}%"
         self.console.say(text)
         return raw
 
     def train(self) -> None:
         """Train from the beginning, or from where a checkpoint left off, to the last epoch."""
-        source = self._source()
-        if source is not None and self.config.run.resume == "auto" and not source.exists():
-            self.console.say(f"resume is auto and there is no {source}: starting anew")
-            source = None
-        fit = self._fit(source)
+        source, state = self._start()
+        fit = self._fit(source, state)
+        place = folder.named(self.config, source)
         self.group.wait()  # until every process has read what the main one may now replace
-        if self.group.main:
-            fit.recorder = folder.open_folder(
-                self.config, self.sketch.schedule, self.data, fit, source=source
-            )
-        with closing(fit.recorder) if fit.recorder else nullcontext():
-            fit()
-            if fit.recorder is not None:
-                shown = pictured.tokens(self.config, fit.update.model, self.data)
-                if shown is not None:
-                    fit.recorder.picture("tokens", shown, fit.progress.epochs)
+        with locked(place) if self.group.main else nullcontext():
+            if self.group.main:
+                fit.recorder = folder.open_folder(
+                    place, self.config, self.sketch.schedule, self.data, fit, source=source
+                )
+            with closing(fit.recorder) if fit.recorder else nullcontext():
+                fit()
+                if fit.recorder is not None:
+                    shown = pictured.tokens(self.config, fit.update.model, self.data)
+                    if shown is not None:
+                        fit.recorder.picture("tokens", shown, fit.progress.epochs)
 
-    def _fit(self, source: Path | None) -> Fit:
+    def _start(self) -> tuple[Path | None, State | None]:
+        """Read the checkpoint to go on from, if there is to be one.
+
+        With auto, a damaged one gives way to the one before, and that to the best.
+        """
+        asked = self._source()
+        if asked is None or self.config.run.resume != "auto":
+            return asked, None if asked is None else checkpoint.load(asked)
+        there = [path for name in KEPT if (path := asked.with_name(name)).exists()]
+        if not there:
+            self.console.say(f"resume is auto and there is no {asked}: starting anew")
+            return None, None
+        *others, last = there
+        for path in others:
+            try:
+                return path, checkpoint.load(path)
+            except CheckpointError as error:
+                self.console.say(f"{error}; trying the one before")
+        return last, checkpoint.load(last)
+
+    def _fit(self, source: Path | None, state: State | None) -> Fit:
         """Build a run that stands where `source` was saved."""
         taught_by = self._teacher()
         digest = None if taught_by is None else taught_by.digest()
-        state = None if source is None else self._state(source, digest)
+        if source is not None and state is not None:
+            self._check(source, state, digest)
         start = 0 if state is None else int(state["epoch"]) + 1
+        start_update = None if state is None else state.get("updates")
         loader = batches.train_batches(
             self.config,
             self.data,
             self.group,
             input_size=self.sketch.input_size,
             start_epoch=start,
+            start_update=start_update,
         )
         step = update(
             self.config,
@@ -182,15 +211,25 @@ class Job:
             per_epoch=loader.updates_per_epoch,
             teacher=taught_by,
         )
+        score, held_out = self._score(), self._held_out()
         schedule, images = self.sketch.schedule, images_per_update(self.config, self.group)
-        facts = saved.facts(self.config, self.data, schedule, images=images, teacher=digest)
+        facts = saved.facts(
+            self.config,
+            self.data,
+            schedule,
+            images=images,
+            teacher=digest,
+            world=self.group.world,
+        )
         return Fit(
             update=step,
             batches=iter(loader),
+            places=loader.places,
             updates=loader.updates_per_epoch,
             images=images,
             epochs=self.config.optim.epochs,
-            score=self._score(),
+            score=partial(score, batches=held_out),
+            left_out=lambda: loader.left_out() + held_out.left_out(),
             facts=facts,
             strings=saved.as_strings(facts),
             tokens=schedule.lengths if schedule else (),
@@ -203,6 +242,8 @@ class Job:
             console=self.console,
             progress=Progress() if state is None else restore(state, step),
             every=self.config.run.log_every,
+            maxima=Maxima(_layers(step.model)) if self.config.run.log_activations else None,
+            save_every=self.config.run.save_every,
         )
 
     def _source(self) -> Path | None:
@@ -220,13 +261,14 @@ class Job:
             self.console.say(described(self.config))
         return found
 
-    def _state(self, source: Path, teacher: str | None) -> State:
-        """Read a checkpoint of this very run."""
-        state = checkpoint.load(source)
+    def _check(self, source: Path, state: State, teacher: str | None) -> None:
+        """Refuse a checkpoint that is not of this very run."""
         images = images_per_update(self.config, self.group)
-        saved.same_run(source, state, self.config, images=images, teacher=teacher)
-        self.console.say(f"going on from {source}, after epoch {state['epoch']}")
-        return state
+        world = self.group.world
+        saved.same_run(source, state, self.config, images=images, teacher=teacher, world=world)
+        updates = state.get("updates")
+        point = f"epoch {state['epoch']}" if updates is None else f"update {updates}"
+        self.console.say(f"going on from {source}, after {point}")
 
     def _model(self, *, fresh: bool = False) -> nn.Module:
         """Build the model; a fresh one for training starts from --finetune, if that is given."""
@@ -242,11 +284,14 @@ class Job:
                 self.console.say(composed)
         return net
 
-    def _score(self) -> Callable[[nn.Module], Scores]:
+    def _score(self) -> Callable[..., Scores]:
+        return partial(evaluate, processes=self.group, precision=precision(self.config, self.group))
+
+    def _held_out(self) -> Batches | ResidentEvaluation:
         size = self.sketch.input_size
-        return partial(
-            evaluate,
-            batches=batches.eval_batches(self.config, self.data, self.group, input_size=size),
-            processes=self.group,
-            precision=precision(self.config, self.group),
-        )
+        return batches.eval_batches(self.config, self.data, self.group, input_size=size)
+
+
+def _layers(net: nn.Module) -> Iterable[nn.Module]:
+    """The layers of a model of ours; the settings allow no other."""
+    return list(cast(nn.ModuleList, cast(Isotropic, net).layers))

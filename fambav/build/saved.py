@@ -41,6 +41,10 @@ _FREE = {
     "matmul_precision",
     "deterministic",
     "if_continue_inf",
+    "save_every",
+    "log_activations",
+    "on_bad_image",
+    "allow_world_size_change",
 }
 DESCRIPTION = "config.json"  # beside exported weights
 _TEXTS = {"class_token", "torch"}  # facts that are strings to begin with
@@ -54,6 +58,7 @@ def facts(
     *,
     images: int,
     teacher: str | None = None,
+    world: int = 1,
 ) -> State:
     """Return what a checkpoint says of its run besides weights and optimizer: plain data.
 
@@ -63,6 +68,7 @@ def facts(
         plan: Tokens at each layer, if the model has such a plan.
         images: Images in an update, over all processes.
         teacher: Digest of the teacher's weights, if there is a teacher.
+        world: Number of processes.
     """
     mean, std = found.statistics(config.data.data_stats)
     return {
@@ -71,6 +77,7 @@ def facts(
         "schedule": plan and {name: _plain(value) for name, value in asdict(plan).items()},
         "images_per_update": images,
         "teacher": teacher,
+        "world": world,
         "num_classes": found.num_classes,
         "class_names": found.class_names and list(found.class_names),
         "mean": list(mean),
@@ -152,7 +159,13 @@ def settings(state: State) -> Config | None:
 
 
 def same_run(
-    path: Path, state: State, config: Config, *, images: int, teacher: str | None = None
+    path: Path,
+    state: State,
+    config: Config,
+    *,
+    images: int,
+    teacher: str | None = None,
+    world: int = 1,
 ) -> None:
     """Refuse to go on with a run under other settings.
 
@@ -162,6 +175,7 @@ def same_run(
         config: The settings now.
         images: Images in an update now, over all processes.
         teacher: Digest of the weights of the teacher now, if there is one.
+        world: Number of processes now.
 
     Raises:
         CheckpointError: If it is no run of ours, or a setting that matters differs.
@@ -180,6 +194,9 @@ def same_run(
         changed.append(f"images per update {state.get('images_per_update')} -> {images}")
     if state.get("teacher") != teacher:
         changed.append("weights of the teacher")
+    processes = state.get("world", world)
+    if processes != world and not config.run.allow_world_size_change:
+        changed.append(f"processes {processes} -> {world} (see --allow-world-size-change)")
     if changed:
         raise CheckpointError(
             f"{path} is of a run with other settings, expected the same; {', '.join(changed)}"

@@ -20,6 +20,7 @@ FUSED_TOKENS, FUSED_LAYER = 7, 11  # Famba-V's defaults
 NO_FILES = ("DIGITS", "SHAPES100", "FAKE")
 FETCHED = ("CIFAR", "CIFAR10")
 IN_MEMORY = ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10")
+FOLDERS = ("IMNET", "FOLDER", "INAT", "INAT19")
 PLAIN = "plainmamba"  # what the names of these models start with
 
 
@@ -50,7 +51,9 @@ def _mixes(value: Values) -> bool:
 # In order: a rule may switch off what a later one depends on.
 RULES = (
     Rule(
-        _defaults("scan_backend", "grad_checkpointing", "cuda_graphs", "reduction"),
+        _defaults(
+            "scan_backend", "grad_checkpointing", "cuda_graphs", "reduction", "log_activations"
+        ),
         ("model",),
         lambda value: value("model").startswith(FOREIGN),
         "with --model {model}",
@@ -78,6 +81,24 @@ RULES = (
         ("compile",),
         lambda value: value("compile"),
         "with --compile; take one of both",
+    ),
+    Rule(
+        _defaults("log_activations"),
+        ("compile", "cuda_graphs"),
+        lambda value: value("compile") or value("cuda_graphs"),
+        "with --compile or --cuda-graphs, which leave no place to look",
+    ),
+    Rule(
+        _defaults("on_bad_image"),
+        ("data_set",),
+        lambda value: value("data_set") not in FOLDERS,
+        "with --data-set {data_set}, which has no image files",
+    ),
+    Rule(
+        _defaults("allow_world_size_change"),
+        ("resume",),
+        lambda value: not value("resume"),
+        "without --resume",
     ),
     Rule(
         _defaults("data_path"),

@@ -292,6 +292,9 @@ class Data:
         "imagenet", "channel statistics to normalise by", choices=("imagenet", "own")
     )
     download: bool = option(default=False, text="fetch the data set if it is missing")
+    on_bad_image: str = option(
+        "error", "skip leaves out files that are no images, 1% at most", choices=("error", "skip")
+    )
     num_workers: int = option(10, "loader processes", bounds=NATURAL, flag="num_workers")
     pin_mem: bool = option(
         default=True, text="page-locked memory for batches on a GPU", off="no-pin-mem"
@@ -442,6 +445,15 @@ class Run:
     seed: int = option(0, "of every random draw", bounds=Bounds(0, 2**32 - 1))
     deterministic: bool = option(default=False, text="deterministic algorithms only")
     log_every: int = option(10, "updates between printed lines", bounds=COUNT)
+    log_activations: bool = option(
+        default=False, text="record the largest activation of each layer in each epoch"
+    )
+    save_every: int | None = option(
+        None, "updates between checkpoints; none = one at the end of each epoch", bounds=COUNT
+    )
+    allow_world_size_change: bool = option(
+        default=False, text="go on with another number of processes, at as many images per update"
+    )
 
 
 GROUPS: dict[str, type] = dict(

@@ -7,6 +7,7 @@ from fambav.data.loaders import Batches, TrainBatchesLoader, eval_loader, train_
 from fambav.data.mixing import Mix, mixup
 from fambav.data.sampling import TrainBatches, deal
 from fambav.data.transforms import eval_transform, three_augment, train_transform
+from fambav.data.unreadable import Tolerant
 
 __all__ = [
     "ArraySet",
@@ -15,6 +16,7 @@ __all__ = [
     "DataSet",
     "Mix",
     "Samples",
+    "Tolerant",
     "TrainBatches",
     "TrainBatchesLoader",
     "deal",

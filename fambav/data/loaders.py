@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from fambav.data.arrays import DataError, Samples
 from fambav.data.sampling import Key, TrainBatches
+from fambav.data.unreadable import LeftOutError, Tolerant
 from fambav.randomness import seed_cpu
 
 Transform = Callable[[Image.Image], Tensor]
 Batch = tuple[Tensor, Tensor]
+_SHOWN = 8  # samples that an error names
+PATIENCE = 600  # seconds without a batch after which a loader process is given up
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):
@@ -36,10 +39,10 @@ class Augmented(Dataset[tuple[Tensor, int]]):
         epoch, position, place = name
         image, label = self.samples[place]
         seed_cpu(self.seed, "augment", epoch, position)
-        return self.transform(image), label
+        return _transformed(self.transform, image, place), label
 
 
-class Transformed(Dataset[tuple[Tensor, int]]):
+class Transformed(Dataset[tuple[Tensor, int] | None]):
     """Samples by place, as tensors.
 
     Args:
@@ -53,9 +56,30 @@ class Transformed(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        image, label = self.samples[place]
-        return self.transform(image), label
+    def __getitem__(self, place: int) -> tuple[Tensor, int] | None:
+        try:
+            image, label = self.samples[place]
+        except LeftOutError:
+            return None
+        return _transformed(self.transform, image, place), label
+
+
+def _transformed(transform: Transform, image: Image.Image, place: int) -> Tensor:
+    try:
+        return transform(image)
+    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        kind, size = type(error).__name__, "x".join(map(str, image.size))
+        raise DataError(
+            f"sample {place} ({image.mode}, {size} pixels) cannot be augmented: {kind}: {error}"
+        ) from error
+
+
+def _collated(samples: list[tuple[Tensor, int] | None]) -> Any:
+    """A batch of the samples that are not left out; it may be empty."""
+    there = [sample for sample in samples if sample is not None]
+    if not there:
+        return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    return default_collate(there)
 
 
 class Batches:
@@ -63,10 +87,16 @@ class Batches:
 
     Args:
         loader: Reads the batches.
+        samples: What it reads from.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
+    def __init__(self, loader: DataLoader[Any], samples: Any) -> None:
+        self.loader, self.samples = loader, samples
+        self._done = 0
+
+    def left_out(self) -> int:
+        """Return how many samples could not be read so far."""
+        return self.samples.count() if isinstance(self.samples, Tolerant) else 0
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -74,15 +104,42 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images (batch, 3, height, width), float32, and labels (batch,), int64."""
+        yield from self._read()
+
+    def _read(self) -> Iterator[Any]:
+        """Yield what the loader does.
+
+        Raises:
+            DataError: If it cannot read on.
+        """
         try:
-            yield from self.loader
+            for batch in self.loader:
+                yield batch
+                self._done += 1
             return
         except DataError as error:
             # A worker sends its error with a traceback as text; the message is the last line.
             name = f"{DataError.__module__}.{DataError.__qualname__}: "
             message = str(error).rstrip().rsplit("\n", 1)[-1].removeprefix(name)
             error.__traceback__ = None  # it keeps the workers, which then need seconds to stop
+        except (RuntimeError, OSError, EOFError) as error:
+            message = self._lost(error)
+            error.__traceback__ = None
         raise DataError(message)
+
+    def _lost(self, error: Exception) -> str:
+        """Say what is known of a loader process that raised, is gone or hangs."""
+        if "Original Traceback" in str(error):
+            reason = str(error).rstrip().rsplit("\n", 1)[-1]
+            return f"a sample cannot be read {self._where()}: {reason}"
+        reason = str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
+        return (
+            f"a loader process ended or hangs {self._where()} ({reason}), expected a batch; was it "
+            "killed for memory? fewer --num_workers or more shared memory may help"
+        )
+
+    def _where(self) -> str:
+        return f"at batch {self._done}"
 
 
 class TrainBatchesLoader(Batches):
@@ -92,9 +149,22 @@ class TrainBatchesLoader(Batches):
         updates_per_epoch: Updates to an epoch.
     """
 
-    def __init__(self, loader: DataLoader[Any], *, updates_per_epoch: int) -> None:
-        super().__init__(loader)
-        self.updates_per_epoch = updates_per_epoch
+    def __init__(self, loader: DataLoader[Any], samples: Any, *, order: TrainBatches) -> None:
+        super().__init__(loader, samples)
+        self._order = order
+        self.updates_per_epoch = order.updates_per_epoch
+
+    def places(self, update: int) -> dict[str, Any]:
+        """Return the places in the set of one update, by process and by micro-batch."""
+        return {"samples": self._order.places(update)}
+
+    def _where(self) -> str:
+        order = self._order
+        update, micro = divmod(self._done, order.accum)
+        update += order.updates.start
+        samples = order.places(update)[order.rank][micro]
+        shown = ", ".join(map(str, samples[:_SHOWN])) + (", ..." if len(samples) > _SHOWN else "")
+        return f"before update {update} (samples {shown})"
 
 
 def train_loader(
@@ -153,10 +223,11 @@ def train_loader(
         Augmented(samples, transform, seed=seed),
         batch_sampler=batches,
         num_workers=workers,
+        timeout=PATIENCE if workers else 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
-    return TrainBatchesLoader(loader, updates_per_epoch=batches.updates_per_epoch)
+    return TrainBatchesLoader(loader, samples, order=batches)
 
 
 def eval_loader(
@@ -187,8 +258,10 @@ def eval_loader(
         Subset(Transformed(samples, transform), range(rank, len(samples), world)),
         batch_size=batch_size,
         num_workers=workers,
+        timeout=PATIENCE if workers else 0,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         generator=torch.Generator(),
+        collate_fn=_collated,
     )
-    return Batches(loader)
+    return Batches(loader, samples)

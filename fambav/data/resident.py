@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from fambav.data.arrays import ArraySet, Samples
 from fambav.data.batch_colours import COLOURS, Operation
 from fambav.data.batch_geometry import pieces, resize, shift, warp
-from fambav.data.loaders import Batch, TrainBatchesLoader
+from fambav.data.loaders import PATIENCE, Batch, TrainBatchesLoader
 from fambav.data.recording import KIT, Draws, Orders, Recipe, Recording, Resizing, collate
 from fambav.data.sampling import TrainBatches
 
@@ -166,7 +166,7 @@ class ResidentTraining(TrainBatchesLoader):
         loader: Yields orders.
         resident: The set.
         recipe: Whose orders they are.
-        updates_per_epoch: Updates to an epoch.
+        order: What batches are made of.
     """
 
     def __init__(
@@ -175,17 +175,15 @@ class ResidentTraining(TrainBatchesLoader):
         resident: Resident,
         recipe: Recipe,
         *,
-        updates_per_epoch: int,
+        order: TrainBatches,
     ) -> None:
-        super().__init__(loader, updates_per_epoch=updates_per_epoch)
+        super().__init__(loader, resident, order=order)
         scales = Scales.of(recipe.normalize, resident.device)
         self._rendered = partial(rendered, resident, scales=scales)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images (batch, 3, height, width), float32, and labels (batch,), int64."""
-        orders: Orders
-        for orders in self.loader:
-            yield self._rendered(orders)
+        yield from map(self._rendered, self._read())
 
 
 def resident_train_loader(
@@ -223,10 +221,11 @@ def resident_train_loader(
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin_memory,
+        timeout=PATIENCE if workers else 0,
         collate_fn=collate,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
-    return ResidentTraining(loader, resident, recipe, updates_per_epoch=batches.updates_per_epoch)
+    return ResidentTraining(loader, resident, recipe, order=batches)
 
 
 class ResidentEvaluation:
@@ -253,6 +252,10 @@ class ResidentEvaluation:
     def __len__(self) -> int:
         """Return the number of batches."""
         return -(-len(self._places) // self._batch_size)
+
+    def left_out(self) -> int:
+        """Return how many samples could not be read: all that are in memory could."""
+        return 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images (batch, 3, height, width), float32, and labels (batch,), int64."""

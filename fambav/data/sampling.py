@@ -101,11 +101,26 @@ class TrainBatches(Sampler[list[Key]]):
             epoch, step = divmod(update, self.updates_per_epoch)
             if epoch != now:
                 now, order = epoch, self.order(epoch).tolist()
-            start = step * self.window
             for micro in range(self.accum):
-                first = start + micro * self.world + self.rank
-                places = range(first, start + self.window, self.world * self.accum)
+                places = self._positions(step, micro, self.rank)
                 yield [(epoch, position, order[position]) for position in places]
+
+    def places(self, update: int) -> list[list[list[int]]]:
+        """Return the places in the set of one update: by process, then by micro-batch."""
+        epoch, step = divmod(update, self.updates_per_epoch)
+        order = self.order(epoch).tolist()
+        return [
+            [
+                [order[position] for position in self._positions(step, micro, rank)]
+                for micro in range(self.accum)
+            ]
+            for rank in range(self.world)
+        ]
+
+    def _positions(self, step: int, micro: int, rank: int) -> range:
+        start = step * self.window
+        first = start + micro * self.world + rank
+        return range(first, start + self.window, self.world * self.accum)
 
     def order(self, epoch: int) -> Tensor:
         """Return the places of one epoch in the order of training, int64."""

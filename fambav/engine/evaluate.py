@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sized
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fambav.engine.runtime import Precision, Processes
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Batches(Sized, Protocol):
+    """Batches whose number is known."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield them."""
 
 
 class Scores(NamedTuple):
@@ -35,10 +44,11 @@ class Scores(NamedTuple):
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     *,
     processes: Processes,
     precision: Precision,
+    take: Callable[[Iterator[Batch]], Batch | None] = lambda stream: next(stream, None),
 ) -> Scores:
     """Score `model` on every sample of every process.
 
@@ -49,6 +59,7 @@ def evaluate(
             (batch,), int64.  A batch, or a process's whole share, may be of any size.
         processes: Whose shares are added up.
         precision: Format of the forward pass.
+        take: Reads a batch, None at the end; every process calls it as often as the others.
 
     Raises:
         ValueError: If there is no sample at all.
@@ -56,13 +67,17 @@ def evaluate(
     training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
-    for images, labels in batches:
-        images = images.to(processes.device, non_blocking=True)
-        labels = labels.to(processes.device, non_blocking=True)
-        with precision.autocast():
-            logits = model(images)
-        sums += _sums(logits.float(), labels)
-    model.train(training)
+    stream = iter(batches)
+    try:
+        for _ in range(processes.largest(len(batches))):
+            batch = take(stream)
+            if batch is not None and len(batch[1]):
+                images, labels = (t.to(processes.device, non_blocking=True) for t in batch)
+                with precision.autocast():
+                    logits = model(images)
+                sums += _sums(logits.float(), labels)
+    finally:
+        model.train(training)
     loss, first, five, count = processes.total(sums).tolist()
     if count == 0:
         raise ValueError("evaluation set is empty, expected at least one sample")

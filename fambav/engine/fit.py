@@ -1,21 +1,37 @@
-"""A whole run: train an epoch, evaluate, save, record, and again."""
+"""A whole run: train an epoch, evaluate, save, record, and again.
+
+Where it is interrupted, it saves what it has come to; it goes on from there to the same bits.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import zip_longest
+from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError, State
+from fambav.engine.control import Ahead, LoaderError, Signals, Stopped
 from fambav.engine.evaluate import Scores
+from fambav.engine.maxima import Maxima
 from fambav.engine.memory import Meter, resident_mib
-from fambav.engine.record import BEST, CHECKPOINT, WEIGHTS, Record, Recorder
+from fambav.engine.record import BEST, CHECKPOINT, PREVIOUS, WEIGHTS, Record, Recorder
 from fambav.engine.runtime import Console
-from fambav.engine.train import Summary, Update, train_epoch
+from fambav.engine.train import DivergedError, Losses, Summary, Update, train_epoch
+
+NOT_FINITE = "not_finite"  # folder of what is known of an update whose numbers are not
+
+
+class UnsavedError(OSError):
+    """The last state of a run could not be written."""
 
 
 @dataclass
@@ -23,14 +39,24 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        epochs: Epochs done.
+        epochs: Epochs done, evaluated and recorded.
+        updates: Updates done; None for those of the epochs done.
         best_acc1: Highest top-1 of the raw weights so far, in percent; -1 before the first epoch.
         history: One record per epoch.
+        losses: Of the updates since the last epoch, over all processes; NaN for one left out.
+        seconds: Spent on those.
+        peak_mib: Peak memory of those, in MiB.
+        maxima: Largest magnitude that each layer put out in those, if that is measured.
     """
 
     epochs: int = 0
+    updates: int | None = None
     best_acc1: float = -1.0
     history: list[Record] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+    maxima: list[float] = field(default_factory=list)
 
 
 def snapshot(update: Update, progress: Progress) -> State:
@@ -44,6 +70,11 @@ def snapshot(update: Update, progress: Progress) -> State:
         "epoch": progress.epochs - 1,
         "best_acc1": progress.best_acc1,
         "history": progress.history,
+        "updates": progress.updates,
+        "losses": progress.losses,
+        "seconds": progress.seconds,
+        "peak_mib": progress.peak_mib,
+        "maxima": progress.maxima,
     }
 
 
@@ -65,7 +96,16 @@ def restore(state: State, update: Update) -> Progress:
         if update.precision.scaler.is_enabled():
             update.precision.scaler.load_state_dict(state["scaler"])
         history = [dict(record) for record in state["history"]]
-        return Progress(state["epoch"] + 1, state["best_acc1"], history)
+        return Progress(
+            epochs=state["epoch"] + 1,
+            updates=state.get("updates"),  # older files are of finished epochs only
+            best_acc1=state["best_acc1"],
+            history=history,
+            losses=[float(loss) for loss in state.get("losses", ())],
+            seconds=float(state.get("seconds", 0.0)),
+            peak_mib=float(state.get("peak_mib", 0.0)),
+            maxima=[float(value) for value in state.get("maxima", ())],
+        )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(": ")
         raise CheckpointError(
@@ -80,69 +120,114 @@ class Fit:
     Attributes:
         update: One step.
         batches: All batches that are left, in order.
+        places: What the batches of an update are made of, for all processes: plain data.
         updates: Updates in an epoch.
         images: Images in an update, over all processes.
         epochs: Epochs of the whole run.
-        score: Evaluates a model.
+        score: Evaluates a model, reading its batches by a function `take`.
         facts: What every checkpoint says besides the state, plain data.
         strings: The same for the file of weights alone.
+        left_out: Counts the samples that this process could not read so far.
         tokens: Tokens seen by each layer; empty if the model has no such thing.
         meter: Measures memory.
         console: Where lines go.
         progress: How far the run has come; changed in place.
         recorder: Where files go; None in every process but the main one.
         every: Updates from one line to the next.
+        save_every: Updates from one checkpoint to the next within an epoch; None for none there.
+        maxima: Measures what layers put out; None for not.
+        unsaved: Why the last state could not be written; None if it could.
     """
 
     update: Update
     batches: Iterator[tuple[Tensor, Tensor]]
+    places: Callable[[int], Record]
     updates: int
     images: int
     epochs: int
-    score: Callable[[nn.Module], Scores]
+    score: Callable[..., Scores]
     facts: State
     strings: dict[str, str]
+    left_out: Callable[[], int]
     tokens: Sequence[int]
     meter: Meter
     console: Console
     progress: Progress
     recorder: Recorder | None = None
     every: int = 10
+    save_every: int | None = None
+    maxima: Maxima | None = None
+    unsaved: OSError | None = None
 
     def __call__(self) -> None:
         """Run to the end.
 
         Raises:
-            DivergedError: If the loss stops being a number.
+            DivergedError: If loss or gradient stop being numbers.
+            Stopped: If a signal ended the run; its state is saved.
+            LoaderError: If samples cannot be read; the state is saved.
+            UnsavedError: If the last state could not be written.
         """
         start = time.perf_counter()
-        for epoch in range(self.progress.epochs, self.epochs):
-            self._epoch(epoch)
+        with Signals() as signals:
+            ahead = Ahead(
+                self.batches,
+                count=self.update.accumulate,
+                processes=self.update.processes,
+                signals=signals,
+            )
+            for epoch in range(self.progress.epochs, self.epochs):
+                self._epoch(epoch, ahead)
+        self._refuse_unsaved()
         spent = timedelta(seconds=round(time.perf_counter() - start))
         self.console.say(f"Training time {spent}")
 
-    def _epoch(self, epoch: int) -> None:
-        start = time.perf_counter()
-        summary = self._train(epoch)
+    def _epoch(self, epoch: int, ahead: Ahead) -> None:
+        progress = self.progress
+        summary = self._train(epoch, ahead)
         trained = time.perf_counter()
-        scores = self._evaluate()
+        scores = self._evaluate(ahead)
         evaluated = time.perf_counter()
         record = {
-            **self._trained(epoch, summary, trained - start),
+            **self._trained(epoch, summary),
             **scores,
             "eval_seconds": round(evaluated - trained, 3),
             "save_seconds": 0.0,
         }
-        self.progress.epochs = epoch + 1
-        self.progress.history.append(record)
-        self._save(record)
+        progress.epochs = epoch + 1
+        progress.history.append(record)
+        progress.losses, progress.seconds, progress.peak_mib, progress.maxima = [], 0.0, 0.0, []
+        best = record["test_acc1"] > progress.best_acc1
+        progress.best_acc1 = max(record["test_acc1"], progress.best_acc1)
+        self.console.say(f"Max accuracy: {progress.best_acc1:.2f}%")
+        self._tell_left_out()
+        self._save(best=best)
         record["save_seconds"] = round(time.perf_counter() - evaluated, 3)
         if self.recorder is not None:
             self.recorder.epoch(record)
 
-    def _train(self, epoch: int) -> Summary:
-        first = epoch * self.updates
-        last, clock = first, time.perf_counter()
+    def _tell_left_out(self) -> None:
+        processes = self.update.processes
+        count = processes.total(torch.tensor(self.left_out(), device=processes.device))
+        if count:
+            self.console.say(f"{int(count)} unreadable images were left out so far")
+
+    def _train(self, epoch: int, ahead: Ahead) -> Summary:
+        first, progress = epoch * self.updates, self.progress
+        done = first if progress.updates is None else progress.updates
+        losses = Losses(self.update, first, progress.losses)
+        start = clock = time.perf_counter()
+        before, last = progress.seconds, done
+
+        def note() -> None:
+            losses.fetch()
+            progress.updates, progress.losses = first + len(losses), losses.values
+            progress.seconds = before + time.perf_counter() - start
+            if progress.updates > done:
+                progress.peak_mib = max(progress.peak_mib, self.meter.peak().mib)
+            if self.maxima is not None:
+                pairs = zip_longest(progress.maxima, self.maxima.take(), fillvalue=0.0)
+                progress.maxima = [max(pair) for pair in pairs]
 
         def report(done: int, losses: list[float]) -> None:
             nonlocal last, clock
@@ -154,29 +239,65 @@ class Fit:
                 self.recorder.updates(done, losses, lr)
             last, clock = done, now
 
-        return train_epoch(
-            self.update,
-            self.batches,
-            updates=range(first, first + self.updates),
-            first=self.meter.first_update(),
-            every=self.every,
-            report=report,
-        )
+        def pause() -> None:
+            with self._ending(note):
+                ahead.prepare()
+            if self.save_every and len(losses) and (first + len(losses)) % self.save_every == 0:
+                note()
+                self._save()
 
-    def _evaluate(self) -> Record:
-        raw = self.score(self.update.model)
+        try:
+            summary = train_epoch(
+                self.update,
+                ahead,
+                updates=range(done, first + self.updates),
+                losses=losses,
+                first=self.meter.first_update(),
+                every=self.every,
+                report=report,
+                pause=pause,
+            )
+        except DivergedError as error:
+            progress.updates, progress.losses = error.update, losses.values[:-1]
+            self._tell_of(error)
+            raise
+        note()
+        return summary
+
+    @contextmanager
+    def _ending(self, note: Callable[[], None]) -> Iterator[None]:
+        """Save what a run has come to when something ends it inside the block."""
+        try:
+            yield
+        except (Stopped, LoaderError) as end:
+            note()
+            self._save()
+            self._refuse_unsaved()
+            if isinstance(end, Stopped):
+                self.console.say(
+                    f"{end.signal.name}: saved after update {self.progress.updates}; "
+                    "--resume auto goes on from there"
+                )
+            raise
+
+    def _evaluate(self, ahead: Ahead) -> Record:
+        with self._ending(lambda: None):
+            return self._scores(ahead)
+
+    def _scores(self, ahead: Ahead) -> Record:
+        raw = self.score(self.update.model, take=ahead.take)
         self.console.say(raw.line())
         found = {f"test_{name}": getattr(raw, name) for name in ("loss", "acc1", "acc5")}
         if self.update.average is not None:
-            averaged = self.score(self.update.average.model)
+            averaged = self.score(self.update.average.model, take=ahead.take)
             self.console.say(f"EMA {averaged.line().removeprefix('* ')}")
             for name in ("loss", "acc1", "acc5"):
                 found[f"test_ema_{name}"] = getattr(averaged, name)
         return found
 
-    def _trained(self, epoch: int, summary: Summary, seconds: float) -> Record:
+    def _trained(self, epoch: int, summary: Summary) -> Record:
         rates = [self.update.lr(epoch * self.updates + step) for step in range(self.updates)]
-        peak = self.meter.peak()
+        seconds = self.progress.seconds
         return {
             "epoch": epoch,
             "train_lr": sum(rates) / len(rates),
@@ -186,23 +307,60 @@ class Fit:
             "tokens": list(self.tokens),
             "train_seconds": round(seconds, 3),
             "images_per_second": round(self.updates * self.images / seconds, 2),
-            "peak_memory_mib": round(peak.mib, 3),
-            "peak_memory_kind": peak.kind,
+            "peak_memory_mib": round(self.progress.peak_mib, 3),
+            "peak_memory_kind": self.meter.peak().kind,
             "rss_mib": round(resident_mib(), 1),
+            **({} if self.maxima is None else {"activation_max": self.progress.maxima}),
         }
 
-    def _save(self, record: Record) -> None:
-        """Write the checkpoint, then the files that follow from it; the other processes wait."""
-        best = record["test_acc1"] > self.progress.best_acc1
-        self.progress.best_acc1 = max(record["test_acc1"], self.progress.best_acc1)
-        self.console.say(f"Max accuracy: {self.progress.best_acc1:.2f}%")
+    def _save(self, *, best: bool = False) -> None:
+        """Write the checkpoint and the files that follow from it; the other processes wait.
+
+        A state that cannot be written is told of, and training goes on: the one before is whole.
+        """
         if self.recorder is not None:
-            folder = self.recorder.folder
-            checkpoint.save(
-                folder / CHECKPOINT, {**snapshot(self.update, self.progress), **self.facts}
-            )
-            if best:
-                checkpoint.copy(folder / CHECKPOINT, folder / BEST)
-            weights = self.update.model.state_dict()
-            checkpoint.save_weights(folder / WEIGHTS, weights, self.strings)
+            try:
+                self._write(self.recorder.folder, best=best)
+                self.unsaved = None
+            except OSError as error:
+                self.unsaved = error
+                self.console.say(
+                    f"warning: checkpoint could not be written ({error.strerror or error}); the "
+                    "one before is whole, and training goes on"
+                )
         self.update.processes.wait()
+
+    def _write(self, folder: Path, *, best: bool) -> None:
+        state = {**snapshot(self.update, self.progress), **self.facts}
+        if (folder / CHECKPOINT).exists():
+            checkpoint.copy(folder / CHECKPOINT, folder / PREVIOUS)
+        checkpoint.save(folder / CHECKPOINT, state)
+        if best:
+            checkpoint.copy(folder / CHECKPOINT, folder / BEST)
+        checkpoint.save_weights(folder / WEIGHTS, self.update.model.state_dict(), self.strings)
+
+    def _refuse_unsaved(self) -> None:
+        if self.unsaved is not None:
+            found = self.unsaved
+            reason = f"last state could not be written: {found.strerror or found}"
+            raise UnsavedError(found.errno, reason, found.filename) from found
+
+    def _tell_of(self, error: DivergedError) -> None:
+        """Write what is known of an update whose loss or gradient is not finite."""
+        if self.recorder is None:
+            return
+        folder = self.recorder.folder / NOT_FINITE
+        known = {
+            "update": error.update,
+            "epoch": error.update // self.updates,
+            "loss": str(error.loss),
+            "lr": self.update.lr(error.update),
+            **self.places(error.update),
+        }
+        folder.mkdir(exist_ok=True)
+        checkpoint.write_text(folder / "update.json", json.dumps(known, indent=1) + "\n")
+        if self.update.looks:  # the weights are those before the update
+            checkpoint.save(
+                folder / "state.pth", {**snapshot(self.update, self.progress), **self.facts}
+            )
+        self.console.say(f"what is known of update {error.update} is in {folder}")

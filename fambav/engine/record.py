@@ -30,6 +30,7 @@ from fambav.engine.checkpoint import write_text
 Record = dict[str, Any]
 
 CHECKPOINT, BEST, WEIGHTS = "checkpoint.pth", "best_checkpoint.pth", "model.safetensors"
+PREVIOUS = "previous_checkpoint.pth"
 _LOG, _TABLE = "log.txt", "metrics.csv"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "triton")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,8 @@ def prepare(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trial = folder / f".tmp-{os.getpid()}"
     trial.touch()
-    trial.unlink()
+    for left in folder.glob(".tmp-*"):  # of runs that were killed, since no other one is running
+        left.unlink()
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -53,7 +55,8 @@ def set_aside(folder: Path) -> Path | None:
     Returns:
         That folder, or None if there was no earlier run.
     """
-    old = [p for name in (_LOG, _TABLE, CHECKPOINT, BEST, WEIGHTS) if (p := folder / name).exists()]
+    names = (_LOG, _TABLE, CHECKPOINT, PREVIOUS, BEST, WEIGHTS)
+    old = [path for name in names if (path := folder / name).exists()]
     if not old:
         return None
     kept = folder / time.strftime("earlier-%Y%m%d-%H%M%S")

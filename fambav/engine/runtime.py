@@ -6,7 +6,9 @@ environment (RANK, WORLD_SIZE, LOCAL_RANK); without them a run is one process.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 _TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a lost one gives up
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,13 @@ class Processes:
         rank: Number of this process, 0 <= rank < world.
         world: Number of processes.
         device: Where this process computes.
+        talk: The group that sends what lies in ordinary memory; None for the default one.
     """
 
     rank: int
     world: int
     device: torch.device
+    talk: Any = None
 
     @property
     def main(self) -> bool:
@@ -46,6 +51,21 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def largest(self, value: int) -> int:
+        """Return the largest value of all processes, without waiting for the device."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.talk)
+        return int(shared)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what every process gives, plain data, by rank."""
+        found = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(found, value, group=self.talk)
+        return found
 
     def wait(self) -> None:
         """Wait until every process has come here."""
@@ -71,9 +91,12 @@ def processes(device: str | None) -> Iterator[Processes]:
         ValueError: If the device is not there.
     """
     rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if "RANK" in os.environ:
+        end_with_parent()
     place = _device(device, _number("LOCAL_RANK", 0))
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    talk = None
     if world > 1:
         gpu = place if place.type == "cuda" else None
         dist.init_process_group(
@@ -83,11 +106,21 @@ def processes(device: str | None) -> Iterator[Processes]:
             timeout=_TIMEOUT,
             device_id=gpu,
         )
+        talk = dist.new_group(backend="gloo", timeout=_TIMEOUT) if gpu else None
     try:
-        yield Processes(rank, world, place)
+        yield Processes(rank, world, place, talk)
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the one that started it dies, on Linux.
+
+    A launcher that is killed cannot end its processes; they would go on without it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _number(name: str, default: int) -> int:

@@ -27,7 +27,16 @@ MAX_SKIPPED = 20  # updates in a row
 
 
 class DivergedError(RuntimeError):
-    """The loss stopped being a number."""
+    """The loss or the gradient stopped being a number.
+
+    Attributes:
+        update: Number of the update.
+        loss: Its mean loss over the processes, as far as it is known.
+    """
+
+    def __init__(self, message: str, *, update: int, loss: float) -> None:
+        super().__init__(message)
+        self.update, self.loss = update, loss
 
 
 class Summary(NamedTuple):
@@ -35,7 +44,7 @@ class Summary(NamedTuple):
 
     Attributes:
         loss: Mean over the updates that were made, over all processes.
-        skipped: Updates left out because their loss was not finite.
+        skipped: Updates left out because their loss or gradient was not finite.
     """
 
     loss: float
@@ -62,7 +71,7 @@ class Update:
         accumulate: Batches of each process in an update.
         max_grad_norm: The gradient is clipped to this norm; None for not.
         average: Follows the model.
-        skipping: Leave out an update whose loss is not finite, instead of stopping.
+        skipping: Leave out an update whose loss or gradient is not finite, instead of stopping.
         training: Whether dropout and skipped blocks are on.
     """
 
@@ -83,20 +92,30 @@ class Update:
     training: bool = True
 
     def __call__(self, batches: Iterator[Batch], update: int) -> Tensor:
-        """Do update number `update`, from 0; return this process's mean loss, a scalar."""
+        """Do update number `update`, from 0; return this process's mean loss, a scalar.
+
+        The loss is NaN if it or the gradient is not finite.  Where looking costs no time, on a CPU
+        or when such updates are skipped anyway, the weights are then left as they were; elsewhere
+        the step is made before anybody has seen the loss.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(update)
         loss = torch.zeros((), device=self.processes.device)
         for micro in range(self.accumulate):
             loss += self._backward(next(batches), update, micro)
-        if self.skipping and not self._everywhere_finite(loss):
-            loss.fill_(torch.nan)
-        else:
+        finite = self._finite(loss)
+        loss.masked_fill_(~finite, torch.nan)
+        if not self.looks or finite:
             self._step()
             if self.average is not None:
                 self.average.update(self.model, update + 1)
         self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+    @property
+    def looks(self) -> bool:
+        """Whether each update is looked at before its step."""
+        return self.skipping or self.processes.device.type == "cpu"
 
     def _backward(self, batch: Batch, update: int, micro: int) -> Tensor:
         images, targets = (t.to(self.processes.device, non_blocking=True) for t in batch)
@@ -129,21 +148,37 @@ class Update:
         scaler.step(self.optimizer)
         scaler.update()
 
-    def _everywhere_finite(self, loss: Tensor) -> bool:
-        bad = (~loss.isfinite()).double()
-        return self.processes.total(bad).item() == 0
+    def _finite(self, loss: Tensor) -> Tensor:
+        """Whether loss and gradient are finite, on all processes: a scalar, bool.
+
+        The gradient is the same on all of them.  Under a loss scale one that overflows is the
+        scaler's own business, which then leaves the step out and takes a smaller scale.
+        """
+        bad = ~loss.isfinite()
+        if not self.precision.scaler.is_enabled():
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            bad |= ~nn.utils.get_total_norm(gradients).isfinite()
+        return self.processes.total(bad.double()) == 0
 
 
 class Losses:
-    """The losses of an epoch, fetched from the device and from the other processes in groups."""
+    """The losses of an epoch, fetched from the device and from the other processes in groups.
 
-    def __init__(self, update: Update, start: int) -> None:
+    Args:
+        update: What makes them.
+        start: Number of the epoch's first update.
+        known: Losses of the updates that are made already, NaN for one that was left out.
+    """
+
+    def __init__(self, update: Update, start: int, known: Iterable[float] = ()) -> None:
         self._update = update
-        self._done = start
+        self._start = start
         self._waiting: list[Tensor] = []
-        self._finite: list[float] = []
-        self._skipped = 0
-        self._row = 0
+        self.values = list(known)
+
+    def __len__(self) -> int:
+        """Return how many updates of the epoch are made."""
+        return len(self.values) + len(self._waiting)
 
     def add(self, loss: Tensor) -> None:
         """Take the loss of the next update."""
@@ -156,32 +191,39 @@ class Losses:
             DivergedError: If one is not finite, or too many in a row were skipped for it.  All
                 processes raise it together, since all see the same sum.
         """
+        if not self._waiting:
+            return []
         processes = self._update.processes
         sums = processes.total(torch.stack(self._waiting).double())
-        values: list[float] = (sums / processes.world).tolist()
-        for value in values:
-            self._take(value)
+        found: list[float] = (sums / processes.world).tolist()
         self._waiting.clear()
-        return values
+        for value in found:
+            self.values.append(value)
+            self._refuse(value)
+        return found
 
-    def _take(self, value: float) -> None:
+    def _refuse(self, value: float) -> None:
         if math.isfinite(value):
-            self._finite.append(value)
-            self._row = 0
-        else:
-            self._skipped += 1
-            self._row += 1
-            if not self._update.skipping or self._row > MAX_SKIPPED:
-                raise DivergedError(
-                    f"loss is {value} at update {self._done}, expected a finite number; "
-                    f"the learning rate there is {self._update.lr(self._done):.3g}"
-                )
-        self._done += 1
+            return
+        row = next(
+            (n for n, v in enumerate(self.values[::-1]) if math.isfinite(v)), len(self.values)
+        )
+        if self._update.skipping and row <= MAX_SKIPPED:
+            return
+        update = self._start + len(self.values) - 1
+        many = f" and {row - 1} before it" if self._update.skipping else ""
+        raise DivergedError(
+            f"loss or gradient is not finite at update {update}{many}, expected finite numbers; "
+            f"the learning rate there is {self._update.lr(update):.3g}",
+            update=update,
+            loss=value,
+        )
 
     def summary(self) -> Summary:
         """Return what the epoch came to."""
-        mean = sum(self._finite) / len(self._finite) if self._finite else math.nan
-        return Summary(mean, self._skipped)
+        finite = [value for value in self.values if math.isfinite(value)]
+        mean = sum(finite) / len(finite) if finite else math.nan
+        return Summary(mean, len(self.values) - len(finite))
 
 
 def train_epoch(
@@ -189,30 +231,37 @@ def train_epoch(
     batches: Iterable[Batch],
     *,
     updates: range,
+    losses: Losses,
     first: AbstractContextManager[Any] | None = None,
     every: int = 10,
     report: Callable[[int, list[float]], None],
+    pause: Callable[[], None] = lambda: None,
 ) -> Summary:
-    """Make the updates of one epoch.
+    """Make the updates of one epoch that are left.
 
     Args:
         update: One step.
         batches: Images, (batch, channels, height, width), and labels, (batch,), in order;
             `update.accumulate` of them for each update.
         updates: Numbers of the updates, counted from the start of the run.
+        losses: Those of the epoch so far; takes the others.
         first: Surrounds the first update, to measure it.
         every: Updates from one report to the next; only then is the device waited for.
         report: Told the updates done so far in the run and the losses since the last report.
+        pause: Called before each update; may end the epoch by raising an exception.
 
     Raises:
         DivergedError: If a loss is not finite.
     """
     update.forward.train(update.training)
-    stream, losses = iter(batches), Losses(update, updates.start)
+    stream = iter(batches)
     for number in updates:
+        pause()
         with first if first and number == updates.start else nullcontext():
-            losses.add(update(stream, number))
-        if (number + 1 - updates.start) % every == 0 or number + 1 == updates.stop:
+            loss = update(stream, number)
+        losses.add(loss)
+        last = number + 1 == updates.stop
+        if last or len(losses) % every == 0 or (update.looks and not loss.isfinite()):
             report(number + 1, losses.fetch())
     return losses.summary()
 

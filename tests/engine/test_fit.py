@@ -37,19 +37,21 @@ def make_update(*, average=True):
 def make(folder=None, *, accuracies=(10.0, 30.0, 20.0), average=True):
     update, scores = make_update(average=average), iter(accuracies)
 
-    def score(model):
+    def score(model, take):
         accuracy = next(scores) if model is update.model else 1.0
         return Scores(acc1=accuracy, acc5=99.0, loss=0.5, samples=8)
 
     return Fit(
         update=update,
         batches=iter([(IMAGES, torch.tensor([0, 1]))] * 100),
+        places=lambda update: {"samples": [[[update, update + 1]]]},
         updates=4,
         images=2,
         epochs=len(accuracies),
         score=score,
         facts={"class_token": "middle"},
         strings={"class_token": "middle"},
+        left_out=lambda: 0,
         tokens=(5, 3),
         meter=Meter(CPU, update.model.parameters()),
         console=Console(silent=True),

@@ -12,6 +12,7 @@ from fambav.engine.runtime import Precision, Processes
 from fambav.engine.train import (
     MAX_SKIPPED,
     DivergedError,
+    Losses,
     Update,
     binary_cross_entropy,
     smooth_cross_entropy,
@@ -72,7 +73,10 @@ def ignore(done, losses):
 
 
 def epoch(update, batches, count, **options):
-    return train_epoch(update, batches, updates=range(count), report=ignore, **options)
+    losses = Losses(update, 0)
+    return train_epoch(
+        update, batches, updates=range(count), losses=losses, report=ignore, **options
+    )
 
 
 def test_accumulated_updates_are_those_of_one_large_batch():
@@ -190,6 +194,7 @@ def test_reports_hold_every_loss_once_and_come_when_due():
         update,
         whole(7),
         updates=range(10, 17),
+        losses=Losses(update, 10),
         every=3,
         report=lambda done, losses: told.append((done, len(losses))),
     )
@@ -220,7 +225,7 @@ def poisoned(at, count):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_update():
-    with pytest.raises(DivergedError, match=r"loss is nan at update 4, .* rate there is 0\.1$"):
+    with pytest.raises(DivergedError, match=r"not finite at update 4, .* rate there is 0\.1$"):
         epoch(make(), poisoned([4], 9), 9)
 
 
@@ -237,7 +242,7 @@ def test_skipped_updates_leave_no_trace():
 def test_too_many_skipped_updates_in_a_row_stop_the_run():
     count = MAX_SKIPPED + 1
     assert epoch(make(skipping=True), poisoned(range(1, count), count + 1), count + 1).skipped == 20
-    with pytest.raises(DivergedError, match="loss is nan"):
+    with pytest.raises(DivergedError, match="not finite at update 20 and 20 before it"):
         epoch(make(skipping=True), poisoned(range(count), count), count)
 
 

@@ -1,0 +1,139 @@
+"""What ends a run between two updates: a signal, or batches that cannot be read.
+
+All processes end at the same update, after the state has been saved.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from fambav.engine.runtime import Processes
+
+Batch = tuple[Tensor, Tensor]
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_FAILED = 1000  # beyond every signal
+_UNREADABLE = (RuntimeError, ValueError, OSError)
+
+
+class Stopped(SystemExit):
+    """A signal ended the run after its state was saved; the exit status is that of the process.
+
+    Attributes:
+        signal: Which one.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(0 if self.signal == signal.SIGUSR1 else 128 + number)
+
+
+class LoaderError(RuntimeError):
+    """Samples could not be read, in one sentence."""
+
+
+class Signals:
+    """Takes note of the first signal, inside a `with` block; a second one ends the process at once.
+
+    SIGTERM means that the process has to end, SIGUSR1 that the run will be continued elsewhere.
+    Outside the main thread nothing can be noted, and signals do what they did before.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.number:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.number = number
+
+
+class Ahead:
+    """Batches that are read before the update that takes them, so that processes can agree.
+
+    Args:
+        batches: This process's micro-batches in order.
+        count: Micro-batches of an update.
+        processes: Who shares the update.
+        signals: What has been noted.
+    """
+
+    def __init__(
+        self, batches: Iterator[Batch], *, count: int, processes: Processes, signals: Signals
+    ) -> None:
+        self._batches, self._count = batches, count
+        self._processes, self._signals = processes, signals
+        self._ready: deque[Batch] = deque()
+        self._failure: Exception | None = None
+
+    def __iter__(self) -> Ahead:
+        return self
+
+    def __next__(self) -> Batch:
+        return self._ready.popleft()
+
+    def prepare(self) -> None:
+        """Read the batches of the next update.
+
+        Raises:
+            Stopped: If a process has got a signal.
+            LoaderError: If a process cannot read its batches.
+        """
+        self._read()
+        self._agree()
+
+    def take(self, stream: Iterator[Batch]) -> Batch | None:
+        """Read one batch of another stream; None at its end.
+
+        Raises:
+            Stopped: If a process has got a signal.
+            LoaderError: If a process cannot read.
+        """
+        batch = None
+        try:
+            batch = next(stream, None)
+        except _UNREADABLE as error:
+            self._failure = error
+        self._agree()
+        return batch
+
+    def _agree(self) -> None:
+        """Go on if all processes can, and end all of them if not."""
+        failed = self._failure is not None
+        code = self._processes.largest(_FAILED if failed else self._signals.number)
+        if code == _FAILED:
+            self._fail()
+        if code:
+            raise Stopped(code)
+
+    def _read(self) -> None:
+        try:
+            while len(self._ready) < self._count:
+                self._ready.append(next(self._batches))
+        except _UNREADABLE as error:
+            self._failure = error
+
+    def _fail(self) -> NoReturn:
+        """Raise what happened in whichever process it happened."""
+        reasons = self._processes.gather(None if self._failure is None else str(self._failure))
+        text = next(reason for reason in reasons if reason is not None)
+        raise LoaderError(text) from self._failure

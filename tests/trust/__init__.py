@@ -1,0 +1,1 @@
+"""Promises of reliability, each kept by breaking something."""

@@ -1,0 +1,135 @@
+"""Runs of main.py in processes of their own that need no second to start.
+
+A fork has everything imported already; torch is told to use one thread, so none is lost in it.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from fambav import cli
+from fambav.engine import checkpoint, train
+
+FORK = multiprocessing.get_context("fork")
+MEASURED = {
+    *("train_seconds", "eval_seconds", "save_seconds", "images_per_second", "rss_mib"),
+}
+PARTS = ("model", "optimizer", "model_ema", "epoch", "best_acc1", "updates", "losses")
+RECIPE = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 8
+    --grad-accum-steps 2 --epochs 3 --warmup-epochs 1 --lr 1e-3 --unscale-lr --clip-grad 1
+    --drop-path 0.3 --log_every 1 --threads 1 --device cpu
+    --fusion-strategy upper --fusion-layer 4 --fusion-token 3"""
+
+
+def _body(words, output, prepare):
+    torch.set_num_threads(1)
+    with Path(output).open("a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file  # whatever pytest has put there
+        if prepare is not None:
+            prepare()
+        with contextlib.suppress(SystemExit):
+            os._exit(cli.main([str(word) for word in words]))
+
+
+def start(words, output, prepare=None):
+    """Start main.py with `words`; `prepare` is called in the new process first."""
+    process = FORK.Process(target=_body, args=(words, output, prepare))
+    process.start()
+    return process
+
+
+def run(words, folder, prepare=None, timeout=120):
+    """Run main.py to its end; return its status and what it printed."""
+    output = Path(folder).with_suffix(".out")
+    before = output.stat().st_size if output.exists() else 0
+    process = start([*words, "--output_dir", folder], output, prepare)
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"still running after {timeout} s: {output.read_text()}")
+    return SimpleNamespace(status=process.exitcode, out=output.read_text()[before:])
+
+
+def run_two(words, folder, prepare=lambda rank: None, timeout=120):
+    """Run main.py as two processes that train together, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def place(rank):
+        def placed():
+            found = dict(RANK=rank, WORLD_SIZE=2, LOCAL_RANK=rank)
+            os.environ.update({name: str(value) for name, value in found.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            prepare(rank)
+
+        return placed
+
+    outputs = [Path(folder).with_suffix(f".{rank}.out") for rank in range(2)]
+    words = [*words, "--output_dir", folder]
+    started = [start(words, outputs[rank], place(rank)) for rank in range(2)]
+    for process in started:
+        process.join(timeout)
+    for process in started:
+        process.kill()
+        process.join()
+    texts = [output.read_text() for output in outputs]
+    return SimpleNamespace(status=[p.exitcode for p in started], out=texts[0], other=texts[1])
+
+
+def dies():
+    """End this process as a power cut would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_in_update():
+    """Let the fourth update be the last thing that this process does."""
+    real, calls = train.Update.__call__, []
+
+    def counted(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            dies()
+        return real(*given)
+
+    train.Update.__call__ = counted
+
+
+def log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
+
+
+def lasting(records):
+    return [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
+
+
+def same(one, other):
+    """Whether two trees of plain data and tensors are equal to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other or (one != one and other != other)
+
+
+def assert_identical(one, other):
+    """See that two finished runs came to the same bits: weights, average, optimizer and log."""
+    for name in ("checkpoint.pth", "best_checkpoint.pth"):
+        ours, theirs = (checkpoint.load(Path(folder) / name) for folder in (one, other))
+        for part in PARTS:
+            assert same(ours[part], theirs[part]), (name, part)
+        assert lasting(ours["history"]) == lasting(theirs["history"])
+    assert lasting(log(one)) == lasting(log(other))
+    assert not list(Path(one).glob(".tmp-*")), "a killed run leaves nothing behind for good"

@@ -1,0 +1,117 @@
+"""Killed at any moment, a run goes on to the same bits."""
+
+import random
+import time
+
+import pytest
+
+from fambav.engine import checkpoint, fit, train
+from fambav.engine.record import Recorder
+from tests.trust import forked
+from tests.trust.forked import assert_identical, dies, run
+
+KILLS = 5
+
+
+def at_call(owner, name, number, *, after=False):
+    """Die at the start, or the end, of the `number`-th call of a function from 1."""
+
+    def prepare():
+        real, calls = getattr(owner, name), []
+
+        def counted(*given, **named):
+            calls.append(1)
+            if len(calls) == number and not after:
+                dies()
+            result = real(*given, **named)
+            if len(calls) == number:
+                dies()
+            return result
+
+        setattr(owner, name, counted)
+
+    return prepare
+
+
+def in_the_middle_of_a_write():
+    """Die when half of the second checkpoint is in its file."""
+    real, calls = checkpoint.Path.write_bytes, []
+
+    def half(path, content):
+        calls.append(1)
+        if len(calls) == 3:  # of an epoch: the checkpoint, the weights
+            real(path, bytes(content)[: len(content) // 2])
+            dies()
+        return real(path, content)
+
+    checkpoint.Path.write_bytes = half
+
+
+def in_the_middle_of_a_log_line():
+    from fambav.engine import record
+
+    real, calls = record._append, []
+
+    def half(path, text):
+        calls.append(1)
+        if len(calls) == 4:  # of an epoch: the table, the log
+            with path.open("a") as file:
+                file.write(text[: len(text) // 2])
+                file.flush()
+            dies()
+        real(path, text)
+
+    record._append = half
+
+
+def _append_between(number):
+    from fambav.engine import record
+
+    return at_call(record, "_append", number)
+
+
+POINTS = {
+    "before the first update": at_call(train.Update, "__call__", 1),
+    "in the middle of an epoch": at_call(train.Update, "__call__", 4),
+    "in an evaluation": at_call(fit.Fit, "_scores", 2),
+    "before the temporary file": at_call(checkpoint.tempfile, "mkstemp", 12),
+    "in the middle of a write": in_the_middle_of_a_write,
+    "after the write, before it is on the disk": at_call(checkpoint, "_sync", 15),
+    "on the disk, before the rename": at_call(checkpoint.Path, "replace", 9),
+    "after the rename": at_call(checkpoint.Path, "replace", 9, after=True),
+    "after the previous one is kept": at_call(checkpoint, "copy", 2, after=True),
+    "after the checkpoint, before its followers": at_call(checkpoint, "save", 2, after=True),
+    "after the weights, before the log": at_call(checkpoint, "save_weights", 2, after=True),
+    "at the log": at_call(Recorder, "epoch", 2),
+    "between table and log": _append_between(4),
+    "in the middle of a log line": in_the_middle_of_a_log_line,
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_run_killed_at_this_point_goes_on_to_the_same_bits(whole, recipe, tmp_path, point):
+    folder = tmp_path / "run"
+    words = [*recipe, "--save-every", "1"] if "update" in point else recipe
+    died = run(words, folder, POINTS[point])
+    assert died.status == -9, f"the point was never reached: {died.out}"
+    found = run([*recipe, "--resume", "auto"], folder)
+    assert found.status == 0, found.out
+    assert_identical(folder, whole)
+
+
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(whole, recipe, tmp_path):
+    """Every moment of the uninterrupted run's time may be hit; more than one may in one run."""
+    draw, folder, kills = random.Random(7), tmp_path / "run", 0
+    words = [*recipe, "--resume", "auto", "--save-every", "2", "--output_dir", folder]
+    for _ in range(100):
+        process = forked.start(words, tmp_path / "out.txt")
+        process.join(draw.uniform(0.2, 3.0) if kills < KILLS else 120)
+        if process.exitcode == 0:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        time.sleep(0.01)
+    assert process.exitcode == 0
+    assert kills >= 1
+    assert_identical(folder, whole)
