@@ -8,7 +8,6 @@ grid        the cells that have to run
 sweep       carries them out, what is finished apart
 workers     the processes, and the GPU of each
 results     one cell, and what it leaves in its folder
-lock        one process at a time in a folder
 figures     means over seeds
 summary     the table for people
 archive     the tables for programs

@@ -9,9 +9,9 @@ from statistics import fmean
 
 from fambav.comparison.likeness import differing, machine, told
 from fambav.engine import record
+from fambav.engine.lock import locked
 from fambav.experiments import archive, results, summary
 from fambav.experiments.grid import Cell, Grid
-from fambav.experiments.lock import alone
 from fambav.experiments.results import Record, Task
 from fambav.experiments.workers import Workers
 
@@ -47,7 +47,7 @@ def run(
         OSError: If the folder cannot be written.
     """
     record.prepare(folder)
-    with alone(folder):
+    with locked(folder):
         about = record.environment(jobs=jobs)
         found = {c.name: known for c in grid.cells if (known := results.finished(c, folder))}
         left = [cell for cell in grid.cells if cell.name not in found]
