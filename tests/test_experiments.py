@@ -237,7 +237,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(written, again, capsys):
 def test_a_failed_cell_is_tried_again(written, again, monkeypatch):
     shutil.rmtree(again / "cells/ordered/seed1")
     with monkeypatch.context() as patch:
-        error = DivergedError("loss is nan\nat update 3")
+        error = DivergedError("loss is nan\nat update 3", update=3, loss=float("nan"))
         patch.setattr(jobs.Job, "train", lambda job: (_ for _ in ()).throw(error))
         found = go(written(), again)
     assert found.found["ordered, seed 1, fine-tuned"]["error"] == "loss is nan at update 3"

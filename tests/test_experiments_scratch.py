@@ -14,7 +14,8 @@ import pytest
 import fambav
 from fambav import experiments
 from fambav.cli import console
-from fambav.experiments import lock, results, workers
+from fambav.engine.lock import locked
+from fambav.experiments import results, workers
 from tests.data.made import made_cifar
 
 ROOT = Path(fambav.__file__).parents[1]
@@ -174,23 +175,23 @@ def test_shipped_grids_are_listed(capsys):
 
 
 def test_a_folder_is_worked_in_by_one_process_at_a_time(path, tmp_path):
-    held = "from fambav.experiments.lock import alone\nfrom pathlib import Path\nimport sys\n"
+    held = "from fambav.engine.lock import locked\nfrom pathlib import Path\nimport sys\n"
     held += (
-        f"with alone(Path({str(tmp_path)!r})):\n    print('in', flush=True)\n    sys.stdin.read()"
+        f"with locked(Path({str(tmp_path)!r})):\n    print('in', flush=True)\n    sys.stdin.read()"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", held], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         assert other.stdout.readline() == b"in\n"
-        message = f"expected a folder that nobody works in; process {other.pid} does"
+        message = f"expected a folder that no other run writes to; process {other.pid} on"
         with pytest.raises(ValueError, match=message):
             go(path, tmp_path)
         assert not (tmp_path / "results.csv").exists()
     finally:
         other.kill()
         other.communicate(timeout=60)
-    with lock.alone(tmp_path):
+    with locked(tmp_path):
         pass
 
 

@@ -122,7 +122,7 @@ def test_a_run_saved_before_a_setting_existed_goes_on_with_its_default(data, tmp
     ("words", "message"),
     [
         ("--reduction tme", "--reduction is 'tme', expected one of none, famba-v"),
-        ("--reduction tome --reduction-schedule 5", "reduction_schedule is '5', expected one of"),
+        ("--reduction tome --reduction-schedule 5", "--reduction-schedule is '5', expected one of"),
         ("--reduction mtr", "reduction_schedule is 'published', expected another such as r:5"),
         (
             "--reduction evit --reduction-schedule keep:1.5@2",

@@ -28,13 +28,11 @@ from fambav.engine.fit import Fit, Progress, restore
 from fambav.engine.lock import locked
 from fambav.engine.maxima import Maxima
 from fambav.engine.memory import Meter
-from fambav.engine.record import BEST, CHECKPOINT, PREVIOUS
+from fambav.engine.record import CHECKPOINT, KEPT
 from fambav.engine.runtime import Console, Processes, numerics, processes
 from fambav.models import Isotropic
 from fambav.ops import force, set_backend
 from fambav.randomness import seed_all
-
-KEPT = (CHECKPOINT, PREVIOUS, BEST)  # checkpoints of a run, the newest first
 
 
 def run(config: Config) -> int:

@@ -31,6 +31,7 @@ from fambav.registry import (
     PARAM_ORDERS,
     SCAN_BACKENDS,
     SCAN_POLICIES,
+    SCHEDULES,
     STRATEGIES,
     STRATEGY_ALIASES,
     nearest,
@@ -175,6 +176,16 @@ def filled(text: str) -> None:
         raise ValueError("a text that is not empty")
 
 
+def schedule_form(text: str) -> None:
+    """Refuse what cannot be a schedule, before a model is there to say more.
+
+    Raises:
+        ValueError: If it has none of the forms.
+    """
+    if text != "published" and not re.fullmatch(r"(r|ramp|list|keep|tokens):[-\d.,@/]+", text):
+        raise ValueError(f"one of {SCHEDULES}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """What to train."""
@@ -229,7 +240,7 @@ class Reduction:
         "published",
         "where and how many: r:5@3-23/2, ramp:16,-1, list:7,7,0, keep:0.8@5,10, "
         "tokens:157,125@10,20, or published, what the method's paper says for the model",
-        check=filled,
+        check=schedule_form,
     )
     reduction_hook: str | None = option(
         None, "where in a layer tokens go; none = the method's own", choices=HOOKS

@@ -208,17 +208,8 @@ def train_loader(
     Raises:
         ValueError: If an epoch has not enough samples for one update.
     """
-    batches = TrainBatches(
-        len(samples),
-        batch_size=batch_size,
-        seed=seed,
-        epochs=epochs,
-        rank=rank,
-        world=world,
-        accum=accum,
-        start_update=start_update,
-        repeats=repeats,
-    )
+    share = dict(rank=rank, world=world, accum=accum, start_update=start_update, repeats=repeats)
+    batches = TrainBatches(len(samples), batch_size=batch_size, seed=seed, epochs=epochs, **share)
     loader = DataLoader(
         Augmented(samples, transform, seed=seed),
         batch_sampler=batches,

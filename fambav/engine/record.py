@@ -26,11 +26,13 @@ import torch
 from numpy.typing import NDArray
 
 from fambav.engine.checkpoint import write_text
+from fambav.engine.events import Events
 
 Record = dict[str, Any]
 
 CHECKPOINT, BEST, WEIGHTS = "checkpoint.pth", "best_checkpoint.pth", "model.safetensors"
 PREVIOUS = "previous_checkpoint.pth"
+KEPT = (CHECKPOINT, PREVIOUS, BEST)  # checkpoints of a run, the newest first
 _LOG, _TABLE = "log.txt", "metrics.csv"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "triton")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -73,45 +75,58 @@ class Recorder:
         folder: The run folder, there already.
         history: Records of the epochs before; log.txt and metrics.csv are cut back to them.  A line
             that is in log.txt already is kept as it is.
-        warn: Told in one line if TensorBoard is missing.
+        warn: Told in one line of what cannot be written.
     """
 
     def __init__(
         self, folder: Path, history: Sequence[Record], *, warn: Callable[[str], None]
     ) -> None:
-        self.folder = folder
+        self.folder, self._warn = folder, warn
         written = _read_log(folder / _LOG)
-        records = [written.get(record["epoch"], record) for record in history]
-        write_text(folder / _LOG, "".join(map(_line, records)))
-        write_text(folder / _TABLE, "".join([*map(_csv, records[:1]), *map(_row, records)]))
-        self._events = _events(folder, len(records), warn)
+        self._records = [written.get(record["epoch"], record) for record in history]
+        self._rewrite()
+        self._whole = True
+        self._events = Events(folder, epoch=len(self._records), warn=warn)
 
     def epoch(self, record: Record) -> None:
-        """Add the record of one epoch."""
-        table = self.folder / _TABLE
-        _append(table, ("" if table.stat().st_size else _csv(record)) + _row(record))
-        _append(self.folder / _LOG, _line(record))
-        if self._events is not None:
-            for name, value in _scalars(record).items():
-                self._events.add_scalar(f"epoch/{name}", value, record["epoch"])
-            self._events.flush()
+        """Add the record of one epoch; if it cannot be written, it is with the next one."""
+        self._records.append(record)
+        try:
+            if self._whole:
+                self._add(record)
+            else:
+                self._rewrite()
+            self._whole = True
+        except OSError as error:
+            self._whole = False
+            self._warn(f"warning: {_LOG} could not be written ({error.strerror})")
+        for name, value in _scalars(record).items():
+            self._events.add("scalar", f"epoch/{name}", value, record["epoch"])
+        self._events.flush()
 
     def updates(self, done: int, losses: Sequence[float], lr: float) -> None:
         """Add the losses of the last updates, of which `done` are made, and the learning rate."""
-        if self._events is not None:
-            for number, loss in enumerate(losses, start=done - len(losses)):
-                self._events.add_scalar("update/loss", loss, number)
-            self._events.add_scalar("update/lr", lr, done - 1)
+        for number, loss in enumerate(losses, start=done - len(losses)):
+            self._events.add("scalar", "update/loss", loss, number)
+        self._events.add("scalar", "update/lr", lr, done - 1)
 
     def picture(self, name: str, pixels: NDArray[np.uint8], epochs: int) -> None:
         """Add a picture, (3, height, width), after so many epochs."""
-        if self._events is not None:
-            self._events.add_image(name, pixels, epochs)
+        self._events.add("image", name, pixels, epochs)
 
     def close(self) -> None:
         """Finish the files."""
-        if self._events is not None:
-            self._events.close()
+        self._events.close()
+
+    def _add(self, record: Record) -> None:
+        table = self.folder / _TABLE
+        _append(table, ("" if table.stat().st_size else _csv(record)) + _row(record))
+        _append(self.folder / _LOG, _line(record))
+
+    def _rewrite(self) -> None:
+        records = self._records
+        write_text(self.folder / _LOG, "".join(map(_line, records)))
+        write_text(self.folder / _TABLE, "".join([*map(_csv, records[:1]), *map(_row, records)]))
 
 
 def environment(**more: Any) -> Record:
@@ -201,13 +216,3 @@ def _csv(cells: Iterable[Any]) -> str:
 
 def _scalars(record: Record) -> dict[str, float]:
     return {k: v for k, v in record.items() if isinstance(v, int | float) and k != "epoch"}
-
-
-def _events(folder: Path, epoch: int, warn: Callable[[str], None]) -> Any:
-    """A TensorBoard writer that goes on at `epoch`, or None if the package is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        warn("no TensorBoard events are written: pip install tensorboard")
-        return None
-    return SummaryWriter(folder, purge_step=epoch or None)

@@ -27,7 +27,7 @@ from fambav.comparison.likeness import differing, machine
 from fambav.config import Config
 from fambav.engine import record
 from fambav.engine.checkpoint import write_text
-from fambav.engine.record import BEST, CHECKPOINT, WEIGHTS
+from fambav.engine.record import CHECKPOINT, KEPT, WEIGHTS
 from fambav.experiments.grid import DENSE, FREE, Cell
 
 Record = dict[str, Any]
@@ -203,7 +203,7 @@ def _write(task: Task, figures: Record, failure: str | None, times: Record) -> R
     }
     write_text(place / _RESULT, json.dumps(known, indent=1) + "\n")
     if failure is None and not task.keep:
-        for name in (CHECKPOINT, BEST) if cell.phase == DENSE else (CHECKPOINT, BEST, WEIGHTS):
+        for name in (*KEPT, *(() if cell.phase == DENSE else (WEIGHTS,))):
             (place / name).unlink(missing_ok=True)
     return known
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-FORMS = "r:5, r:5@3-23/2, ramp:16,-1, list:7,7,0, keep:0.8@5,10, tokens:157,125@10,20 or published"
+from fambav.registry import SCHEDULES
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:/([1-9]\d*))?)?")
 
@@ -61,7 +61,7 @@ def counts(text: str, *, depth: int, start: int, classes: int) -> tuple[int, ...
     numbers, at, where = rest.partition("@")
     readers = {"r": _constant, "ramp": _ramp, "list": _list, "keep": _keep, "tokens": _tokens}
     if not colon or kind not in readers or (at and kind == "list"):
-        raise _wrong(text, f"one of {FORMS}")
+        raise _wrong(text, f"one of {SCHEDULES}")
     values = _numbers(text, numbers, whole=kind not in ("keep", "ramp"))
     layers = _layers(text, where, depth) if at else range(1, depth + 1)
     given = readers[kind](_Written(text, values, layers, depth, start, classes))
@@ -116,7 +116,7 @@ def _numbers(text: str, words: str, *, whole: bool) -> list[float]:
     pattern = r"\d+" if whole else r"-?\d+(\.\d*)?|-?\.\d+"
     parts = [word.strip() for word in words.split(",")]
     if not all(re.fullmatch(pattern, part) for part in parts):
-        raise _wrong(text, f"one of {FORMS}")
+        raise _wrong(text, f"one of {SCHEDULES}")
     return [float(part) for part in parts]
 
 

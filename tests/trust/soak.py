@@ -1,0 +1,175 @@
+"""The promises of reliability at full length; see scripts/soak.sh.
+
+Every run is a process of its own, started as a user starts it.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fambav.engine.record import environment
+from tests.data.made import made_cifar
+from tests.trust.forked import RECIPE, assert_identical, log
+from tests.trust.test_orphans import family
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+PAIR = [*TORCHRUN, "--nproc_per_node=2"]
+HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+KILLS = {"one process": 50, "two processes": 25}
+
+
+def begin(launcher, words, folder):
+    """Start main.py; its lines go into a file beside the folder."""
+    output = Path(folder).with_suffix(".out").open("a")
+    command = [sys.executable, *launcher, "main.py", *map(str, words), "--output_dir", str(folder)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output, start_new_session=True
+    )
+
+
+def end(process):
+    """Kill a process and all below it, as a power cut would."""
+    for pid in (process.pid, *family(process.pid)):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def finish(launcher, words, folder):
+    """Run main.py to its end, and return how long it took."""
+    start = time.monotonic()
+    assert begin(launcher, words, folder).wait(600) == 0, Path(folder).with_suffix(".out")
+    return time.monotonic() - start
+
+
+def kills(launcher, words, folder, count):
+    """Kill runs at random moments until `count` were, and resume them; return finished runs."""
+    draw, killed, finished = random.Random(11), 0, 0
+    whole = folder / "whole"
+    seconds = finish(launcher, words, whole)
+    while killed < count:
+        target = folder / f"run{finished}"
+        while True:
+            process = begin(launcher, [*words, "--resume", "auto", "--save-every", "2"], target)
+            try:
+                status = process.wait(draw.uniform(0.2, 1.1) * seconds if killed < count else 600)
+            except subprocess.TimeoutExpired:
+                end(process)
+                killed += 1
+                continue
+            assert status == 0, target.with_suffix(".out")
+            break
+        assert_identical(target, whole)
+        finished += 1
+    return {"killed": killed, "finished": finished, "identical": finished}
+
+
+def signals(launcher, words, folder, count):
+    """Interrupt runs at random moments, and resume them."""
+    draw, whole, saved = random.Random(12), folder / "whole", 0
+    seconds = finish(launcher, words, whole)
+    for number in range(count):
+        target = folder / f"run{number}"
+        which = (signal.SIGTERM, signal.SIGUSR1)[number % 2]
+        process = begin(launcher, words, target)
+        time.sleep(draw.uniform(0.3, 1.0) * seconds)
+        process.send_signal(which)
+        start = time.monotonic()
+        process.wait(60)
+        assert time.monotonic() - start < 30, "a stop takes half a minute at most"
+        saved += "saved after update" in target.with_suffix(".out").read_text()
+        finish(launcher, [*words, "--resume", "auto"], target)
+        assert_identical(target, whole)
+    return {"asked": count, "saved": saved, "identical": count}
+
+
+def locks(words, folder, count):
+    """Start two jobs in one folder at once."""
+    refused = 0
+    for number in range(count):
+        target = folder / f"run{number}"
+        jobs = [begin([], [*words, "--epochs", "1"], target) for _ in range(2)]
+        statuses = sorted(job.wait(300) for job in jobs)
+        assert statuses == [0, 2], target.with_suffix(".out")
+        refused += 1
+    return {"starts": count, "one ran and one was refused": refused}
+
+
+def elastic(words, folder):
+    """Kill a rank of two; the launcher starts both again, and they go on."""
+    whole, target = folder / "whole", folder / "run"
+    finish(PAIR, words, whole)
+    process = begin(
+        [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=3"],
+        [*words, "--resume", "auto", "--save-every", "1"],
+        target,
+    )
+    output = target.with_suffix(".out")
+    while not (output.exists() and "Epoch: [1]" in output.read_text()):
+        time.sleep(0.05)
+    ranks = [pid for pid in family(process.pid) if b"main.py" in command(pid)]
+    os.kill(ranks[-1], signal.SIGKILL)
+    assert process.wait(600) == 0, output
+    assert_identical(target, whole)
+    return {"ranks killed": 1, "identical": 1}
+
+
+def command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def numerics(folder):
+    """Train a thousand updates in each precision on digits."""
+    found = {}
+    for precision in ("--no_amp", "--if_amp"):
+        target = folder / precision.strip("-")
+        words = ["--config", "configs/digits/vim_micro_upper.yaml", "--epochs", "12", precision]
+        finish([], [*words, "--log-activations"], target)
+        lines = log(target)
+        assert all(math.isfinite(line["train_loss"]) for line in lines)
+        found[precision] = {
+            "updates": 89 * len(lines),
+            "skipped": sum(line["skipped_updates"] for line in lines),
+            "largest activation": max(max(line["activation_max"]) for line in lines),
+        }
+    return found
+
+
+def main(folder):
+    """Keep all promises, and write what came of it after each."""
+    folder.mkdir(parents=True)
+    made_cifar(folder / "data", train=40, test=37)
+    words = [*RECIPE.split(), "--data-path", folder / "data"]
+    pair = [*words, "--batch-size", "4"]
+    told = {"environment": environment()}
+    for name, keep in {
+        "killed, one process": lambda at: kills([], words, at, KILLS["one process"]),
+        "killed, two processes": lambda at: kills(PAIR, pair, at, KILLS["two processes"]),
+        "signals, one process": lambda at: signals([], words, at, 20),
+        "signals, two processes": lambda at: signals([*PAIR, HANDLED], pair, at, 20),
+        "two jobs in one folder": lambda at: locks(words, at, 20),
+        "a rank killed, launcher restarts": lambda at: elastic(pair, at),
+        "a thousand updates": numerics,
+    }.items():
+        start, place = time.monotonic(), folder / name.replace(", ", "-").replace(" ", "_")
+        place.mkdir()
+        told[name] = {**keep(place), "seconds": round(time.monotonic() - start)}
+        print(f"{name}: {told[name]}", flush=True)
+        (folder / "soak.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,91 @@
+"""A disk that is full, or a write that fails: what was saved stays, and training goes on."""
+
+import errno
+import resource
+import signal
+
+import pytest
+
+from fambav.engine import checkpoint, fit
+from tests.trust.forked import assert_identical, log, run
+
+
+def limited(size):
+    """Let no file of this process grow beyond `size` bytes."""
+
+    def prepare():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    return prepare
+
+
+def fails(times, number=errno.EIO):
+    """Let these saves of checkpoints fail, counted from 1."""
+
+    def prepare():
+        real, calls = checkpoint.save, []
+
+        def save(path, state):
+            calls.append(1)
+            if len(calls) in times:
+                raise OSError(number, "the disk is gone", str(path))
+            real(path, state)
+
+        fit.checkpoint.save = save
+
+    return prepare
+
+
+@pytest.mark.parametrize("times", [{1}, {2}, {1, 2}])
+def test_a_failed_save_is_told_in_a_line_and_training_goes_on(whole, recipe, tmp_path, times):
+    folder = tmp_path / "run"
+    found = run(recipe, folder, fails(times))
+    assert found.status == 0, found.out
+    assert found.out.count("warning: checkpoint could not be written (the disk is gone)") == len(
+        times
+    )
+    assert "Traceback" not in found.out
+    assert_identical(folder, whole)
+
+
+def test_only_a_failure_of_the_last_save_ends_with_status_4(recipe, tmp_path):
+    folder = tmp_path / "run"
+    found = run(recipe, folder, fails({3}))
+    assert found.status == 4, found.out
+    assert found.out.count("error: ") == 1
+    assert "last state could not be written: the disk is gone" in found.out
+    assert checkpoint.load(folder / "checkpoint.pth")["epoch"] == 1
+
+
+@pytest.mark.parametrize("size", [10_000, 50_000, 200_000])
+def test_on_a_full_disk_the_checkpoint_before_stays_whole(recipe, tmp_path, size):
+    folder = tmp_path / "run"
+    assert run([*recipe, "--epochs", "1"], folder).status == 0
+    before = (folder / "checkpoint.pth").read_bytes()
+    found = run([*recipe, "--seed", "1"], folder, limited(size))
+    assert found.status == 4, found.out
+    assert [line for line in found.out.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in found.out
+    kept = next(folder.glob("earlier-*")) / "checkpoint.pth"
+    assert kept.read_bytes() == before
+    assert not list(folder.glob(".tmp-*"))
+
+
+def test_resuming_on_a_full_disk_loses_nothing(whole, recipe, tmp_path):
+    folder = tmp_path / "run"
+    assert run([*recipe, "--save-every", "2"], folder, stop_after_two).status == 143
+    before = checkpoint.load(folder / "checkpoint.pth")["updates"]
+    found = run([*recipe, "--resume", "auto"], folder, limited(200_000))
+    assert found.status == 4, found.out
+    assert checkpoint.load(folder / "checkpoint.pth")["updates"] == before
+    assert run([*recipe, "--resume", "auto"], folder).status == 0
+    assert_identical(folder, whole)
+    assert len(log(folder)) == 3
+
+
+def stop_after_two():
+    from fambav.engine import train
+    from tests.trust.test_signals import asked_at
+
+    asked_at(train.Update, "__call__", 2, signal.SIGTERM)()
