@@ -37,6 +37,16 @@ def test_a_file_is_named_by_the_noun_it_defines(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_torch_and_numpy_read_data_alone(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            wanted = {"weights_only": "True"} if "torch" in ast.unparse(node.func) else {}
+            assert wanted.items() <= given.items()
+            assert given.get("allow_pickle", "False") == "False"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_nothing_is_caught_blindly_or_left_to_do(path):
     for node in ast.walk(ast.parse(path.read_text())):
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None)

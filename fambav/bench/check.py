@@ -7,7 +7,9 @@ reference in float64 on the CPU, with the very numbers that the kernel reads.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +28,11 @@ from fambav.bench.cases import (
     scan_forms,
     scan_large,
 )
-from fambav.bench.report import MeasureError, Report, settings, short
-from fambav.bench.step import training
+from fambav.bench.report import MeasureError, Report, Row, settings, short
+from fambav.bench.scan import training_dtype
+from fambav.bench.step import Step, training
 from fambav.engine.runtime import numerics
+from fambav.engine.timing import interleave, ratio
 from fambav.ops import backends
 from fambav.ops.kernels import interpreted, kernel_set
 
@@ -77,6 +81,7 @@ PARTS = {
     "mixer": Part(mixer, "bimamba_scan", MIXED),
 }
 TRAINING = "training"
+COST = "what it costs that training repeats itself"
 
 
 def check(
@@ -102,7 +107,8 @@ def check(
         device: Where; Triton's interpreter runs its kernels on a CPU.
 
     Returns:
-        A row for every part and dtype with the worst error, and failures where it is too large.
+        A row for every part and dtype with the worst error, and failures where it is too large;
+        with training, also the time of a step with deterministic algorithms over one without.
 
     Raises:
         MeasureError: If the set cannot run here.
@@ -112,6 +118,7 @@ def check(
     if missing is not None:
         raise MeasureError(f"kernels are {chosen}, expected some that can run here: {missing}")
     rows: list[dict[str, Any]] = []
+    tables: dict[str, tuple[Row, ...]] = {}
     skipped: dict[str, str] = {}
     offered = {(op, name) for op, name, reason in backends() if reason is None}
     with numerics(deterministic=True, matmul_precision="highest"):
@@ -125,12 +132,14 @@ def check(
                 rows.append(_row(name, chosen, tried, device, dtype))
         if TRAINING in parts:
             rows += _repeated(updates, batch, device)
+            tables[COST] = (_cost(updates, batch, device),)
     return Report(
         title="kernels against float64",
         settings=settings(device, kernels=chosen, updates=updates, interpreted=interpreted()),
         rows=tuple(rows),
         skipped=skipped,
         failures=tuple(_failure(row) for row in rows if not row["right"]),
+        tables=tables,
     )
 
 
@@ -182,7 +191,7 @@ def _repeated(updates: int, batch: int, device: torch.device) -> Iterator[dict[s
         differing = [n for n in first if not torch.equal(first[n], second[n])]
         yield {
             "part": f"{TRAINING} {name}",
-            "dtype": short(torch.bfloat16 if device.type == "cuda" else torch.float32),
+            "dtype": short(training_dtype(device)),
             "lengths": updates,
             "worst_error": max(error(second[n], first[n]) for n in first),
             "where": differing[0] if differing else f"{updates} updates",
@@ -191,13 +200,39 @@ def _repeated(updates: int, batch: int, device: torch.device) -> Iterator[dict[s
         }
 
 
+def _cost(rounds: int, batch: int, device: torch.device) -> Row:
+    """Time steps with deterministic algorithms and steps with any, in turn."""
+    step = _training(batch, device)
+
+    def run(*, deterministic: bool) -> None:
+        with numerics(deterministic=deterministic, matmul_precision="highest"):
+            step.run()
+
+    runs = {exact: partial(run, deterministic=exact) for exact in (True, False)}
+    times = interleave(runs, rounds=rounds, warmup=2, device=device)
+    return {
+        "deterministic_ms": statistics.median(times[True]),
+        "any_ms": statistics.median(times[False]),
+        "ratio": ratio(times[True], times[False]),
+        "rounds": rounds,
+    }
+
+
 def _trained(
     updates: int, batch: int, device: torch.device, *, cuda_graphs: bool = False
 ) -> dict[str, Tensor]:
     """Return the losses and the weights of a fused model after some updates."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    launch = REPLAYED if cuda_graphs else EAGER
-    candidate = Candidate("vim_micro", "upper:3:8", dtype=dtype, launch=launch)
-    step = training(candidate, batch=batch, device=device)
+    step = _training(batch, device, cuda_graphs=cuda_graphs)
     losses = [step.update(iter([step.batch]), number) for number in range(updates)]
     return {"losses": torch.stack(losses), **step.net.state_dict()}
+
+
+def _training(batch: int, device: torch.device, *, cuda_graphs: bool = False) -> Step:
+    large = device.type == "cuda"
+    candidate = Candidate(
+        "vim_tiny" if large else "vim_micro",
+        "upper:6:9" if large else "upper:3:8",
+        dtype=training_dtype(device),
+        launch=REPLAYED if cuda_graphs else EAGER,
+    )
+    return training(candidate, batch=batch, device=device)

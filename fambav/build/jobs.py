@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import nn
 
-from fambav.build import batches, folder, pictured, saved
+from fambav.build import batches, entries, folder, pictured, saved
 from fambav.build.exposure import exposure
 from fambav.build.network import Sketch, model, sketch
 from fambav.build.teacher import described, teacher
@@ -20,7 +20,6 @@ from fambav.build.updates import images_per_update, precision, update
 from fambav.config import Config
 from fambav.data import Batches, DataSet
 from fambav.data.resident import ResidentEvaluation
-from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.distill import Teacher
 from fambav.engine.evaluate import Scores, evaluate
@@ -134,7 +133,7 @@ class Job:
             The scores of the raw weights.
         """
         path = self._source() or Path(self.config.run.finetune)
-        state = checkpoint.load(path)
+        state = entries.load(path)
         net, score = self._model(), self._score()
         saved.put(path, state, net)
         held_out = self._held_out()
@@ -172,7 +171,7 @@ class Job:
         """
         asked = self._source()
         if asked is None or self.config.run.resume != "auto":
-            return asked, None if asked is None else checkpoint.load(asked)
+            return asked, None if asked is None else entries.load(asked)
         there = [path for name in KEPT if (path := asked.with_name(name)).exists()]
         if not there:
             self.console.say(f"resume is auto and there is no {asked}: starting anew")
@@ -180,10 +179,10 @@ class Job:
         *others, last = there
         for path in others:
             try:
-                return path, checkpoint.load(path)
+                return path, entries.load(path)
             except CheckpointError as error:
                 self.console.say(f"{error}; trying the one before")
-        return last, checkpoint.load(last)
+        return last, entries.load(last)
 
     def _fit(self, source: Path | None, state: State | None) -> Fit:
         """Build a run that stands where `source` was saved."""
@@ -274,7 +273,7 @@ class Job:
         net = model(self.config, num_classes=self.data.num_classes)
         if fresh and self.config.run.finetune:
             path = Path(self.config.run.finetune)
-            saved.put(path, checkpoint.load(path), net, head="drop")
+            saved.put(path, entries.load(path), net, head="drop")
         net.to(self.group.device)
         if isinstance(net, Isotropic) and self.group.main:
             composed = exposure(net, precision(self.config, self.group))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fambav import data
-from fambav.build import batches, saved
+from fambav.build import batches, entries, saved
 from fambav.build.network import model, sketch
 from fambav.config import Config
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
@@ -77,7 +77,7 @@ def opened(path: str | Path, **settings: Any) -> Pretrained:
     config = made_with.replace(**settings) if settings else made_with
     net = _loaded(source, state, config)
     mean, std = _statistics(state)
-    names = saved.fact(state, "class_names")
+    names = entries.fact(state, "class_names")
     own = getattr(net, "pretrained_cfg", None)
     if isinstance(own, dict):
         told = {"mean": mean, "std": std, "crop_pct": config.data.eval_crop_ratio}
@@ -117,7 +117,7 @@ def predict(
     if config is not None and saved.settings(state) is not None:
         raise CheckpointError(f"{source} says itself what it is of, expected no model beside it")
     made_with = _made_with(source, state, config)
-    names = saved.fact(state, "class_names") or [str(n) for n in range(_classes(state))]
+    names = entries.fact(state, "class_names") or [str(n) for n in range(_classes(state))]
     with processes(device) as group:
         net = _loaded(source, state, made_with).to(group.device)
         transform = _transform(made_with, state)
@@ -159,8 +159,8 @@ def _classes(state: State) -> int:
 
 def _statistics(state: State) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of the channels."""
-    mean = saved.fact(state, "mean") or IMAGENET_MEAN
-    return tuple(mean), tuple(saved.fact(state, "std") or IMAGENET_STD)
+    mean = entries.fact(state, "mean") or IMAGENET_MEAN
+    return tuple(mean), tuple(entries.fact(state, "std") or IMAGENET_STD)
 
 
 def _transform(config: Config, state: State) -> Any:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fambav.build.entries import check, fact, load
 from fambav.config import Config
 from fambav.data import DataSet
-from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.record import BEST, CHECKPOINT, WEIGHTS
 from fambav.models import PlainMamba, Vim, adapt, official, published_class_token
@@ -47,7 +47,6 @@ _FREE = {
     "allow_world_size_change",
 }
 DESCRIPTION = "config.json"  # beside exported weights
-_TEXTS = {"class_token", "torch"}  # facts that are strings to begin with
 _IMAGES = {"batch_size", "grad_accum_steps"}  # compared as images per update
 
 
@@ -91,14 +90,6 @@ def as_strings(known: State) -> dict[str, str]:
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in known.items()}
 
 
-def fact(state: State, name: str) -> Any:
-    """Return what a file of ours says under `name`; None if it says nothing."""
-    strings = state.get("metadata")
-    if isinstance(strings, Mapping) and name in strings:
-        return strings[name] if name in _TEXTS else json.loads(strings[name])
-    return state.get(name)
-
-
 def weights_of(path: Path) -> Path:
     """Return the file of weights that a path means: itself, or the one in a folder.
 
@@ -124,7 +115,7 @@ def read(path: Path) -> State:
     Raises:
         CheckpointError: If a file is missing or damaged.
     """
-    state, description = checkpoint.load(path), path.parent / DESCRIPTION
+    state, description = load(path), path.parent / DESCRIPTION
     if path.name != WEIGHTS or not description.is_file():
         return state
     try:
@@ -137,6 +128,9 @@ def read(path: Path) -> State:
             "mean": images["mean"],
             "std": images["std"],
         }
+        check(description, known)
+    except CheckpointError:
+        raise
     except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
             f"{description} is damaged, expected what fambav export writes: {error!r}"

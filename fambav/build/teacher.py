@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from fambav.build import saved
+from fambav.build import entries, saved
 from fambav.build.network import model
 from fambav.config import Config
-from fambav.engine import checkpoint, distill
+from fambav.engine import distill
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.distill import Teacher
 from fambav.engine.train import Lesson, Loss
@@ -39,7 +39,7 @@ def teacher(config: Config, *, num_classes: int) -> Teacher | None:
         hint = "; --finetune FILE would give the model's own" * (asked.teacher_model is None)
         raise ValueError(f"teacher_path is '', expected a file of the teacher's weights{hint}")
     path = Path(asked.teacher_path)
-    state = checkpoint.load(path)
+    state = entries.load(path)
     net = model(_settings(config, state), num_classes=num_classes)
     _check_classes(path, state, net, num_classes)
     try:

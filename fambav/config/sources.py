@@ -229,7 +229,7 @@ def content(path: Path) -> dict[Any, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.load(text, Loader=_Loader)
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"config is {str(path)!r}, expected a readable file; {reason}") from None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError, State
@@ -90,7 +91,7 @@ def restore(state: State, update: Update) -> Progress:
     """
     try:
         update.model.load_state_dict(state["model"])
-        update.optimizer.load_state_dict(state["optimizer"])
+        _load(update.optimizer, state["optimizer"])
         if update.average is not None:
             update.average.model.load_state_dict(state["model_ema"])
         if update.precision.scaler.is_enabled():
@@ -111,6 +112,32 @@ def restore(state: State, update: Update) -> Progress:
         raise CheckpointError(
             f"checkpoint does not hold the state of this run ({reason}), expected one of ours"
         ) from error
+
+
+def _load(optimizer: Optimizer, state: State) -> None:
+    """Put an optimizer back to where `state` was saved.
+
+    Raises:
+        TypeError: If a setting is of another type than the optimizer's own.
+        ValueError: If it is of an optimizer of other parameters.
+    """
+    before = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for own, group in zip(before, optimizer.param_groups, strict=True):
+        for name, value in own.items():
+            if name not in ("params", "lr") and _type(group.get(name, value)) != _type(value):
+                raise TypeError(f"{name} of the optimizer is {group[name]!r}, expected {value!r}")
+        for parameter in group["params"]:
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if getattr(value, "shape", ()) not in ((), parameter.shape):
+                    raise ValueError(f"{name} is {tuple(value.shape)}, expected one per weight")
+
+
+def _type(value: object) -> type:
+    """The type of a value; numbers have one, lists and tuples too."""
+    return next(
+        (kind[0] for kind in ((float, int), (list, tuple)) if type(value) in kind), type(value)
+    )
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import fambav
+from fambav.build.entries import fact
 from fambav.build.prediction import Pretrained
-from fambav.build.saved import fact
 from fambav.config.options import Fusion, Model, Reduction
 from fambav.models import Isotropic
 

@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from fambav import data
-from fambav.build import batches, from_pretrained, saved
+from fambav.build import batches, entries, from_pretrained, saved
 from fambav.build.network import sketch
 from fambav.config import Config
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
-from fambav.engine import checkpoint
 from fambav.engine.checkpoint import State
 from fambav.engine.record import BEST, CHECKPOINT, WEIGHTS
 from fambav.gallery.contrast import described
@@ -101,7 +100,7 @@ def subjects(
         ValueError: If the run has no weights, they cannot be used, or an image is not there.
     """
     path = weights(run)
-    state = checkpoint.load(path)
+    state = entries.load(path)
     config = _config(path, state, dict(settings or {}))
     model = from_pretrained(path, **dict(settings or {}))
     if not isinstance(model, Isotropic):
@@ -109,12 +108,12 @@ def subjects(
             f"model is {config.model.model!r}, expected one whose tokens can be reduced"
         )
     statistics = tuple(
-        saved.fact(state, name) or default
+        entries.fact(state, name) or default
         for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
     )
     size = sketch(config).input_size
     transform = batches.eval_transform(config, statistics, size)
-    names = saved.fact(state, "class_names") or [str(n) for n in range(model.num_classes)]
+    names = entries.fact(state, "class_names") or [str(n) for n in range(model.num_classes)]
     for picture, about in _images(source, config, size):
         image = transform(picture)
         yield Subject(

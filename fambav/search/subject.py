@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from fambav import build
-from fambav.build import batches, saved
+from fambav.build import batches, entries, saved
 from fambav.build.updates import precision
 from fambav.config import Config
 from fambav.data import DataSet
-from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.evaluate import Scores, evaluate
 from fambav.engine.record import CHECKPOINT
@@ -125,7 +124,7 @@ def opened(
         DataError: If the data is missing or damaged.
     """
     source = weights(path)
-    state = checkpoint.load(source)
+    state = entries.load(source)
     trained = _settings(source, state, asked, dict(changes or {}))
     config = trained.dense().replace(resume="", finetune="", eval=False, output_dir=None)
     with _computing(config), processes(config.run.device) as group:

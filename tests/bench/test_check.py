@@ -127,6 +127,10 @@ def test_training_is_done_twice_and_every_bit_compared(monkeypatch):
     report = check.check(parts=("training",), updates=2, batch=2, kernels="numba", device=CPU)
     (row,) = report.rows
     assert (row["part"], row["right"], row["worst_error"]) == ("training again", True, 0)
+    (cost,) = report.tables[check.COST]
+    assert cost["rounds"] == 2
+    assert cost["ratio"] > 0
+    assert "deterministic ms" in report.text()
     made = check.training
 
     def drifting(*given, **options):
