@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+from torch.utils.data import DataLoader
 
 from fambav.build import batches
 from fambav.data import loaders
@@ -132,9 +133,21 @@ def test_more_than_one_in_a_hundred_is_too_many(images, tmp_path):
     assert "3 of 240 samples cannot be read, expected at most 1%" in found.out
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_any_number_of_loader_processes_gives_the_same_bits(whole, recipe, tmp_path, workers):
+def ahead(batches_each):
+    """Let loader processes read so many batches in advance."""
+
+    def prepare():
+        given = {"prefetch_factor": batches_each}
+        loaders.DataLoader = lambda *words, **own: DataLoader(*words, **own, **given)
+
+    return prepare
+
+
+@pytest.mark.parametrize(("workers", "prefetched"), [(1, 2), (2, 1), (2, 7), (4, 2)])
+def test_any_number_of_loader_processes_and_of_batches_in_advance_gives_the_same_bits(
+    whole, recipe, tmp_path, workers, prefetched
+):
     assert batches._EVAL_BATCH == 1.5  # the last batch of evaluation is not full
     folder = tmp_path / "run"
-    assert run([*recipe, "--num_workers", workers], folder).status == 0
+    assert run([*recipe, "--num_workers", workers], folder, ahead(prefetched)).status == 0
     assert_identical(folder, whole)
