@@ -1,9 +1,16 @@
 """Settings and weights that chance has made are read, or refused in one line."""
 
+import contextlib
+import copy
+import io
+
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
+from fambav import cli
+from fambav.engine import checkpoint
 from tests.trust import fuzz
 
 options = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -18,6 +25,34 @@ def weights(tmp_path_factory):
 @given(raw=fuzz.texts())
 def test_settings_made_by_chance_are_read_or_refused_in_one_line(tmp_path, raw):
     fuzz.settings_are_read_or_refused(tmp_path, raw)
+
+
+FOUND = {
+    "statistics that are a tensor": ("mean", torch.zeros(0)),
+    "statistics of two channels": ("std", [0.5, 0.5]),
+    "a number of images that is a tensor": ("images_per_update", torch.ones(2, 3)),
+    "settings that hold a tensor": ("config", {"model": "vim_micro", "seed": torch.ones(2, 3)}),
+    "an epoch long before the first": ("epoch", -300),
+    "an optimizer of other shapes": ("optimizer", None),
+    "a history of no records": ("history", [{"epoch": 0}]),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_chance_has_found_is_refused(weights, case):
+    name, value = FOUND[case]
+    state = copy.deepcopy(weights.state)
+    if name == "optimizer":
+        state["optimizer"]["state"][0]["exp_avg"] = torch.ones(2, 3)
+    else:
+        state[name] = value
+    path = weights.folder / "found.pth"
+    checkpoint.save(path, state)
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        assert cli.main([*weights.words, "--resume", str(path)]) == 2
+    assert err.getvalue().count("\n") == 1
+    assert err.getvalue().startswith("error: ")
 
 
 @settings(options, max_examples=60)
