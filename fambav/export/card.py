@@ -52,10 +52,11 @@ class Check(NamedTuple):
     Attributes:
         images: How many were compared.
         kind: What they are, in words.
-        difference: Largest difference of a logit.
+        difference: Largest difference of a logit, of images without a near tie.
         agreeing: Images whose likeliest class is the same.
         tolerance: Largest difference that was allowed.
         seconds: Time of the export without the comparison.
+        ties: Images that differ by more because two tokens are nearly as good and rounding chooses.
     """
 
     images: int
@@ -64,12 +65,14 @@ class Check(NamedTuple):
     agreeing: int
     tolerance: float
     seconds: float
+    ties: int = 0
 
     def line(self) -> str:
         """Say it in a line."""
+        more = f", but for {self.ties} with a near tie between tokens" if self.ties else ""
         return (
             f"{self.images} {self.kind}: largest difference of a logit {self.difference:.2g}"
-            f" (at most {self.tolerance:g}), same top-1 on {self.agreeing} of {self.images}"
+            f" (at most {self.tolerance:g}){more}, same top-1 on {self.agreeing} of {self.images}"
         )
 
 

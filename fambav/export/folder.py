@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ Run = Callable[[Tensor], Tensor]
 PROGRAM, GRAPH = "model.pt2", "model.onnx"
 
 _BATCH = 16
+_NOISE, _DRAWS = 1e-5, 3
 
 
 class Format(NamedTuple):
@@ -73,7 +75,8 @@ def export(
 
     Raises:
         ValueError: If the format is unknown, a package is missing, the folder is not empty, the
-            model cannot be expressed so, or the export differs from it; then there is no folder.
+            model cannot be expressed so, or the export differs from it other than by a near tie
+            between tokens; then there is no folder.
     """
     place = Path(folder)
     _check(kind, place, images, tolerance)
@@ -89,7 +92,8 @@ def export(
         description.write(temporary, told)
         got = _answers(FORMATS[kind].load(temporary), inputs)
         what = "images of noise" if noise else f"held-out images of {model.config.data.data_set}"
-        check = _compared(got, want, what, tolerance=tolerance, seconds=seconds)
+        own = partial(_steady, model.net, inputs, want)
+        check = _compared(got, want, own, what, tolerance=tolerance, seconds=seconds)
         text = card(model, told, check, folder=place.name)
         (temporary / "README.md").write_text(text, encoding="utf-8")
     return check
@@ -113,29 +117,55 @@ def _check(kind: str, place: Path, images: int, tolerance: float) -> None:
         raise ValueError(f"output_dir is {str(place)!r}, expected a folder that is empty or new")
 
 
-def _compared(got: Tensor, want: Tensor, kind: str, *, tolerance: float, seconds: float) -> Check:
-    """Compare logits.
+def _compared(
+    got: Tensor,
+    want: Tensor,
+    steady: Callable[[float], Tensor],
+    kind: str,
+    *,
+    tolerance: float,
+    seconds: float,
+) -> Check:
+    """Compare logits, and look at an image that differs again: rounding may decide it.
 
     Raises:
-        ValueError: If they differ by more than is allowed.
+        ValueError: If they differ by more than is allowed where the model itself is steady.
     """
     apart = (got - want).abs().amax(dim=1)
     allowed = tolerance * max(1.0, float(want.abs().max()))
+    wrong = ~(apart <= allowed)
+    close = wrong & ~steady(allowed) if wrong.any() else wrong
+    told = apart[~close]
     check = Check(
         images=len(want),
         kind=kind,
-        difference=float(apart.max()),
+        difference=float(told.max()) if len(told) else float("nan"),
         agreeing=int((got.argmax(dim=1) == want.argmax(dim=1)).sum()),
         tolerance=allowed,
         seconds=seconds,
+        ties=int(close.sum()),
     )
-    wrong = int((~(apart <= allowed)).sum())
-    if wrong:
+    failed = int((wrong & ~close).sum())
+    if failed or close.all():
         raise ValueError(
-            f"export differs on {wrong} of {check.line()}, expected it to agree; nothing was kept."
-            " A near tie between tokens may be decided otherwise: --tolerance allows more"
+            f"export differs on {failed or len(want)} of {check.line()}, expected it to agree;"
+            " nothing was kept; --tolerance allows more"
         )
     return check
+
+
+def _steady(net: Run, images: Tensor, want: Tensor, allowed: float) -> Tensor:
+    """Say for which images a model gives the same if pixels change by ten times what is rounded.
+
+    Which tokens are removed is a choice: where two are nearly as good, rounding makes it.  Noise of
+    either sign moves such a choice to either side.
+    """
+    found, draw = torch.ones(len(images), dtype=torch.bool), torch.Generator().manual_seed(0)
+    for _ in range(_DRAWS):
+        noise = _NOISE * torch.randn(images.shape, generator=draw)
+        for moved in (images + noise, images - noise):
+            found &= (_answers(net, moved) - want).abs().amax(dim=1) <= allowed
+    return found
 
 
 @contextmanager

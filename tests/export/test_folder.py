@@ -1,6 +1,7 @@
 """An exported folder is whole, tells only what is known, and gives back the model."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -102,6 +103,31 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(run, tmp_path, mon
         export(run, "safetensors", tmp_path / "out", images=2, noise=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     export(run, "safetensors", tmp_path / "out", images=2, noise=True, tolerance=0.1)
+
+
+def chooses(images):
+    """Logits that jump where the mean of an image passes a half."""
+    return torch.stack([(images.mean((1, 2, 3)) > 0.5).float(), images.amax((1, 2, 3))], dim=1)
+
+
+def test_rounding_that_decides_a_near_tie_is_told_and_not_refused():
+    images = torch.stack([torch.full((3, 4, 4), value) for value in (0.2, 0.5, 0.9)])
+    want = chooses(images)
+    got = want.clone()
+    got[1, 0] = 1.0
+    steady = partial(folder._steady, chooses, images, want)
+    assert steady(1e-3).tolist() == [True, False, True]
+    given = dict(tolerance=1e-3, seconds=1.0)
+    check = folder._compared(got, want, steady, "images", **given)
+    assert (check.images, check.ties, check.difference) == (3, 1, 0.0)
+    assert "but for 1 with a near tie between tokens, same top-1 on" in check.line()
+    got[2, 0] += 0.1
+    with pytest.raises(ValueError, match="export differs on 1 of 3 images"):
+        folder._compared(got, want, steady, "images", **given)
+    with pytest.raises(ValueError, match="export differs on 1 of 1 images"):
+        folder._compared(
+            got[1:2], want[1:2], lambda allowed: steady(allowed)[1:2], "images", **given
+        )
 
 
 def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):

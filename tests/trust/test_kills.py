@@ -91,7 +91,7 @@ POINTS = {
 @pytest.mark.parametrize("point", POINTS)
 def test_a_run_killed_at_this_point_goes_on_to_the_same_bits(whole, recipe, tmp_path, point):
     folder = tmp_path / "run"
-    words = [*recipe, "--save-every", "1"] if "update" in point else recipe
+    words = [*recipe, "--save-every", "1"] if "update" in point or "epoch" in point else recipe
     died = run(words, folder, POINTS[point])
     assert died.status == -9, f"the point was never reached: {died.out}"
     found = run([*recipe, "--resume", "auto"], folder)
