@@ -157,4 +157,6 @@ def _hardware(where: dict[str, Any]) -> str | None:
         return None
     if where.get("gpu") and str(where.get("device", "")).startswith("cuda"):
         return str(where["gpu"])
-    return f"{where.get('cpu_count')} CPU cores, {where.get('threads')} threads"
+    threads = where.get("threads")
+    name = where.get("cpu", "CPU")
+    return f"{name}, {where.get('cpu_count')} cores, {threads} thread{'s' * (threads != 1)}"

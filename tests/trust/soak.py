@@ -24,6 +24,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 PAIR = [*TORCHRUN, "--nproc_per_node=2"]
 HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 KILLS = {"one process": 50, "two processes": 25}
+READY = "run folder: "  # main.py's last line before it trains
 
 
 def begin(launcher, words, folder):
@@ -46,51 +47,63 @@ def end(process):
 
 
 def finish(launcher, words, folder):
-    """Run main.py to its end, and return how long it took."""
-    start = time.monotonic()
-    assert begin(launcher, words, folder).wait(600) == 0, Path(folder).with_suffix(".out")
+    """Run main.py to its end, and return how long it trained."""
+    process = begin(launcher, words, folder)
+    start = trains(process, folder)
+    assert process.wait(600) == 0, Path(folder).with_suffix(".out")
     return time.monotonic() - start
 
 
+def trains(process, folder):
+    """Wait until a run has its folder and is about to train; return when that was."""
+    output = Path(folder).with_suffix(".out")
+    told = output.read_text().count(READY)  # of the run before in the same folder
+    while process.poll() is None and output.read_text().count(READY) == told:
+        time.sleep(0.005)
+    return time.monotonic()
+
+
 def kills(launcher, words, folder, count):
-    """Kill runs at random moments until `count` were, and resume them; return finished runs."""
-    draw, killed, finished = random.Random(11), 0, 0
-    whole = folder / "whole"
+    """Kill `count` runs, each at a random moment, resume them, and compare what they come to."""
+    draw, killed, late, whole = random.Random(11), 0, 0, folder / "whole"
     seconds = finish(launcher, words, whole)
     while killed < count:
-        target = folder / f"run{finished}"
-        while True:
-            process = begin(launcher, [*words, "--resume", "auto", "--save-every", "2"], target)
-            try:
-                status = process.wait(draw.uniform(0.2, 1.1) * seconds if killed < count else 600)
-            except subprocess.TimeoutExpired:
-                end(process)
-                killed += 1
-                continue
-            assert status == 0, target.with_suffix(".out")
-            break
+        target = folder / f"run{killed + late}"
+        process = begin(launcher, [*words, "--save-every", "2"], target)
+        trains(process, target)
+        time.sleep(draw.uniform(0, seconds))
+        if process.poll() is not None:  # it was over already
+            late += 1
+            continue
+        end(process)
+        killed += 1
+        finish(launcher, [*words, "--save-every", "2", "--resume", "auto"], target)
         assert_identical(target, whole)
-        finished += 1
-    return {"killed": killed, "finished": finished, "identical": finished}
+    return {"killed": killed, "resumed to the same bits": killed}
 
 
 def signals(launcher, words, folder, count):
     """Interrupt runs at random moments, and resume them."""
-    draw, whole, saved = random.Random(12), folder / "whole", 0
+    draw, saved, late, whole = random.Random(12), 0, 0, folder / "whole"
     seconds = finish(launcher, words, whole)
-    for number in range(count):
+    while saved < count:
+        number = saved + late
         target = folder / f"run{number}"
-        which = (signal.SIGTERM, signal.SIGUSR1)[number % 2]
         process = begin(launcher, words, target)
-        time.sleep(draw.uniform(0.3, 1.0) * seconds)
-        process.send_signal(which)
+        trains(process, target)
+        time.sleep(draw.uniform(0, seconds))
+        process.send_signal((signal.SIGTERM, signal.SIGUSR1)[number % 2])
         start = time.monotonic()
         process.wait(60)
         assert time.monotonic() - start < 30, "a stop takes half a minute at most"
-        saved += "saved after update" in target.with_suffix(".out").read_text()
+        if "saved after update" not in target.with_suffix(".out").read_text():
+            late += 1  # it was over already
+            assert late < count
+            continue
+        saved += 1
         finish(launcher, [*words, "--resume", "auto"], target)
         assert_identical(target, whole)
-    return {"asked": count, "saved": saved, "identical": count}
+    return {"saved after a signal": saved, "resumed to the same bits": saved}
 
 
 def locks(words, folder, count):
