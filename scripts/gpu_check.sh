@@ -108,7 +108,7 @@ else
     forward=(--plan none upper:6:9 all:7 --peer deit_tiny_patch16_224 --cuda-graphs --ceilings --split)
     bench check_scan 80 check --part scan
     bench check_kernels 70 check --part scan_forms scan_large conv gate norm match pool mixer
-    bench check_training 45 check --part training
+    bench check_training 60 check --part training
     bench scan 40 scan
     bench step 50 step --cuda-graphs
     bench strategies 60 strategies

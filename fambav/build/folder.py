@@ -10,7 +10,7 @@ from pathlib import Path
 from fambav.config import Config
 from fambav.data import DataSet
 from fambav.engine import checkpoint, record
-from fambav.engine.fit import Fit, Progress
+from fambav.engine.fit import Fit
 from fambav.engine.record import BEST, Recorder
 from fambav.reduction import Schedule
 
@@ -54,7 +54,7 @@ def open_folder(
         kept = record.set_aside(folder)
         if kept is not None:
             console.say(f"{folder} holds an earlier run; its files are now in {kept}")
-    if source is not None and _last_is_best(fit.progress):
+    if source is not None and _stands_at_best(fit):
         checkpoint.copy(source, folder / BEST)
     group, precision = fit.update.processes, fit.update.precision.name
     about = record.environment(
@@ -74,7 +74,10 @@ def open_folder(
     return Recorder(folder, fit.progress.history, warn=console.say)
 
 
-def _last_is_best(progress: Progress) -> bool:
-    """Whether the last epoch brought the best accuracy, and a crash may have cut its copy off."""
+def _stands_at_best(fit: Fit) -> bool:
+    """Whether a run stands behind its best epoch: a crash may have cut that epoch's copy off."""
+    progress = fit.progress
+    if progress.updates not in (None, progress.epochs * fit.updates):
+        return False
     accuracies = [epoch["test_acc1"] for epoch in progress.history]
     return bool(accuracies) and accuracies.index(max(accuracies)) == len(accuracies) - 1

@@ -169,13 +169,13 @@ def main(folder):
     pair = [*words, "--batch-size", "4"]
     told = {"environment": environment()}
     for name, keep in {
-        "killed, one process": lambda at: kills([], words, at, KILLS["one process"]),
-        "killed, two processes": lambda at: kills(PAIR, pair, at, KILLS["two processes"]),
         "signals, one process": lambda at: signals([], words, at, 20),
         "signals, two processes": lambda at: signals([*PAIR, HANDLED], pair, at, 20),
         "two jobs in one folder": lambda at: locks(words, at, 20),
         "a rank killed, launcher restarts": lambda at: elastic(pair, at),
         "a thousand updates": numerics,
+        "killed, one process": lambda at: kills([], words, at, KILLS["one process"]),
+        "killed, two processes": lambda at: kills(PAIR, pair, at, KILLS["two processes"]),
     }.items():
         start, place = time.monotonic(), folder / name.replace(", ", "-").replace(" ", "_")
         place.mkdir()

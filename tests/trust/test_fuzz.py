@@ -9,8 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
+import fambav
 from fambav import cli
+from fambav.config import ConfigError
 from fambav.engine import checkpoint
+from fambav.engine.checkpoint import CheckpointError
 from tests.trust import fuzz
 
 options = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -53,6 +56,16 @@ def test_what_chance_has_found_is_refused(weights, case):
         assert cli.main([*weights.words, "--resume", str(path)]) == 2
     assert err.getvalue().count("\n") == 1
     assert err.getvalue().startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[" * 2000, "[1, 2]", "null", '{"model": 3}', '{"seed": -1}']
+)
+def test_strings_beside_weights_that_say_nothing_of_use_are_refused(weights, text):
+    path = weights.folder / "strings.safetensors"
+    checkpoint.save_weights(path, weights.state["model"], {"config": text, "mean": "[0, 0, 0]"})
+    with pytest.raises((CheckpointError, ConfigError), match=r"^[^\n]+$"):
+        fambav.from_pretrained(path)
 
 
 @settings(options, max_examples=60)

@@ -60,6 +60,18 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_to_the_same_bits(
     assert_identical(folder, whole)
 
 
+def test_going_on_within_an_epoch_leaves_the_best_checkpoint_as_it_was(recipe, tmp_path):
+    folder = tmp_path / "run"
+    stopped = run(recipe, folder, asked_at(train.Update, "__call__", 3, signal.SIGTERM))
+    assert stopped.status == 143, stopped.out
+    before = (folder / "best_checkpoint.pth").read_bytes()
+    words = [*recipe, "--resume", "auto"]
+    again = run(words, folder, asked_at(train.Update, "__call__", 1, signal.SIGTERM))
+    assert again.status == 143, again.out
+    assert "saved after update 4" in again.out
+    assert (folder / "best_checkpoint.pth").read_bytes() == before
+
+
 def test_a_second_signal_ends_at_once_and_loses_nothing(whole, recipe, tmp_path):
     folder = tmp_path / "run"
     twice = asked_at(train.Update, "__call__", 4, signal.SIGTERM, times=2)
