@@ -25,6 +25,7 @@ PAIR = [*TORCHRUN, "--nproc_per_node=2"]
 HANDLED = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 KILLS = {"one process": 50, "two processes": 25}
 READY = "run folder: "  # main.py's last line before it trains
+DONE = "Training time"  # and its last one
 
 
 def begin(launcher, words, folder):
@@ -48,10 +49,13 @@ def end(process):
 
 def finish(launcher, words, folder):
     """Run main.py to its end, and return how long it trained."""
-    process = begin(launcher, words, folder)
+    output, process = Path(folder).with_suffix(".out"), begin(launcher, words, folder)
     start = trains(process, folder)
-    assert process.wait(600) == 0, Path(folder).with_suffix(".out")
-    return time.monotonic() - start
+    while process.poll() is None and DONE not in output.read_text():
+        time.sleep(0.005)
+    seconds = time.monotonic() - start
+    assert process.wait(600) == 0, output
+    return seconds
 
 
 def trains(process, folder):
@@ -84,10 +88,10 @@ def kills(launcher, words, folder, count):
 
 def signals(launcher, words, folder, count):
     """Interrupt runs at random moments, and resume them."""
-    draw, saved, late, whole = random.Random(12), 0, 0, folder / "whole"
+    draw, saved, beside, whole = random.Random(12), 0, 0, folder / "whole"
     seconds = finish(launcher, words, whole)
     while saved < count:
-        number = saved + late
+        number = saved + beside
         target = folder / f"run{number}"
         process = begin(launcher, words, target)
         trains(process, target)
@@ -96,9 +100,11 @@ def signals(launcher, words, folder, count):
         start = time.monotonic()
         process.wait(60)
         assert time.monotonic() - start < 30, "a stop takes half a minute at most"
-        if "saved after update" not in target.with_suffix(".out").read_text():
-            late += 1  # it was over already
-            assert late < count
+        output = target.with_suffix(".out").read_text()
+        if "saved after update" not in output:
+            assert DONE in output or "Epoch" not in output, "what was done is saved"
+            beside += 1
+            assert beside < 2 * count
             continue
         saved += 1
         finish(launcher, [*words, "--resume", "auto"], target)
