@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 _TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a lost one gives up
@@ -101,6 +102,7 @@ def processes(device: str | None) -> Iterator[Processes]:
         gpu = place if place.type == "cuda" else None
         dist.init_process_group(
             "nccl" if gpu else "gloo",
+            store=_meeting_place(),
             rank=rank,
             world_size=world,
             timeout=_TIMEOUT,
@@ -112,6 +114,19 @@ def processes(device: str | None) -> Iterator[Processes]:
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def _meeting_place() -> dist.PrefixStore:
+    """Return the store that a launcher keeps, for this attempt of its processes alone.
+
+    A launcher that starts its processes again keeps what those before have left there: without a
+    prefix the new ones look for addresses of processes that are gone, and wait for ever.  Launchers
+    of several machines count attempts each for itself, so there is no prefix for those.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return dist.PrefixStore(f"fambav/{attempt}", store)
 
 
 def end_with_parent() -> None:

@@ -30,11 +30,11 @@ DONE = "Training time"  # and its last one
 
 def begin(launcher, words, folder):
     """Start main.py; its lines go into a file beside the folder."""
-    output = Path(folder).with_suffix(".out").open("a")
     command = [sys.executable, *launcher, "main.py", *map(str, words), "--output_dir", str(folder)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output, start_new_session=True
-    )
+    with Path(folder).with_suffix(".out").open("a") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=output, start_new_session=True
+        )
 
 
 def end(process):
@@ -138,7 +138,7 @@ def elastic(words, folder):
         time.sleep(0.05)
     ranks = [pid for pid in family(process.pid) if b"main.py" in command(pid)]
     os.kill(ranks[-1], signal.SIGKILL)
-    assert process.wait(600) == 0, output
+    assert process.wait(200) == 0, output
     assert_identical(target, whole)
     return {"ranks killed": 1, "identical": 1}
 
