@@ -138,7 +138,11 @@ def elastic(words, folder):
         time.sleep(0.05)
     ranks = [pid for pid in family(process.pid) if b"main.py" in command(pid)]
     os.kill(ranks[-1], signal.SIGKILL)
-    assert process.wait(200) == 0, output
+    try:
+        assert process.wait(200) == 0, output
+    finally:
+        if process.poll() is None:
+            end(process)
     assert_identical(target, whole)
     return {"ranks killed": 1, "identical": 1}
 
