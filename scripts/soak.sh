@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The promises of reliability at full length: hours of killing, interrupting and resuming runs.
+# The promises of reliability at full length: three quarters of an hour of killing,
+# interrupting and resuming runs.
 #
 #   bash scripts/soak.sh [FOLDER]
 #

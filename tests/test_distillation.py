@@ -14,7 +14,8 @@ from fambav.engine.distill import Teacher
 from fambav.engine.runtime import Processes
 from fambav.models import Vim
 from tests.data.made import made_cifar10
-from tests.test_runs import Crash, go, lasting, launch, log, refused, same
+from tests.identical import lasting, log, same
+from tests.test_runs import Crash, go, launch, refused
 
 RUN = ["--model", "vim_tiny"]
 

@@ -184,10 +184,12 @@ def test_a_folder_is_worked_in_by_one_process_at_a_time(path, tmp_path):
     )
     try:
         assert other.stdout.readline() == b"in\n"
+        (tmp_path / ".tmp-1").touch()  # of the other, which may be writing it
         message = f"expected a folder that no other run writes to; process {other.pid} on"
         with pytest.raises(ValueError, match=message):
             go(path, tmp_path)
         assert not (tmp_path / "results.csv").exists()
+        assert (tmp_path / ".tmp-1").exists()
     finally:
         other.kill()
         other.communicate(timeout=60)

@@ -11,7 +11,8 @@ from fambav.models import Vim
 from fambav.reduction import reduce
 from fambav.registry import METHODS
 from tests.data.made import made_cifar
-from tests.test_runs import go, lasting, log, refused, same
+from tests.identical import lasting, log, same
+from tests.test_runs import go, refused
 
 words_of = str.split
 RUN = words_of(

@@ -25,9 +25,9 @@ from fambav.engine.evaluate import Scores
 from fambav.engine.record import Recorder
 from fambav.models import Vim
 from tests.data.made import made_cifar, made_cifar10
+from tests.identical import lasting, log, same
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = {"train_seconds", "eval_seconds", "save_seconds", "images_per_second", "rss_mib"}
 EPOCHS = 3
 
 
@@ -77,25 +77,6 @@ def finished(flags, tmp_path_factory):
     """A run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "a run"
     return SimpleNamespace(folder=folder, **vars(go(*flags, "--output_dir", folder)))
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def lasting(records):
-    return [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
-
-
-def same(one, other):
-    """Whether two trees of plain data and tensors are equal to the last bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other or (one != one and other != other)
 
 
 def test_a_run_says_its_plan_and_what_tools_look_for(finished):

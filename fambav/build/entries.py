@@ -31,7 +31,7 @@ class _Kind(NamedTuple):
 
 def _count(least: int) -> _Kind:
     words = f"a whole number of at least {least}"
-    return _Kind(lambda v: isinstance(v, int) and v is not True and v >= least, words)
+    return _Kind(lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least, words)
 
 
 def _is_number(value: Any) -> bool:

@@ -128,13 +128,11 @@ def read(path: Path) -> State:
             "mean": images["mean"],
             "std": images["std"],
         }
-        check(description, known)
-    except CheckpointError:
-        raise
     except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
             f"{description} is damaged, expected what fambav export writes: {error!r}"
         ) from error
+    check(description, known)
     trained = fact(state, "class_token")
     if trained is not None and trained != known["class_token"]:
         raise CheckpointError(

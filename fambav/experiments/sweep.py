@@ -46,8 +46,8 @@ def run(
         ValueError: If another process works in the folder, or its cells come from another machine.
         OSError: If the folder cannot be written.
     """
-    record.prepare(folder)
     with locked(folder):
+        record.prepare(folder)
         about = record.environment(jobs=jobs)
         found = {c.name: known for c in grid.cells if (known := results.finished(c, folder))}
         left = [cell for cell in grid.cells if cell.name not in found]

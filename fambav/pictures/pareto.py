@@ -23,6 +23,8 @@ _SPELLED = 5  # most rows whose names stand in the picture; of more, numbers do
 _NAMED = 16  # most rows that all have a number; of more, those on a front
 _FRONT = "front"
 
+Look = Mapping[str, tuple[str, str]]  # colour and mark of each row by its name
+
 
 class Estimate(Protocol):
     """A figure over several seeds: its mean, and its standard deviation unless there is one."""
@@ -111,7 +113,7 @@ def pareto(points: Sequence[Point], *, title: str, detail: str = "") -> Figure:
     shown = [axis for axis in AXES if any(axis.key in point.figures for point in known)]
     if not shown:
         raise ValueError(f"points have no figures, expected acc1 and one of {', '.join(_keys())}")
-    names = _named(known, shown)
+    names, look = _named(known, shown), _colours(known)
     columns = min(2, len(shown))
     rows = -(-len(shown) // columns)
     figure = style.figure(5.6 * columns, 4.2 * rows + 1.0 + 0.1 * len(names))
@@ -122,13 +124,13 @@ def pareto(points: Sequence[Point], *, title: str, detail: str = "") -> Figure:
     style.headed(figure, title, f"{told}{'; ' if detail else ''}{detail}")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, axis in zip(panels, shown, strict=False):
-        _draw(axes, axis, known)
+        _draw(axes, axis, known, look)
     for unused in panels[len(shown) :]:
         unused.remove()
-    _key(figure, known, names)
+    _key(figure, known, names, look)
     figure.draw_without_rendering()  # only then is it known where points are
     for axes, axis in zip(panels, shown, strict=False):
-        _name(axes, axis, [p for p in known if axis.key in p.figures], names)
+        _name(axes, axis, [p for p in known if axis.key in p.figures], names, look)
     return figure
 
 
@@ -155,7 +157,7 @@ def _named(points: Sequence[Point], shown: Sequence[Axis]) -> dict[str, str]:
     return {name: str(number) for number, name in enumerate(names, start=1)}
 
 
-def _colours(points: Sequence[Point]) -> dict[str, tuple[str, str]]:
+def _colours(points: Sequence[Point]) -> Look:
     """Return colour and mark of each row by its name, a black star for what has no reduction."""
     methods = list(dict.fromkeys(point.method for point in points if not point.baseline))
     kinds = {p.name: p.method if len(methods) > 1 else p.name for p in points if not p.baseline}
@@ -167,8 +169,7 @@ def _colours(points: Sequence[Point]) -> dict[str, tuple[str, str]]:
     return look | {point.name: (style.INK, "*") for point in points if point.baseline}
 
 
-def _draw(axes: Axes, axis: Axis, points: Sequence[Point]) -> None:
-    look = _colours(points)
+def _draw(axes: Axes, axis: Axis, points: Sequence[Point], look: Look) -> None:
     there = [point for point in points if axis.key in point.figures]
     x, y = zip(*(_xy(point, axis) for point in there), strict=True)
     best = front(x, y)
@@ -195,7 +196,9 @@ def _draw(axes: Axes, axis: Axis, points: Sequence[Point]) -> None:
     style.plain(axes, grid="both")
 
 
-def _name(axes: Axes, axis: Axis, points: Sequence[Point], names: Mapping[str, str]) -> None:
+def _name(
+    axes: Axes, axis: Axis, points: Sequence[Point], names: Mapping[str, str], look: Look
+) -> None:
     """Write names beside points, with a thin line of its colour to a point that is not near."""
     ordered = sorted(points, key=lambda point: point.name not in names)
     named = [point for point in ordered if point.name in names]
@@ -222,9 +225,7 @@ def _name(axes: Axes, axis: Axis, points: Sequence[Point], names: Mapping[str, s
         edge = np.clip(start, (x0, y0), (x1, y1))
         if np.hypot(*(edge - start)) > pixel:
             way = back.transform((start, edge)).T
-            axes.plot(
-                *way, color=_colours(points)[point.name][0], lw=0.7, scalex=False, scaley=False
-            )
+            axes.plot(*way, color=look[point.name][0], lw=0.7, scalex=False, scaley=False)
 
 
 def _along(corners: NDArray[np.float64], step: float) -> NDArray[np.float64]:
@@ -236,11 +237,10 @@ def _along(corners: NDArray[np.float64], step: float) -> NDArray[np.float64]:
     return np.concatenate(found)
 
 
-def _key(figure: Figure, points: Sequence[Point], names: Mapping[str, str]) -> None:
+def _key(figure: Figure, points: Sequence[Point], names: Mapping[str, str], look: Look) -> None:
     """Explain numbers and colours below the picture."""
     from matplotlib.lines import Line2D
 
-    look = _colours(points)
     lines = {
         p.method if names.get(p.name) == p.name else f"{names[p.name]}  {p.name}": look[p.name]
         for p in points

@@ -146,6 +146,24 @@ def test_training_is_done_twice_and_every_bit_compared(monkeypatch):
     assert report.rows[0]["where"] == "losses"
 
 
+def test_the_cost_of_repeating_is_measured_against_steps_that_need_not(monkeypatch):
+    made, seen = check.training, set()
+
+    def watched(*given, **options):
+        step = made(*given, **options)
+
+        def update(*given):
+            seen.add(torch.are_deterministic_algorithms_enabled())
+            return step.update(*given)
+
+        return step._replace(update=update)
+
+    monkeypatch.setattr(check, "training", watched)
+    torch.use_deterministic_algorithms(False)
+    check.check(parts=("training",), updates=1, batch=2, kernels="numba", device=CPU)
+    assert seen == {True, False}
+
+
 def test_a_set_that_cannot_run_is_refused_with_its_reason(monkeypatch):
     monkeypatch.setattr(check, "kernel_set", lambda _: TRITON._replace(installed=False))
     with pytest.raises(MeasureError, match="kernels are triton, expected some that can run here"):

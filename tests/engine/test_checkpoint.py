@@ -14,6 +14,7 @@ import torch
 
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
+from tests.damage import flipped, truncated, zeroed
 
 
 @pytest.fixture
@@ -74,21 +75,7 @@ def test_a_copy_stays_when_the_source_is_saved_again(file, state, tmp_path):
     assert checkpoint.load(best)["epoch"] == 4
 
 
-def flip(raw, draw):
-    at = draw.randrange(len(raw))
-    return raw[:at] + bytes([raw[at] ^ 1 << draw.randrange(8)]) + raw[at + 1 :]
-
-
-def cut(raw, draw):
-    return raw[: draw.randrange(len(raw))]
-
-
-def blank(raw, draw):
-    at = draw.randrange(len(raw) - 4096)
-    return raw[:at] + bytes(4096) + raw[at + 4096 :]
-
-
-@pytest.mark.parametrize("harm", [flip, cut, blank])
+@pytest.mark.parametrize("harm", [flipped, truncated, zeroed])
 def test_every_damaged_file_is_refused_in_one_sentence(file, harm):
     raw, draw = file.read_bytes(), random.Random(1)
     for _ in range(100):

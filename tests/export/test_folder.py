@@ -116,7 +116,9 @@ def test_rounding_that_decides_a_near_tie_is_told_and_not_refused():
     got = want.clone()
     got[1, 0] = 1.0
     steady = partial(folder._steady, chooses, images, want)
-    assert steady(1e-3).tolist() == [True, False, True]
+    everyone = torch.ones(3, dtype=torch.bool)
+    assert steady(everyone, 1e-3).tolist() == [True, False, True]
+    assert steady(torch.tensor([False, True, True]), 1e-3).tolist() == [False, True]
     given = dict(tolerance=1e-3, seconds=1.0)
     check = folder._compared(got, want, steady, "images", **given)
     assert (check.images, check.ties, check.difference) == (3, 1, 0.0)
@@ -125,9 +127,8 @@ def test_rounding_that_decides_a_near_tie_is_told_and_not_refused():
     with pytest.raises(ValueError, match="export differs on 1 of 3 images"):
         folder._compared(got, want, steady, "images", **given)
     with pytest.raises(ValueError, match="export differs on 1 of 1 images"):
-        folder._compared(
-            got[1:2], want[1:2], lambda allowed: steady(allowed)[1:2], "images", **given
-        )
+        steady = partial(folder._steady, chooses, images[1:2], want[1:2])
+        folder._compared(got[1:2], want[1:2], steady, "images", **given)
 
 
 def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):

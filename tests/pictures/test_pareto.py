@@ -115,6 +115,21 @@ def test_a_line_leads_from_every_name_that_is_not_near_to_its_own_point(count):
     assert led >= count
 
 
+def test_a_name_has_the_colour_of_its_point_where_others_were_not_measured():
+    rows = points(16)
+    for row in rows:  # of one method rows have colours of their own; all but the first coincide
+        row.method = "none" if row.baseline else "ordered"
+        if not row.baseline:
+            row.figures = {key: Estimate(30.0, None, 1) for key in row.figures}
+    del rows[1].figures["seconds"]
+    axes = pareto(rows, title="made up").axes[0]
+    drawn = [bars.lines[0].get_color() for bars in axes.containers]
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
+    led = [line.get_color() for line in lines if line.get_gid() != "front"]
+    assert len(led) >= 3, "the last rows find no room beside their points"
+    assert led == drawn[-len(led) :]
+
+
 def test_of_many_rows_those_on_a_front_are_named():
     rows = points(30)
     figure = pareto(rows, title="made up")

@@ -4,7 +4,6 @@ A fork has everything imported already; torch is told to use one thread, so none
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -16,13 +15,9 @@ from types import SimpleNamespace
 import torch
 
 from fambav import cli
-from fambav.engine import checkpoint, train
+from fambav.engine import train
 
 FORK = multiprocessing.get_context("fork")
-MEASURED = {
-    *("train_seconds", "eval_seconds", "save_seconds", "images_per_second", "rss_mib"),
-}
-PARTS = ("model", "optimizer", "model_ema", "epoch", "best_acc1", "updates", "losses")
 RECIPE = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 8
     --grad-accum-steps 2 --epochs 3 --warmup-epochs 1 --lr 1e-3 --unscale-lr --clip-grad 1
     --drop-path 0.3 --log_every 1 --threads 1 --device cpu
@@ -103,33 +98,3 @@ def dies_in_update():
         return real(*given)
 
     train.Update.__call__ = counted
-
-
-def log(folder):
-    return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
-
-
-def lasting(records):
-    return [{k: v for k, v in record.items() if k not in MEASURED} for record in records]
-
-
-def same(one, other):
-    """Whether two trees of plain data and tensors are equal to the last bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other or (one != one and other != other)
-
-
-def assert_identical(one, other):
-    """See that two finished runs came to the same bits: weights, average, optimizer and log."""
-    for name in ("checkpoint.pth", "best_checkpoint.pth"):
-        ours, theirs = (checkpoint.load(Path(folder) / name) for folder in (one, other))
-        for part in PARTS:
-            assert same(ours[part], theirs[part]), (name, part)
-        assert lasting(ours["history"]) == lasting(theirs["history"])
-    assert lasting(log(one)) == lasting(log(other))
-    assert not list(Path(one).glob(".tmp-*")), "a killed run leaves nothing behind for good"

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from fambav.engine.record import environment
 from tests.data.made import made_cifar
-from tests.trust.forked import RECIPE, assert_identical, log
+from tests.identical import assert_identical, log
+from tests.trust.forked import RECIPE
 from tests.trust.test_orphans import family
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +128,7 @@ def locks(words, folder, count):
 def elastic(words, folder):
     """Kill a rank of two; the launcher starts both again, and they go on."""
     whole, target = folder / "whole", folder / "run"
+    words = [*words, "--epochs", "6"]  # so that it is not over when the rank is found
     finish(PAIR, words, whole)
     process = begin(
         [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=3"],
@@ -134,8 +136,8 @@ def elastic(words, folder):
         target,
     )
     output = target.with_suffix(".out")
-    while not (output.exists() and "Epoch: [1]" in output.read_text()):
-        time.sleep(0.05)
+    while process.poll() is None and "Epoch: [1]" not in output.read_text():
+        time.sleep(0.005)
     ranks = [pid for pid in family(process.pid) if b"main.py" in command(pid)]
     os.kill(ranks[-1], signal.SIGKILL)
     try:

@@ -7,7 +7,8 @@ import signal
 import pytest
 
 from fambav.engine import checkpoint, fit
-from tests.trust.forked import assert_identical, log, run
+from tests.identical import assert_identical, log
+from tests.trust.forked import run
 
 
 def limited(size):

@@ -7,8 +7,9 @@ import pytest
 
 from fambav.engine import checkpoint, fit, train
 from fambav.engine.record import Recorder
+from tests.identical import assert_identical
 from tests.trust import forked
-from tests.trust.forked import assert_identical, dies, run
+from tests.trust.forked import dies, run
 
 KILLS = 5
 
@@ -100,18 +101,22 @@ def test_a_run_killed_at_this_point_goes_on_to_the_same_bits(whole, recipe, tmp_
 
 
 def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(whole, recipe, tmp_path):
-    """Every moment of the uninterrupted run's time may be hit; more than one may in one run."""
-    draw, folder, kills = random.Random(7), tmp_path / "run", 0
-    words = [*recipe, "--resume", "auto", "--save-every", "2", "--output_dir", folder]
-    for _ in range(100):
-        process = forked.start(words, tmp_path / "out.txt")
-        process.join(draw.uniform(0.2, 3.0) if kills < KILLS else 120)
-        if process.exitcode == 0:
-            break
+    """Each run is killed once, at any moment of the time that it takes here."""
+    draw, killed, late = random.Random(7), 0, 0
+    words = [*recipe, "--save-every", "2"]
+    start = time.monotonic()
+    assert run(words, tmp_path / "timed").status == 0
+    seconds = time.monotonic() - start
+    while killed < KILLS:
+        folder = tmp_path / f"run{killed + late}"
+        process = forked.start([*words, "--output_dir", folder], folder.with_suffix(".out"))
+        process.join(draw.uniform(0, seconds))
         process.kill()
         process.join()
-        kills += 1
-        time.sleep(0.01)
-    assert process.exitcode == 0
-    assert kills >= 1
-    assert_identical(folder, whole)
+        if process.exitcode == 0:  # it was over already: the next moment is an earlier one
+            seconds, late = 0.8 * seconds, late + 1
+            continue
+        killed += 1
+        found = run([*words, "--resume", "auto"], folder)
+        assert found.status == 0, found.out
+        assert_identical(folder, whole)

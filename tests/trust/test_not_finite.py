@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fambav.engine import checkpoint, train
-from tests.trust.forked import log, run, run_two
+from tests.identical import log
+from tests.trust.forked import run, run_two
 
 UPDATE = 3
 

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from fambav.engine import checkpoint
-from tests.trust.forked import log, run
+from tests.identical import log
+from tests.trust.forked import run
 
 SHORT = "--epochs 1 --warmup-epochs 0"
 

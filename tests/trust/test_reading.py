@@ -12,7 +12,8 @@ from fambav.data import loaders
 from fambav.data.arrays import ArraySet
 from fambav.engine import checkpoint
 from tests.data.made import made_folder
-from tests.trust.forked import assert_identical, log, run, run_two
+from tests.identical import assert_identical, log
+from tests.trust.forked import run, run_two
 
 FOLDER = """--model vim_micro --input-size 16 --data-set FOLDER --data-stats imagenet
     --num_workers 0 --batch-size 8 --epochs 2 --warmup-epochs 0 --no-repeated-aug --threads 1

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fambav.engine import checkpoint, fit, train
-from tests.trust.forked import assert_identical, run
+from tests.identical import assert_identical
+from tests.trust.forked import run
 
 ROOT = Path(__file__).resolve().parents[2]
 STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 0}
@@ -95,7 +96,8 @@ def test_signals_do_what_they_did_once_a_run_is_over():
 @pytest.mark.slow
 def test_a_launcher_that_passes_a_signal_on_ends_two_processes_at_one_step(recipe, tmp_path):
     """The interrupted and continued run of two processes equals one that nothing interrupted."""
-    words = [*map(str, recipe), "--batch-size", "4"]
+    # Long enough not to be over when the signal comes.
+    words = [*map(str, recipe), "--batch-size", "4", "--epochs", "6"]
     folders = [tmp_path / "whole", tmp_path / "run"]
     launcher = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),

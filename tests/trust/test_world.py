@@ -3,7 +3,8 @@
 import pytest
 
 from fambav.engine import checkpoint
-from tests.trust.forked import log, run, run_two
+from tests.identical import log
+from tests.trust.forked import run, run_two
 
 PLAIN = ["--mixup", "0", "--cutmix", "0"]
 
