@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from fambav.data.arrays import DataError, Samples
 from fambav.data.sampling import Key, TrainBatches
+from fambav.data.shield import outlast
 from fambav.data.unreadable import LeftOutError, Tolerant
 from fambav.randomness import seed_cpu
 
@@ -215,6 +216,7 @@ def train_loader(
         batch_sampler=batches,
         num_workers=workers,
         timeout=PATIENCE if workers else 0,
+        worker_init_fn=outlast,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
@@ -250,6 +252,7 @@ def eval_loader(
         batch_size=batch_size,
         num_workers=workers,
         timeout=PATIENCE if workers else 0,
+        worker_init_fn=outlast,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         generator=torch.Generator(),

@@ -21,6 +21,7 @@ from fambav.data.batch_geometry import pieces, resize, shift, warp
 from fambav.data.loaders import PATIENCE, Batch, TrainBatchesLoader
 from fambav.data.recording import KIT, Draws, Orders, Recipe, Recording, Resizing, collate
 from fambav.data.sampling import TrainBatches
+from fambav.data.shield import outlast
 
 OPERATIONS: dict[str, Operation] = {
     **COLOURS,
@@ -222,6 +223,7 @@ def resident_train_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         timeout=PATIENCE if workers else 0,
+        worker_init_fn=outlast,
         collate_fn=collate,
         generator=torch.Generator(),  # else the loader draws from the global one
     )

@@ -6,6 +6,7 @@ environment (RANK, WORLD_SIZE, LOCAL_RANK); without them a run is one process.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -24,6 +25,12 @@ from tqdm import tqdm
 
 _TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a lost one gives up
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+# Groups of processes that this one has left.  Whoever lets go of a group last waits for its
+# threads, which may wait for Python's lock.  This list lets go of both; a wrapped model, which
+# lives longer than a run that fails, would let go of the group alone, and wait for ever.
+_left: list[Any] = []
+atexit.register(_left.clear)
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ def processes(device: str | None) -> Iterator[Processes]:
         yield Processes(rank, world, place, talk)
     finally:
         if world > 1:
+            _left.extend((dist.group.WORLD, talk))
             dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ A fork has everything imported already; torch is told to use one thread, so none
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -30,6 +31,7 @@ def _body(words, output, prepare):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = file  # whatever pytest has put there
+        faulthandler.dump_traceback_later(100, file=file)  # of a run that hangs
         if prepare is not None:
             prepare()
         with contextlib.suppress(SystemExit):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 0}
 
 
-def asked_at(owner, name, number, which, times=1):
+def asked_at(owner, name, number, which, times=1, ask=signal.raise_signal):
     """Send this process a signal in the `number`-th call of a function, from 1."""
 
     def prepare():
@@ -26,7 +26,7 @@ def asked_at(owner, name, number, which, times=1):
             calls.append(1)
             if len(calls) == number:
                 for _ in range(times):
-                    os.kill(os.getpid(), which)
+                    ask(which)
             return real(*given, **named)
 
         setattr(owner, name, counted)
@@ -58,6 +58,36 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_to_the_same_bits(
     found = run([*recipe, "--resume", "auto"], folder)
     assert found.status == 0, found.out
     assert f"after update {updates}" in found.out
+    assert_identical(folder, whole)
+
+
+def asked_together(which):
+    """Let another process send all processes of this one's group a signal."""
+    group, other = os.getpgid(0), os.fork()
+    if other == 0:
+        os.setsid()
+        os.killpg(group, which)
+        os._exit(0)
+    os.waitpid(other, 0)
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_job_leaves_the_loaders_to_the_run(
+    whole, recipe, tmp_path, which
+):
+    folder, words = tmp_path / "run", [*recipe, "--num_workers", "2"]
+    asked = asked_at(train.Update, "__call__", 3, which, ask=asked_together)
+
+    def prepare():
+        os.setsid()
+        asked()
+
+    stopped = run(words, folder, prepare)
+    assert stopped.status == STATUS[which], stopped.out
+    assert f"{which.name}: saved after update 3" in stopped.out
+    assert "Traceback" not in stopped.out
+    assert "error: " not in stopped.out
+    assert run([*words, "--resume", "auto"], folder).status == 0
     assert_identical(folder, whole)
 
 
