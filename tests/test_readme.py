@@ -1,6 +1,9 @@
 """What the README shows is what the software does."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from fambav.commands.bench import parser as bench_parser
 from fambav.config import parse
 from fambav.registry import REDUCERS
+from tests.data.made import made_cifar
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text()
@@ -32,6 +36,27 @@ def test_the_reducer_of_the_readme_removes_what_the_plan_says(registry):
         block.mixer.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert tuple(seen) == model.schedule.lengths == (65, 65, 53, 41, 29, 17)
+
+
+@pytest.mark.slow
+def test_the_reducer_of_the_readme_trains_from_a_file_of_its_own(tmp_path):
+    assert BLOCKS["A reducer of your own"].count("\n") < 40
+    file, data = tmp_path / "quiet.py", tmp_path / "data"
+    end = "from fambav.cli import main\n\nraise SystemExit(main())\n"
+    file.write_text(BLOCKS["A reducer of your own"] + end)
+    made_cifar(data, train=16, test=8)
+    words = f"""--reduction quiet --reduction-schedule r:12@3-6 --reduction-options power=1
+        --model vim_micro --data-set CIFAR --data-path {data} --epochs 1 --batch-size 8
+        --num_workers 0 --output_dir {tmp_path / "run"}"""
+    given = dict(cwd=README.parent, env={**os.environ, "PYTHONPATH": str(README.parent)}, text=True)
+    done = subprocess.run([sys.executable, file, *words.split()], capture_output=True, **given)
+    assert done.returncode == 0, done.stderr
+    assert "total removed: 48 of 65 tokens" in done.stdout
+    wrong = [sys.executable, file, "--reduction", "quite", "--reduction-schedule", "r:1"]
+    done = subprocess.run(wrong, capture_output=True, **given)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --reduction is 'quite', expected one of none, famba-v,")
+    assert done.stderr.endswith("utrc, quiet; did you mean 'quiet'?\n")
 
 
 def commands():

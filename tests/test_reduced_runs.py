@@ -79,6 +79,24 @@ def test_every_method_trains_evaluates_and_resumes_to_the_last_bit(
     assert f"* Acc@1 {log(whole)[-1]['test_acc1']:.3f}" in scores
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_evaluates_and_resumes_on_digits(tmp_path, monkeypatch, method):
+    schedule = SCHEDULES.get(method, "r:2@3,5")
+    words = f"""--config configs/digits/vim_micro.yaml --input-size 16 --batch-size 64
+        --epochs 2 --warmup-epochs 0 --class-token middle --reduction {method}
+        --reduction-schedule {schedule} --output_dir {tmp_path}""".split()
+    with monkeypatch.context() as patch:
+        stop_in_update(patch, 24)  # behind the first of two epochs of 22 updates
+        with pytest.raises(Stop):
+            go(*words)
+    assert go(*words, "--resume", "auto").status == 0
+    last = log(tmp_path)[-1]
+    assert last["epoch"] == 1
+    scores = go(*words, "--eval", "--resume", tmp_path / "checkpoint.pth").out
+    assert f"* Acc@1 {last['test_acc1']:.3f}" in scores
+
+
 def test_digits_train_with_a_method_that_reads_the_mixer_and_its_cost_is_told(tmp_path):
     words = """--config configs/digits/vim_micro.yaml --reduction prune-aligned --epochs 1
         --reduction-schedule tokens:40@2 --batch-size 64 --warmup-epochs 0"""

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fambav.config.options import GROUPS, OPTIONS, Option
+from fambav.config.option import Option
+from fambav.config.options import GROUPS, OPTIONS
 from fambav.config.unoffered import LAUNCHED, UNOFFERED
 from fambav.config.values import (
     BASE,
@@ -176,7 +177,7 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 def _metavar(option: Option) -> str:
     if option.choices:
-        return f"{{{','.join(option.choices)}}}"
+        return f"{{{','.join(option.names)}}}"
     return {int: "N", float: "X", tuple: "X X"}.get(option.kind, "TEXT")
 
 

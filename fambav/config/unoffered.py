@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fambav.config.options import Option
+from fambav.config.option import Option
 from fambav.config.values import Setting, refuse, shown
 
 

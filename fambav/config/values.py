@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, NoReturn
 
-from fambav.config.options import Option
+from fambav.config.option import Option
 from fambav.registry import nearest
 
 DEFAULT, BASE, FILE, COMMAND = range(4)  # a higher level wins
@@ -96,11 +96,11 @@ def checked(option: Option, value: Any, label: str) -> Any:
         ConfigError: If it is unknown or out of range.
     """
     value = option.aliases.get(value, value) if option.aliases else value
-    if option.choices and value not in option.choices:
-        known = ", ".join(option.choices)
-        hint = nearest(value, (*option.choices, *option.aliases))
+    if option.choices and value not in option.names:
+        known = ", ".join(option.names)
+        hint = nearest(value, (*option.names, *option.aliases))
         hint = f"; {hint}" if hint.startswith("did you mean") else ""
-        refuse(label, value, f"one of {known}{hint}" if len(option.choices) > 1 else known)
+        refuse(label, value, f"one of {known}{hint}" if len(option.names) > 1 else known)
     numbers = value if isinstance(value, tuple) else (value,)
     for number in numbers if option.kind in (int, float, tuple) else ():
         if not math.isfinite(number):

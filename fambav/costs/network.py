@@ -70,8 +70,7 @@ def count(model: nn.Module) -> Report:
         The cost of each part.
 
     Raises:
-        ValueError: If the model is not one of ours, or it has a method of reduction of whose cost
-            nothing is known.
+        ValueError: If the model is not one of ours.
     """
     if isinstance(model, Vim):
         return _report(model, vim.parts(model))
@@ -92,6 +91,7 @@ def _report(model: Vim | PlainMamba, parts: Parts) -> Report:
         num_classes=model.num_classes,
         method=None if method is None else method.name,
         scan=None if method is None else reduction.scan,
+        counted=method is None or method.name in OVERHEADS.names(),
         start=parts.length,
         rows=(
             Row(part="patches", tokens=math.prod(parts.grid), own=parts.patches),
@@ -134,5 +134,6 @@ def _reduced(parts: Parts, reduction: Reduction, method: Reducer) -> Iterator[Ro
 
 
 def _overhead(method: str, sizes: Overhead, gap: str) -> Cost:
-    """Return what one reduction costs by itself."""
-    return total(OVERHEADS[method](sizes), handed_over(sizes, gap))
+    """Return what one reduction costs by itself, as far as that is known."""
+    own = OVERHEADS[method](sizes) if method in OVERHEADS.names() else FREE
+    return total(own, handed_over(sizes, gap))

@@ -48,6 +48,7 @@ class Report:
         num_classes: Length of the output.
         method: Name of the method of reduction; None if no tokens go.
         scan: What the scan makes of tokens that went; None if none go.
+        counted: Whether it is known what choosing tokens costs; if not, it counts nothing.
         start: Tokens before the first layer, class tokens included.
         rows: The parts, in the order in which an image meets them.
         dense: Cost of the model without reduction.
@@ -58,6 +59,7 @@ class Report:
     num_classes: int
     method: str | None
     scan: str | None
+    counted: bool = True
     start: int
     rows: tuple[Row, ...]
     dense: Cost
@@ -112,6 +114,8 @@ class Report:
     def _notes(self) -> list[str]:
         name, _ = self._unit()
         unit = f"in {name} operations for one image; a line of several layers is their sum"
+        if not self.counted:
+            unit += f"; what choosing costs {self.method} is not known, and not counted"
         return [unit, *(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())]
 
     def _unit(self) -> tuple[str, float]:

@@ -60,6 +60,12 @@ class Isotropic(nn.Module):
     reduction: Reduction
     num_classes: int
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a reduction is in training or evaluation as the model is."""
+        if isinstance(value, Reduction):
+            value.train(self.training)
+        super().__setattr__(name, value)
+
     @property
     @abstractmethod
     def body(self) -> Body:

@@ -14,7 +14,7 @@ from fambav.ops.match import Selection, others
 from fambav.ops.pool import pool
 
 
-def merge(tokens: Tokens, selection: Selection, weight: Tensor) -> Tokens:
+def merge(tokens: Tokens, selection: Selection, weight: Tensor, *, summed: bool = False) -> Tokens:
     """Replace every group, a kept token and the sources folded into it, by its weighted mean.
 
     Both streams are averaged in float32 (float64 if they are) with the same groups, and come back
@@ -24,6 +24,7 @@ def merge(tokens: Tokens, selection: Selection, weight: Tensor) -> Tokens:
         tokens: Sequences of equal length.
         selection: The groups and their new order; tokens in no group go.
         weight: Weight of each token in its group, (batch, length), float32, greater than 0.
+        summed: Make it the sum of the group instead; all weights are 1 then.
 
     Returns:
         The kept tokens, with the sizes of a group added up; without a grid, gap or signals.
@@ -35,6 +36,13 @@ def merge(tokens: Tokens, selection: Selection, weight: Tensor) -> Tokens:
     if selection.keep.shape[1] + count < length:
         tokens, weight, selection = _without_others(tokens, weight, selection)
     x, residual, size, place = _pooled(tokens, selection, weight)
+    if summed:
+        number = torch.ones_like(weight).scatter_add(
+            1, selection.target, weight.gather(1, selection.source)
+        )
+        number = number.gather(1, selection.keep)[..., None]
+        x = (x * number).to(x.dtype)
+        residual = None if residual is None else (residual * number).to(residual.dtype)
     return tokens._replace(
         x=x,
         residual=residual,

@@ -51,13 +51,18 @@ class _ByScore(_Pruner):
         """Return the lengths of the paper's Vim models of 224 x 224 pixels.
 
         Its schedules for PlainMamba are not known: what is returned there is ours, which comes to
-        the paper's 8.4 G multiplications for PlainMamba-L3.
+        the paper's 8.4 G operations for PlainMamba-L3.
         """
         if body.family == "plainmamba" and body.depth in (24, 36):
-            return "keep:0.75@5,11,17"
+            return "keep:0.7@5,11,17"
         if body.family == "vim" and (body.depth, body.length) == (24, 197):
             return {192: "tokens:157,125@10,20", 384: "tokens:157,125,101@5,10,15"}.get(body.dim)
         return None
+
+    @classmethod
+    def presumed(cls, body: Body) -> bool:
+        """Return whether the model is a PlainMamba."""
+        return body.family == "plainmamba"
 
 
 @REDUCERS.register("prune-aligned")

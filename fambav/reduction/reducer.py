@@ -38,6 +38,7 @@ class Reducer(nn.Module, ABC):
         class_policy: Where the class token goes, one of `registry.CLASS_TOKEN_POLICIES`.
         ordered: Whether the tokens that are left are in the order of the scan.
         weighted: Whether the mean of a group counts the patches behind each token.
+        summed: Whether a group becomes the plain sum of its tokens instead of a mean.
         needs: What it reads of the mixer before it, fields of `Signals`.
         name: What it is registered as.
     """
@@ -50,6 +51,7 @@ class Reducer(nn.Module, ABC):
     ordered: bool = True
     weighted: bool = True
     needs: frozenset[str] = frozenset()
+    summed: bool = False
     name: str = "a method"
 
     def check(self, body: Body) -> None:
@@ -92,6 +94,11 @@ class Reducer(nn.Module, ABC):
     def published(cls, body: Body) -> str | None:
         """Return the schedule of the method's paper for such a model; None if it has none."""
         return None
+
+    @classmethod
+    def presumed(cls, body: Body) -> bool:
+        """Return whether that schedule is ours, since the paper does not tell its own."""
+        return False
 
 
 def make_reducer(name: str, **options: Any) -> Reducer:

@@ -40,6 +40,7 @@ class Reduction(nn.Module):
     method: Reducer | None
     hook, scan, gap, class_policy = "between", "compact", "none", "exact"
     needs: frozenset[str] = frozenset()
+    remark: str | None = None
 
     def __init__(
         self,
@@ -92,8 +93,9 @@ class Reduction(nn.Module):
             self.class_policy,
             length=left.position.shape[1],
         )
-        weight = left.size if method.weighted else torch.ones_like(left.size)
-        fewer = merge(left, selection, weight)
+        plain = method.summed or not method.weighted
+        weight = torch.ones_like(left.size) if plain else left.size
+        fewer = merge(left, selection, weight, summed=method.summed)
         if self.gap == "cached":
             fewer = fewer._replace(gap=aged(left, selection.keep))
         if self.scan == "masked":
@@ -109,6 +111,8 @@ class Reduction(nn.Module):
         lines = [self.schedule.table()]
         if self.scan == "masked" and self.method is not None:
             lines.append(f"masked: every mixer runs on all {self.body.length} tokens")
+        if self.remark is not None:
+            lines.append(self.remark)
         return "\n".join(lines)
 
     def _first_asked(self) -> int:
@@ -220,10 +224,12 @@ def make_reduction(
             f"reduction_schedule is {text!r}, expected at most {over.limit} at layer {over.layer}; "
             f"{explained(over, body, reducer)}"
         )
-    after = (hook or reducer.hook) == "after"
-    made = Schedule.of(body.length, counts, after=after)
+    made = Schedule.of(body.length, counts, after=(hook or reducer.hook) == "after")
     policies = dict(hook=hook, scan=scan, gap=gap, class_policy=class_policy)
-    return Reduction(body, reducer, made, **policies)
+    reduction = Reduction(body, reducer, made, **policies)
+    if schedule == "published" and reducer.presumed(body):
+        reduction.remark = f"schedule {text} is ours: the paper of {method} does not tell its own"
+    return reduction
 
 
 def reduce(model: Model, method: str, schedule: str | int = "published", **how: Any) -> Model:
@@ -246,8 +252,7 @@ def reduce(model: Model, method: str, schedule: str | int = "published", **how: 
         raise ValueError(
             f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
         )
-    made = make_reduction(reducible.body, method, schedule, **how)
-    reducible.reduction = made.train(model.training)
+    reducible.reduction = make_reduction(reducible.body, method, schedule, **how)
     return model
 
 

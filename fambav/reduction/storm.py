@@ -23,6 +23,7 @@ from fambav.registry import REDUCERS
 
 DISTANCES = ("l1", "l2", "cosine")
 METRICS = ("residual", "hidden")
+MERGES = ("mean", "sum")
 
 
 @REDUCERS.register("storm")
@@ -31,7 +32,7 @@ class Storm(Reducer):
 
     A pair are the first and second, third and fourth, ... of a line.  A line is cut into windows,
     which contribute to its merges by their share of its pairs; in each the nearest pairs merge.
-    A token becomes the mean of up to four, where the published code adds them up.
+    A token becomes the mean of up to four, or, as in the published code, their sum.
 
     Class tokens are no part of the grid.  Each stands behind as many patches as are left of those
     that were before it.
@@ -42,6 +43,7 @@ class Storm(Reducer):
         metric: What is compared: "residual", the stream that blocks add to (x where there is none
             yet), or "hidden", x itself, which behind a mixer is its output.
         weighted: Whether a mean counts the patches behind each token.
+        merge: "mean" or "sum".
     """
 
     hook = "after"
@@ -54,12 +56,14 @@ class Storm(Reducer):
         window: int = 5,
         metric: str = "residual",
         weighted: bool = True,
+        merge: str = "mean",
     ) -> None:
         super().__init__()
         self.distance = chosen("distance", distance, DISTANCES)
         self.window = at_least("window", window, 1)
         self.metric = chosen("metric", metric, METRICS)
         self.weighted = weighted
+        self.summed = chosen("merge", merge, MERGES) == "sum"
 
     def select(self, tokens: Tokens, count: int) -> Selection:
         """Merge within rows and then within columns."""
@@ -112,7 +116,7 @@ class Storm(Reducer):
         places = others(tokens.class_places, x.shape[1])
         x = x.detach().gather(1, places[..., None].expand(-1, -1, x.shape[2])).float()
         weight = tokens.size.gather(1, places)
-        if not self.weighted:
+        if self.summed or not self.weighted:
             weight = torch.ones_like(weight)
         return _Grid(x.unflatten(1, grid), weight.unflatten(1, grid), places.unflatten(1, grid))
 
@@ -126,7 +130,7 @@ class Storm(Reducer):
         odd = even + 1
         x, weight, places = (part.flatten(0, 1) for part in grid)
         weight_even, weight_odd = weight.gather(1, even), weight.gather(1, odd)
-        total = weight_even + weight_odd
+        total = torch.ones_like(weight_odd) if self.summed else weight_even + weight_odd
         index = odd[..., None].expand(-1, -1, x.shape[2])
         first, second = x.gather(1, index - 1), x.gather(1, index)
         mean = (first * weight_even[..., None] + second * weight_odd[..., None]) / total[..., None]

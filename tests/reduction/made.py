@@ -58,10 +58,14 @@ def pick(x, places):
     return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def agree(merged, tokens, groups, weight):
+def agree(merged, tokens, groups, weight, *, summed=False):
     """Check every field against the groups of places, the absorbing one first; others are gone."""
     weight = torch.ones_like(tokens.size) if weight is None else weight
-    means = [(weight[0, g, None] * tokens.x[0, g]).sum(0) / weight[0, g].sum() for g in groups]
+    parts = [1.0 if summed else weight[0, g].sum() for g in groups]
+    means = [
+        (weight[0, g, None] * tokens.x[0, g]).sum(0) / part
+        for g, part in zip(groups, parts, strict=True)
+    ]
     where = {member: new for new, g in enumerate(groups) for member in g}
     torch.testing.assert_close(merged.x[0], torch.stack(means))
     assert merged.size[0].tolist() == [tokens.size[0, g].sum() for g in groups]

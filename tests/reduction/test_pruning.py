@@ -262,11 +262,23 @@ def test_published_lengths_are_those_of_the_paper(method):
     assert lengths("small", dim=384) == ((197, 157, 125, 101), 101)
     for depth in (24, 36):
         body = made.body(196, depth=depth, grid=(14, 14), family="plainmamba")
-        assert make_reduction(body, method).schedule.lengths[5:18:6] == (147, 111, 84)
+        assert make_reduction(body, method).schedule.lengths[5:18:6] == (138, 97, 68)
     for sizes in (dict(dim=768), dict(dim=192, depth=12), dict(dim=192, length=65)):
         given = dict(length=197, depth=24, class_places=(32,)) | sizes
         with pytest.raises(ValueError, match=f"{method} has none for vim"):
             make_reduction(made.body(given.pop("length"), **given), method)
+
+
+def test_a_published_schedule_that_is_ours_is_told_so():
+    plain = made.body(196, depth=24, grid=(14, 14), family="plainmamba")
+    told = make_reduction(plain, "prune-aligned").told().splitlines()[-1]
+    assert (
+        told
+        == "schedule keep:0.7@5,11,17 is ours: the paper of prune-aligned does not tell its own"
+    )
+    assert "ours" not in make_reduction(plain, "prune-aligned", "keep:0.7@5").told()
+    vim = made.body(197, class_places=(98,), depth=24, grid=(14, 14), dim=192)
+    assert "ours" not in make_reduction(vim, "prune-aligned").told()
 
 
 def test_parameters_that_belong_to_another_order_cannot_be_aligned():

@@ -98,6 +98,15 @@ def test_a_reduction_changes_while_a_model_lives():
         assert lengths(net) == tuple(17 - count * n for n in range(4))
 
 
+def test_a_reduction_set_on_a_model_in_evaluation_draws_nothing():
+    net = vim().train()
+    net.reduction = make_reduction(net.body, "random", "r:3")
+    assert net.reduction.method.training
+    net.eval()
+    net.reduction = make_reduction(net.body, "random", "r:3@2")
+    assert net(IMAGES).equal(net(IMAGES))
+
+
 def test_a_copy_of_a_model_has_a_reduction_of_its_own():
     net = fambav.reduce(vim(), "every", "r:2")
     twin = copy.deepcopy(net)

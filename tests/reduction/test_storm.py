@@ -127,9 +127,9 @@ def grids(draw):
     st.sampled_from(["none", "head", "middle", "double"]),
     st.sampled_from(["exact", "proportional"]),
     st.integers(1, 3),
-    st.booleans(),
+    st.sampled_from(["by size", "plain", "sum"]),
 )
-def test_the_merge_is_what_loops_over_a_list_would_do(drawn, cls, policy, window, weighted):
+def test_the_merge_is_what_loops_over_a_list_would_do(drawn, cls, policy, window, kind):
     grid, rows, count = drawn
     patches = len(rows)
     places = dict(none=(), head=(0,), middle=(patches // 2,), double=(0, patches + 1))[cls]
@@ -140,15 +140,17 @@ def test_the_merge_is_what_loops_over_a_list_would_do(drawn, cls, policy, window
     x = torch.tensor([rows], dtype=torch.float32)
     tokens = Tokens.start(x, class_places=places, grid=grid, trace=True)
     tokens = tokens._replace(size=torch.arange(1.0, length + 1)[None] % 3 + 1)
-    how = dict(window=window, weighted=weighted, class_policy=policy)
+    how = dict(window=window, weighted=kind != "plain", class_policy=policy)
+    how["merge"] = "sum" if kind == "sum" else "mean"
     merged = reduce(tokens, "storm", count, **how)
-    weight = tokens.size[0].tolist() if weighted else [1.0] * length
-    groups = by_hand(rows, places, grid, SHAPE(grid, count), window, weight)
+    weights = {"by size": tokens.size[0].tolist(), "plain": [1.0] * length, "sum": None}
+    groups = by_hand(rows, places, grid, SHAPE(grid, count), window, weights[kind])
     agree(
         merged,
         tokens,
         twin_order(groups, places, policy, length),
-        tokens.size if weighted else None,
+        tokens.size if kind == "by size" else None,
+        summed=kind == "sum",
     )
 
 
@@ -191,12 +193,25 @@ def shorter(line, count, rows, window, weight):
 
 
 def apart(line, n, rows, weight):
-    """Sum of absolute differences between the means of a pair, in float32 as tokens are."""
+    """Sum of absolute differences between a pair's means (sums without weights), in float32."""
     means = []
     for group in line[2 * n : 2 * n + 2]:
-        total = sum(weight[p] for p in group)
-        means.append([sum(weight[p] * rows[p][d] for p in group) / total for d in range(3)])
+        total = sum(weight[p] for p in group) if weight else 1.0
+        each = [(weight[p] if weight else 1.0, rows[p]) for p in group]
+        means.append([sum(w * row[d] for w, row in each) / total for d in range(3)])
     return round(sum(abs(a - b) for a, b in zip(*means, strict=True)), 4)
+
+
+def test_a_sum_is_that_of_both_streams():
+    tokens = some((), length=64, grid=(8, 8))
+    tokens = tokens._replace(residual=2 * tokens.x)
+    whole, mean = (reduce(tokens, "storm", 48, merge=kind) for kind in ("sum", "mean"))
+    again = tokens.x.new_zeros(whole.x.shape).scatter_add(
+        1, whole.source[..., None].expand_as(tokens.x), tokens.x
+    )
+    torch.testing.assert_close(whole.x, again)
+    torch.testing.assert_close(whole.residual, 2 * again)
+    assert whole.size.equal(mean.size)
 
 
 @pytest.mark.parametrize(("depth", "known"), [(36, True), (24, True), (12, False)])
