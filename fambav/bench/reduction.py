@@ -6,7 +6,7 @@ mixer before, asked to tell  ->  choose  ->  merge or drop  ->  mixer behind, ac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
@@ -62,9 +62,11 @@ def reduction(
             layer_ms        a plain layer at the length before, norm and mixer, forward and backward
             share_of_layer  reduce over layer
             telling         a mixer that is asked what the method reads over a plain one
-            aging           a mixer that scans across the gaps over a plain one at its length
+            aging           a mixer that scans across the gaps over one at its length that does not
             net             reduce and what telling adds, in layers; a token that went saves one
                             part in `length` of a layer at each layer behind
+        Those of a PlainMamba have its param_order: "raster" as in released weights, "permuted" for
+        methods that scan across gaps, which need that; the plain layer is of the same order.
         On a GPU these are times of replays; where a part of a method cannot be replayed, all of its
         row is eager.
 
@@ -75,20 +77,62 @@ def reduction(
     dtype = training_dtype(device) if dtype is None else dtype
     positive(batch=batch, **({} if count is None else {"count": count}))
     with numerics(deterministic=False, matmul_precision="high"):
-        bench = _Bench(model, batch, device, dtype)
-        able, skipped = _able(bench.body, bench.layer, methods, count)
+        benches = _benches(methods, model, batch, device, dtype)
+        rows, skipped = _rows(benches, count, device, rounds=rounds, warmup=warmup)
+    first = benches[0][0]
+    told = dict(model=model, batch=batch, length=first.body.length, layer=first.layer + 1)
+    return Report(
+        title="one reduction by each method, against a plain layer",
+        settings=settings(device, dtype, **told, rounds=rounds),
+        rows=tuple(rows[name] for name in dict.fromkeys(methods) if name in rows),
+        skipped=skipped,
+    )
+
+
+def _benches(
+    methods: Sequence[str], model: str, batch: int, device: torch.device, dtype: torch.dtype
+) -> list[tuple[_Bench, list[str]]]:
+    """Build the model, and once more in another form for methods that need it; each with its own.
+
+    Those are the methods that scan across gaps, if released weights do not allow that.
+    """
+    for name in methods:
+        if name not in METHODS:
+            hint = nearest(name, METHODS)
+            raise ValueError(f"method is {name!r}, expected a known name; {hint}")
+    bench = _Bench(model, batch, device, dtype)
+    names, refused = list(dict.fromkeys(methods)), bench.body.unaligned is not None
+    aligned = [name for name in names if refused and make_reducer(name).scan == "aligned"]
+    benches = [(bench, [name for name in names if name not in aligned])]
+    if aligned:
+        permuted = _Bench(model, batch, device, dtype, param_order="permuted")
+        benches.append((permuted, aligned))
+    return benches
+
+
+def _rows(
+    benches: Sequence[tuple[_Bench, list[str]]],
+    count: int | None,
+    device: torch.device,
+    **how: Any,
+) -> tuple[dict[str, Row], dict[str, str]]:
+    """Return the rows of methods, and why something cannot be measured or replayed."""
+    rows, skipped = dict[str, Row](), dict[str, str]()
+    for bench, methods in benches:
+        able, absent = _able(bench.body, bench.layer, methods, count)
+        skipped |= absent
+        if not able:
+            continue
         runs = bench.plain()
         for name, found in able.items():
             runs |= bench.runs(name, found)
         timed, launches, refused = _launched(runs, device)
-        times = interleave(timed, rounds=rounds, warmup=warmup, device=device)
-    told = dict(model=model, batch=batch, length=bench.body.length, layer=bench.layer + 1)
-    return Report(
-        title="one reduction by each method, against a plain layer",
-        settings=settings(device, dtype, **told, rounds=rounds),
-        rows=tuple(_row(name, found, launches[name], times) for name, found in able.items()),
-        skipped=skipped | refused,
-    )
+        skipped |= refused
+        times = interleave(timed, **how, device=device)
+        rows |= {n: _row(n, found, bench.form, launches[n], times) for n, found in able.items()}
+    if not rows:
+        raise ValueError(next(iter(skipped.values()), "method is empty, expected one or more"))
+    return rows, skipped
 
 
 def _able(
@@ -96,17 +140,12 @@ def _able(
 ) -> tuple[dict[str, Reduction], dict[str, str]]:
     """Set up what a model can carry out at a layer, from 0, and say why it cannot do the rest."""
     found, skipped = dict[str, Reduction](), dict[str, str]()
-    for name in dict.fromkeys(methods):
-        if name not in METHODS:
-            hint = nearest(name, METHODS)
-            raise ValueError(f"method is {name!r}, expected a known name; {hint}")
+    for name in methods:
         try:
             number = nearest_count(make_reducer(name), body) if count is None else count
             found[name] = make_reduction(body, name, f"r:{number}@{layer + 1}")
         except ValueError as error:
             skipped[name] = str(error)
-    if not found:
-        raise ValueError(next(iter(skipped.values()), "method is empty, expected one or more"))
     return found, skipped
 
 
@@ -148,11 +187,15 @@ class _Bench:
     Attributes:
         layer: The layer that reduces, from 0.
         body: Of the model.
+        form: What a row tells of how the model is built.
     """
 
-    def __init__(self, model: str, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: str, batch: int, device: torch.device, dtype: torch.dtype, **form: Any
+    ) -> None:
         torch.manual_seed(0)
-        net = cast(Vim | PlainMamba, timm.create_model(model, num_classes=0)).to(device)
+        net = cast(Vim | PlainMamba, timm.create_model(model, num_classes=0, **form)).to(device)
+        self.form = {"param_order": net.param_order} if isinstance(net, PlainMamba) else {}
         self._net, self._blocks = net, list[Any](net.layers)
         self.body: Body = net.body
         self.layer = self.body.depth // 2
@@ -193,9 +236,11 @@ class _Bench:
             mixer = mixers[self.layer - 1 + after]
             found[name, "telling"] = self._mixer(mixer, met.before, delta=reduction.gap == "cached")
         if len(met.behind) > 1 and cast(Ask, met.behind[1]).gap is not None:
-            mixer = mixers[self.layer + after]
+            mixer, (hidden, asked) = mixers[self.layer + after], met.behind
             found[name, "aging"] = self._mixer(mixer, met.behind)
-            found[self._mixer_part(met.behind)] = self._mixer(mixer, met.behind[:1])
+            # Scattered over a grid, they must be looked up there without aging, too.
+            plain = (hidden, Ask(asked.tokens)) if self.body.scattered else (hidden,)
+            found[self._mixer_part(plain)] = self._mixer(mixer, plain)
         return found
 
     def _meet(self, reduction: Reduction) -> _Met:
@@ -309,7 +354,7 @@ def _launched(
     return {key: run for key, run in made.items() if key[:2] in used}, launches, refused
 
 
-def _row(name: str, found: Reduction, launch: str, times: Timed) -> Row:
+def _row(name: str, found: Reduction, form: Mapping[str, str], launch: str, times: Timed) -> Row:
     start = found.body.length
     own = {part: ms for (method, _, part), ms in times.items() if method == name}
     plain = {part: ms for (*whose, part), ms in times.items() if whose == [PLAIN, launch]}
@@ -322,6 +367,7 @@ def _row(name: str, found: Reduction, launch: str, times: Timed) -> Row:
         "method": name,
         "hook": found.hook,
         "scan": found.scan,
+        **form,
         "launch": launch,
         "removed": found.schedule.removed,
         "choose_ms": spread(own["choose"])["median_ms"],

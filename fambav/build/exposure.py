@@ -1,65 +1,102 @@
 """What it costs that mixers tell what they compute, or scan across gaps: measured before training.
 
 A fused mixer keeps step sizes and scan outputs to itself.  A reduction that reads them, or lets the
-state age over tokens that went, makes some mixers run composed of single scans.
+state age over tokens that went, makes some mixers run composed of single scans.  One that scatters
+tokens over a grid has mixers look up where each stands.
 """
 
 from __future__ import annotations
 
-from typing import cast
+import math
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fambav.engine.runtime import Precision
-from fambav.engine.timing import interleave, ratio
+from fambav.engine.timing import Run, Times, interleave, ratios
 from fambav.layers import Ask, Tokens
 from fambav.models import Isotropic
+from fambav.reduction import Reduction
 
-BATCH, ROUNDS = 8, 3
+BATCH = 8
+TURN_MS = 20.0  # of the plain mixer; shorter turns drown in the noise of a busy machine
+FEW, MANY = 3, 5  # rounds of calls that last as long on their own, and of repeated ones
+OUTPUT = frozenset({"mixed"})  # known of every mixer without asking
+
+
+class Kind(NamedTuple):
+    """Mixers that are asked for the same reason.
+
+    Attributes:
+        reason: What they do, after "mixers".
+        layers: Where, from 1.
+        needs, gap: As in `Ask`.
+        whole: Whether this is measured on a whole grid, where nothing has to be looked up.
+    """
+
+    reason: str
+    layers: Sequence[int]
+    needs: frozenset[str] = frozenset()
+    gap: str | None = None
+    whole: bool = False
 
 
 def exposure(net: Isotropic, precision: Precision) -> str | None:
-    """Say which mixers of a model are composed, why, and how much longer they take.
+    """Say which mixers of a model are asked, why, and how much longer they take.
 
     Args:
         net: On the device it will run on.
         precision: Of the forward pass.
 
     Returns:
-        A line; None if all mixers run fused.
+        A line; None if no mixer is asked.
     """
-    reduction = net.reduction
-    asked = [n for n in range(net.depth) if reduction.hooks(n).asked]
+    asked = kinds(net.reduction)
     if not asked:
         return None
-    telling = [n + 1 for n in asked if reduction.hooks(n).needs]
-    aging = [n + 1 for n in asked if reduction.hooks(n).gap is not None]
-    reasons = []
-    if telling:
-        needs = ", ".join(sorted(reduction.needs))
-        reasons.append(f"tell {needs} at layers {_listed(telling)}")
-    if aging:
-        reasons.append(f"scan across gaps at layers {_listed(aging)}")
-    if not reasons:
-        reasons.append(
-            f"are told where tokens come from at layers {_listed([n + 1 for n in asked])}"
-        )
-    times = _times_as_long(net, asked[-1], precision)
+    reasons = " and ".join(f"{kind.reason} at layers {_listed(kind.layers)}" for kind in asked)
+    times = " and ".join(f"{factor:.1f}" for factor in _times_as_long(net, asked, precision))
+    such = "such a one takes" if len(asked) == 1 else "such take"
     return (
-        f"{reduction.name}: mixers {' and '.join(reasons)}; such a one takes {times:.1f} times as "
-        f"long as one that is not asked (measured, forward and backward)"
+        f"{net.reduction.name}: mixers {reasons}; {such} {times} times as long as one that is not "
+        f"asked (measured, forward and backward)"
     )
 
 
-def _times_as_long(net: Isotropic, layer: int, precision: Precision) -> float:
-    """Time a mixer both ways, on as many tokens as it started with."""
-    mixer = cast(nn.Module, net.layers[layer].mixer)
-    hooks, device = net.reduction.hooks(layer), next(mixer.parameters()).device
+def kinds(reduction: Reduction) -> list[Kind]:
+    """Group the mixers that a reduction asks by the reason; one that has two is in both groups."""
+    schedule, needs = reduction.schedule, reduction.needs - OUTPUT
+    hooks = {layer + 1: reduction.hooks(layer) for layer in range(reduction.body.depth)}
+    telling = [layer for layer, hook in hooks.items() if hook.needs - OUTPUT]
+    aging = [layer for layer, hook in hooks.items() if hook.gap is not None]
+    # Only among tokens that went are there gaps: whoever scans across them has looked places up.
+    placing = [
+        layer
+        for layer, hook in hooks.items()
+        if reduction.body.scattered
+        and hook.gap is None
+        and schedule.lengths[layer - 1] < schedule.start
+    ]
+    # Carried gaps are not there yet; those made of a token's own step cost about as much.
+    gap = "self" if reduction.gap == "cached" else reduction.gap
+    found = [
+        Kind(f"tell {', '.join(sorted(needs))}", telling, needs=needs, whole=True),
+        Kind("scan across gaps", aging, gap=gap),
+        Kind("are told where tokens come from", placing),
+    ]
+    return [kind for kind in found if kind.layers]
+
+
+def _times_as_long(net: Isotropic, asked: Sequence[Kind], precision: Precision) -> list[float]:
+    """Time a mixer plain and as each kind, on as many tokens as it started with."""
+    mixer = cast(nn.Module, net.layers[asked[-1].layers[-1] - 1].mixer)
+    device = next(mixer.parameters()).device
     x = torch.ones(BATCH, net.length, net.dim, device=device, requires_grad=True)
     tokens = Tokens.start(x, class_places=net.body.class_places)
-    # Carried gaps are not there yet; those made of a token's own step cost about as much.
-    ask = Ask(tokens, hooks.needs, "self" if hooks.gap == "cached" else hooks.gap)
 
     def run(*asking: Ask) -> None:
         with precision.autocast():
@@ -67,13 +104,35 @@ def _times_as_long(net: Isotropic, layer: int, precision: Precision) -> float:
         out: Tensor = answer[0] if asking else answer
         torch.autograd.grad(out.float().sum(), x)
 
-    runs = {"fused": run, "composed": lambda: run(ask)}
-    times = interleave(runs, rounds=ROUNDS, warmup=1, device=device)
-    return ratio(times["composed"], times["fused"]) or 1.0
+    runs: list[Run] = [run]
+    for kind in asked:
+        where = tokens._replace(grid=net.grid if kind.whole else None)
+        runs.append(partial(run, Ask(where, kind.needs, kind.gap)))
+    plain, *others = _turns(runs, device)
+    return [statistics.median(ratios(other, plain)) for other in others]
 
 
-def _listed(layers: list[int]) -> str:
+def _turns(runs: Sequence[Run], device: torch.device) -> list[Times]:
+    """Time runs in turns that are long enough for the first.
+
+    Returns:
+        Milliseconds of a turn for each round, of which the first has single calls.
+    """
+    timed = partial(interleave, device=device, alone=True)
+    first = timed(dict(enumerate(runs)), rounds=1, warmup=1)
+    repeats = math.ceil(TURN_MS / first[0][0])
+    turns = {key: partial(_repeat, run, repeats) for key, run in enumerate(runs)}
+    more = timed(turns, rounds=(FEW if repeats == 1 else MANY) - 1, warmup=0)
+    return [first[key] + more[key] for key in turns]
+
+
+def _repeat(run: Run, times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+def _listed(layers: Sequence[int]) -> str:
     """Write 10, 20 or 11-24."""
     first, last = layers[0], layers[-1]
-    whole = len(layers) > 2 and layers == list(range(first, last + 1))
+    whole = len(layers) > 2 and list(layers) == list(range(first, last + 1))
     return f"{first}-{last}" if whole else ", ".join(map(str, layers))

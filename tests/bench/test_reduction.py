@@ -34,15 +34,21 @@ def test_every_method_has_a_row_in_a_vim(vim):
     assert [row["method"] for row in vim.rows] == list(METHODS)
     assert vim.skipped == {}
     assert (vim.settings["length"], vim.settings["layer"]) == (65, 4)
+    assert not any("param_order" in row for row in vim.rows)
 
 
-def test_every_method_has_a_row_or_a_reason_in_a_plainmamba(plainmamba):
-    done = {row["method"] for row in plainmamba.rows}
-    assert done | plainmamba.skipped.keys() == set(METHODS)
-    assert plainmamba.skipped.keys() == {"prune-aligned"}
-    reason = plainmamba.skipped["prune-aligned"]
-    assert reason.startswith("scan_policy is 'aligned', expected another")
-    assert "\n" not in reason
+def test_every_method_has_a_row_in_a_plainmamba_of_the_order_that_it_needs(plainmamba):
+    assert [row["method"] for row in plainmamba.rows] == list(METHODS)
+    assert plainmamba.skipped == {}
+    orders = {row["method"]: row["param_order"] for row in plainmamba.rows}
+    assert orders.pop("prune-aligned") == "permuted"
+    assert set(orders.values()) == {"raster"}
+
+
+def test_a_row_is_compared_with_a_plain_layer_of_its_own_order(plainmamba):
+    layers = {(row["param_order"], row["layer_ms"]) for row in plainmamba.rows}
+    assert sorted(order for order, _ in layers) == ["permuted", "raster"]
+    assert len({ms for _, ms in layers}) == 2
 
 
 @pytest.mark.parametrize("report", ["vim", "plainmamba"])
@@ -59,9 +65,13 @@ def test_shares_are_those_of_one_round(report, request):
             assert (row["net"] > row["share_of_layer"]) == (row["telling"] > 1)
 
 
-def test_only_methods_that_read_a_mixer_pay_for_telling_and_only_aligned_ones_for_aging(vim):
-    asking = {row["method"] for row in vim.rows if row["telling"] is not None}
-    aging = {row["method"] for row in vim.rows if row["aging"] is not None}
+@pytest.mark.parametrize("report", ["vim", "plainmamba"])
+def test_only_methods_that_read_a_mixer_pay_for_telling_and_only_aligned_ones_for_aging(
+    report, request
+):
+    rows = request.getfixturevalue(report).rows
+    asking = {row["method"] for row in rows if row["telling"] is not None}
+    aging = {row["method"] for row in rows if row["aging"] is not None}
     reading = {name for name in METHODS if make_reducer(name).needs}
     aligned = {name for name in METHODS if make_reducer(name).scan == "aligned"}
     assert asking == reading | aligned  # a cached gap is read, too
@@ -109,13 +119,17 @@ def test_what_cannot_be_measured_is_refused(arguments, message):
 def test_the_command_prints_its_table_and_writes_it(capsys, tmp_path):
     words = f"bench reduction --model {PLAIN} --batch 1 --rounds 1 --warmup 0 --device cpu"
     target = tmp_path / "reduction.json"
-    more = ["--method", "ordered", "prune-aligned", "--count", "4", "--json", str(target)]
+    methods = ["--method", "prune-aligned", "ordered", "storm"]
+    more = [*methods, "--count", "4", "--json", str(target)]
     assert console([*words.split(), *more]) == 0
     shown = capsys.readouterr().out
     assert "share of layer" in shown
-    assert "prune-aligned is absent: scan_policy is 'aligned'" in shown
-    (row,) = json.loads(target.read_text())["rows"]
-    assert (row["method"], row["removed"]) == ("ordered", 4)
+    assert "storm is absent: " in shown
+    rows = json.loads(target.read_text())["rows"]
+    assert [(row["method"], row["param_order"], row["removed"]) for row in rows] == [
+        ("prune-aligned", "permuted", 4),
+        ("ordered", "raster", 4),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +138,10 @@ def test_the_command_prints_its_table_and_writes_it(capsys, tmp_path):
         (["--method", "tomme"], "invalid choice: 'tomme'"),
         (["--model", "vim_nano"], "invalid choice: 'vim_nano'"),
         (["--count", "x"], "argument --count: invalid int value: 'x'"),
-        (["--model", PLAIN, "--method", "prune-aligned", "--device", "cpu"], "expected another"),
+        (
+            f"--model {PLAIN} --method prune-aligned --count 64 --device cpu".split(),
+            "expected at most 63 at layer 4",
+        ),
     ],
 )
 def test_a_wrong_flag_is_one_line(capsys, words, message):
