@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The promises of reliability at full length: three quarters of an hour of killing,
+# The promises of reliability at full length: more than half an hour of killing,
 # interrupting and resuming runs.
 #
 #   bash scripts/soak.sh [FOLDER]
