@@ -20,12 +20,11 @@ from fambav.engine.runtime import Precision
 from fambav.engine.timing import Run, Times, interleave, ratios
 from fambav.layers import Ask, Tokens
 from fambav.models import Isotropic
-from fambav.reduction import Reduction
+from fambav.reduction import OUTPUT, Reduction
 
 BATCH = 8
 TURN_MS = 20.0  # of the plain mixer; shorter turns drown in the noise of a busy machine
 FEW, MANY = 3, 5  # rounds of calls that last as long on their own, and of repeated ones
-OUTPUT = frozenset({"mixed"})  # known of every mixer without asking
 
 
 class Kind(NamedTuple):

@@ -9,6 +9,7 @@ from fambav.reduction.pruning import EViT, PruneAligned, Random
 from fambav.reduction.r_meeto import RMeeTo
 from fambav.reduction.reducer import Reducer, known_options, make_reducer, read_options
 from fambav.reduction.reduction import (
+    OUTPUT,
     Reducible,
     Reduction,
     fused,
@@ -23,6 +24,7 @@ from fambav.reduction.utrc import UTRC
 
 __all__ = [
     "MTR",
+    "OUTPUT",
     "UTRC",
     "Body",
     "EViT",

@@ -50,8 +50,8 @@ class Reducer(nn.Module, ABC):
     class_policy: str = "exact"
     ordered: bool = True
     weighted: bool = True
-    needs: frozenset[str] = frozenset()
     summed: bool = False
+    needs: frozenset[str] = frozenset()
     name: str = "a method"
 
     def check(self, body: Body) -> None:

@@ -21,7 +21,8 @@ from fambav.reduction.reducer import Reducer, make_reducer
 from fambav.reduction.schedule import Schedule, check, explained, fusion
 from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, SCAN_POLICIES, nearest
 
-_DELTA, _OUTPUT = frozenset({"delta"}), frozenset({"mixed"})
+OUTPUT = frozenset({"mixed"})  # known of every mixer without asking
+_DELTA = frozenset({"delta"})
 
 
 class Reduction(nn.Module):
@@ -130,7 +131,7 @@ class Reduction(nn.Module):
         needs = self.needs if asked < len(counts) and counts[asked] else frozenset()
         gone = any(counts[: layer if self.hook == "after" else layer + 1])
         gap = self.gap if gone and self.gap != "none" else None
-        told = bool(needs - _OUTPUT) or gap is not None or (gone and self.body.scattered)
+        told = bool(needs - OUTPUT) or gap is not None or (gone and self.body.scattered)
         return Hooks(**found, asked=told, needs=needs, gap=gap)
 
 
