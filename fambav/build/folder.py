@@ -63,6 +63,7 @@ def open_folder(
         precision=precision,
         data={"name": found.name, "sha256": found.digest, "train": len(found.train)},
         resumed=source and str(source),
+        unfused=getattr(fit.update.model, "unfused", None) or None,
     )
     checkpoint.write_text(folder / "config.yaml", config.to_yaml())
     checkpoint.write_text(folder / "env.json", json.dumps(about, indent=1) + "\n")

@@ -13,7 +13,10 @@ from fambav.config import Config, Fusion, Reduction
 
 Facts = Mapping[str, Any]
 
-MACHINE = ("platform", "cpu", "cpu_count", "gpu", "device", "processes", "threads", "jobs")
+MACHINE = (
+    *("platform", "cpu", "cpu_count", "gpu", "device", "processes", "threads", "jobs"),
+    "unfused",
+)
 REDUCTION = frozenset(item.name for group in (Fusion, Reduction) for item in fields(group))
 _PLACES = {"output_dir", "resume", "eval", "data_path", "download", "log_every"}
 _FILES = {"finetune", "teacher_path"}  # whether there is one is of the recipe, its name is not

@@ -11,11 +11,14 @@ arXiv:2401.09417, algorithm 1.
 from __future__ import annotations
 
 import math
-from typing import cast, overload
+import warnings
+from typing import NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as hooked
+from torch.utils.module_tracker import ModuleTracker
 
 from fambav.layers.tokens import Ask, Signals
 from fambav.ops import Direction, bimamba_scan
@@ -24,6 +27,22 @@ from fambav.ops.bimamba import ScanInputs, directed_scan, scan_inputs
 from fambav.registry import BIMAMBA, nearest
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes that a new mixer starts from
+_PLAIN = (nn.Linear, nn.Conv1d)  # what kernels compute in the place of
+_WATCHED = "is watched by hooks on all modules"
+
+
+class Recurrence(NamedTuple):
+    """What the scan of one direction reads beside u, delta, B and C.
+
+    Attributes:
+        A: Decay rate, (dim, state), float32 or wider.
+        D: Skip weight, (dim,), float32 or wider.
+        dt_bias: Added to delta before softplus, (dim,); None if delta includes it.
+    """
+
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor | None
 
 
 class Mamba(nn.Module):
@@ -46,6 +65,10 @@ class Mamba(nn.Module):
         legacy_init: Start the backward dt bias of v2 at the published zero, which is a step 7 to
             700 times the forward direction's, instead of drawing it as the forward one.
 
+    Attributes:
+        name: Of this mixer within its model.
+        warned: Sub-modules that a warning has named; a model's mixers share it.
+
     Raises:
         ValueError: If bimamba_type is unknown.
     """
@@ -67,7 +90,8 @@ class Mamba(nn.Module):
             hint = nearest(bimamba_type, BIMAMBA)
             raise ValueError(f"bimamba_type is {bimamba_type!r}, expected a known mixer; {hint}")
         inner, rank = expand * dim, math.ceil(dim / 16)
-        self.bimamba_type = bimamba_type
+        self.name, self.warned = "", list[str]()
+        self.bimamba_type, self.reach = bimamba_type, kernel - 1
         self.halved = divide_out and bimamba_type == "v2"
         self.splits = (rank, state, state)
 
@@ -91,6 +115,8 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
         with torch.no_grad():
             self.out_proj.weight /= depth**0.5
+        parts = (f"{name}{end}" for end in self._ends for name in ("conv1d", "x_proj", "dt_proj"))
+        self._called = *parts, "out_proj"
 
     @overload
     def forward(self, hidden: Tensor, ask: None = ...) -> Tensor: ...
@@ -110,71 +136,120 @@ class Mamba(nn.Module):
             Shaped like hidden; with `ask` also what was asked for.
         """
         xz = self.in_proj(hidden)
-        directions = self._directions()
-        if ask is None and self.bimamba_type == "v2":
-            forward, backward = directions
+        if (replaced := self.unfused) is not None:
+            self._warn(replaced)
+        elif ask is None and self.bimamba_type == "v2":
+            forward, backward = self._directions()
             scale = 0.5 if self.halved else 1.0
             return bimamba_scan(xz, forward, backward, self.out_proj.weight, scale=scale)
         x, z = xz.chunk(2, dim=-1)
-        inputs = [
-            scan_inputs(x, direction, reverse=bool(end))
-            for end, direction in enumerate(directions[: 2 if self.bimamba_type == "v2" else 1])
-        ]
-        inputs *= len(directions) // len(inputs)  # v1 scans the same both ways
+        inputs, recurrences = self._by_kernels(x) if replaced is None else self._by_modules(x)
+        if self.bimamba_type == "v1":  # scans the same both ways
+            inputs *= 2
+            recurrences.append(recurrences[0]._replace(A=rates(self.A_b_log)))
         if ask is None:
-            scanned = zip(inputs, directions, strict=True)
-            ys = [directed_scan(i, d, reverse=bool(end)) for end, (i, d) in enumerate(scanned)]
+            scanned = zip(inputs, recurrences, strict=True)
+            ys = [directed_scan(i, *r, reverse=bool(end)) for end, (i, r) in enumerate(scanned)]
         else:
-            ys, told = _told(inputs, directions, ask)
+            ys, told = self._told(inputs, recurrences, ask)
         out: Tensor = self.out_proj(sum(ys[1:], ys[0]) * self._gate(z))
         if ask is None:
             return out
         told |= {"z": z, "mixed": out}
         wanted = {name: tensor for name, tensor in told.items() if name in ask.needs}
-        return out, Signals(order=_order(hidden, len(directions)), **wanted)
+        return out, Signals(order=_order(hidden, len(recurrences)), **wanted)
+
+    @property
+    def unfused(self) -> tuple[str, str] | None:
+        """The first sub-module that kernels must not stand in for, and why; None if they may.
+
+        One that is replaced, hooked or parametrized is called as a module, and so are all others.
+        """
+        modules = self._modules  # every forward pass comes here
+        for name in self._called:
+            reason = not_plain(modules[name])
+            if reason is not None:
+                return name, reason
+        return (self._called[0], _WATCHED) if _all_watched() else None
+
+    def _warn(self, unfused: tuple[str, str]) -> None:
+        """Say once for all mixers of a model that they are not fused."""
+        name, reason = f"{self.name}.{unfused[0]}".lstrip("."), unfused[1]
+        if not self.warned:
+            self.warned.append(name)
+            warnings.warn(
+                f"{name} {reason}: such mixers run as single modules, which takes more time and "
+                "memory than the fused kernels; the model's `unfused` lists them",
+                stacklevel=2,
+            )
+
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        """What the names of each direction's own modules end with."""
+        return ("", "_b") if self.bimamba_type == "v2" else ("",)
+
+    def _part(self, name: str, end: str) -> nn.Module:
+        return cast(nn.Module, getattr(self, name + end))
+
+    def _by_kernels(self, x: Tensor) -> tuple[list[ScanInputs], list[Recurrence]]:
+        """Return what each scan reads, computed from the weights of the sub-modules."""
+        directions = self._directions()
+        inputs = [scan_inputs(x, d, reverse=bool(end)) for end, d in enumerate(directions)]
+        return inputs, [Recurrence(d.A, d.D, d.dt_bias) for d in directions]
+
+    def _by_modules(self, x: Tensor) -> tuple[list[ScanInputs], list[Recurrence]]:
+        """Return the same by calling the sub-modules; backward ones see the sequence reversed."""
+        inputs, recurrences = [], []
+        for end in self._ends:
+            rows = F.pad((x.flip(1) if end else x).mT, (self.reach, 0))  # (batch, inner, length)
+            u = F.silu(self._part("conv1d", end)(rows)).mT
+            dt, B, C = self._part("x_proj", end)(u).split(self.splits, dim=-1)
+            each = u, step_sizes_of(self._part("dt_proj", end), dt), B, C
+            u, delta, B, C = (t.flip(1) if end else t for t in each)
+            inputs.append((u, delta, B, C))
+            A_log, D = (self.A_b_log, self.D_b) if end else (self.A_log, self.D)
+            recurrences.append(Recurrence(rates(A_log), wide(D), dt_bias=None))
+        return inputs, recurrences
 
     def _directions(self) -> tuple[Direction, ...]:
-        """Return the parameters of each direction."""
+        """Return the parameters of each direction that has its own."""
         forward = _direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        if self.bimamba_type == "none":
+        if self.bimamba_type != "v2":
             return (forward,)
-        if self.bimamba_type == "v1":
-            return forward, forward._replace(A=rates(self.A_b_log))
         backward = _direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
         return forward, backward
 
     def _gate(self, z: Tensor) -> Tensor:
         return F.silu(z) * 0.5 if self.halved else F.silu(z)
 
+    def _told(
+        self, inputs: list[ScanInputs], recurrences: list[Recurrence], ask: Ask
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Scan each direction over tokens of which some may be gone.
 
-def _told(
-    inputs: list[ScanInputs], directions: tuple[Direction, ...], ask: Ask
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Scan each direction over tokens of which some may be gone.
+        Returns:
+            What each scan gives, (batch, length, inner), and the signals of all, stacked.
+        """
+        ys, told = [], []
+        for end, ((u, delta, B, C), own) in enumerate(zip(inputs, recurrences, strict=True)):
+            delta = wide(delta) if own.dt_bias is None else wide(delta) + own.dt_bias
+            delta = F.softplus(delta)
+            gap = self._gap(ask, delta, end)
+            ys.append(aligned_scan(u, delta, own.A, B, C, own.D, gap, reverse=bool(end)))
+            told.append({"u": u, "delta": delta, "B": B, "C": C, "y": ys[-1]})
+        stacked = {name: [one[name] for one in told] for name in told[0] if name in ask.needs}
+        return ys, {name: torch.stack(tensors, dim=1) for name, tensors in stacked.items()}
 
-    Returns:
-        What each scan gives, (batch, length, inner), and the signals of all, stacked.
-    """
-    ys, told = [], []
-    for end, ((u, delta, B, C), direction) in enumerate(zip(inputs, directions, strict=True)):
-        delta = F.softplus(wide(delta) + direction.dt_bias)
-        gap = _gap(ask, delta, direction.dt_bias, end)
-        A, D = direction.A, direction.D
-        ys.append(aligned_scan(u, delta, A, B, C, D, gap, reverse=bool(end)))
-        told.append({"u": u, "delta": delta, "B": B, "C": C, "y": ys[-1]})
-    stacked = {name: [one[name] for one in told] for name in told[0] if name in ask.needs}
-    return ys, {name: torch.stack(tensors, dim=1) for name, tensors in stacked.items()}
-
-
-def _gap(ask: Ask, delta: Tensor, bias: Tensor, end: int) -> Tensor | None:
-    """Return the step sizes of what is gone before each token; None for none."""
-    tokens = ask.tokens
-    if ask.gap is None:
-        return None
-    if ask.gap == "cached":
-        return None if tokens.gap is None else tokens.gap[:, end]
-    absent = skipped(tokens.position, reverse=bool(end))
-    return steps_between(ask.gap, delta=delta, skipped=absent, bias=bias, reverse=bool(end))
+    def _gap(self, ask: Ask, delta: Tensor, end: int) -> Tensor | None:
+        """Return the step sizes of what is gone before each token; None for none."""
+        tokens = ask.tokens
+        if ask.gap is None:
+            return None
+        if ask.gap == "cached":
+            return None if tokens.gap is None else tokens.gap[:, end]
+        absent = skipped(tokens.position, reverse=bool(end))
+        bias = wide(bias_of(self._part("dt_proj", self._ends[end % len(self._ends)])))
+        return steps_between(ask.gap, delta=delta, skipped=absent, bias=bias, reverse=bool(end))
 
 
 def _order(hidden: Tensor, directions: int) -> Tensor:
@@ -196,6 +271,59 @@ def _direction(
         A=rates(A_log),
         D=wide(D),
     )
+
+
+def not_plain(module: nn.Module | None) -> str | None:
+    """Say why calling a module may do other than its weights say, or None."""
+    kind = type(module)
+    if kind not in _PLAIN:  # a parametrization makes a class of its own
+        return f"is a {kind.__module__}.{kind.__name__}"
+    known = cast(nn.Module, module)
+    if known._forward_hooks or known._forward_pre_hooks:
+        return "has forward hooks"
+    if known._backward_hooks or known._backward_pre_hooks:
+        return "has backward hooks"
+    return "has a forward of its own" if "forward" in known.__dict__ else None
+
+
+def _all_watched() -> bool:
+    """Whether there are hooks on all modules, beside those with which torch's FLOP counter follows.
+
+    That one counts the fused kernels by their own formulas, and has to count what runs.
+    """
+    if not hooked._has_any_global_hook():
+        return False
+    hooks = (
+        *hooked._global_forward_pre_hooks.values(),
+        *hooked._global_forward_hooks.values(),
+        *hooked._global_backward_pre_hooks.values(),
+        *hooked._global_backward_hooks.values(),
+    )
+    return not all(isinstance(getattr(h, "__self__", None), ModuleTracker) for h in hooks)
+
+
+def step_sizes_of(dt_proj: nn.Module, dt: Tensor) -> Tensor:
+    """Call `dt_proj`, (batch, length, rank) -> (batch, length, inner), in its own dtype.
+
+    Autocast would round the sum of product and bias, whose exponential is the step size.
+    """
+    dtype = next((p.dtype for p in dt_proj.parameters()), torch.float32)
+    with torch.autocast(dt.device.type, enabled=False):
+        delta: Tensor = dt_proj(dt.to(dtype))
+    return delta
+
+
+def bias_of(linear: nn.Module) -> Tensor:
+    """Return the bias of a linear layer, wrapped or quantized, (inner,).
+
+    Raises:
+        ValueError: If it has none.
+    """
+    bias = getattr(linear, "bias", None)
+    bias = bias() if callable(bias) else bias  # torch's quantized layers have a method
+    if not isinstance(bias, Tensor):
+        raise ValueError(f"dt_proj is a {type(linear).__name__}, expected a layer with a bias")
+    return bias
 
 
 def rates(A_log: Tensor) -> Tensor:

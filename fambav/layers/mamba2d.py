@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fambav.layers.embed import take
-from fambav.layers.mamba import decay_rates, rates, step_sizes, wide
+from fambav.layers.mamba import (
+    bias_of,
+    decay_rates,
+    not_plain,
+    rates,
+    step_sizes,
+    step_sizes_of,
+    wide,
+)
 from fambav.layers.tokens import Ask, Signals, Tokens
 from fambav.ops import selective_scan
 from fambav.ops.aligned_scan import aligned_scan, steps_between
@@ -173,8 +181,13 @@ class Mamba2D(nn.Module):
         The step size is before softplus and before the bias that the scan adds.
         """
         dt, B, C = self.x_proj(u).split(self.splits, dim=-1)
-        bias = self.dt_proj.bias if self.dt_bias_twice else None
-        own = F.linear(dt, self.dt_proj.weight, bias), B, C
+        if self.dt_bias_twice:
+            delta = self.dt_proj(dt)
+        elif self._adds_bias:
+            delta = F.linear(dt, self.dt_proj.weight)
+        else:
+            delta = step_sizes_of(self.dt_proj, dt)
+        own = delta, B, C
         if self.param_order == "permuted":
             delta, B, C = (spread(x, orders) for x in own)
         else:
@@ -183,6 +196,15 @@ class Mamba2D(nn.Module):
         B = B + self.direction_Bs[orders.move]
         u, delta, B, C = (x.flatten(0, 1) for x in (spread(u, orders), delta, B, C))
         return u, delta, B, C
+
+    @property
+    def _adds_bias(self) -> bool:
+        """Whether the scan adds the bias of the step size; not if a called module has."""
+        return self.dt_bias_twice or not_plain(self.dt_proj) is None
+
+    def _bias(self) -> Tensor | None:
+        """Return what the scan adds to the step size before softplus, (inner,)."""
+        return wide(bias_of(self.dt_proj)) if self._adds_bias else None
 
     def _scan(self, inputs: ScanInputs) -> Tensor:
         """Scan, (batch * directions, length, inner)."""
@@ -194,7 +216,7 @@ class Mamba2D(nn.Module):
             B.mT,
             C.mT,
             wide(self.D),
-            delta_bias=wide(self.dt_proj.bias),
+            delta_bias=self._bias(),
             delta_softplus=True,
         )
         return y.mT
@@ -202,7 +224,8 @@ class Mamba2D(nn.Module):
     def _aged_scan(self, inputs: ScanInputs, places: Places, ask: Ask) -> tuple[ScanInputs, Tensor]:
         """Scan across gaps; also return the inputs with the step size after softplus."""
         u, delta, B, C = inputs
-        delta = F.softplus(wide(delta) + wide(self.dt_proj.bias))
+        bias = self._bias()
+        delta = F.softplus(wide(delta) if bias is None else wide(delta) + bias)
         gap = self._gap(delta, places, ask)
         y = aligned_scan(u, delta, rates(self.A_log), B, C, wide(self.D), gap)
         return (u, delta, B, C), y
@@ -222,7 +245,7 @@ class Mamba2D(nn.Module):
                     f"gap policy is {ask.gap!r}, expected 'cached' for a grid that became smaller"
                 )
             return None
-        bias = wide(self.dt_proj.bias) * (1 + self.dt_bias_twice)
+        bias = wide(bias_of(self.dt_proj)) * (1 + self.dt_bias_twice)
         skipped = places.orders.skipped.flatten(0, 1)
         return steps_between(ask.gap, delta=delta, skipped=skipped, bias=bias)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fambav.layers.block import Hooks
 from fambav.layers.embed import take
+from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import Tokens
 from fambav.models.entry import chosen_layers
 from fambav.ops.match import others
@@ -87,6 +88,26 @@ class Isotropic(nn.Module):
     def schedule(self) -> Schedule:
         """Tokens removed by and left at each layer."""
         return self.reduction.schedule
+
+    @property
+    def unfused(self) -> dict[str, str]:
+        """Sub-modules because of which a mixer does not run fused: `{name: reason}`, one a mixer.
+
+        They were replaced (adapters, quantization), hooked or parametrized, and are called.
+        """
+        found = {
+            name: module.unfused
+            for name, module in self.named_modules()
+            if isinstance(module, Mamba)
+        }
+        return {f"{name}.{part[0]}": part[1] for name, part in found.items() if part is not None}
+
+    def name_mixers(self) -> None:
+        """Give mixers their names in this model, and one list of what a warning has named."""
+        warned: list[str] = []
+        for name, module in self.named_modules():
+            if isinstance(module, Mamba):
+                module.name, module.warned = name, warned
 
     def hooks(self, layer: int, tokens: Tokens) -> Hooks:
         """Return what a layer, from 0, is to do with these tokens."""

@@ -114,6 +114,7 @@ class Vim(Isotropic):
             Block(dim, mixer(depth=depth, legacy_init=legacy_init), drop_path=rate)
             for rate in rates
         )
+        self.name_mixers()
         self.norm_f = AddNorm(dim)
         self.drop_path = DropPath(drop_path_rate)
         self.pretrained_cfg = self.default_cfg = data_config(self.img_size, in_chans, num_classes)

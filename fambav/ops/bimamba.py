@@ -127,17 +127,14 @@ def scan_inputs(x: Tensor, direction: Direction, *, reverse: bool) -> ScanInputs
     return u, F.linear(dt, direction.dt_proj), B, C
 
 
-def directed_scan(inputs: ScanInputs, direction: Direction, *, reverse: bool) -> Tensor:
+def directed_scan(
+    inputs: ScanInputs, A: Tensor, D: Tensor, dt_bias: Tensor | None, *, reverse: bool
+) -> Tensor:
     """Scan what `scan_inputs` returned, (batch, length, dim)."""
     u, delta, B, C = inputs
     y: Tensor = selective_scan(
-        u.mT,
-        delta.mT,
-        direction.A,
-        B.mT,
-        C.mT,
-        direction.D,
-        delta_bias=direction.dt_bias,
+        *(u.mT, delta.mT, A, B.mT, C.mT, D),
+        delta_bias=dt_bias,
         delta_softplus=True,
         reverse=reverse,
     )
@@ -148,8 +145,11 @@ def _reference(
     xz: Tensor, forward: Direction, backward: Direction, out_proj: Tensor | None, *, scale: float
 ) -> Tensor:
     x, z = xz.chunk(2, dim=-1)
-    y = directed_scan(scan_inputs(x, forward, reverse=False), forward, reverse=False)
-    y = y + directed_scan(scan_inputs(x, backward, reverse=True), backward, reverse=True)
+    ys = [
+        directed_scan(scan_inputs(x, d, reverse=reverse), d.A, d.D, d.dt_bias, reverse=reverse)
+        for d, reverse in ((forward, False), (backward, True))
+    ]
+    y = ys[0] + ys[1]
     out = y * (scale * F.silu(z))
     return out if out_proj is None else F.linear(out, out_proj)
 
