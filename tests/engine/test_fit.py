@@ -15,6 +15,7 @@ from fambav.engine.optim import Average
 from fambav.engine.record import Recorder
 from fambav.engine.runtime import Console, Precision, Processes
 from fambav.engine.train import Update
+from tests.identical import scalars
 
 CPU = torch.device("cpu")
 IMAGES = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
@@ -137,6 +138,14 @@ def test_a_snapshot_puts_the_loss_scale_back():
     ours, theirs = (snapshot(one, Progress())["scaler"] for one in (update, other))
     assert ours == theirs
     assert ours["_growth_tracker"] == 3
+
+
+def test_every_loss_is_an_event_whenever_the_run_is_saved(tmp_path):
+    fit = make(tmp_path)
+    fit.save_every = 2
+    fit()
+    fit.recorder.close()
+    assert [step for step, _ in scalars(tmp_path)["update/loss"]] == list(range(12))
 
 
 def test_the_best_checkpoint_is_kept_later_where_it_could_not_be_at_once(tmp_path, monkeypatch):
