@@ -5,7 +5,7 @@ fambav ...   the commands of fambav.commands
 
 A user's mistake is one line that begins with `error:`, and status 2; a run that diverged is 3, a
 full disk 4, samples that cannot be read 5, a full device 6, SIGTERM after the state is saved 143;
-a bug keeps its traceback.
+a bug keeps its traceback.  A warning is one line that begins with `warning:`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fambav import config, registry
 from fambav.commands import COMMANDS
@@ -72,7 +75,8 @@ def _guarded(function: Callable[[Words], int], words: Words) -> int:
         # cores that are shared with other programs a step then takes up to twenty times as long.
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
-        status = function(words)
+        with _short_warnings():
+            status = function(words)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever read our lines has had enough
@@ -87,6 +91,21 @@ def _guarded(function: Callable[[Words], int], words: Words) -> int:
         if code is None:
             raise
         return _tell(f"error: {line}", code)
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Let Python's warnings be lines on stderr, without the place in the source."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+        _tell(f"warning: {_one_line(message)}", 0)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _failure(error: Exception) -> tuple[str, int | None]:
@@ -113,7 +132,7 @@ def _is_ours(error: Exception) -> bool:
     return type(error) is ValueError and source.is_relative_to(PACKAGE)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     """The message in one line; of one that a loader process passed on, without its traceback."""
     text = str(error)
     if "Original Traceback" in text:

@@ -215,6 +215,20 @@ def test_weights_of_another_model_are_refused_in_one_line(tmp_path):
         put(path, {"model": other.state_dict()}, foreign)
 
 
+@pytest.mark.parametrize("name", ["vim_micro", "timm/resnet18"])
+def test_integers_are_not_taken_for_weights(tmp_path, name):
+    """Bits of a float32 read as an int32 would be a weight of a billion."""
+    net = model(parse(["--model", name, "--data-set", "CIFAR"]), num_classes=5)
+    weights = net.state_dict()
+    last = [own for own in weights if own.endswith("weight")][-1]
+    wrong = {**weights, last: weights[last].view(torch.int32)}
+    with pytest.raises(
+        CheckpointError, match=rf"dtype of {last} is torch\.int32, expected torch\.f"
+    ):
+        put(tmp_path / "w.pth", {"model": wrong}, net)
+    put(tmp_path / "w.pth", {"model": weights}, net)
+
+
 def test_a_foreign_model_takes_another_head_only_when_finetuned(tmp_path):
     resnet = parse(["--model", "timm/resnet18"])
     state = {"model": model(resnet, num_classes=9).state_dict()}

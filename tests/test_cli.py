@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ def failing(error):
         raise error
 
     return run
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line_without_its_place(job, capsys):
+    job(lambda _: warnings.warn("weights.safetensors\nis old", stacklevel=1) or 0)
+    before = warnings.showwarning
+    assert main(RUN) == 0
+    assert capsys.readouterr().err == "warning: weights.safetensors is old\n"
+    assert warnings.showwarning is before
 
 
 def test_main_hands_over_the_settings_and_returns_the_status(job):

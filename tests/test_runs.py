@@ -212,6 +212,21 @@ def test_a_resumed_run_is_bit_identical(finished, flags, tmp_path, crash):
     assert_identical(tmp_path, finished.folder)
 
 
+def test_a_resumed_run_in_fp16_has_the_same_loss_scale(flags, tmp_path):
+    words = [*flags, "--if_amp", "--amp-dtype", "fp16"]
+    folders = [tmp_path / "whole", tmp_path / "resumed"]
+    assert go(*words, "--output_dir", folders[0]).status == 0
+    with pytest.MonkeyPatch.context() as patch:
+        crash_in_update(patch)
+        with pytest.raises(Crash):
+            go(*words, "--output_dir", folders[1])
+    found = go(*words, "--output_dir", folders[1], "--resume", "auto")
+    assert found.status == 0, found.err
+    assert_identical(folders[1], folders[0])
+    scaler = checkpoint.load(folders[1] / "checkpoint.pth")["scaler"]
+    assert scaler["_growth_tracker"] == 6, "updates since the first, not since the resume"
+
+
 class Scripted:
     """Evaluation whose top-1 is known beforehand, for the raw weights and for the average."""
 
@@ -269,6 +284,9 @@ def test_resuming_a_file_goes_on_in_its_folder_or_takes_the_history_along(
     found = go(*flags, "--resume", source, "--output_dir", "elsewhere")
     assert found.status == 0, found.err
     assert lasting(log(Path("elsewhere"))) == lasting(log(finished.folder))
+    state = checkpoint.load(Path("elsewhere/checkpoint.pth"))
+    assert same(state["model"], checkpoint.load(source)["model"])
+    assert same(state["model"], checkpoint.load(Path("elsewhere/model.safetensors"))["model"])
     assert sorted(path.name for path in finished.folder.iterdir()) == before
     crashed = Path("crashed")
     go(*flags, "--output_dir", crashed, "--seed", "5")

@@ -11,7 +11,7 @@ from fambav.config import Config
 from fambav.data import DataSet
 from fambav.engine import checkpoint, record
 from fambav.engine.fit import Fit
-from fambav.engine.record import BEST, Recorder
+from fambav.engine.record import Recorder
 from fambav.reduction import Schedule
 
 
@@ -54,8 +54,8 @@ def open_folder(
         kept = record.set_aside(folder)
         if kept is not None:
             console.say(f"{folder} holds an earlier run; its files are now in {kept}")
-    if source is not None and _stands_at_best(fit):
-        checkpoint.copy(source, folder / BEST)
+    if source is not None:
+        fit.repair(source, folder)
     group, precision = fit.update.processes, fit.update.precision.name
     about = record.environment(
         processes=group.world,
@@ -72,13 +72,6 @@ def open_folder(
         checkpoint.write_text(folder / "plan.json", json.dumps(removal) + "\n")
     console.say(f"{config.model.model} on {found.name}: {group.device}, {precision}")
     console.say(f"run folder: {folder}")
-    return Recorder(folder, fit.progress.history, warn=console.say)
-
-
-def _stands_at_best(fit: Fit) -> bool:
-    """Whether a run stands behind its best epoch: a crash may have cut that epoch's copy off."""
-    progress = fit.progress
-    if progress.updates not in (None, progress.epochs * fit.updates):
-        return False
-    accuracies = [epoch["test_acc1"] for epoch in progress.history]
-    return bool(accuracies) and accuracies.index(max(accuracies)) == len(accuracies) - 1
+    done = fit.progress.updates
+    done = fit.progress.epochs * fit.updates if done is None else done
+    return Recorder(folder, fit.progress.history, updates=done, warn=console.say)

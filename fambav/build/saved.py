@@ -224,10 +224,22 @@ def put(
             weights = adapt(weights, net, head=head)
         else:
             weights = _with_head(weights, net, head)
+        _check_dtypes(weights, net)
         net.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:2])
         raise CheckpointError(f"{path}: {reason}") from error
+
+
+def _check_dtypes(weights: dict[str, Tensor], net: nn.Module) -> None:
+    """Refuse integers for floating point numbers, which torch would convert.
+
+    Raises:
+        ValueError: If there are any, or the other way round.
+    """
+    for name, own in net.state_dict().items():
+        if name in weights and weights[name].is_floating_point() != own.is_floating_point():
+            raise ValueError(f"dtype of {name} is {weights[name].dtype}, expected {own.dtype}")
 
 
 def _with_head(weights: dict[str, Tensor], net: nn.Module, head: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -33,6 +34,7 @@ State = dict[str, Any]
 _MARK = b"fambav sha256 "
 _COMMENT = len(_MARK) + 64
 _WRITER = "fambav"  # in the safetensors files that must have a digest
+_RULE = "2"  # of the digest there; files without a number are of the first rule
 _END = b"PK\x05\x06"  # a zip archive without a comment has this 22 bytes before its end
 _DAMAGED = (
     RuntimeError,
@@ -112,6 +114,10 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> State:
 
     Raises:
         CheckpointError: If the file is missing, damaged, or holds anything but data.
+
+    Warns:
+        UserWarning: If the digest of a safetensors file of ours leaves out dtypes and shapes, as
+            those of older versions do.
     """
     if not path.is_file():
         raise CheckpointError(f"checkpoint is {path}, expected a file that exists")
@@ -146,13 +152,14 @@ def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str
     Args:
         path: Where to, ending in `.safetensors`.
         weights: A state_dict.
-        metadata: Strings stored beside it; the digest of both is added.
+        metadata: Strings stored beside it; the digest of both, with names, dtypes and shapes, and
+            the number of its rule are added.
 
     Raises:
         OSError: If it cannot be written.
     """
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    metadata = {**metadata, "format": "pt", "writer": _WRITER}
+    metadata = {**metadata, "format": "pt", "writer": _WRITER, "digest": _RULE}
     metadata["sha256"] = _digest_of(weights, metadata)
     content = save_tensors(weights, metadata)
     with atomic(path) as temporary:
@@ -169,15 +176,26 @@ def _load_weights(path: Path, device: torch.device | str) -> State:
     ours = "sha256" in metadata or metadata.get("writer") == _WRITER  # one may be damaged
     if ours and metadata.get("sha256") != _digest_of(weights, metadata):
         raise CheckpointError(f"{path} is damaged: its SHA-256 does not match its content")
+    if ours and "digest" not in metadata:
+        warnings.warn(
+            f"{path} has a digest of the old rule, which leaves out dtypes and shapes: a weaker "
+            "check; a new export or a resumed run writes the present one",
+            stacklevel=3,
+        )
     return {"model": weights, "metadata": metadata}
 
 
 def _digest_of(weights: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """Hash the weights and every string beside them but the digest itself."""
+    """Hash the weights and every string beside them but the digest itself.
+
+    Which rule holds stands in the strings: names, dtypes, shapes and values, each tensor's own
+    apart from the next one's; by the first rule, names and values one after another.
+    """
     digest = hashlib.sha256(repr(sorted({**metadata, "sha256": ""}.items())).encode())
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
+    for name, value in sorted(weights.items()):
+        about = json.dumps([name, str(value.dtype), list(value.shape)]) + "\n"
+        digest.update((about if "digest" in metadata else name).encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -164,6 +164,7 @@ class Fit:
         save_every: Updates from one checkpoint to the next within an epoch; None for none there.
         maxima: Measures what layers put out; None for not.
         unsaved: Why the last state could not be written; None if it could.
+        best_left: Whether the last checkpoint is the best one and could not be kept as that.
     """
 
     update: Update
@@ -185,6 +186,7 @@ class Fit:
     save_every: int | None = None
     maxima: Maxima | None = None
     unsaved: OSError | None = None
+    best_left: bool = False
 
     def __call__(self) -> None:
         """Run to the end.
@@ -224,11 +226,10 @@ class Fit:
         progress.epochs = epoch + 1
         progress.history.append(record)
         progress.losses, progress.seconds, progress.peak_mib, progress.maxima = [], 0.0, 0.0, []
-        best = record["test_acc1"] > progress.best_acc1
         progress.best_acc1 = max(record["test_acc1"], progress.best_acc1)
         self.console.say(f"Max accuracy: {progress.best_acc1:.2f}%")
         self._tell_left_out()
-        self._save(best=best)
+        self._save()
         record["save_seconds"] = round(time.perf_counter() - evaluated, 3)
         if self.recorder is not None:
             self.recorder.epoch(record)
@@ -246,8 +247,13 @@ class Fit:
         start = clock = time.perf_counter()
         before, last = progress.seconds, done
 
+        def record(fetched: list[float]) -> None:
+            if self.recorder is not None and fetched:
+                done = first + len(losses)
+                self.recorder.updates(done, fetched, self.update.lr(done - 1))
+
         def note() -> None:
-            losses.fetch()
+            record(losses.fetch())
             progress.updates, progress.losses = first + len(losses), losses.values
             progress.seconds = before + time.perf_counter() - start
             if progress.updates > done:
@@ -256,14 +262,13 @@ class Fit:
                 pairs = zip_longest(progress.maxima, self.maxima.take(), fillvalue=0.0)
                 progress.maxima = [max(pair) for pair in pairs]
 
-        def report(done: int, losses: list[float]) -> None:
+        def report(done: int, fetched: list[float]) -> None:
             nonlocal last, clock
             lr, now = self.update.lr(done - 1), time.perf_counter()
             speed = (done - last) * self.images / (now - clock)
-            text = f"loss {losses[-1]:.4f}  lr {lr:.3g}  {speed:.0f} images/s"
+            text = f"loss {fetched[-1]:.4f}  lr {lr:.3g}  {speed:.0f} images/s"
             self.console.step(f"Epoch: [{epoch}]", done - first, self.updates, text)
-            if self.recorder is not None:
-                self.recorder.updates(done, losses, lr)
+            record(fetched)
             last, clock = done, now
 
         def pause() -> None:
@@ -340,35 +345,74 @@ class Fit:
             **({} if self.maxima is None else {"activation_max": self.progress.maxima}),
         }
 
-    def _save(self, *, best: bool = False) -> None:
-        """Write the checkpoint and the files that follow from it; the other processes wait.
+    def repair(self, source: Path, folder: Path) -> None:
+        """Write what follows from the checkpoint that the run goes on from, and was cut off.
 
-        A state that cannot be written is told of, and training goes on: the one before is whole.
+        Args:
+            source: The checkpoint, whose state this run is in.
+            folder: The run folder, whose own checkpoint may be damaged or missing.
         """
+        with self._telling():
+            last = folder / CHECKPOINT
+            if source.resolve() != last.resolve():
+                checkpoint.copy(source, last)
+            self._follow(folder)
+
+    def _save(self) -> None:
+        """Write the checkpoint and the files that follow from it; the other processes wait."""
         if self.recorder is not None:
-            try:
-                self._write(self.recorder.folder, best=best)
-                self.unsaved = None
-            except OSError as error:
-                self.unsaved = error
-                self.console.say(
-                    f"warning: checkpoint could not be written ({error.strerror or error}); the "
-                    "one before is whole, and training goes on"
-                )
+            with self._telling():
+                self._write(self.recorder)
         self.update.processes.wait()
 
-    def _write(self, folder: Path, *, best: bool) -> None:
-        state = {**snapshot(self.update, self.progress), **self.facts}
-        if (folder / CHECKPOINT).exists():
-            checkpoint.copy(folder / CHECKPOINT, folder / PREVIOUS)
-        checkpoint.save(folder / CHECKPOINT, state)
-        if best:
-            checkpoint.copy(folder / CHECKPOINT, folder / BEST)
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell of a state that cannot be written inside the block; training goes on.
+
+        The one before is whole.
+        """
+        try:
+            yield
+            self.unsaved = None
+        except OSError as error:
+            self.unsaved = error
+            self.console.say(
+                f"warning: checkpoint could not be written ({error.strerror or error}); the "
+                "one before is whole, and training goes on"
+            )
+
+    def _write(self, recorder: Recorder) -> None:
+        folder, last = recorder.folder, recorder.folder / CHECKPOINT
+        if last.exists():
+            if self.best_left:  # by a write that failed
+                self._keep_best(folder)
+            checkpoint.copy(last, folder / PREVIOUS)
+        recorder.flush()
+        checkpoint.save(last, {**snapshot(self.update, self.progress), **self.facts})
+        self._follow(folder)
+
+    def _follow(self, folder: Path) -> None:
+        """Write what follows from the checkpoint in `folder`, which holds the present state."""
+        self.best_left = self._stands_at_best()
+        if self.best_left:
+            self._keep_best(folder)
         checkpoint.save_weights(folder / WEIGHTS, self.update.model.state_dict(), self.strings)
 
+    def _keep_best(self, folder: Path) -> None:
+        checkpoint.copy(folder / CHECKPOINT, folder / BEST)
+        self.best_left = False
+
+    def _stands_at_best(self) -> bool:
+        """Whether the present state is that behind the best epoch."""
+        progress = self.progress
+        if progress.updates not in (None, progress.epochs * self.updates):
+            return False
+        accuracies = [epoch["test_acc1"] for epoch in progress.history]
+        return bool(accuracies) and accuracies.index(max(accuracies)) == len(accuracies) - 1
+
     def _refuse_unsaved(self) -> None:
-        if self.unsaved is not None:
-            found = self.unsaved
+        found = self.unsaved or (None if self.recorder is None else self.recorder.unwritten)
+        if found is not None:
             reason = f"last state could not be written: {found.strerror or found}"
             raise UnsavedError(found.errno, reason, found.filename) from found
 

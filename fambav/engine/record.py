@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -73,32 +74,53 @@ class Recorder:
 
     Args:
         folder: The run folder, there already.
-        history: Records of the epochs before; log.txt and metrics.csv are cut back to them.  A line
-            that is in log.txt already is kept as it is.
-        warn: Told in one line of what cannot be written.
+        history: Records of the epochs before, as the checkpoint has them: log.txt, metrics.csv and
+            the events are made to say the same.  Only the time of the checkpoint's own save is not
+            in it; where log.txt has it, it is filled in.
+        updates: How many updates are done.
+        warn: Told in one line of what cannot be written, and of a file that said something else.
+
+    Attributes:
+        unwritten: Why log.txt or metrics.csv lacks an epoch; None if neither does.
     """
 
     def __init__(
-        self, folder: Path, history: Sequence[Record], *, warn: Callable[[str], None]
+        self,
+        folder: Path,
+        history: Sequence[Record],
+        *,
+        updates: int,
+        warn: Callable[[str], None],
     ) -> None:
         self.folder, self._warn = folder, warn
-        written = _read_log(folder / _LOG)
-        self._records = [written.get(record["epoch"], record) for record in history]
+        self._records = list(history)
+        log = _lines(folder / _LOG)
+        for record, line in zip(history, log, strict=False):
+            _fill_in(record, line)
+        for name, wanted in self._texts().items():
+            if _differs(_lines(folder / name), wanted):
+                warn(f"{name} differs from the checkpoint's history; it is written anew from that")
+        old = sorted(folder.glob("events.*")) if (folder / _LOG).exists() else []  # of this run
         self._rewrite()
-        self._whole = True
-        self._events = Events(folder, epoch=len(self._records), warn=warn)
+        self.unwritten: OSError | None = None
+        known = {
+            (f"epoch/{name}", record["epoch"]): value
+            for record in history
+            for name, value in _scalars(record).items()
+        }
+        self._events = Events(folder, old=old, updates=updates, epochs=known, warn=warn)
 
     def epoch(self, record: Record) -> None:
         """Add the record of one epoch; if it cannot be written, it is with the next one."""
         self._records.append(record)
         try:
-            if self._whole:
+            if self.unwritten is None:
                 self._add(record)
             else:
                 self._rewrite()
-            self._whole = True
+            self.unwritten = None
         except OSError as error:
-            self._whole = False
+            self.unwritten = error
             self._warn(f"warning: {_LOG} could not be written ({error.strerror})")
         for name, value in _scalars(record).items():
             self._events.add("scalar", f"epoch/{name}", value, record["epoch"])
@@ -114,6 +136,10 @@ class Recorder:
         """Add a picture, (3, height, width), after so many epochs."""
         self._events.add("image", name, pixels, epochs)
 
+    def flush(self) -> None:
+        """Write what has been added so far."""
+        self._events.flush()
+
     def close(self) -> None:
         """Finish the files."""
         self._events.close()
@@ -124,9 +150,14 @@ class Recorder:
         _append(self.folder / _LOG, _line(record))
 
     def _rewrite(self) -> None:
+        for name, lines in self._texts().items():
+            write_text(self.folder / name, "".join(lines))
+
+    def _texts(self) -> dict[str, list[str]]:
+        """The lines of both files."""
         records = self._records
-        write_text(self.folder / _LOG, "".join(map(_line, records)))
-        write_text(self.folder / _TABLE, "".join([*map(_csv, records[:1]), *map(_row, records)]))
+        table = [*map(_csv, records[:1]), *map(_row, records)]
+        return {_LOG: list(map(_line, records)), _TABLE: table}
 
 
 def environment(**more: Any) -> Record:
@@ -181,16 +212,27 @@ def _commit() -> str | None:
     return head.stdout.strip() + ("+" if dirty.stdout else "") if head.returncode == 0 else None
 
 
-def _read_log(path: Path) -> dict[int, Record]:
-    """The complete lines of log.txt, by epoch; a line that a crash cut short is no line."""
-    records = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-            records[int(record["epoch"])] = record
-        except (ValueError, KeyError, TypeError):
-            continue
-    return records
+def _lines(path: Path) -> list[str]:
+    """The complete lines of a file; one that a crash cut short is no line."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
+
+
+def _fill_in(record: Record, line: str) -> None:
+    """Take the time of a checkpoint's own save, which is 0 in it, from the line of the epoch."""
+    try:
+        seconds = json.loads(line)["save_seconds"]
+    except (ValueError, LookupError, TypeError):
+        return
+    if record.get("save_seconds") == 0 and isinstance(seconds, float) and math.isfinite(seconds):
+        record["save_seconds"] = seconds
+
+
+def _differs(found: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether a line says something else; those of epochs that are not done do not count."""
+    return any(one != other for one, other in zip(found, wanted, strict=False))
 
 
 def _append(path: Path, text: str) -> None:

@@ -105,10 +105,8 @@ class Update:
             loss += self._backward(next(batches), update, micro)
         finite = self._finite(loss)
         loss.masked_fill_(~finite, torch.nan)
-        if not self.looks or finite:
-            self._step()
-            if self.average is not None:
-                self.average.update(self.model, update + 1)
+        if (not self.looks or finite) and self._step() and self.average is not None:
+            self.average.update(self.model, update + 1)
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
@@ -140,13 +138,16 @@ class Update:
             return waiting
         return nullcontext()
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Take the step; return whether it was made, which a loss scale that overflows forbids."""
         scaler = self.precision.scaler
         if self.max_grad_norm is not None:
             scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        before = scaler.get_scale()
         scaler.step(self.optimizer)
         scaler.update()
+        return scaler.get_scale() >= before  # only a step that was left out makes it smaller
 
     def _finite(self, loss: Tensor) -> Tensor:
         """Whether loss and gradient are finite, on all processes: a scalar, bool.

@@ -6,11 +6,13 @@ The words at the top are those of timm's own files; what only this package knows
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import fambav
+from fambav import comparison
 from fambav.build.entries import fact
 from fambav.build.prediction import Pretrained
 from fambav.config.options import Fusion, Model, Reduction
@@ -45,14 +47,22 @@ class Run:
 
 
 def run_of(model: Pretrained) -> Run:
-    """Read the files beside a checkpoint; what they do not say is unknown."""
+    """Read a checkpoint's history and the files beside it; what they do not say is unknown.
+
+    The log counts only where the file has no history of its own, whose digest has been checked.
+
+    Raises:
+        ValueError: If the log is damaged.
+    """
     folder, state = model.source.parent, model.state
     log = folder / "log.txt"
-    if not log.is_file():
-        return Run()
-    epochs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line]
+    epochs = state.get("history")
+    if epochs is None:
+        if not log.is_file():
+            return Run()
+        epochs = comparison.epochs_of(log) if log.stat().st_size else []
     number = state.get("epoch", epochs[-1].get("epoch") if epochs else None)
-    record: dict[str, Any] = next((e for e in epochs if e.get("epoch") == number), {})
+    record: Mapping[str, Any] = next((e for e in epochs if e.get("epoch") == number), {})
     about = folder / "env.json"
     where = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
     return Run(

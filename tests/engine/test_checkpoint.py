@@ -1,6 +1,8 @@
 """Files that are whole or refused."""
 
 import argparse
+import hashlib
+import json
 import os
 import pickle
 import random
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
@@ -158,6 +161,79 @@ def test_weights_alone_keep_their_values_and_strings(tmp_path, state):
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
         with pytest.raises(CheckpointError, match="SHA-256 does not match"):
             checkpoint.load(path)
+
+
+TENSORS = {
+    "head.weight": torch.arange(6.0).reshape(2, 3),
+    "tail.weight": -torch.arange(6.0).reshape(2, 3),
+    "z.bias": torch.ones(0),
+}
+
+
+def with_header(path, change):
+    """Change the header of a safetensors file, and leave the bytes of its tensors."""
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header, data = change(json.loads(raw[8 : 8 + size])), raw[8 + size :]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def entry(header, name, **changes):
+    return {**header, name: {**header[name], **changes}}
+
+
+def swapped(header):
+    one, two = header["head.weight"], header["tail.weight"]
+    return {**header, "head.weight": two, "tail.weight": one}
+
+
+HEADERS = {
+    "another dtype": lambda h: entry(h, "head.weight", dtype="I32"),
+    "another shape": lambda h: entry(h, "head.weight", shape=[3, 2]),
+    "one dimension less": lambda h: entry(h, "head.weight", shape=[6]),
+    "two names swapped": swapped,
+    "another name": lambda h: {name.replace("head", "heap"): own for name, own in h.items()},
+    "an empty tensor dropped": lambda h: {name: h[name] for name in h if name != "z.bias"},
+    "an empty tensor of another shape": lambda h: entry(h, "z.bias", shape=[0, 5]),
+    "another rule": lambda h: entry(h, "__metadata__", digest="1"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_weights_whose_header_says_something_else_are_refused_in_one_line(tmp_path, case):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_weights(path, TENSORS, {"model": "vim_micro"})
+    assert checkpoint.load(path)["metadata"]["digest"] == "2"
+    with_header(path, HEADERS[case])
+    with pytest.raises(CheckpointError, match=r"^[^\n]*model\.safetensors is damaged[^\n]*$"):
+        checkpoint.load(path)
+
+
+def test_a_dropped_tensor_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_weights(path, TENSORS, {})
+    metadata = checkpoint.load(path)["metadata"]
+    save_file(TENSORS, path, metadata)
+    assert checkpoint.load(path)["metadata"] == metadata
+    save_file({name: TENSORS[name] for name in TENSORS if name != "tail.weight"}, path, metadata)
+    with pytest.raises(CheckpointError, match=r"^[^\n]* SHA-256 does not match its content$"):
+        checkpoint.load(path)
+
+
+def test_a_file_of_the_old_rule_is_read_and_said_to_be_so(tmp_path):
+    path, metadata = tmp_path / "old.safetensors", {"format": "pt", "writer": "fambav"}
+    digest = hashlib.sha256(repr(sorted({**metadata, "sha256": ""}.items())).encode())
+    for name in sorted(TENSORS):
+        digest.update(name.encode() + TENSORS[name].numpy().tobytes())
+    save_file(TENSORS, path, {**metadata, "sha256": digest.hexdigest()})
+    with pytest.warns(UserWarning, match=r"^[^\n]*old\.safetensors has a digest of the old rule"):
+        found = checkpoint.load(path)["model"]
+    assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="SHA-256 does not match"):
+        checkpoint.load(path)
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_place_and_so_is_its_name(

@@ -1,5 +1,7 @@
 """The loop over epochs, with a model of one number."""
 
+import errno
+
 import pytest
 import torch
 from torch import nn
@@ -13,12 +15,13 @@ from fambav.engine.optim import Average
 from fambav.engine.record import Recorder
 from fambav.engine.runtime import Console, Precision, Processes
 from fambav.engine.train import Update
+from tests.identical import scalars
 
 CPU = torch.device("cpu")
 IMAGES = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
 
 
-def make_update(*, average=True):
+def make_update(*, average=True, dtype=None):
     torch.manual_seed(0)
     model = nn.Linear(2, 2)
     return Update(
@@ -28,7 +31,7 @@ def make_update(*, average=True):
         loss=nn.functional.cross_entropy,
         lr=lambda done: 0.01 * (done + 1),
         seed=lambda done, place: None,
-        precision=Precision(CPU, None),
+        precision=Precision(CPU, dtype),
         processes=Processes(0, 1, CPU),
         average=Average(model, decay=0.9) if average else None,
     )
@@ -56,7 +59,7 @@ def make(folder=None, *, accuracies=(10.0, 30.0, 20.0), average=True):
         meter=Meter(CPU, update.model.parameters()),
         console=Console(silent=True),
         progress=Progress(),
-        recorder=None if folder is None else Recorder(folder, [], warn=print),
+        recorder=None if folder is None else Recorder(folder, [], updates=0, warn=print),
         every=3,
     )
 
@@ -119,6 +122,51 @@ def test_a_snapshot_puts_everything_back():
     found = other.optimizer.state_dict()["state"][0]
     assert found["step"] == 12
     assert torch.equal(found["exp_avg"], fit.update.optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def test_a_snapshot_puts_the_loss_scale_back():
+    update, other = make_update(dtype=torch.float16), make_update(dtype=torch.float16)
+    for number, size in enumerate([1e3, 1.0, 1.0]):  # the gradient of the first one overflows
+        update(iter([(size * IMAGES, torch.tensor([1, 0]))]), number)
+    state = snapshot(update, Progress())
+    assert state["scaler"]["scale"] == 2.0**15
+    assert state["scaler"]["_growth_tracker"] == 2
+    restore(state, other)
+    assert other.precision.scaler.state_dict() == state["scaler"]
+    for one in (update, other):
+        one(iter([(IMAGES, torch.tensor([0, 1]))]), 3)
+    ours, theirs = (snapshot(one, Progress())["scaler"] for one in (update, other))
+    assert ours == theirs
+    assert ours["_growth_tracker"] == 3
+
+
+def test_every_loss_is_an_event_whenever_the_run_is_saved(tmp_path):
+    fit = make(tmp_path)
+    fit.save_every = 2
+    fit()
+    fit.recorder.close()
+    assert [step for step, _ in scalars(tmp_path)["update/loss"]] == list(range(12))
+
+
+def test_the_best_checkpoint_is_kept_later_where_it_could_not_be_at_once(tmp_path, monkeypatch):
+    real, failed = checkpoint.copy, []
+
+    def copy(source, target):
+        if target.name == "best_checkpoint.pth" and len(failed) < 2 and fit.progress.epochs >= 2:
+            failed.append(target)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(checkpoint, "copy", copy)
+    fit = make(tmp_path, accuracies=(10.0, 30.0, 20.0, 15.0))
+    fit()
+    fit.recorder.close()
+    assert len(failed) == 2
+    epochs = [
+        checkpoint.load(tmp_path / f"{name}checkpoint.pth")["epoch"]
+        for name in ("best_", "previous_", "")
+    ]
+    assert epochs == [1, 1, 3]
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "model_ema", "epoch", "history"])

@@ -239,6 +239,34 @@ def test_skipped_updates_leave_no_trace():
     assert torch.equal(weights(skipping), weights(clean))
 
 
+@pytest.mark.parametrize(
+    ("options", "bad"),
+    [
+        ({"skipping": True}, torch.full_like(IMAGES, torch.nan)),
+        ({"dtype": torch.float16}, 1e3 * IMAGES.sign()),
+        ({"dtype": torch.float16, "max_grad_norm": 1.0}, 1e3 * IMAGES.sign()),
+    ],
+    ids=["a loss that is no number", "an overflow", "an overflow that is clipped"],
+)
+def test_an_update_that_is_left_out_leaves_the_average_alone(options, bad):
+    """Under a loss scale an overflow is left out by the scaler itself."""
+    model = nn.Linear(6, 3)
+    update = make(model=model, average=Average(model, decay=0.9), **options)
+    update(iter(whole()), 0)
+    nn.init.ones_(model.weight)  # far from the average: any move shows
+    before, scale = average_of(update), update.precision.scaler.get_scale()
+    update(iter([(bad, LABELS)]), 1)
+    assert torch.equal(model.weight, torch.ones(3, 6)), "the update was made"
+    assert torch.equal(average_of(update), before)
+    assert update.precision.scaler.get_scale() == (scale / 2 if "dtype" in options else 1.0)
+    update(iter(whole()), 2)
+    assert not torch.equal(average_of(update), before)
+
+
+def average_of(update):
+    return update.average.model.weight.detach().clone()
+
+
 def test_too_many_skipped_updates_in_a_row_stop_the_run():
     count = MAX_SKIPPED + 1
     assert epoch(make(skipping=True), poisoned(range(1, count), count + 1), count + 1).skipped == 20

@@ -9,6 +9,7 @@ import yaml
 
 import fambav
 from fambav.commands import export as command
+from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
 from fambav.export import FORMATS, export, folder
 from tests.export.made import NAMES, weights
@@ -81,6 +82,21 @@ def test_the_card_says_what_the_run_says(run, tmp_path):
         assert known in card, known
     assert "fambav.from_pretrained('out')" in card
     assert "literature" in card
+
+
+def test_the_card_believes_the_history_of_a_checkpoint_and_not_the_log(run, tmp_path):
+    path, records = run / "checkpoint.pth", [dict(epoch=0, test_acc1=40.5, test_acc5=80.5)]
+    checkpoint.save(path, {**checkpoint.load(path), "epoch": 0, "history": records})
+    export(run, "hf", tmp_path / "out", images=1, noise=True)
+    about = json.loads((tmp_path / "out" / "config.json").read_text())["fambav"]["run"]
+    assert (about["epoch"], about["acc1"], about["acc5"]) == (1, 40.5, 80.5)
+
+
+def test_a_log_that_is_damaged_is_refused_in_one_line(run, tmp_path):
+    log = run / "log.txt"
+    log.write_text("{" + log.read_text())
+    with pytest.raises(ValueError, match=r"^[^\n]*log\.txt: line 1 is not a JSON object$"):
+        export(run, "hf", tmp_path / "out", images=1, noise=True)
 
 
 def test_the_card_of_bare_weights_invents_nothing(tmp_path):

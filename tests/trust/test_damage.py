@@ -16,8 +16,9 @@ from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
 from tests.damage import flipped, truncated, zeroed
 from tests.data.made import made_cifar
-from tests.identical import assert_identical
+from tests.identical import assert_identical, assert_same_folders
 from tests.trust.forked import run
+from tests.trust.test_kills import at_call
 
 HARM = {"truncations": (truncated, 200), "bit flips": (flipped, 200), "zeroed pages": (zeroed, 100)}
 
@@ -51,6 +52,43 @@ def test_auto_takes_the_checkpoint_before_a_damaged_one_and_says_so(whole, recip
     assert "; trying the one before" in found.out
     assert f"going on from {folder / 'previous_checkpoint.pth'}" in found.out
     assert_identical(folder, whole)
+
+
+def test_a_run_that_dies_again_before_it_saves_still_has_a_good_checkpoint(whole, recipe, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "best_checkpoint.pth").unlink()
+    path = folder / "checkpoint.pth"
+    broken = truncated(path.read_bytes(), random.Random(1))
+    path.unlink()
+    path.write_bytes(broken)
+    words = [*recipe, "--resume", "auto"]
+    died = run(words, folder, at_call(checkpoint, "save", 1))
+    assert died.status == -9, died.out
+    assert checkpoint.load(folder / "previous_checkpoint.pth")["epoch"] == 1
+    found = run(words, folder)
+    assert found.status == 0, found.out
+    assert checkpoint.load(path)["epoch"] == 2
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.csv", "model.safetensors"])
+def test_a_finished_run_whose_files_were_damaged_is_repaired(whole, recipe, tmp_path, name):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    path, words = folder / name, [*recipe, "--resume", "auto"]
+    found = run(words, folder)
+    assert found.status == 0, found.out
+    assert "differs" not in found.out
+    assert_same_folders(folder, whole)
+    before = path.read_bytes()
+    at = before.index(b"1", len(before) // 2)
+    path.write_bytes(before[:at] + b"7" + before[at + 1 :])
+    found = run(words, folder)
+    assert found.status == 0, found.out
+    said = f"{name} differs from the checkpoint's history; it is written anew from that"
+    assert found.out.count(said) == (name != "model.safetensors")
+    assert name == "model.safetensors" or path.read_bytes() == before
+    assert_same_folders(folder, whole)
 
 
 def test_without_a_good_one_auto_is_refused_and_nothing_changes(whole, recipe, tmp_path):

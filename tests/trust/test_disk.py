@@ -1,13 +1,15 @@
 """A disk that is full, or a write that fails: what was saved stays, and training goes on."""
 
 import errno
+import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 
 from fambav.engine import checkpoint, fit
-from tests.identical import assert_identical, log
+from tests.identical import assert_identical, assert_same_folders, log
 from tests.trust.forked import run
 
 
@@ -57,6 +59,49 @@ def test_only_a_failure_of_the_last_save_ends_with_status_4(recipe, tmp_path):
     assert found.out.count("error: ") == 1
     assert "last state could not be written: the disk is gone" in found.out
     assert checkpoint.load(folder / "checkpoint.pth")["epoch"] == 1
+
+
+def full_at(name, epochs):
+    """Let the disk be full for one file from the time on when so many epochs are evaluated."""
+
+    def prepare():
+        scores, replace, opened, calls = fit.Fit._scores, Path.replace, Path.open, []
+
+        def refuse(path):
+            if len(calls) >= epochs and Path(path).name == name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def moved(path, target):
+            refuse(target)
+            return replace(path, target)
+
+        def appended(path, mode="r", **options):
+            if mode == "a":
+                refuse(path)
+            return opened(path, mode, **options)
+
+        fit.Fit._scores = lambda *given: (calls.append(1), scores(*given))[1]
+        Path.replace, Path.open = moved, appended
+
+    return prepare
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("name", ["model.safetensors", "log.txt", "metrics.csv"])
+def test_a_file_that_the_last_save_could_not_write_is_written_on_resume(
+    recipe, tmp_path, name, epochs
+):
+    whole, folder, words = tmp_path / "whole", tmp_path / "run", [*recipe, "--epochs", epochs]
+    assert run(words, whole).status == 0
+    found = run(words, folder, full_at(name, epochs))
+    assert found.status == 4, found.out
+    assert found.out.count("error: last state could not be written: no space left") == 1
+    assert checkpoint.load(folder / "checkpoint.pth")["epoch"] == epochs - 1
+    found = run([*words, "--resume", "auto"], folder, full_at("model.safetensors", 0))
+    assert found.status == 4, found.out
+    found = run([*words, "--resume", "auto"], folder)
+    assert found.status == 0, found.out
+    assert_same_folders(folder, whole)
 
 
 @pytest.mark.parametrize("size", [10_000, 50_000, 200_000])

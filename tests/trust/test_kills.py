@@ -1,13 +1,15 @@
 """Killed at any moment, a run goes on to the same bits."""
 
 import random
+import shutil
+import sys
 import time
 
 import pytest
 
 from fambav.engine import checkpoint, fit, train
 from fambav.engine.record import Recorder
-from tests.identical import assert_identical
+from tests.identical import assert_same_folders, same
 from tests.trust import forked
 from tests.trust.forked import dies, run
 
@@ -97,15 +99,79 @@ def test_a_run_killed_at_this_point_goes_on_to_the_same_bits(whole, recipe, tmp_
     assert died.status == -9, f"the point was never reached: {died.out}"
     found = run([*recipe, "--resume", "auto"], folder)
     assert found.status == 0, found.out
-    assert_identical(folder, whole)
+    assert_same_folders(folder, whole)
 
 
-def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(whole, recipe, tmp_path):
+def finished(folder, epochs):
+    path = folder / "checkpoint.pth"
+    return path.exists() and checkpoint.load(path)["epoch"] == epochs - 1
+
+
+def same_weights(folder, other):
+    ours, theirs = (place / "model.safetensors" for place in (folder, other))
+    return ours.exists() and same(checkpoint.load(ours)["model"], checkpoint.load(theirs)["model"])
+
+
+def copied_in_the_last_save(folder, copies, epochs):
+    """Copy the run folder as a kill would leave it: before each change to it in the last save.
+
+    Copies that differ in nothing but temporary files count once.
+    """
+
+    def prepare():
+        real, calls, seen, busy = fit.Fit._scores, [], [], []
+
+        def counted(*given):
+            calls.append(1)
+            return real(*given)
+
+        def copied(event, given):
+            if (
+                len(calls) < epochs
+                or busy
+                or event.partition(".")[0] not in ("open", "os", "shutil")
+            ):
+                return
+            busy.append(event)
+            files = {
+                path.name: path.read_bytes()
+                for path in sorted(folder.iterdir())
+                if not path.name.startswith((".tmp-", "events."))
+            }
+            if files not in seen:
+                seen.append(files)
+                shutil.copytree(folder, copies / str(len(seen)))
+            busy.clear()
+
+        fit.Fit._scores = counted
+        sys.addaudithook(copied)
+
+    return prepare
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_run_killed_at_any_moment_of_its_last_save_goes_on_to_the_same_files(
+    recipe, tmp_path, epochs
+):
+    whole, copies = tmp_path / "whole", tmp_path / "copies"
+    words = [*recipe, "--epochs", epochs]
+    found = run(words, whole, copied_in_the_last_save(whole, copies, epochs))
+    assert found.status == 0, found.out
+    moments = sorted(copies.iterdir())
+    assert len(moments) >= 5
+    assert any(finished(p, epochs) and not same_weights(p, whole) for p in moments)
+    for place in moments:
+        found = run([*words, "--resume", "auto"], place)
+        assert found.status == 0, found.out
+        assert_same_folders(place, whole)
+
+
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(recipe, tmp_path):
     """Each run is killed once, at any moment of the time that it takes here."""
     draw, killed, late = random.Random(7), 0, 0
     words = [*recipe, "--save-every", "2"]
     start = time.monotonic()
-    assert run(words, tmp_path / "timed").status == 0
+    assert run(words, tmp_path / "whole").status == 0
     seconds = time.monotonic() - start
     while killed < KILLS:
         folder = tmp_path / f"run{killed + late}"
@@ -119,4 +185,4 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(whole, recipe, 
         killed += 1
         found = run([*words, "--resume", "auto"], folder)
         assert found.status == 0, found.out
-        assert_identical(folder, whole)
+        assert_same_folders(folder, tmp_path / "whole")
