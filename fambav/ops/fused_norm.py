@@ -43,8 +43,9 @@ TRITON_NORM = Backend(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """View as (rows, dim)."""
-    return x.reshape(-1, x.shape[-1])
+    """View as (rows, dim), or copy where the numbers of a row are not next to each other."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 @custom_op(

@@ -54,7 +54,7 @@ def scan(
         return x.float() if x.dim() == 2 else along(x)
 
     def each(x: Tensor | None) -> Any:
-        return None if x is None else x.float()
+        return None if x is None else x.float().contiguous()  # the kernel reads no stride of it
 
     y, last_state = _Scan.apply(
         *(along(u), along(delta), A.float(), weight(B), weight(C)),

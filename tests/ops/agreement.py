@@ -46,13 +46,17 @@ def widened(inputs):
     return {n: x.detach().cpu().double().requires_grad_() for n, x in inputs.items()}
 
 
-def results(function, inputs, backend, op="selective_scan", **options):
-    """Outputs by their place, and the gradient of every input by its name."""
+def results(function, inputs, backend, op="selective_scan", *, lay=None, **options):
+    """Outputs by their place, and the gradient of every input by its name.
+
+    `lay` gives the gradients of the outputs another layout.
+    """
     with force(backend, op):
         outputs = function(**inputs, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     weights = [draw(f"grad {i}", *y.shape).detach().bfloat16() for i, y in enumerate(outputs)]
     weights = [w.to(y) for w, y in zip(weights, outputs, strict=True)]
+    weights = weights if lay is None else list(map(lay, weights))
     grads = torch.autograd.grad(outputs, list(inputs.values()), weights)
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     return found | {f"gradient of {n}": g for n, g in zip(inputs, grads, strict=True)}

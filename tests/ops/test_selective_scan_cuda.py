@@ -59,6 +59,7 @@ class Extension(ModuleType):
         varying = [t for t in (B, C) if t.dim() == 4]
         assert {t.dtype for t in (*tokens, *varying)} == {u.dtype}
         assert all(t.stride(-1) == 1 for t in (*tokens, *varying))
+        assert all(t.is_contiguous() for t in (D, bias) if t is not None)
 
 
 @pytest.fixture
@@ -115,6 +116,16 @@ def test_low_precision_inputs_keep_their_dtype_and_parameters_become_float32(ext
     assert extension.calls == ["fwd", "bwd"]
     assert got["output 0"].dtype == torch.float32
     assert all(got[f"gradient of {n}"].dtype == x.dtype for n, x in inputs.items())
+
+
+def test_numbers_of_channels_reach_the_extension_next_to_each_other(extension):
+    inputs = scan_inputs(2, 8, 1, 4, 5)
+    for name in ("D", "delta_bias"):
+        inputs[name] = inputs[name].detach().repeat_interleave(2)[::2].requires_grad_()
+    got = results(selective_scan, inputs, "cuda")
+    assert extension.calls == ["fwd", "bwd"]
+    want = results(selective_scan, inputs, "reference")
+    agree(got, {name: x.double() for name, x in want.items()}, torch.float32)
 
 
 def test_constant_weights_go_to_the_extension_as_they_are(extension):

@@ -126,7 +126,7 @@ def add_rms_norm_forward(
     """Add to the residual stream and normalise the sum.
 
     Args:
-        hidden: (rows, dim); rows at any distance, here and below.
+        hidden: (rows, dim), a row's numbers next to each other, rows at any distance, as below.
         residual: (rows, dim), or None for zeros.
         weight: (dim,).
         normed: Place of the result, (rows, dim).
@@ -161,7 +161,8 @@ def add_rms_norm_backward(
     """Return the gradient of the weight, and write that of the sum to both of its terms.
 
     Args:
-        grad_normed: Gradient of the result, (rows, dim); rows at any distance, here and below.
+        grad_normed: Gradient of the result, (rows, dim), a row's numbers next to each other, rows
+            at any distance, as below.
         grad_total: Gradient of the sum, (rows, dim), or None for zeros.
         total: The sum, (rows, dim).
         weight: (dim,).
