@@ -45,7 +45,7 @@ def test_what_is_written_of_the_machine_is_a_list_of_known_things(whole):
     known = {
         *("command", "python", "platform", "packages", "fambav", "commit", "cpu", "cpu_count"),
         *("threads", "gpu", "cuda", "started", "processes", "device", "precision", "data"),
-        "resumed",
+        *("resumed", "unfused"),
     }
     told = json.loads((whole / "env.json").read_text())
     assert told.keys() == known
