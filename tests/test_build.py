@@ -1,16 +1,18 @@
 """From settings to objects."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from fambav.build import model, run, schedule
+from fambav.build import entries, model, run, schedule
 from fambav.build.batches import data_set, train_batches
 from fambav.build.network import sketch
 from fambav.build.saved import as_strings, fact, facts, put, same_run, settings
 from fambav.build.updates import learning_rate, precision, update
 from fambav.config import ConfigError, parse
+from fambav.ecosystem import timm
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.replay import Replayed
@@ -184,6 +186,28 @@ def test_facts_are_plain_and_survive_both_kinds_of_file(fake, tmp_path):
         assert fact(state, "class_names") is None
     assert settings({"model": {}, "metadata": {}}) is None
     assert settings({"model": {}, "metadata": 3}) is None
+
+
+@pytest.mark.parametrize("name", ["vim_micro", "plainmamba_micro"])
+def test_the_grid_that_a_file_records_decides_over_the_number_of_patches(fake, name, tmp_path):
+    wanted, found = fake
+    build = partial(timm.create_model, name, num_classes=5)
+    wide, square = build(img_size=(16, 64)), build(img_size=(32, 32))
+    known = facts(wanted, found, None, images=64, grid=wide.grid)
+    del known["class_token"]  # the data set's settings name another place
+    path = tmp_path / "w.safetensors"
+    checkpoint.save_weights(path, wide.state_dict(), as_strings(known))
+    again = build(img_size=(16, 64))
+    put(path, entries.load(path), again)
+    position = "backbone.pos_embed" if name == "plainmamba_micro" else "pos_embed"
+    assert torch.equal(again.state_dict()[position], wide.state_dict()[position])
+    put(path, entries.load(path), square)
+    assert not torch.equal(square.state_dict()[position], wide.state_dict()[position])
+    for wrong in ("[4]", "[0, 16]", '"4 x 4"'):
+        strings = {**as_strings(known), "grid": wrong}
+        checkpoint.save_weights(path, wide.state_dict(), strings)
+        with pytest.raises(CheckpointError, match=r"grid is .*, expected 2 whole numbers"):
+            entries.load(path)
 
 
 def test_only_a_checkpoint_of_the_same_run_goes_on(fake, tmp_path):

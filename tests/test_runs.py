@@ -149,6 +149,7 @@ def test_the_checkpoint_says_what_it_is_of(finished):
     state = torch.load(finished.folder / "checkpoint.pth", weights_only=True)
     assert state["epoch"] == EPOCHS - 1
     assert state["class_token"] == "middle"
+    assert state["grid"] == [4, 4]
     assert state["schedule"]["lengths"] == [17, 17, 17, 14, 11, 8]
     assert state["config"]["fusion_token"] == 3
     assert state["best_acc1"] == max(line["test_acc1"] for line in log(finished.folder))
@@ -156,6 +157,7 @@ def test_the_checkpoint_says_what_it_is_of(finished):
     alone = checkpoint.load(finished.folder / "model.safetensors")
     assert same(alone["model"], dict(state["model"]))
     assert alone["metadata"]["class_token"] == "middle"
+    assert alone["metadata"]["grid"] == "[4, 4]"
     assert not same(state["model"], state["model_ema"])
 
 

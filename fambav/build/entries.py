@@ -98,6 +98,7 @@ _RECORDS = _Kind(
 _KINDS = {
     "config": _PLAIN,
     "class_token": _or_none(_TEXT),
+    "grid": _or_none(_Kind(_all(_count(1).holds, long=2), "2 whole numbers of at least 1")),
     "schedule": _or_none(_PLAIN),
     "images_per_update": _count(1),
     "teacher": _or_none(_TEXT),

@@ -210,11 +210,13 @@ class Job:
         )
         score, held_out = self._score(), self._held_out()
         schedule, images = self.sketch.schedule, images_per_update(self.config, self.group)
+        reduction = self.sketch.reduction
         facts = saved.facts(
             self.config,
             self.data,
             schedule,
             images=images,
+            grid=None if reduction is None else reduction.body.grid,
             teacher=digest,
             world=self.group.world,
         )

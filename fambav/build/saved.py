@@ -56,6 +56,7 @@ def facts(
     plan: Schedule | None,
     *,
     images: int,
+    grid: tuple[int, int] | None = None,
     teacher: str | None = None,
     world: int = 1,
 ) -> State:
@@ -66,6 +67,7 @@ def facts(
         found: The data set.
         plan: Tokens at each layer, if the model has such a plan.
         images: Images in an update, over all processes.
+        grid: Patches along height and width, if the model has such a grid.
         teacher: Digest of the teacher's weights, if there is a teacher.
         world: Number of processes.
     """
@@ -73,6 +75,7 @@ def facts(
     return {
         "config": config.flat(),
         "class_token": config.model.class_token,
+        "grid": grid and list(grid),
         "schedule": plan and {name: _plain(value) for name, value in asdict(plan).items()},
         "images_per_update": images,
         "teacher": teacher,
@@ -216,12 +219,13 @@ def put(
         CheckpointError: If the weights are not those of such a model.
     """
     try:
-        weights = official(state, ema=ema)
+        weights, grid = official(state, ema=ema), fact(state, "grid")
+        grid = grid and (grid[0], grid[1])
         if isinstance(net, Vim):
             place = fact(state, "class_token") or published_class_token(state)
-            weights = adapt(weights, net, class_token=place, head=head)
+            weights = adapt(weights, net, class_token=place, grid=grid, head=head)
         elif isinstance(net, PlainMamba):
-            weights = adapt(weights, net, head=head)
+            weights = adapt(weights, net, grid=grid, head=head)
         else:
             weights = _with_head(weights, net, head)
         _check_dtypes(weights, net)

@@ -148,6 +148,7 @@ def facts(model: Pretrained) -> dict[str, Any]:
     return {
         "config": settings(model),
         "class_token": model.config.model.class_token,
+        "grid": getattr(model.net, "grid", None),
         "num_classes": num_classes(model),
         "class_names": model.class_names,
         "mean": list(model.mean),

@@ -100,7 +100,8 @@ def adapt(
         state_dict: The weights.
         model: What they are for.
         class_token: Where the class token stood in training, if that is known.
-        grid: Patches along height and width in training; square if that is not known.
+        grid: Patches along height and width in training.  None takes them for as many on both
+            sides, and is refused where that is in doubt.
         head: "strict" refuses another number of classes; "drop" keeps the model's head then.
 
     Returns:
@@ -109,7 +110,8 @@ def adapt(
         model has them.
 
     Raises:
-        ValueError: If class tokens, classes, names or shapes do not fit.
+        ValueError: If class tokens, classes, names or shapes do not fit, or the grid has to be
+            told.
     """
     if class_token is not None:
         check_class_token(class_token, model.class_token)
@@ -133,20 +135,26 @@ def resize_pos_embed(pos_embed: Tensor, model: Net, grid: tuple[int, int] | None
     Args:
         pos_embed: The rows of patches and class tokens, (1, length, dim).
         model: Has the class tokens at the same place in its own sequence.
-        grid: Patches along height and width in training; if that is not known, square, or the
-            model's if their number is no square.
+        grid: Patches along height and width in training; None if that is not known.
 
     Returns:
         (1, model.length, dim); pos_embed itself if the grid is the model's.
 
     Raises:
-        ValueError: If grid does not have as many places as there are patches.
+        ValueError: If grid does not have as many places as there are patches; if it is None and
+            they make no square, or make a square and the model's other grid just as well.
     """
     length = pos_embed.shape[1]
     patches = length - len(model.class_places)
     if grid is None:
         side = math.isqrt(max(patches, 0))
-        grid = (side, side) if side and side * side == patches else model.grid
+        grid, own = (side, side), math.prod(model.grid)
+        if not side or math.prod(grid) != patches or (own == patches and grid != model.grid):
+            raise ValueError(
+                f"grid is None, expected patches along height and width in training, such as"
+                f" adapt(..., grid={model.grid}): the {patches} rows of the checkpoint's pos_embed"
+                " do not tell them"
+            )
     if grid[0] * grid[1] != patches:
         raise ValueError(
             f"grid is {grid[0]} x {grid[1]}, expected {patches} places as the checkpoint's"

@@ -43,6 +43,8 @@ def test_a_folder_gives_back_the_model_bit_by_bit(kind, settings, tmp_path):
     told = found.pretrained_cfg
     assert (told["mean"], told["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert told["label_names"] == NAMES
+    stored = checkpoint.load(tmp_path / "out" / "model.safetensors")["metadata"]
+    assert json.loads(stored["grid"]) == list(net.grid)
     images = torch.randn(2, *told["input_size"])
     assert torch.equal(found(images), net(images))
 

@@ -1,10 +1,12 @@
 """Weights of other codes, sizes and numbers of classes."""
 
 import argparse
+from functools import partial
 
 import pytest
 import torch
 
+from fambav.ecosystem import timm
 from fambav.layers.embed import insert
 from fambav.models import Vim, adapt, check_class_token, official, published_class_token
 from fambav.models.weights import resize_pos_embed
@@ -132,7 +134,6 @@ def test_position_embeddings_resize_around_their_class_rows(class_token, old, ne
 def test_an_embedding_of_the_same_grid_is_returned_as_it_is():
     model = small(img_size=(32, 64))
     embedding = torch.randn(1, 33, 16)
-    assert resize_pos_embed(embedding, model) is embedding
     assert resize_pos_embed(embedding, model, (4, 8)) is embedding
     assert not torch.equal(resize_pos_embed(embedding, model, (8, 4)), embedding)
 
@@ -142,7 +143,19 @@ def test_a_square_is_assumed_of_a_grid_that_is_not_known():
     square = resize_pos_embed(torch.randn(1, 17, 16), model)
     assert square.shape == (1, 33, 16)
     with pytest.raises(ValueError, match="grid is 2 x 16, expected 20 places"):
-        resize_pos_embed(torch.randn(1, 21, 16), model)
+        resize_pos_embed(torch.randn(1, 21, 16), model, (2, 16))
+
+
+@pytest.mark.parametrize("size", [(16, 64), (64, 16), (16, 128), (16, 16)])
+@pytest.mark.parametrize("build", [small, partial(timm.create_model, "plainmamba_micro")])
+def test_weights_loaded_into_their_own_model_change_nothing_or_ask_for_the_grid(build, size):
+    model = build(img_size=size)
+    weights = model.state_dict()
+    if size[0] != size[1]:  # 2 x 8 patches are as many as 4 x 4
+        with pytest.raises(ValueError, match=rf"grid is None, .* grid=\({model.grid[0]}, "):
+            adapt(weights, model)
+    grid = None if size[0] == size[1] else model.grid
+    assert all(value is weights[name] for name, value in adapt(weights, model, grid=grid).items())
 
 
 def test_a_model_of_another_size_takes_adapted_weights_strictly():
