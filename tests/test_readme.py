@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fambav.reduction  # noqa: F401  registers the methods
 from fambav.commands.bench import parser as bench_parser
 from fambav.config import parse
 from fambav.registry import REDUCERS
