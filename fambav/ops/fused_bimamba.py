@@ -229,6 +229,7 @@ def _backward_shapes(grad: Any, projected: Any, total: Any, kept: Any, *rest: An
 
 
 def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], *inputs)
     ctx.options = {name: keyword_only_inputs[name] for name in ("scale", "kernels")}
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fambav.ops.flops  # noqa: F401  registers the formulas
@@ -56,6 +57,25 @@ def test_every_gradient_agrees_with_the_float64_reference(kernels, length):
 def test_a_long_sequence_passes_many_chunks(kernels):
     tensors = inputs(70, batch=1, device=device_of(kernels))
     agree(results(tensors, kernels), results(widened(tensors), "reference"), torch.float32)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_nothing_is_filled_with_zeros_for_tensors_that_have_no_gradient(kernels):
+    tensors = inputs(5, device=device_of(kernels))
+    with force(kernels):
+        y = run(tensors)
+    filled = []
+
+    class Filled(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.zeros_like):
+                filled.append(tuple(out.shape))
+            return out
+
+    with Filled():
+        torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y))
+    assert not [shape for shape in filled if len(shape) > 2]
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
