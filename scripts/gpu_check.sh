@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
-# Correctness and speed on a GPU, from a bare checkout, in under 8 minutes.
+# Correctness and speed on a GPU, from a bare checkout, in two parts of under 8 minutes.
 #
-#   bash scripts/gpu_check.sh [--only STEP] [--dry] [FOLDER]
+#   bash scripts/gpu_check.sh [--more] [--only STEP] [--dry] [FOLDER]
 #
 # FOLDER (default output/gpu_check) receives a JSON file after every step, and in steps.jsonl a line
-# for each: an early stop loses nothing.  --only runs one step; --dry runs each to its end on a CPU,
-# with tiny sizes and Triton's interpreter.
+# for each: an early stop loses nothing.  --more runs the second part, of less that matters; --only
+# runs one step of either; --dry runs each to its end on a CPU, with tiny sizes and Triton's
+# interpreter.
 # Needs a CUDA build of torch and the packages of pyproject.toml in $PYTHON (default python3);
 # installs nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
-export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
 python=${PYTHON:-python3}
-total=470
-only= dry= out=output/gpu_check
-steps="check_scan check_kernels check_training scan step strategies infer latency reduction data floors block smoke"
-steps+=" smoke_graphs sweep scan_small step_small block_small tests sweep_float32"
+total=470 # seconds; the limits of a part's steps add up to less
+more= only= dry= out=output/gpu_check
+steps="check_norm check_conv check_gate check_match check_pool check_scan check_mixer check_training"
+steps+=" scan step strategies infer latency floors"
+later="reduction data block smoke smoke_graphs tests scan_small step_small block_small sweep check_scan_forms"
+later+=" sweep_float32"
 
 fail() {
     printf 'error: %s\n' "$1" >&2
@@ -25,31 +28,35 @@ while [ $# -gt 0 ]; do
     case $1 in
     --only)
         only=${2:-}
-        [[ " $steps " == *" $only "* ]] || fail "--only is '$only', expected one of $steps"
+        [[ " $steps $later " == *" $only "* ]] || fail "--only is '$only', expected one of $steps $later"
         shift
         ;;
+    --more) more=1 ;;
     --dry) dry=1 ;;
-    -*) fail "option is $1, expected --only or --dry" ;;
+    -*) fail "option is $1, expected --more, --only or --dry" ;;
     *) out=$1 ;;
     esac
     shift
 done
 mkdir -p "$out"
-[ -n "$only" ] || rm -f "$out/steps.jsonl"
+[ -n "$only$more" ] || rm -f "$out/steps.jsonl"
+[ -z "$more" ] || steps=$later
+[ -z "$only" ] || steps=$only
 if [ -z "$dry" ]; then
     "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
         fail "no CUDA device is visible to $python, expected one; --dry needs none"
 fi
+SECONDS=0 # the first import of torch on a new machine takes its own time
 
 failed=0
 step() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 left=$((total - SECONDS)) began=$SECONDS status=0
     shift 2
-    [ -n "$only" ] && [ "$only" != "$name" ] && return
+    [[ " $steps " == *" $name "* ]] || return
     [ -n "$dry" ] && left=600 limit=600
     [ "$left" -lt "$limit" ] && limit=$left
     echo "== $name"
-    if [ "$limit" -gt 0 ]; then timeout "$limit" "$@" || status=$?; else status=124; fi
+    if [ "$limit" -gt 0 ]; then timeout -k 10 "$limit" "$@" || status=$?; else status=124; fi
     [ "$status" = 0 ] || failed=1
     printf '{"step": "%s", "status": %d, "seconds": %d, "limit": %d}\n' \
         "$name" "$status" $((SECONDS - began)) "$limit" >>"$out/steps.jsonl"
@@ -62,6 +69,7 @@ bench() { # NAME SECONDS KIND FLAGS...
 smoke() { # NAME SECONDS FLAGS...
     local name=$1 limit=$2
     shift 2
+    [[ " $steps " == *" $name "* ]] || return
     step "$name" "$limit" "$python" main.py --device "$device" --data-set FAKE --epochs 1 "${small[@]}" \
         --output_dir "$out/$name" "$@"
     [ -f "$out/$name/log.txt" ] && "$python" -c '
@@ -83,7 +91,9 @@ if [ -n "$dry" ]; then
     forward=(--batch 1 --rounds 1 --warmup 0 --model vim_micro --plan none upper:3:9 --peer deit_tiny_patch16_224 --ceilings --split)
     sweep=(sweep "${few[@]}" --length 3 --dim 32 --state 4 --blocks 32 --warps 1)
     bench check_scan 1 check --part scan --length 2 --dtype float32
-    bench check_kernels 1 check --part scan_forms conv gate norm match pool mixer --length 5 --dtype float32
+    for part in norm conv gate match pool mixer scan_forms; do
+        bench "check_$part" 1 check --part "$part" --length 5 --dtype float32
+    done
     bench check_training 1 check --part training --updates 2 --batch 2
     bench scan 1 "${scan[@]}" --dim 32
     bench step 1 "${step[@]}"
@@ -106,27 +116,32 @@ else
     device=cuda
     small=(--model vim_tiny --batch-size 64 --num_workers 8 --fusion-strategy upper --fusion-layer 6 --fusion-token 9)
     forward=(--plan none upper:6:9 all:7 --peer deit_tiny_patch16_224 --cuda-graphs --ceilings --split)
-    bench check_scan 80 check --part scan
-    bench check_kernels 70 check --part scan_forms scan_large conv gate norm match pool mixer
-    bench check_training 60 check --part training
-    bench scan 40 scan
-    bench step 50 step --cuda-graphs
-    bench strategies 60 strategies
-    bench infer 45 infer "${forward[@]}"
-    bench latency 35 latency "${forward[@]}"
+    for part in norm conv gate match pool; do
+        bench "check_$part" 20 check --part "$part"
+    done
+    bench check_scan 70 check --part scan scan_large
+    bench check_mixer 25 check --part mixer
+    bench check_training 45 check --part training
+    bench scan 30 scan
+    bench step 40 step --cuda-graphs
+    bench strategies 60 strategies --cuda-graphs
+    bench infer 35 infer "${forward[@]}"
+    bench latency 25 latency "${forward[@]}"
+    bench floors 40 floors
+
     bench reduction 40 reduction
-    bench data 40 data --workers 0 1 8
-    bench floors 45 floors
-    bench block 40 block
-    smoke smoke 40
-    smoke smoke_graphs 40 --cuda-graphs
-    bench sweep 75 sweep --dtype bfloat16
-    bench scan_small 40 scan --dim 768
-    bench step_small 50 step --model vim_small --cuda-graphs
-    bench block_small 40 block --model vim_small
+    bench data 30 data --workers 0 1 8
+    bench block 30 block
+    smoke smoke 30
+    smoke smoke_graphs 30 --cuda-graphs
     # A pytest that is absent or does not know our settings is no failure of the kernels.
-    step tests 60 bash -c '"$1" -c "import pytest, pytest_timeout" || exit 0; "$1" -m pytest -m gpu -p no:cacheprovider' tests "$python"
-    bench sweep_float32 75 sweep --dtype float32
+    step tests 75 bash -c '"$1" -c "import pytest, pytest_timeout" || exit 0; "$1" -m pytest -m gpu -p no:cacheprovider' tests "$python"
+    bench scan_small 25 scan --dim 768
+    bench step_small 40 step --model vim_small --cuda-graphs
+    bench block_small 30 block --model vim_small
+    bench sweep 55 sweep --dtype bfloat16
+    bench check_scan_forms 55 check --part scan_forms --length 5
+    bench sweep_float32 30 sweep --dtype float32
 fi
 cat "$out/steps.jsonl"
 exit $failed

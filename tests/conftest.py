@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,7 +19,11 @@ torch.set_num_threads(1)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CANNOT_RUN = {
     "browser": lambda: None if any(map(shutil.which, BROWSERS)) else "needs Chromium",
-    "gpu": lambda: None if torch.cuda.is_available() else "needs a CUDA device",
+    "gpu": lambda *modules: (
+        next((f"needs {name}" for name in modules if find_spec(name) is None), None)
+        if torch.cuda.is_available()
+        else "needs a CUDA device"
+    ),
     "outside": lambda name: None if os.environ.get(name) else f"{name} names no checkout",
 }
 

@@ -11,7 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts/gpu_check.sh"
-STEPS = " ".join(re.findall(r'^steps\+?="(.*)"$', SCRIPT.read_text(), re.MULTILINE)).split()
+TEXT = SCRIPT.read_text()
+PARTS = {
+    word: " ".join(re.findall(rf'^{name}\+?="(.*)"$', TEXT, re.MULTILINE)).split()
+    for name, word in (("steps", ""), ("later", "--more"))
+}
 NO_REPORT = {"smoke_graphs", "tests"}  # on a CPU the first is a refusal
 
 
@@ -27,16 +31,27 @@ def gpu_check(*words):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_step_ends_without_a_gpu_and_leaves_its_figures(tmp_path):
-    done = gpu_check("--dry", tmp_path)
+@pytest.mark.parametrize("part", PARTS)
+def test_every_step_ends_without_a_gpu_and_leaves_its_figures(part, tmp_path):
+    done = gpu_check("--dry", *part.split(), tmp_path)
     told = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in told] == STEPS
+    assert sorted(step["step"] for step in told) == sorted(PARTS[part])
     assert [step for step in told if step["status"]] == [], done.stdout + done.stderr
     assert done.returncode == 0
-    for name in set(STEPS) - NO_REPORT:
+    for name in set(PARTS[part]) - NO_REPORT:
         figures = json.loads((tmp_path / f"{name}.json").read_text())
         about = figures.get("settings") or figures["environment"]
         assert about["commit"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_limits_of_a_part_fit_into_its_time(part):
+    on_a_gpu = TEXT.split("\nelse\n")[1]
+    limits = dict(re.findall(r"^ +(?:bench|smoke|step) (\w+) (\d+)\b", on_a_gpu, re.MULTILINE))
+    kinds, each = re.search(r"for part in (.*); do\n +bench \S+ (\d+)", on_a_gpu).groups()
+    limits |= {f"check_{kind}": each for kind in kinds.split()}
+    assert limits.keys() == {*PARTS[""], *PARTS["--more"]}
+    assert sum(int(limits[name]) for name in PARTS[part]) <= int(TEXT.split("total=")[1].split()[0])
 
 
 @pytest.mark.slow
@@ -55,9 +70,9 @@ def test_one_step_runs_alone_and_a_failure_is_a_status(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "scna"], "--only is 'scna', expected one of check_scan"),
-        (["--only"], "--only is '', expected one of check_scan"),
-        (["--wet"], "option is --wet, expected --only or --dry"),
+        (["--only", "scna"], "--only is 'scna', expected one of check_norm"),
+        (["--only"], "--only is '', expected one of check_norm"),
+        (["--wet"], "option is --wet, expected --more, --only or --dry"),
     ],
 )
 def test_a_wrong_option_is_one_line(words, message):

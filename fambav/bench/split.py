@@ -210,7 +210,7 @@ def by_operation(watched: Watched, *, rounds: int, device: torch.device) -> dict
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with _ranges(watched.net), profile(activities=activities) as profiler:
+    with _ranges(watched.net, device), profile(activities=activities) as profiler:
         for _ in range(rounds):
             with record_function(WHOLE):
                 watched.run()
@@ -315,10 +315,10 @@ def _named_group(name: str) -> tuple[str | None, str | None]:
 
 
 @contextmanager
-def _ranges(net: nn.Module) -> Iterator[None]:
+def _ranges(net: nn.Module, device: torch.device) -> Iterator[None]:
     """Let the profiler see our kernels inside of one operation, and where a reduction begins."""
     with ExitStack() as undone:
-        for kernels in (TRITON, NUMBA):
+        for kernels in (TRITON,) if device.type == "cuda" else (TRITON, NUMBA):
             if kernels.missing() is None:
                 loaded = kernels.load()
                 for name in _kernel_names():

@@ -58,7 +58,9 @@ def test_backends_agree_with_the_float64_reference(
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("dim", "length"), [(8, 5), (87, 65), (384, 197)])
-@pytest.mark.parametrize("backend", ["cuda", *BACKENDS])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("cuda", marks=pytest.mark.gpu("causal_conv1d")), *BACKENDS]
+)
 def test_backends_on_a_gpu_agree_with_the_float64_reference(backend, dim, length, dtype, reverse):
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.allow_tf32 = False

@@ -12,7 +12,7 @@ from tests import golden
 from tests.ops.agreement import agree, draw, results, scan_inputs, widened
 
 BACKENDS = ["cpu", "reference"]
-GPU = [pytest.param("cuda", marks=pytest.mark.gpu)]
+GPU = [pytest.param("cuda", marks=pytest.mark.gpu("selective_scan_cuda"))]
 FULL = dict(delta_softplus=True, return_last_state=True)
 
 
