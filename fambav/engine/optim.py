@@ -55,6 +55,8 @@ def optimizer(parameters: list[dict[str, Any]], *, name: str, **options: Any) ->
         options: lr, eps, betas, momentum; what is None, or unknown to the optimizer, is left out.
     """
     given = {key: value for key, value in options.items() if value is not None}
+    if name == "sgd" and options.get("momentum") == 0:
+        name = "momentum"  # timm's sgd looks ahead by the momentum, which there has to be one of
     return timm.optim.create_optimizer_v2(parameters, opt=name, **given)
 
 

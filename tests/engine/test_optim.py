@@ -119,6 +119,16 @@ def test_every_optimizer_steps_and_keeps_the_groups(name):
     assert [g["weight_decay"] for g in found.param_groups] == [0.0, 0.1]
 
 
+def test_sgd_without_momentum_takes_the_plain_step():
+    model = Marked()
+    found = optimizer(groups(model, weight_decay=0.0), name="sgd", lr=0.25, momentum=0.0)
+    before = model.plain.detach().clone()
+    for _ in range(2):
+        model.plain.grad = torch.ones(2, 2)
+        found.step()
+    assert torch.equal(model.plain, before - 0.5)
+
+
 def filled(value):
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, value)
