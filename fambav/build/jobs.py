@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -133,10 +133,10 @@ class Job:
             The scores of the raw weights.
         """
         path = self._source() or Path(self.config.run.finetune)
-        state = entries.load(path)
+        state = saved.read(path)
         net, score = self._model(), self._score()
         saved.put(path, state, net)
-        held_out = self._held_out()
+        held_out = self._held_out(saved.statistics(state, self.config, self.data))
         raw = score(net, batches=held_out)
         self.console.say(raw.line())
         if self.config.optim.model_ema and state.get("model_ema"):
@@ -245,10 +245,7 @@ class Job:
 
     def _source(self) -> Path | None:
         """The checkpoint to go on from; with auto, where one would be."""
-        asked = self.config.run
-        if asked.resume == "auto":
-            return Path(asked.output_dir or "") / CHECKPOINT
-        return Path(asked.resume) if asked.resume else None
+        return saved.source(self.config.run.resume, self.config.run.output_dir)
 
     def _teacher(self) -> Teacher | None:
         """Build the teacher, if there is to be one, and say what it is."""
@@ -284,9 +281,14 @@ class Job:
     def _score(self) -> Callable[..., Scores]:
         return partial(evaluate, processes=self.group, precision=precision(self.config, self.group))
 
-    def _held_out(self) -> Batches | ResidentEvaluation:
-        size = self.sketch.input_size
-        return batches.eval_batches(self.config, self.data, self.group, input_size=size)
+    def _held_out(self, statistics: Any = None) -> Batches | ResidentEvaluation:
+        return batches.eval_batches(
+            self.config,
+            self.data,
+            self.group,
+            input_size=self.sketch.input_size,
+            statistics=statistics,
+        )
 
 
 def _layers(net: nn.Module) -> Iterable[nn.Module]:
