@@ -16,7 +16,7 @@ from fambav.build import batches, entries, folder, pictured, saved
 from fambav.build.exposure import exposure
 from fambav.build.network import Sketch, model, sketch
 from fambav.build.teacher import described, teacher
-from fambav.build.updates import images_per_update, precision, update
+from fambav.build.updates import images_per_update, precision, rate_warning, update
 from fambav.config import Config
 from fambav.data import Batches, DataSet
 from fambav.data.resident import ResidentEvaluation
@@ -27,7 +27,7 @@ from fambav.engine.fit import Fit, Progress, restore
 from fambav.engine.lock import locked
 from fambav.engine.maxima import Maxima
 from fambav.engine.memory import Meter
-from fambav.engine.record import CHECKPOINT, KEPT
+from fambav.engine.record import KEPT
 from fambav.engine.runtime import Console, Processes, numerics, processes
 from fambav.models import Isotropic
 from fambav.ops import force, set_backend
@@ -149,6 +149,9 @@ class Job:
     def train(self) -> None:
         """Train from the beginning, or from where a checkpoint left off, to the last epoch."""
         source, state = self._start()
+        warning = rate_warning(self.config, self.group)
+        if warning is not None:
+            self.console.say(warning)
         fit = self._fit(source, state)
         place = folder.named(self.config, source)
         self.group.wait()  # until every process has read what the main one may now replace

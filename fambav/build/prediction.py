@@ -195,7 +195,9 @@ def _loaded(source: Path, state: State, config: Config, *, classes: int | None =
         config: What the model is.
         classes: Length of the output, with a new head if the file's differs; None for the file's.
     """
-    there = _classes(state)
+    there, said = _classes(state), config.model.num_classes
+    if classes is None and said not in (None, there):
+        raise CheckpointError(f"num_classes is {said}, expected {there} as {source} has")
     net = model(config, num_classes=classes or there)
     saved.put(source, state, net, head="strict" if classes is None else "drop")
     if classes not in (None, there):
@@ -217,7 +219,7 @@ def _classes(state: State) -> int:
 
 def _channels(net: nn.Module) -> int:
     if isinstance(net, Isotropic):
-        return net.patch_embed.in_chans
+        return int(net.patch_embed.in_chans)
     return int(net.pretrained_cfg["input_size"][0])  # type: ignore[index]  # timm sets it
 
 

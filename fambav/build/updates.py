@@ -93,6 +93,23 @@ def learning_rate(config: Config, group: Processes, *, per_epoch: int) -> Callab
     )
 
 
+def rate_warning(config: Config, group: Processes) -> str | None:
+    """Return a line if an end of the learning rate, which is not scaled, is above its middle."""
+    wanted = config.optim
+    images = images_per_update(config, group)
+    top = wanted.lr if wanted.unscale_lr else optim.scaled(wanted.lr, images=images)
+    ends = {"min_lr": wanted.min_lr}
+    if wanted.warmup_epochs:
+        ends["warmup_lr"] = wanted.warmup_lr
+    above = [f"{name} {value:g}" for name, value in ends.items() if value > top]
+    if wanted.rising_lr or not above:
+        return None
+    return (
+        f"warning: lr is {top:g} at {images} images per update, less than {' and '.join(above)},"
+        " which are not scaled; --unscale-lr takes --lr as it is"
+    )
+
+
 def _replayed(config: Config, net: nn.Module, group: Processes) -> nn.Module:
     """Return the model with its passes over one process's batch recorded."""
     ours = cast(Isotropic, net)

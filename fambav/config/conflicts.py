@@ -386,10 +386,12 @@ def _limit(settings: Settings, low: str, high: str) -> str | None:
     """
     own, limit = settings[low], settings[high]
     unused = low == "warmup_lr" and not settings["warmup_epochs"].value
+    unused = unused or (high == "lr" and settings["rising_lr"].value)
     if unused or own.value <= limit.value or max(own.level, limit.level) <= RECORD:
         return None
     if own.level != DEFAULT and own.level >= limit.level:
-        refuse(own.label, own.value, f"at most {shown(limit.value)}, as {limit.label} is")
+        hint = "; --rising-lr allows it" * (high == "lr")
+        refuse(own.label, own.value, f"at most {shown(limit.value)}, as {limit.label} is{hint}")
     settings[low] = own._replace(value=limit.value)
     told = f"{low} is {shown(own.value)}{' by default' * (own.level == DEFAULT)}"
     return f"warning: {told}, more than {limit.label}; it is {shown(limit.value)} in this run"

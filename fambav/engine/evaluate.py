@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sized
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -70,7 +71,7 @@ def evaluate(
     check_weights(model.state_dict(), {})
     training = model.training
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=processes.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=processes.device)
     stream, spoiled = iter(batches), dict[int, Tensor]()
     try:
         for number in range(processes.largest(len(batches))):
@@ -80,9 +81,9 @@ def evaluate(
                 with precision.autocast():
                     logits = model(images)
                 found = _sums(logits.float(), labels)
-                sums, spoiled[number] = sums + found, found[4]
-        loss, first, five, count, bad = processes.total(sums).tolist()
-        if bad:
+                sums, spoiled[number] = sums + found, ~found[0].isfinite()
+        loss, first, five, count = processes.total(sums).tolist()
+        if not math.isfinite(loss):
             number = next((n for n, own in spoiled.items() if own), -1)
             mine = "" if number < 0 else _told(model, batches, number, processes, precision)
             raise NotFiniteError(next(filter(None, processes.gather(mine))))
@@ -109,14 +110,13 @@ def _told(
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss, hits among one and among five guesses, samples, and how many are not finite, of a batch.
+    """Loss, hits among one and among five guesses, and samples of one batch, (4,), float64.
 
-    Returns:
-        (5,), float64.
+    The loss is NaN if a logit or the loss itself is not finite.
     """
     guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = guesses == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="none")
-    bad = ~(logits.isfinite().all(dim=1) & loss.isfinite())
-    counts = (loss, hits[:, 0], hits.any(dim=1), torch.ones_like(loss), bad)
+    loss = loss.masked_fill(~logits.isfinite().all(dim=1), torch.nan)
+    counts = (loss, hits[:, 0], hits.any(dim=1), torch.ones_like(loss))
     return torch.stack([count.double().sum() for count in counts])

@@ -75,7 +75,7 @@ class Subject:
             NotFiniteError: If a logit is not finite.
         """
         walk = follow(self.model, self.image)
-        check_logits(self.model, self.image[None], walk.logits, self.about)
+        check_logits(self.model, self.image[None], torch.from_numpy(walk.logits), self.about)
         return walk
 
     @property
@@ -120,7 +120,8 @@ def subjects(
     )
     size = sketch(config).input_size
     transform = batches.eval_transform(config, statistics, size)
-    names = entries.fact(state, "class_names") or [str(n) for n in range(model.num_classes)]
+    told: Any = model.pretrained_cfg
+    names = told["label_names"] or [str(n) for n in range(model.num_classes)]
     for picture, about in _images(source, config, size):
         image = transform(picture)
         yield Subject(
