@@ -120,7 +120,9 @@ def parse(
     if config is not None:
         given = {**sources.from_file(Path(config.value)), **given}
     values = {name: setting.value for name, setting in given.items()}
-    if record is not None and values.get("eval") and (known := record(values)) is not None:
+    evaluated = values.get("eval") and (values.get("resume") or values.get("finetune"))
+    known = record(values) if record is not None and evaluated else None
+    if known is not None:
         return _beside(known, given)
     if config is not None or "model" in given or "data_set" in given:
         return _resolved(given)
