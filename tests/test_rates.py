@@ -1,8 +1,11 @@
 """The ends of the learning rate and the warm-up stay within the run, or it is said."""
 
 import pytest
+import torch
 
+from fambav.build.updates import learning_rate
 from fambav.config import Config, ConfigError, load, parse
+from fambav.engine.runtime import Processes
 from tests.made import go
 
 RUN = ["--model", "vim_micro"]
@@ -45,14 +48,19 @@ def test_what_a_file_sets_beyond_its_limit_is_refused(tmp_path, words):
 )
 def test_a_default_gives_way_and_a_line_says_so(tmp_path, words, name, value):
     run = parse([*RUN, *words.split()])
-    assert run.flat()[name] == value
+    assert run.optim.warmup_epochs == 5, "the setting stays, what is made of it does not"
     lines = [line for line in run.notice.splitlines() if line.startswith(f"warning: {name} is ")]
     assert len(lines) == 1
     assert "by default, more than" in lines[0]
     path = tmp_path / "run.yaml"
     path.write_text(run.to_yaml())
     assert load(path) == run
-    assert load(path).notice == ""
+    assert f"it is {value!r} in this run" in lines[0]
+    rate = learning_rate(run, Processes(0, 1, torch.device("cpu")), per_epoch=10)
+    made = {"warmup_epochs": rate(9) / run.optim.lr, "min_lr": rate(3000), "warmup_lr": rate(0)}
+    scale = 64 / 512
+    wanted = {"warmup_epochs": 0.9 * scale, "min_lr": 1e-6, "warmup_lr": 1e-7}
+    assert made[name] == pytest.approx(wanted[name], rel=0.05)
 
 
 def test_a_file_gives_way_to_what_is_typed(tmp_path):
@@ -81,7 +89,8 @@ def test_a_short_run_by_defaults_trains_with_one_warning(tmp_path):
         "warning: warmup_epochs is 5 by default, more than --epochs; it is 1 in this run\n"
     )
     again = go("--config", tmp_path / "run" / "config.yaml", "--output_dir", tmp_path / "again")
-    assert (again.status, again.err) == (0, "")
+    assert again.status == 0, again.err
+    assert again.err.startswith("warning: warmup_epochs is 5 by default") and again.err[-1] == "\n"
 
 
 def test_a_scaled_rate_below_its_ends_is_told(tmp_path):

@@ -18,6 +18,7 @@ import yaml
 from fambav.config import conflicts, sources, unoffered
 from fambav.config.options import (
     GROUPS,
+    OPTIONS,
     Augment,
     Data,
     Distillation,
@@ -88,6 +89,9 @@ class Config:
     def to_yaml(self) -> str:
         """Return text that `load` turns into an equal run."""
         flat = _without_empty_strategy(self.flat())
+        for low, high in conflicts.LIMITS:
+            if flat[low] == OPTIONS[low].default and flat[low] > flat[high]:
+                del flat[low]  # it would be refused where it is given
         return yaml.safe_dump(flat, sort_keys=False, allow_unicode=True)
 
 

@@ -380,9 +380,10 @@ def _settle_teacher(settings: Settings) -> None:
 
 
 def _limit(settings: Settings, low: str, high: str) -> str | None:
-    """Refuse a setting above its limit, or lower one that gives way, and return a line on that.
+    """Refuse a setting above its limit, or return a line on one that gives way.
 
-    What runs say of themselves stays as it is: their steps were made so.
+    A default stays as it is and is cut to its limit where it is used.  What runs say of themselves
+    is not looked at: their steps were made so.
     """
     own, limit = settings[low], settings[high]
     unused = low == "warmup_lr" and not settings["warmup_epochs"].value
@@ -392,8 +393,10 @@ def _limit(settings: Settings, low: str, high: str) -> str | None:
     if own.level != DEFAULT and own.level >= limit.level:
         hint = "; --rising-lr allows it" * (high == "lr")
         refuse(own.label, own.value, f"at most {shown(limit.value)}, as {limit.label} is{hint}")
-    settings[low] = own._replace(value=limit.value)
-    told = f"{low} is {shown(own.value)}{' by default' * (own.level == DEFAULT)}"
+    default = own.level <= RECORD and own.value == OPTIONS[low].default
+    if not default:
+        settings[low] = own._replace(value=limit.value)
+    told = f"{low} is {shown(own.value)}{' by default' * default}"
     return f"warning: {told}, more than {limit.label}; it is {shown(limit.value)} in this run"
 
 

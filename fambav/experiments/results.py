@@ -135,8 +135,6 @@ def _make(place: Path, task: Task) -> None:
 
 def _figures(task: Task, place: Path) -> Record:
     cell, weights = task.cell, ""
-    if cell.config.notice:
-        print(cell.config.notice, flush=True)
     if cell.start is not None:
         if finished(cell.start, task.folder) is None:
             raise ValueError(f"start is {cell.start.name}, expected a cell that is finished")
