@@ -327,6 +327,9 @@ class Optim:
     lr: float = option(5e-4, "learning rate at 512 images per update", bounds=POSITIVE)
     warmup_lr: float = option(1e-6, "learning rate at the start, not scaled", bounds=NOT_NEGATIVE)
     min_lr: float = option(1e-5, "learning rate at the end, not scaled", bounds=NOT_NEGATIVE)
+    rising_lr: bool = option(
+        default=False, text="let --min-lr and --warmup-lr be above --lr, as one recipe has it"
+    )
     warmup_epochs: int = option(5, "epochs until --lr is reached", bounds=NATURAL)
     epoch_sched: bool = option(
         default=False, text="one learning rate per epoch, an epoch late, as published"

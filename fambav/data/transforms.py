@@ -181,20 +181,30 @@ def eval_transform(
     if not 0 < eval_crop_ratio <= 1:
         raise ValueError(f"eval_crop_ratio is {eval_crop_ratio}, expected more than 0, at most 1")
     size = _size(input_size)
-    if max(size) <= _SMALL:
+    told = eval_words(size, eval_crop_ratio)
+    if told["crop_mode"] == "squash":
         kit = torchvision.transforms
-        return _compose(
-            [kit.Resize(size, _mode("bicubic")), kit.ToTensor(), kit.Normalize(mean, std)]
-        )
+        mode = _mode(told["interpolation"])
+        return _compose([kit.Resize(size, mode), kit.ToTensor(), kit.Normalize(mean, std)])
     transform: Transform = timm.data.create_transform(
-        size,
-        is_training=False,
-        interpolation="bicubic",
-        crop_pct=eval_crop_ratio,
-        mean=mean,
-        std=std,
+        size, is_training=False, mean=mean, std=std, **told
     )
     return transform
+
+
+def eval_words(input_size: Size, eval_crop_ratio: float) -> dict[str, Any]:
+    """Say in timm's words how `eval_transform` resizes and cuts an image.
+
+    Args:
+        input_size: Height and width of the result, in pixels.
+        eval_crop_ratio: As for `eval_transform`.
+    """
+    whole = max(input_size) <= _SMALL
+    return {
+        "interpolation": "bicubic",
+        "crop_pct": 1.0 if whole else eval_crop_ratio,
+        "crop_mode": "squash" if whole else "center",
+    }
 
 
 def _size(size: int | Size) -> Size:
