@@ -1,24 +1,45 @@
 """Loader processes outlast a signal that is sent to all processes of a job at once.
 
-Schedulers and `timeout` do so.  The main process takes note and ends when the state is saved; until
-then it needs batches.
+Schedulers, `timeout` and Ctrl-C do so.  The main process takes note and ends when the state is
+saved; until then it needs batches.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Start loader processes inside the block: from birth no thread of theirs takes a signal.
+
+    A process takes the mask of the thread that starts it.  One that came to block signals itself
+    would be too late for those sent before, and for the threads that torch has started in it by
+    then.  This process gets at the end of the block what was sent to it meanwhile; on Linux.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def outlast(_: int) -> None:
-    """Let only the main process end this one, a loader process, by SIGTERM; on Linux."""
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        threading.Thread(target=_heed, args=(os.getppid(),), daemon=True).start()
+    """Let only the main process end this one, which was started shielded, by SIGTERM; on Linux."""
+    main = multiprocessing.parent_process()
+    if sys.platform == "linux" and main is not None:
+        threading.Thread(target=_heed, args=(main.pid,), daemon=True).start()
 
 
 def _heed(main: int) -> None:
