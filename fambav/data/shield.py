@@ -13,8 +13,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_LOOK = 1.0  # seconds between looks at the main process; torch's own miss one that died early
 
 
 @contextmanager
@@ -36,14 +38,18 @@ def shielded() -> Iterator[None]:
 
 
 def outlast(_: int) -> None:
-    """Let only the main process end this one, which was started shielded, by SIGTERM; on Linux."""
+    """Let nothing but the main process end this one, which was started shielded; on Linux.
+
+    It does so by SIGTERM, or by its own end.
+    """
     main = multiprocessing.parent_process()
     if sys.platform == "linux" and main is not None:
-        threading.Thread(target=_heed, args=(main.pid,), daemon=True).start()
+        threading.Thread(target=_heed, args=(main,), daemon=True).start()
 
 
-def _heed(main: int) -> None:
-    while True:
-        found = signal.sigwaitinfo(_SIGNALS)
-        if found.si_signo == signal.SIGTERM and found.si_pid == main:
-            os._exit(0)  # as torch's own handler does: another status would be an error to it
+def _heed(main: Any) -> None:
+    while main.is_alive():
+        found = signal.sigtimedwait(_SIGNALS, _LOOK)
+        if found and found.si_signo == signal.SIGTERM and found.si_pid == main.pid:
+            break
+    os._exit(0)  # as torch's own handler does: another status would be an error to it
