@@ -25,16 +25,33 @@ def shielded() -> Iterator[None]:
 
     A process takes the mask of the thread that starts it.  One that came to block signals itself
     would be too late for those sent before, and for the threads that torch has started in it by
-    then.  This process gets at the end of the block what was sent to it meanwhile; on Linux.
+    then.  This process's own handlers are called at the end of the block: one that raises would
+    leave torch's loader half made.  On Linux.
     """
     if sys.platform != "linux":
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    came: set[int] = set()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # another thread may still take one
+    handlers = _handlers()
+    for number in handlers:
+        signal.signal(number, lambda found, _: came.add(found))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def _handlers() -> dict[int, Any]:
+    """Return this process's handlers in Python, which only the main thread can change."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    found = {number: signal.getsignal(number) for number in _SIGNALS}
+    return {number: handler for number, handler in found.items() if callable(handler)}
 
 
 def outlast(_: int) -> None:
