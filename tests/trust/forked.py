@@ -1,6 +1,7 @@
 """Runs of main.py in processes of their own that need no second to start.
 
-A fork has everything imported already; torch is told to use one thread, so none is lost in it.
+A fork has everything imported already; torch is told to use one thread, so none is lost in it, but
+where the process that is forked has never had more.
 """
 
 import contextlib
@@ -28,8 +29,9 @@ RECIPE = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 -
     --fusion-strategy upper --fusion-layer 4 --fusion-token 3"""
 
 
-def _body(words, output, prepare):
-    torch.set_num_threads(1)
+def _body(words, output, prepare, fresh):
+    if not fresh:
+        torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of loader processes
     with Path(output).open("a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
@@ -44,7 +46,7 @@ def _body(words, output, prepare):
 
 def start(words, output, prepare=None, context=FORK):
     """Start main.py with `words`; `prepare` is called in the new process first."""
-    process = context.Process(target=_body, args=(words, output, prepare))
+    process = context.Process(target=_body, args=(words, output, prepare, context is FRESH))
     process.start()
     return process
 
