@@ -155,7 +155,7 @@ class Job:
         fit = self._fit(source, state)
         place = folder.named(self.config, source)
         self.group.wait()  # until every process has read what the main one may now replace
-        with locked(place) if self.group.main else nullcontext():
+        with fit.signals, locked(place) if self.group.main else nullcontext():
             if self.group.main:
                 fit.recorder = folder.open_folder(
                     place, self.config, self.sketch.schedule, self.data, fit, source=source

@@ -181,6 +181,7 @@ class Fit:
         every: Updates from one line to the next.
         save_every: Updates from one checkpoint to the next within an epoch; None for none there.
         maxima: Measures what layers put out; None for not.
+        signals: What has been asked for; enter it before the run folder is written to.
         unsaved: Why the last state could not be written; None if it could.
         best_left: Whether the last checkpoint is the best one and could not be kept as that.
     """
@@ -203,6 +204,7 @@ class Fit:
     every: int = 10
     save_every: int | None = None
     maxima: Maxima | None = None
+    signals: Signals = field(default_factory=Signals)
     unsaved: OSError | None = None
     best_left: bool = False
 
@@ -216,15 +218,14 @@ class Fit:
             UnsavedError: If the last state could not be written.
         """
         start = time.perf_counter()
-        with Signals() as signals:
-            ahead = Ahead(
-                self.batches,
-                count=self.update.accumulate,
-                processes=self.update.processes,
-                signals=signals,
-            )
-            for epoch in range(self.progress.epochs, self.epochs):
-                self._epoch(epoch, ahead)
+        ahead = Ahead(
+            self.batches,
+            count=self.update.accumulate,
+            processes=self.update.processes,
+            signals=self.signals,
+        )
+        for epoch in range(self.progress.epochs, self.epochs):
+            self._epoch(epoch, ahead)
         self._refuse_unsaved()
         spent = timedelta(seconds=round(time.perf_counter() - start))
         self.console.say(f"Training time {spent}")
