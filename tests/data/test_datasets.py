@@ -216,7 +216,7 @@ def test_a_loop_in_a_folder_elsewhere_is_refused(tmp_path):
     away = made_folder(tmp_path / "away" / "of" / "here", classes=["emu"])
     (root / "train" / "cat" / "emu").symlink_to(away / "train" / "emu")
     (away / "train" / "emu" / "up").symlink_to(tmp_path / "away")
-    with pytest.raises(DataError, match=r"/emu/up and .*/away are one folder, expected two"):
+    with pytest.raises(DataError, match=r"/emu/up.* and .* are one folder, expected two"):
         load("FOLDER", root)
 
 

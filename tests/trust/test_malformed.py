@@ -45,6 +45,10 @@ FLAGS = {
     "--data-stats mine": "mine",
     "--eval-crop-ratio 0": "more than 0",
     "--aa none --color-jitter -1": "-1",
+    "--aa rand-m9-foo": "in place of 'foo'",
+    "--aa rand-m9-mstdX": "in place of 'mstdX'",
+    "--aa rand-m15": "at most 10",
+    "--config policy.yaml": "in place of 'mstdX'",
     "--cutmix-minmax 0.5 0.2": "0.2",
     "--mixup 0 --cutmix 0 --mixup-prob 0.5": "--mixup 0 --cutmix 0",
     "--ThreeAugment --reprob 0.5": "--ThreeAugment",
@@ -86,6 +90,7 @@ YAML = {
     "unknown.yaml": "epoch: 3\n",
     "twice.yaml": "epochs: 3\nepochs: 4\n",
     "typed.yaml": "epochs: many\n",
+    "policy.yaml": "aa: rand-m9-mstdX\n",
     "circle.yaml": "base: circle.yaml\n",
     "tagged.yaml": "epochs: !!python/object/apply:os.mkdir [ran]\n",
 }
