@@ -154,6 +154,14 @@ def damaged(tmp_path_factory):
     made_folder(root / "images", train=20, val=8)
     made_folder(root / "other", train=20, val=8)
     next((root / "other/val").iterdir()).rename(root / "other/val/zebra")
+    made_folder(root / "one", classes=["cat"], train=20, val=8)
+    made_folder(root / "loop", train=20, val=8)
+    (root / "loop/train/cat/again").symlink_to(root / "loop/train/cat")
+    for name in ("one", "two"):
+        made_folder(root / "sets" / name, train=20, val=8)
+        for part in ("train", "val"):
+            (root / "deep" / part).mkdir(parents=True, exist_ok=True)
+            (root / "deep" / part / name).symlink_to(root / "sets" / name / part)
     (root / "empty/train").mkdir(parents=True)
     (root / "empty/val").mkdir()
     torch.save({"model": {"x": torch.zeros(2)}}, root / "strange.pth")
@@ -172,6 +180,10 @@ THINGS = {
     FOLDER + " {}/whole": "train/",
     FOLDER + " {}/empty": "train",
     FOLDER + " {}/other": "zebra",
+    FOLDER + " {}/one": "one class, cat",
+    FOLDER + " {}/loop": "are one folder",
+    FOLDER + " {}/deep": "are cat, dog the classes?",
+    FOLDER + " {}/images/train": "did you mean",
     "--data-set INAT --data-path {}/images": "train2018.json",
     "--data-path {}/whole --resume {}/none.pth": "none.pth",
     "--data-path {}/whole --resume {}/strange.pth": "strange.pth",
