@@ -516,10 +516,10 @@ def test_prediction_reads_sixteen_bits_as_eight_and_no_unknown_range(published, 
     Image.fromarray(grey).save(tmp_path / "8.png")
     Image.fromarray(grey.astype("<u2") * 257).save(tmp_path / "16.png")
     Image.fromarray(grey.astype("f4") / 255).save(tmp_path / "float.tif")
-    words = ["predict", published, "--model", "vim_micro", "--input-size", "16", "--device", "cpu"]
+    words = ["--model", "vim_micro", "--input-size", "16", "--device", "cpu"]
     told = {}
     for name in ("8.png", "16.png", "float.tif"):
-        status = cli.console([str(word) for word in (*words, tmp_path / name)])
+        status = cli.console(["predict", str(published), str(tmp_path / name), *words])
         told[name] = (status, *capsys.readouterr())
     assert told["8.png"][0] == 0, told
     assert told["16.png"][1].replace("16.png", "8.png") == told["8.png"][1]
