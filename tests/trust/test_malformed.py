@@ -123,6 +123,7 @@ def answers(tmp_path_factory):
         cwd=folder,
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         check=True,
+        timeout=100,  # else what is not refused trains on
     )
     assert sorted(folder.iterdir()) == before, "nothing is written"
     return json.loads(done.stdout)
