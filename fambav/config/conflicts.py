@@ -140,7 +140,7 @@ RULES = (
     Rule(
         _defaults("gpu_augment"),
         ("aa", "three_augment"),
-        lambda value: not (value("aa") or "rand-").startswith("rand-"),
+        lambda value: not (value("aa") or "rand").startswith("rand"),
         "with --aa {aa}; rand-*, such as rand-m9-mstd0.5-inc1, none and --ThreeAugment are "
         "offered on the device",
     ),

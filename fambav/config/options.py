@@ -27,6 +27,7 @@ from fambav.config.option import (
     Option,
     option,
 )
+from fambav.config.policies import policy
 from fambav.registry import (
     BIMAMBA,
     CLASS_TOKEN_POLICIES,
@@ -263,7 +264,7 @@ class Augment:
     """How training images and targets are varied."""
 
     color_jitter: float | None = option(0.3, "colour jitter without --aa", bounds=NOT_NEGATIVE)
-    aa: str | None = option("rand-m9-mstd0.5-inc1", "timm's policy, or none", check=filled)
+    aa: str | None = option("rand-m9-mstd0.5-inc1", "timm's policy, or none", check=policy)
     smoothing: float = option(0.1, "label smoothing", bounds=RATE)
     train_interpolation: str = option(
         "bicubic", "how images are enlarged", choices=("bicubic", "bilinear", "random")

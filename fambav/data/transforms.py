@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from fambav.config import policy
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD, Triple
 from fambav.ecosystem import timm, torchvision
 
@@ -71,7 +72,7 @@ def train_transform(
         A transform to (3, height, width), float32.
 
     Raises:
-        ValueError: If timm knows no such policy or interpolation.
+        ValueError: If timm knows no such policy, or not all of it, or no such interpolation.
     """
     size = _size(input_size)
     transform = _recipe(
@@ -97,11 +98,17 @@ def train_transform(
 
 def _recipe(size: Size, **options: Any) -> Any:
     """Return timm's augmentation."""
+    aa = options["auto_augment"]
+    try:
+        if aa is not None:
+            policy(aa)
+    except ValueError as error:
+        raise ValueError(f"aa is {aa!r}, expected {error}") from None
     try:
         return timm.data.create_transform(size, is_training=True, **options)
     except (AssertionError, KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            f"aa is {options['auto_augment']!r} and train_interpolation "
+            f"aa is {aa!r} and train_interpolation "
             f"{options['interpolation']!r}, expected a policy of timm's, such as "
             "'rand-m9-mstd0.5-inc1' or 'none', and 'random', 'bilinear' or 'bicubic' "
             f"({type(error).__name__}: {error})"
