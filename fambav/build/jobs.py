@@ -18,7 +18,7 @@ from fambav.build.network import Sketch, model, sketch
 from fambav.build.teacher import described, teacher
 from fambav.build.updates import images_per_update, precision, rate_warning, update
 from fambav.config import Config
-from fambav.data import Batches, DataSet
+from fambav.data import Batches, DataSet, eval_words
 from fambav.data.resident import ResidentEvaluation
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.distill import Teacher
@@ -98,6 +98,7 @@ def _job(config: Config, group: Processes) -> Job:
     plan = sketch(config)
     if plan.reduction is not None:
         console.say(plan.reduction.told())
+    _check_crop(config, plan)
     found = batches.data_set(config, group, input_size=plan.input_size)
     for note in found.notes:
         console.say(note)
@@ -106,6 +107,21 @@ def _job(config: Config, group: Processes) -> Job:
     size = {"input_size": height} if height == width else {}
     complete = config.replace(num_classes=found.num_classes, **size)
     return Job(config=complete, sketch=plan, data=found, group=group, console=console)
+
+
+def _check_crop(config: Config, plan: Sketch) -> None:
+    """Refuse a share of the image to keep where nothing is cut.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    asked, default = config.data.eval_crop_ratio, type(config.data).eval_crop_ratio
+    if asked not in (default, eval_words(plan.input_size, asked)["crop_pct"]):
+        height, width = plan.input_size
+        raise ValueError(
+            f"eval_crop_ratio is {asked:g}, expected {default:g}, its default: images of {height} x"
+            f" {width} pixels are taken whole"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
