@@ -16,7 +16,7 @@ from fambav.config import Config
 from fambav.data import DataSet
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.record import BEST, CHECKPOINT, WEIGHTS
-from fambav.models import PlainMamba, Vim, adapt, official, published_class_token
+from fambav.models import Backbone, official
 from fambav.reduction import Schedule
 
 # What may differ between a run and its continuation: where and how fast, not what.
@@ -219,15 +219,12 @@ def put(
         CheckpointError: If the weights are not those of such a model.
     """
     try:
-        weights, grid = official(state, ema=ema), fact(state, "grid")
+        place, grid = fact(state, "class_token"), fact(state, "grid")
         grid = grid and (grid[0], grid[1])
-        if isinstance(net, Vim):
-            place = fact(state, "class_token") or published_class_token(state)
-            weights = adapt(weights, net, class_token=place, grid=grid, head=head)
-        elif isinstance(net, PlainMamba):
-            weights = adapt(weights, net, grid=grid, head=head)
+        if isinstance(net, Backbone):
+            weights = net.remap(state, ema=ema, class_token=place, grid=grid, head=head)
         else:
-            weights = _with_head(weights, net, head)
+            weights = _with_head(official(state, ema=ema), net, head)
         _check_dtypes(weights, net)
         net.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:

@@ -16,7 +16,7 @@ from fambav import comparison
 from fambav.build.entries import fact
 from fambav.build.prediction import Pretrained
 from fambav.config.options import Fusion, Model, Reduction
-from fambav.models import Isotropic
+from fambav.models import Backbone
 
 # Settings of a run that say nothing of the model itself.
 _MACHINE = ("scan_backend", "compile", "cuda_graphs", "grad_checkpointing")
@@ -87,7 +87,7 @@ def described(model: Pretrained, kind: str) -> dict[str, Any]:
     net, config = model.net, model.config
     channels, height, width = input_size(model)
     plan = None
-    if isinstance(net, Isotropic):
+    if isinstance(net, Backbone):
         plan = {**asdict(net.schedule), "share": net.schedule.share}
     small = max(height, width) <= 32
     return {
@@ -130,7 +130,7 @@ def settings(model: Pretrained) -> dict[str, Any]:
 def input_size(model: Pretrained) -> tuple[int, int, int]:
     """Return channels, height and width of an image."""
     net: Any = model.net
-    if isinstance(net, Isotropic):
+    if isinstance(net, Backbone):
         return net.patch_embed.in_chans, *net.img_size
     channels, height, width = net.pretrained_cfg["input_size"]
     size = model.config.model.input_size

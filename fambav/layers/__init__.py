@@ -3,6 +3,7 @@
 from fambav.layers.block import AddNorm, Block, Hooks, run_block
 from fambav.layers.drop import Dropout, DropPath, shard
 from fambav.layers.embed import PatchEmbed
+from fambav.layers.info import BackboneInfo, Stage
 from fambav.layers.mamba import Mamba
 from fambav.layers.mamba2d import Mamba2D
 from fambav.layers.tokens import Ask, Signals, Tokens
@@ -10,6 +11,7 @@ from fambav.layers.tokens import Ask, Signals, Tokens
 __all__ = [
     "AddNorm",
     "Ask",
+    "BackboneInfo",
     "Block",
     "DropPath",
     "Dropout",
@@ -18,6 +20,7 @@ __all__ = [
     "Mamba2D",
     "PatchEmbed",
     "Signals",
+    "Stage",
     "Tokens",
     "run_block",
     "shard",

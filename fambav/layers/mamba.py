@@ -26,6 +26,7 @@ from fambav.ops.aligned_scan import aligned_scan, skipped, steps_between
 from fambav.ops.bimamba import ScanInputs, directed_scan, scan_inputs
 from fambav.registry import BIMAMBA, nearest
 
+SIGNALS = frozenset(Signals._fields) - {"order"}  # all that it can tell when asked
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes that a new mixer starts from
 _PLAIN = (nn.Linear, nn.Conv1d)  # what kernels compute in the place of
 _WATCHED = "is watched by hooks on all modules"

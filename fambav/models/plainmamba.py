@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from fambav.layers.block import NO_HOOKS, Hooks, run_block, silenced
 from fambav.layers.drop import DropPath
 from fambav.layers.embed import pair, patch_grid, resize_grid
-from fambav.layers.mamba2d import SIGNALS, UNALIGNED, Mamba2D, on_image, standing
+from fambav.layers.info import BackboneInfo, Stage
+from fambav.layers.mamba2d import DIRECTIONS, SIGNALS, UNALIGNED, Mamba2D, on_image, standing
 from fambav.layers.tokens import Tokens
+from fambav.models.backbone import Backbone, drop_path_rates, mean_patch
 from fambav.models.entry import data_config, register
-from fambav.models.isotropic import Isotropic, drop_path_rates, mean_patch
-from fambav.reduction import Body, no_reduction
+from fambav.models.flops import Cost, Parts, PlainMixer, stem_products
+from fambav.reduction import no_reduction
 
 STEM = 64  # channels before the projection to tokens
 
@@ -137,7 +139,7 @@ class PatchEmbed(nn.Module):
         return maps
 
 
-class Backbone(nn.Module):
+class Trunk(nn.Module):
     """Everything but the head, under the names of the published weights."""
 
     def __init__(self, dim: int, patches: int, embed: PatchEmbed, layers: Sequence[Layer]) -> None:
@@ -148,8 +150,8 @@ class Backbone(nn.Module):
         self.ln1 = AddLayerNorm(dim, eps=1e-6)
 
 
-class PlainMamba(Isotropic):
-    """Isotropic classifier whose tokens stay on their grid; without a class token.
+class PlainMamba(Backbone):
+    """Classifier whose tokens stay on their grid; without a class token.
 
     Names, shapes and order of the parameters are those of the published weights.
 
@@ -184,6 +186,8 @@ class PlainMamba(Isotropic):
     class_places: tuple[int, ...] = ()
 
     undecayed = ("A_log", "D", "direction_Bs", "pos_embed")
+    classifier, first_conv = "head.fc", "backbone.patch_embed.stem.0"
+    position = "backbone.pos_embed"
 
     def __init__(
         self,
@@ -225,12 +229,12 @@ class PlainMamba(Isotropic):
             Layer(dim, mixer(), drop_path=rate, dwconv=dwconv and layer == 0)
             for layer, rate in enumerate(rates)
         ]
-        self.backbone = Backbone(dim, self.length, embed, layers)
+        self.backbone = Trunk(dim, self.length, embed, layers)
         # Behind a single layer nothing is dropped: the rate of the first output is 0.
         self.drop_path = DropPath(drop_path_rate if depth > 1 else 0.0)
         self.head = nn.Sequential(OrderedDict[str, nn.Module](fc=nn.Identity()))
         self.reset_classifier(num_classes)
-        self.reduction = no_reduction(self.body)
+        self.reduction = no_reduction(self.info)
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size, "module": f"backbone.layers.{layer}"}
             for layer in range(depth)
@@ -239,25 +243,31 @@ class PlainMamba(Isotropic):
             self.img_size,
             in_chans,
             num_classes,
-            first_conv="backbone.patch_embed.stem.0",
-            classifier="head.fc",
+            first_conv=self.first_conv,
+            classifier=self.classifier,
             fixed=False,
         )
 
     @property
-    def body(self) -> Body:
+    def info(self) -> BackboneInfo:
         """What a reduction has to know."""
-        return Body(
+        return BackboneInfo(
             family="plainmamba",
-            dim=self.dim,
-            depth=self.depth,
-            length=self.length,
-            class_places=(),
-            grid=self.grid,
-            signals=SIGNALS,
-            directions=4,
+            stages=(Stage(self.depth, self.dim, self.grid, self.length, DIRECTIONS, SIGNALS),),
             unaligned=UNALIGNED if self.param_order == "raster" else None,
-            scattered=True,
+            needs_positions=True,
+        )
+
+    def flop_parts(self) -> Parts:
+        """Read the sizes off its layers; weights may be on the meta device."""
+        layers = cast(Sequence[Layer], self.layers)
+        mixers = tuple(PlainMixer.of(self.dim, layer.mamba, layer.dw) for layer in layers)
+        return Parts(
+            patches=Cost.plain(stem_products(self.patch_embed, self.img_size)),
+            mixers=mixers,
+            head=Cost.plain(self.dim * self.num_classes),
+            inner=mixers[0].inner,
+            printed=DIRECTIONS,
         )
 
     @property

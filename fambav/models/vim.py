@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from fambav.layers.block import AddNorm, Block
 from fambav.layers.drop import Dropout, DropPath
 from fambav.layers.embed import PatchEmbed, class_places, insert, pair, patch_grid, take
-from fambav.layers.mamba import Mamba
-from fambav.layers.tokens import Signals, Tokens
+from fambav.layers.info import BackboneInfo, Stage
+from fambav.layers.mamba import SIGNALS, Mamba
+from fambav.layers.tokens import Tokens
+from fambav.models.backbone import Backbone, drop_path_rates, mean_patch
 from fambav.models.entry import data_config, register
-from fambav.models.isotropic import Isotropic, drop_path_rates, mean_patch
-from fambav.reduction import Body, fused
+from fambav.models.flops import Cost, Parts, VimMixer
+from fambav.reduction import fused
 
 
-class Vim(Isotropic):
-    """Isotropic bidirectional Mamba classifier.
+class Vim(Backbone):
+    """Bidirectional Mamba classifier.
 
     Names, shapes and order of the parameters are those of the published weights.
 
@@ -140,21 +142,29 @@ class Vim(Isotropic):
             ValueError: If that cannot be done or would do nothing.
         """
         self.reduction = fused(
-            self.body, strategy, layer=layer, token=token, method=method, plan=plan
+            self.info, strategy, layer=layer, token=token, method=method, plan=plan
         )
 
     @property
-    def body(self) -> Body:
+    def info(self) -> BackboneInfo:
         """What a reduction has to know."""
-        return Body(
+        directions = 1 if self.bimamba_type == "none" else 2
+        return BackboneInfo(
             family="vim",
-            dim=self.dim,
-            depth=self.depth,
-            length=self.length,
-            class_places=self.class_places,
-            grid=self.grid,
-            signals=frozenset(Signals._fields) - {"order"},
-            directions=1 if self.bimamba_type == "none" else 2,
+            stages=(Stage(self.depth, self.dim, self.grid, self.length, directions, SIGNALS),),
+            cls_index=self.class_places,
+        )
+
+    def flop_parts(self) -> Parts:
+        """Read the sizes off its layers; weights may be on the meta device."""
+        mixers = tuple(VimMixer.of(self.dim, layer.mixer) for layer in self.layers)
+        patches = self.grid[0] * self.grid[1]
+        return Parts(
+            patches=Cost.plain(patches * self.patch_embed.proj.weight.numel()),
+            mixers=mixers,
+            head=Cost.plain(self.dim * self.num_classes),
+            inner=mixers[0].inner,
+            printed=1,
         )
 
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:

@@ -2,7 +2,6 @@
 
 from fambav.ops.match import Selection, others
 from fambav.reduction.apply import merge
-from fambav.reduction.body import Body
 from fambav.reduction.merging import FambaV, Ordered, ToMe
 from fambav.reduction.mtr import MTR
 from fambav.reduction.pruning import EViT, PruneAligned, Random
@@ -26,7 +25,6 @@ __all__ = [
     "MTR",
     "OUTPUT",
     "UTRC",
-    "Body",
     "EViT",
     "FambaV",
     "Ordered",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fambav.engine.runtime import Precision
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.reduction import no_reduction
 from fambav.search.space import Counts, Plan, Space
 from fambav.search.walk import logits
@@ -49,7 +49,7 @@ class Judge:
 
     def __init__(
         self,
-        net: Isotropic,
+        net: Backbone,
         batches: Sequence[Tensor],
         labels: Tensor,
         *,
@@ -59,7 +59,7 @@ class Judge:
         self.net, self.batches, self.labels = net, batches, labels
         self.objective, self.precision = objective, precision
         self.verdicts: dict[Plan, Verdict] = {}
-        (said,) = logits(net, batches, [no_reduction(net.body).eval()], precision)
+        (said,) = logits(net, batches, [no_reduction(net.info).eval()], precision)
         self.dense = said.double().log_softmax(dim=1)
 
     def losses(self, space: Space, plans: Sequence[Counts]) -> list[float]:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fambav.engine.runtime import Precision
 from fambav.layers import Tokens
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.reduction import Reduction
 
 
 @torch.no_grad()
 def logits(
-    net: Isotropic,
+    net: Backbone,
     batches: Iterable[Tensor],
     reductions: Sequence[Reduction],
     precision: Precision,
@@ -55,7 +55,7 @@ class _Walk:
         said: The logits of each reduction, by its number.
     """
 
-    def __init__(self, net: Isotropic, reductions: Sequence[Reduction]) -> None:
+    def __init__(self, net: Backbone, reductions: Sequence[Reduction]) -> None:
         self.net, self.reductions = net, reductions
         self.said: dict[int, Tensor] = {}
 

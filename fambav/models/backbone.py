@@ -6,18 +6,22 @@ images -> embed -> depth x layer, each with the hooks of a reduction -> pool -> 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 from torch import Tensor, nn
 
 from fambav.layers.block import Hooks
 from fambav.layers.embed import take
+from fambav.layers.info import BackboneInfo
 from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import Tokens
 from fambav.models.entry import chosen_layers
+from fambav.models.flops import Parts
+from fambav.models.weights import adapt, official, published_class_token
 from fambav.ops.match import others
-from fambav.reduction import Body, Reduction, Schedule
+from fambav.reduction import Reduction, Schedule
+from fambav.registry import FAMILIES
 
 Rows = Tensor | tuple[Tensor, Tensor]
 
@@ -33,7 +37,7 @@ class Trace(NamedTuple):
     sources: tuple[Tensor, ...]
 
 
-class Isotropic(nn.Module):
+class Backbone(nn.Module):
     """A classifier of layers that map tokens to tokens of the same width.
 
     Attributes:
@@ -47,9 +51,17 @@ class Isotropic(nn.Module):
         reduction: Removes tokens; may be replaced at any time, see `fambav.reduce`.
         undecayed: Last names of the parameters that weight decay would pull away from what they
             mean.
+        classifier, first_conv, position: Names of the modules that give the output and read the
+            image, and of the position embedding.
+        draws_whole_update: Whether a forward pass draws random numbers for all batches of an
+            update and keeps its share, so that all batches start from one seed.
     """
 
     undecayed: ClassVar[tuple[str, ...]] = ()
+    classifier: ClassVar[str] = "head"
+    first_conv: ClassVar[str] = "patch_embed.proj"
+    position: ClassVar[str] = "pos_embed"
+    draws_whole_update: ClassVar[bool] = True
     dim: int
     depth: int
     img_size: tuple[int, int]
@@ -60,6 +72,9 @@ class Isotropic(nn.Module):
     head: nn.Module
     reduction: Reduction
     num_classes: int
+    pretrained_cfg: dict[str, Any]
+    class_token: str
+    class_places: tuple[int, ...]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a reduction is in training or evaluation as the model is."""
@@ -69,8 +84,12 @@ class Isotropic(nn.Module):
 
     @property
     @abstractmethod
-    def body(self) -> Body:
+    def info(self) -> BackboneInfo:
         """What a reduction has to know."""
+
+    @abstractmethod
+    def flop_parts(self) -> Parts:
+        """Return what the parts cost an image; weights may be on the meta device."""
 
     @abstractmethod
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:
@@ -202,6 +221,35 @@ class Isotropic(nn.Module):
                 prefix = take(rows, left.class_places)
                 found.append((patches, prefix) if return_prefix_tokens else patches)
         return found if intermediates_only else (self.pool(tokens), found)
+
+    def remap(
+        self,
+        payload: Mapping[str, Any],
+        *,
+        ema: bool = False,
+        class_token: str | None = None,
+        grid: tuple[int, int] | None = None,
+        head: Literal["strict", "drop"] = "strict",
+    ) -> dict[str, Tensor]:
+        """Pick the weights out of what a file holds, ours or a published one, and fit them.
+
+        Args:
+            payload: As for `official`.
+            ema: Take the moving average.
+            class_token: Where the class token stood in training; None asks the file.
+            grid: As for `adapt`.
+            head: As for `adapt`.
+
+        Returns:
+            Weights that load strictly into this model.
+
+        Raises:
+            ValueError: As `official` and `adapt`.
+        """
+        weights, place = official(payload, ema=ema), None
+        if "class_token" in FAMILIES[self.info.family].arguments:
+            place = class_token or published_class_token(payload)
+        return adapt(weights, self, class_token=place, grid=grid, head=head)
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that weight decay would pull away from what they mean."""
