@@ -1,6 +1,6 @@
 """Modules that two or more models are made of."""
 
-from fambav.layers.block import AddNorm, Block, Hooks, run_block
+from fambav.layers.block import Add, AddNorm, Block, Hooks, run_block
 from fambav.layers.drop import Dropout, DropPath, shard
 from fambav.layers.embed import PatchEmbed
 from fambav.layers.info import BackboneInfo, Stage
@@ -9,6 +9,7 @@ from fambav.layers.mamba2d import Mamba2D
 from fambav.layers.tokens import Ask, Signals, Tokens
 
 __all__ = [
+    "Add",
     "AddNorm",
     "Ask",
     "BackboneInfo",

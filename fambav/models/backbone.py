@@ -5,22 +5,25 @@ images -> embed -> depth x layer, each with the hooks of a reduction -> pool -> 
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, overload
+from typing import Any, ClassVar, Literal, NamedTuple, cast, overload
 
+import torch
 from torch import Tensor, nn
 
-from fambav.layers.block import Hooks
-from fambav.layers.embed import take
+from fambav.layers.block import Add, Hooks
+from fambav.layers.drop import DropPath
+from fambav.layers.embed import class_places, pair, patch_grid, take
 from fambav.layers.info import BackboneInfo
 from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import Tokens
-from fambav.models.entry import chosen_layers
+from fambav.models.entry import chosen_layers, data_config
 from fambav.models.flops import Parts
-from fambav.models.weights import adapt, official, published_class_token
+from fambav.models.weights import adapt, official, published_class_token, resize_pos_embed
 from fambav.ops.match import others
-from fambav.reduction import Reduction, Schedule
+from fambav.reduction import Reduction, Schedule, no_reduction, unmerge
 from fambav.registry import FAMILIES
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -51,8 +54,11 @@ class Backbone(nn.Module):
         reduction: Removes tokens; may be replaced at any time, see `fambav.reduce`.
         undecayed: Last names of the parameters that weight decay would pull away from what they
             mean.
-        classifier, first_conv, position: Names of the modules that give the output and read the
-            image, and of the position embedding.
+        classifier, first_conv, final_norm, position: Names of the modules that give the output,
+            read the image and normalise the sum of all layers, and of the position embedding.
+        fixed_input_size: Whether images of another size are refused.
+        global_pool: What the head reads, see `reset_classifier`.
+        feature_info: Channels and stride of each layer, in timm's words.
         draws_whole_update: Whether a forward pass draws random numbers for all batches of an
             update and keeps its share, so that all batches start from one seed.
     """
@@ -61,6 +67,8 @@ class Backbone(nn.Module):
     classifier: ClassVar[str] = "head"
     first_conv: ClassVar[str] = "patch_embed.proj"
     position: ClassVar[str] = "pos_embed"
+    final_norm: ClassVar[str] = "norm_f"
+    fixed_input_size: ClassVar[bool] = True
     draws_whole_update: ClassVar[bool] = True
     dim: int
     depth: int
@@ -69,12 +77,18 @@ class Backbone(nn.Module):
     length: int
     patch_embed: Any
     layers: Any
+    drop_path: DropPath
     head: nn.Module
     reduction: Reduction
     num_classes: int
     pretrained_cfg: dict[str, Any]
     class_token: str
     class_places: tuple[int, ...]
+    patch_size: int
+    stride: int
+    in_chans: int
+    global_pool: str
+    feature_info: list[dict[str, Any]]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a reduction is in training or evaluation as the model is."""
@@ -98,10 +112,6 @@ class Backbone(nn.Module):
     @abstractmethod
     def normed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the final norm of the residual stream's last sum, and the sum."""
-
-    @abstractmethod
-    def pool(self, tokens: Tokens) -> Tensor:
-        """Return the feature, (batch, dim), of the tokens behind the last layer."""
 
     @property
     def schedule(self) -> Schedule:
@@ -134,8 +144,17 @@ class Backbone(nn.Module):
         return self.reduction.hooks(layer)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify: (batch, in_chans, height, width) -> (batch, num_classes)."""
-        return self.forward_head(self.forward_features(images))
+        """Classify: (batch, in_chans, height, width) -> (batch, num_classes).
+
+        Without pooling there is an output for each token of the start, (batch, tokens, classes).
+        """
+        tokens, _ = self._run(images, trace=not self.global_pool and self.schedule.removed > 0)
+        return self.classify(tokens)
+
+    def classify(self, tokens: Tokens) -> Tensor:
+        """Return what the head makes of the tokens behind the last layer."""
+        logits: Tensor = self.head(self.pool(tokens))
+        return logits
 
     @overload
     def forward_features(self, images: Tensor, *, trace: Literal[False] = ...) -> Tensor: ...
@@ -146,31 +165,41 @@ class Backbone(nn.Module):
     def forward_features(
         self, images: Tensor, *, trace: bool = False
     ) -> Tensor | tuple[Tensor, Trace]:
-        """Embed: (batch, in_chans, height, width) -> (batch, dim).
+        """Embed: (batch, in_chans, height, width) -> (batch, tokens, dim), normalised, unpooled.
 
         Args:
             images: Of a size that the model takes.
             trace: Also tell where each token went.
 
         Returns:
-            The feature that the head reads; with trace, the feature and a `Trace`.
+            A row for each token of the start, class tokens at `info.cls_index`.  Members of a
+            merged token have its row; a dropped one has the mean over the patches that are left,
+            so that the mean over all is theirs.  With trace, these and a `Trace`.
 
         Raises:
             ValueError: If the images have another size.
         """
-        tokens, sources = self.embed(images, trace=trace), []
-        for layer, block in enumerate(self.layers):
-            tokens = block(tokens, self.hooks(layer, tokens))
-            sources.append(tokens.source)
-        feature = self.pool(tokens)
-        return (feature, Trace(tuple(sources))) if trace else feature
+        tokens, sources = self._run(images, trace=trace or self.schedule.removed > 0)
+        rows = self._whole(tokens)
+        return (rows, Trace(tuple(cast("list[Tensor]", sources)))) if trace else rows
 
     def forward_head(
         self,
         x: Tensor,
         pre_logits: bool = False,  # noqa: FBT001, FBT002  the signature is timm's
     ) -> Tensor:
-        """Classify features: (batch, dim) -> (batch, num_classes), or x itself if pre_logits."""
+        """Pool rows of `forward_features`, (batch, tokens, dim), and classify them.
+
+        Args:
+            x: The rows.
+            pre_logits: Return what the head reads, (batch, dim).
+        """
+        index = torch.tensor([self.info.cls_index], dtype=torch.int64, device=x.device)
+        index = index.expand(len(x), -1)
+        if self.global_pool == "token":
+            x = take(x, index).mean(dim=1)
+        elif self.global_pool == "avg":
+            x = take(x, others(index, x.shape[1])).mean(dim=1)
         logits: Tensor = x if pre_logits else self.head(x)
         return logits
 
@@ -178,12 +207,11 @@ class Backbone(nn.Module):
         self,
         x: Tensor,
         indices: int | Sequence[int] | None = None,
-        *,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
+        return_prefix_tokens: bool = False,  # noqa: FBT001, FBT002  the signature is timm's
+        norm: bool = False,  # noqa: FBT001, FBT002
+        stop_early: bool = False,  # noqa: FBT001, FBT002
         output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
+        intermediates_only: bool = False,  # noqa: FBT001, FBT002
     ) -> list[Rows] | tuple[Tensor, list[Rows]]:
         """Return what the residual stream holds after some of the layers, as timm's models do.
 
@@ -194,33 +222,202 @@ class Backbone(nn.Module):
             return_prefix_tokens: Return pairs (patches, class tokens) instead of patches.
             norm: Apply the final norm.
             stop_early: Do not run layers behind the last one wanted.
-            output_fmt: "NCHW", (batch, dim, *grid), or "NLC", (batch, length, dim), in the order
-                of the sequence; class tokens are taken out of both.
+            output_fmt: "NCHW", (batch, dim, *grid), or "NLC", (batch, patches, dim), row by row.
             intermediates_only: Return the list alone.
 
         Returns:
-            The feature of `forward_features` and the list in the order of the layers, or the list.
+            The rows of `forward_features` and the list in the order of the layers, or the list.
+            There is a value for each patch of the start: as in `forward_features`, members of a
+            merged token have its own, dropped ones the mean over the patches that are left.
 
         Raises:
-            ValueError: If a layer is not there, the format is unknown, or "NCHW" is wanted of
-                tokens that no longer form a grid.
+            ValueError: If a layer is not there or the format is unknown.
         """
         wanted = chosen_layers(indices, self.depth)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}, expected 'NCHW' or 'NLC'")
-        tokens, found = self.embed(x), list[Rows]()
-        last = max(wanted) + 1 if stop_early else self.depth
+        tokens, found = self.embed(x, trace=self.schedule.removed > 0), list[Rows]()
+        grid, length = cast("tuple[int, int]", tokens.grid), tokens.x.shape[1]
+        index = torch.tensor([self.info.cls_index], dtype=torch.int64, device=x.device)
+        index = index.expand(len(x), -1)
+        last = wanted[-1] + 1 if stop_early else self.depth
         for layer, block in enumerate(self.layers[:last]):
             tokens = block(tokens, self.hooks(layer, tokens))
             if layer in wanted:
-                left = tokens.living()
-                rows = self.normed(left)[0 if norm else 1]
-                patches = take(rows, others(left.class_places, rows.shape[1]))
+                rows = self._rows(tokens, norm=norm)
+                patches = take(rows, others(index, length))
                 if output_fmt == "NCHW":
-                    patches = _on_grid(patches, left.grid)
-                prefix = take(rows, left.class_places)
-                found.append((patches, prefix) if return_prefix_tokens else patches)
-        return found if intermediates_only else (self.pool(tokens), found)
+                    patches = patches.mT.unflatten(2, grid)
+                found.append((patches, take(rows, index)) if return_prefix_tokens else patches)
+        return found if intermediates_only else (self._whole(tokens), found)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,  # noqa: FBT001, FBT002  the signature is timm's
+        prune_head: bool = True,  # noqa: FBT001, FBT002
+    ) -> list[int]:
+        """Take away what is not needed for some intermediates.
+
+        Args:
+            indices: As for `forward_intermediates`; layers behind the last one go.
+            prune_norm: The final norm goes too.
+            prune_head: The head goes too.
+
+        Returns:
+            The layers that are meant, from 0.
+        """
+        wanted = chosen_layers(indices, self.depth)
+        self.depth = wanted[-1] + 1
+        del self.layers[self.depth :], self.feature_info[self.depth :]
+        self.reduction = self.reduction.of_first_layers(self.info)
+        if prune_norm:
+            self.set_submodule(self.final_norm, Add())
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+    def set_input_size(
+        self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None
+    ) -> None:
+        """Take images of another size from now on; the position embedding is resized.
+
+        Args:
+            img_size: Side of an image or (height, width), in pixels.
+            patch_size: No other than the model's.
+
+        Raises:
+            ValueError: If patches do not divide the images, would have another size, or tokens
+                are reduced, whose schedule is for the size that there is.
+        """
+        if patch_size not in (None, self.patch_size):
+            raise ValueError(f"patch_size is {patch_size}, expected {self.patch_size}")
+        size = self.img_size if img_size is None else pair(img_size, name="img_size")
+        if size == self.img_size:
+            return
+        if self.schedule.removed:
+            raise ValueError(
+                f"img_size is {size}, expected {self.img_size} while tokens are reduced;"
+                " reduce(model, 'none') ends that"
+            )
+        old, embedding = self.grid, self.get_parameter(self.position)
+        self.lay_out(size)
+        owner, _, name = self.position.rpartition(".")
+        resized = nn.Parameter(
+            resize_pos_embed(embedding.detach(), self, old), requires_grad=embedding.requires_grad
+        )
+        setattr(self.get_submodule(owner), name, resized)
+        self.reduction = no_reduction(self.info)
+        self.pretrained_cfg.update(input_size=(self.in_chans, *size), pool_size=self.grid)
+        self._traits = {**getattr(self, "_traits", {}), "img_size": size}  # timm's own record
+
+    def lay_out(self, img_size: tuple[int, int]) -> None:
+        """Set the grid of patches, and the places of class tokens, for images of a size."""
+        self.img_size = img_size
+        self.grid = patch_grid(img_size, patch_size=self.patch_size, stride=self.stride)
+        patches = self.grid[0] * self.grid[1]
+        self.class_places = class_places(self.class_token, patches)
+        self.length = patches + len(self.class_places)
+
+    def describe(self) -> None:
+        """Say what images are read and what the layers return, in timm's words."""
+        inside = self.position.rpartition("pos_embed")[0]
+        self.feature_info = [
+            {"num_chs": self.dim, "reduction": self.stride, "module": f"{inside}layers.{layer}"}
+            for layer in range(self.depth)
+        ]
+        self.pretrained_cfg = self.default_cfg = data_config(
+            type(self),
+            img_size=self.img_size,
+            patch_size=self.patch_size,
+            stride=self.stride,
+            in_chans=self.in_chans,
+            num_classes=self.num_classes,
+        )
+
+    def group_matcher(
+        self,
+        coarse: bool = False,  # noqa: FBT001, FBT002  the signature is timm's
+    ) -> dict[str, Any]:
+        """Return patterns of the names of parameters in the order of depth: a layer is a group."""
+        del coarse  # a layer is the smallest group
+        inside = re.escape(self.position.rpartition("pos_embed")[0])
+        return {
+            "stem": rf"^{inside}(?:cls_token|pos_embed|patch_embed)",
+            "blocks": [
+                (rf"^{inside}layers\.(\d+)", None),
+                (rf"^{re.escape(self.final_norm)}", (99999,)),
+            ],
+        }
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head's linear map."""
+        return self.get_submodule(self.classifier)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new one.
+
+        Args:
+            num_classes: Its outputs; 0 for none.
+            global_pool: "token", the class tokens' mean; "avg", the mean over patches; "" for
+                every token by itself; None as before.
+
+        Raises:
+            ValueError: If num_classes is negative, or there is no such pooling.
+        """
+        if global_pool is not None:
+            self.global_pool = self._pooling(global_pool)
+        like = self.get_parameter(self.position)
+        owner, _, name = self.classifier.rpartition(".")
+        setattr(self.get_submodule(owner), name, self._new_head(num_classes, like))
+
+    def pool(self, tokens: Tokens) -> Tensor:
+        """Return the feature, (batch, dim): class tokens where they are now, or all patches.
+
+        Without pooling, the rows of `forward_features`.
+        """
+        if not self.global_pool:
+            return self._whole(tokens)
+        tokens = tokens.living()
+        tokens = tokens._replace(x=self.drop_path(tokens.x))
+        if self.global_pool == "token":  # each row is normalised on its own, so only these are
+            x = take(tokens.x, tokens.class_places)
+            residual = take(cast(Tensor, tokens.residual), tokens.class_places)
+            return self.normed(tokens._replace(x=x, residual=residual))[0].mean(dim=1)
+        return mean_patch(self.normed(tokens)[0], tokens)
+
+    def _run(self, images: Tensor, *, trace: bool) -> tuple[Tokens, list[Tensor | None]]:
+        """Send images through all layers; with trace, also return `source` behind each."""
+        tokens, sources = self.embed(images, trace=trace), []
+        for layer, block in enumerate(self.layers):
+            tokens = block(tokens, self.hooks(layer, tokens))
+            sources.append(tokens.source)
+        return tokens, sources
+
+    def _whole(self, tokens: Tokens) -> Tensor:
+        """Return a normalised row for each token of the start, behind the last layer."""
+        return self._rows(tokens._replace(x=self.drop_path(tokens.x)), norm=True)
+
+    def _rows(self, tokens: Tokens, *, norm: bool) -> Tensor:
+        """Return the residual stream's sum, (batch, start length, dim), normalised if wanted."""
+        left = tokens.living()
+        if norm:
+            rows = self.normed(left)[0]
+        else:
+            rows = Add()(left.x, left.residual)[1].to(self.get_parameter(self.position).dtype)
+        if left.source is None or not self.schedule.removed:
+            return rows
+        return unmerge(rows, left.source, mean_patch(rows, left))
+
+    def _pooling(self, name: str | None) -> str:
+        """Return the name of a pooling that this model has; None for its own."""
+        known = ("token", "avg", "") if self.class_places else ("avg", "")
+        if name is None:
+            return known[0]
+        if name not in known:
+            able = " or ".join(map(repr, known))
+            raise ValueError(f"global_pool is {name!r}, expected {able} of this model")
+        return name
 
     def remap(
         self,
@@ -265,7 +462,7 @@ class Backbone(nn.Module):
         for block in self.layers:
             block.grad_checkpointing = enable
 
-    def new_head(self, num_classes: int, like: Tensor) -> nn.Module:
+    def _new_head(self, num_classes: int, like: Tensor) -> nn.Module:
         """Return a classifier of `num_classes` outputs, 0 for none, beside `like`.
 
         Raises:
@@ -283,9 +480,12 @@ class Backbone(nn.Module):
 
 
 def mean_patch(rows: Tensor, tokens: Tokens) -> Tensor:
-    """Average rows, (batch, length, dim), each as often as its token stands for patches."""
-    share = tokens.size / tokens.size.sum(dim=1, keepdim=True)
-    return (rows * share[..., None]).sum(dim=1)
+    """Average rows of patches, (batch, length, dim), each as often as it stands for patches."""
+    size = tokens.size
+    if tokens.class_places.shape[1]:
+        size = size.scatter(1, tokens.class_places, 0)
+    share = size / size.sum(dim=1, keepdim=True)
+    return (rows * share[..., None]).sum(dim=1).to(rows.dtype)
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
@@ -297,15 +497,3 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     if depth < 1:
         raise ValueError(f"depth is {depth}, expected at least 1")
     return [0.0, *(rate * layer / (depth - 1) for layer in range(depth - 1))]
-
-
-def _on_grid(patches: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Lay patches, (batch, length, dim), out as (batch, dim, *grid).
-
-    Raises:
-        ValueError: If they form no grid.
-    """
-    if grid is None:
-        raise ValueError("output_fmt is 'NCHW', expected 'NLC' for tokens that form no grid")
-    maps: Tensor = patches.mT.unflatten(2, grid)
-    return maps

@@ -100,7 +100,7 @@ def follow(model: nn.Module, image: Tensor) -> Walk:
                     source=_array(_known(tokens.source)[0]),
                 )
             )
-        logits = model.forward_head(model.pool(tokens))
+        logits = model.classify(tokens)
     info = model.info
     whole = torch.arange(info.grid[0] * info.grid[1], device=device)[None]
     rank = _array(_scanned(model, whole).argsort())

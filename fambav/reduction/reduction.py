@@ -69,6 +69,15 @@ class Reduction(nn.Module):
         _check_needs(info, method, self.needs, self._first_asked())
         self._hooks = [self._hooks_of(layer) for layer in range(info.depth)]
 
+    def of_first_layers(self, info: BackboneInfo) -> Reduction:
+        """Return what this does in a model that ends after its first `info.depth` layers."""
+        counts = self.schedule.counts[: info.depth]
+        if not any(counts):
+            return no_reduction(info)
+        made = Schedule.of(info.tokens, counts, after=self.hook == "after")
+        how = dict(hook=self.hook, scan=self.scan, gap=self.gap, class_policy=self.class_policy)
+        return Reduction(info, self.method, made, **how)
+
     @property
     def name(self) -> str:
         """Name of the method, or "none"."""

@@ -62,7 +62,7 @@ class _Walk:
     def descend(self, tokens: Tokens, layer: int, group: Sequence[int]) -> None:
         """Send tokens through the layers from `layer` on, for reductions alike up to there."""
         if layer == self.net.depth:
-            said = self.net.forward_head(self.net.pool(tokens))
+            said = self.net.classify(tokens)
             self.said.update(dict.fromkeys(group, said))
             return
         parts: dict[Any, list[int]] = {}

@@ -103,8 +103,8 @@ def test_the_feature_is_read_where_each_sample_s_class_token_is_now(class_token,
     kept = []
     model.layers[-1].register_forward_hook(lambda _module, _args, tokens: kept.append(tokens))
     images = torch.randn(16, 3, 64, 64)
-    feature, trace = model.forward_features(images, trace=True)
-    (tokens,) = kept
+    rows, trace = model.forward_features(images, trace=True)
+    feature, (tokens,) = model.forward_head(rows, pre_logits=True), kept
     start = torch.tensor(model.class_places).expand(16, -1)
     places = tokens.class_places
     assert torch.equal(trace.sources[-1].gather(1, start), places)
@@ -123,7 +123,7 @@ def test_fusion_keeps_the_mean_over_patches_when_there_is_no_class_token():
     model.norm_f.register_forward_hook(lambda _module, args, out: seen.append(out[0]))
     sizes = []
     model.layers[-1].register_forward_hook(lambda _module, _args, t: sizes.append(t.size))
-    feature = model.forward_features(IMAGES)
+    feature = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
     expected = (seen[0] * sizes[0][..., None]).sum(dim=1) / 16
     torch.testing.assert_close(feature, expected)
     assert sizes[0].max() > 1
@@ -162,11 +162,18 @@ def test_checkpointing_changes_no_gradient(method):
 
 def test_the_head_can_be_replaced_or_taken_away():
     model = build()
-    feature = model.forward_features(IMAGES)
+    rows = model.forward_features(IMAGES)
+    feature = model.forward_head(rows, pre_logits=True)
     assert model.get_classifier() is model.head
-    assert torch.equal(model.forward_head(feature, pre_logits=True), feature)
+    assert torch.equal(model.head(feature), model(IMAGES))
     model.reset_classifier(0)
     assert torch.equal(model(IMAGES), feature)
+    model.reset_classifier(0, "")
+    assert torch.equal(model(IMAGES), rows)
+    model.reset_classifier(0, "avg")
+    patches = [n for n in range(17) if n not in model.info.cls_index]
+    torch.testing.assert_close(model(IMAGES), rows[:, patches].mean(dim=1))
+    model.reset_classifier(0, "token")
     model.reset_classifier(3)
     assert model(IMAGES).shape == (2, 3)
     assert model.num_classes == 3
