@@ -313,8 +313,8 @@ class Backbone(nn.Module):
 
     def lay_out(self, img_size: tuple[int, int]) -> None:
         """Set the grid of patches, and the places of class tokens, for images of a size."""
-        self.img_size = img_size
         self.grid = patch_grid(img_size, patch_size=self.patch_size, stride=self.stride)
+        self.img_size = img_size
         patches = self.grid[0] * self.grid[1]
         self.class_places = class_places(self.class_token, patches)
         self.length = patches + len(self.class_places)

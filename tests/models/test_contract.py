@@ -334,8 +334,11 @@ def test_a_resized_model_is_one_of_that_size_with_fitted_weights(name, arguments
     images = torch.randn(2, 3, 96, 64)
     assert torch.equal(model(images), wanted(images))
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 96, 64)
-    with pytest.raises(ValueError, match="patch_size is 8, expected 16"):
-        model.set_input_size(patch_size=8)
+    for wrong, message in ((dict(patch_size=8), "patch_size is 8"), (dict(img_size=65), "is 65")):
+        with pytest.raises(ValueError, match=message):
+            model.set_input_size(**wrong)
+    assert model.info == wanted.info
+    assert model.img_size == (96, 64)
     fused = build(name, **arguments)
     reduce(fused, "ordered", "r:1")
     with pytest.raises(ValueError, match="while tokens are reduced"):
