@@ -3,8 +3,8 @@
 main.py      train or evaluate
 fambav ...   the commands of fambav.commands
 
-A user's mistake is one line that begins with `error:`, and status 2; a run that diverged is 3, a
-full disk 4, samples that cannot be read 5, a full device 6, SIGTERM after the state is saved 143;
+A user's mistake is one line that begins with `error:`, and status 2; numbers that are not finite 3,
+a full disk 4, samples that cannot be read 5, a full device 6, SIGTERM after the state is saved 143;
 a bug keeps its traceback.  A warning is one line that begins with `warning:`.
 """
 
@@ -14,7 +14,7 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,12 @@ from fambav.config import ConfigError
 Words = list[str]
 
 PACKAGE = Path(__file__).parent
-STATUS = {"DivergedError": 3, "LoaderError": 5}
+STATUS = {
+    "DivergedError": 3,
+    "NotFiniteError": 3,
+    "NotFiniteWeightsError": 3,
+    "LoaderError": 5,
+}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,12 +49,22 @@ def _train(words: Words) -> int:
     if {"-h", "--help"} & set(words):
         print(config.help_text("main.py", "Train or evaluate a model."))
         return 0
-    run = config.parse(words)
-    if run.notice and _speaks():
-        print(run.notice, flush=True)
+    run = config.parse(words, record=_record)
+    for line in run.notice.splitlines():
+        if line.startswith("warning: "):
+            _tell(line, 0)
+        elif _speaks():
+            print(line, flush=True)
     from fambav import build
 
     return int(build.run(run))
+
+
+def _record(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Read what the checkpoint to be evaluated says of its run."""
+    from fambav import build
+
+    return build.record(given)
 
 
 def _command(words: Words) -> int:

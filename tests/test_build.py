@@ -253,6 +253,16 @@ def test_integers_are_not_taken_for_weights(tmp_path, name):
     put(tmp_path / "w.pth", {"model": weights}, net)
 
 
+def test_complex_numbers_are_taken_for_nothing(tmp_path):
+    net = model(parse(["--model", "timm/resnet18", "--data-set", "CIFAR"]), num_classes=5)
+    for name in ("bn1.num_batches_tracked", "conv1.weight"):
+        wrong = {**net.state_dict(), name: net.state_dict()[name].to(torch.complex64)}
+        with pytest.raises(
+            CheckpointError, match=rf"dtype of {name} is torch\.complex64, expected"
+        ):
+            put(tmp_path / "w.pth", {"model": wrong}, net)
+
+
 def test_a_foreign_model_takes_another_head_only_when_finetuned(tmp_path):
     resnet = parse(["--model", "timm/resnet18"])
     state = {"model": model(resnet, num_classes=9).state_dict()}

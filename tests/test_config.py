@@ -173,7 +173,8 @@ def other_value(option):
     if option.kind is float:
         return ["0.125"], 0.125
     names = {"model": "vim_small", "teacher_model": "vim_small", "device": "cpu"}
-    word = {**names, "fusion_plan": "6:9", "reduction_schedule": "r:5"}.get(option.name, "word")
+    names |= {"fusion_plan": "6:9", "reduction_schedule": "r:5", "aa": "augmix"}
+    word = names.get(option.name, "word")
     return [word], word
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -508,6 +509,47 @@ def test_prediction_with_a_published_file_needs_the_name_of_its_model(published,
     (guesses,) = predict(published, [image], config=config)
     assert len(guesses) == 5
     assert {name for name, _ in guesses} <= set(map(str, range(100)))
+
+
+def test_prediction_reads_sixteen_bits_as_eight_and_no_unknown_range(published, tmp_path, capsys):
+    from PIL import Image
+
+    grey = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype("<u2") * 257).save(tmp_path / "16.png")
+    Image.fromarray(grey.astype("f4") / 255).save(tmp_path / "float.tif")
+    words = ["--model", "vim_micro", "--input-size", "16", "--device", "cpu"]
+    told = {}
+    for name in ("8.png", "16.png", "float.tif"):
+        status = cli.console(["predict", str(published), str(tmp_path / name), *words])
+        told[name] = (status, *capsys.readouterr())
+    assert told["8.png"][0] == 0, told
+    assert told["16.png"][1].replace("16.png", "8.png") == told["8.png"][1]
+    assert told["float.tif"][0] == 2
+    assert told["float.tif"][2].startswith(f"error: image {tmp_path}/float.tif has mode F (TIFF)")
+    assert told["float.tif"][2].count("\n") == 1
+
+
+def test_evaluation_and_prediction_crop_as_they_are_told(published, unfused, tmp_path):
+    from PIL import Image
+
+    words = [*unfused, "--input-size", "48", "--eval", "--resume", published]
+    told = {}
+    for ratio in ("", "0.5", "0.875", "1"):
+        crop = ["--eval-crop-ratio", ratio] if ratio else []
+        for gpu in ([], ["--gpu-augment"]):
+            found = go(*words, *crop, *gpu)
+            assert found.status == 0, found.err
+            line = next(text for text in found.out.splitlines() if text.startswith("* Acc@1"))
+            assert told.setdefault(ratio, line) == line
+    assert told[""] == told["0.875"]
+    assert len(set(told.values())) == 3
+    image = tmp_path / "image.png"
+    source = np.random.default_rng(0)
+    Image.fromarray(source.integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(image)
+    micro = ["--model", "vim_micro", "--input-size", "48", "--eval-crop-ratio"]
+    guesses = [predict(published, [image], config=parse([*micro, size])) for size in ("0.5", "1")]
+    assert guesses[0] != guesses[1]
 
 
 def test_a_model_is_built_as_the_flags_say():

@@ -88,10 +88,24 @@ def train_batches(
 
 
 def eval_batches(
-    config: Config, found: DataSet, group: Processes, *, input_size: tuple[int, int]
+    config: Config,
+    found: DataSet,
+    group: Processes,
+    *,
+    input_size: tuple[int, int],
+    statistics: Any = None,
 ) -> Batches | ResidentEvaluation:
-    """Return this process's share of the held-out images."""
-    transform = eval_transform(config, found.statistics(config.data.data_stats), input_size)
+    """Return this process's share of the held-out images.
+
+    Args:
+        config: The recipe.
+        found: The data set.
+        group: The processes.
+        input_size: Height and width, in pixels.
+        statistics: Mean and standard deviation of the channels, instead of those of the recipe.
+    """
+    statistics = statistics or found.statistics(config.data.data_stats)
+    transform = eval_transform(config, statistics, input_size)
     share: dict[str, Any] = dict(
         batch_size=int(_EVAL_BATCH * config.optim.batch_size), rank=group.rank, world=group.world
     )

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -16,9 +16,9 @@ from fambav.build import batches, entries, folder, pictured, saved
 from fambav.build.exposure import exposure
 from fambav.build.network import Sketch, model, sketch
 from fambav.build.teacher import described, teacher
-from fambav.build.updates import images_per_update, precision, update
+from fambav.build.updates import images_per_update, precision, rate_warning, update
 from fambav.config import Config
-from fambav.data import Batches, DataSet
+from fambav.data import Batches, DataSet, eval_words
 from fambav.data.resident import ResidentEvaluation
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.distill import Teacher
@@ -27,7 +27,7 @@ from fambav.engine.fit import Fit, Progress, restore
 from fambav.engine.lock import locked
 from fambav.engine.maxima import Maxima
 from fambav.engine.memory import Meter
-from fambav.engine.record import CHECKPOINT, KEPT
+from fambav.engine.record import KEPT
 from fambav.engine.runtime import Console, Processes, numerics, processes
 from fambav.models import Backbone
 from fambav.ops import force, set_backend
@@ -98,6 +98,7 @@ def _job(config: Config, group: Processes) -> Job:
     plan = sketch(config)
     if plan.reduction is not None:
         console.say(plan.reduction.told())
+    _check_crop(config, plan)
     found = batches.data_set(config, group, input_size=plan.input_size)
     for note in found.notes:
         console.say(note)
@@ -106,6 +107,21 @@ def _job(config: Config, group: Processes) -> Job:
     size = {"input_size": height} if height == width else {}
     complete = config.replace(num_classes=found.num_classes, **size)
     return Job(config=complete, sketch=plan, data=found, group=group, console=console)
+
+
+def _check_crop(config: Config, plan: Sketch) -> None:
+    """Refuse a share of the image to keep where nothing is cut.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    asked, default = config.data.eval_crop_ratio, type(config.data).eval_crop_ratio
+    if asked not in (default, eval_words(plan.input_size, asked)["crop_pct"]):
+        height, width = plan.input_size
+        raise ValueError(
+            f"eval_crop_ratio is {asked:g}, expected {default:g}, its default: images of {height} x"
+            f" {width} pixels are taken whole"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +149,10 @@ class Job:
             The scores of the raw weights.
         """
         path = self._source() or Path(self.config.run.finetune)
-        state = entries.load(path)
+        state = saved.read(path)
         net, score = self._model(), self._score()
         saved.put(path, state, net)
-        held_out = self._held_out()
+        held_out = self._held_out(saved.statistics(state, self.config, self.data))
         raw = score(net, batches=held_out)
         self.console.say(raw.line())
         if self.config.optim.model_ema and state.get("model_ema"):
@@ -149,10 +165,13 @@ class Job:
     def train(self) -> None:
         """Train from the beginning, or from where a checkpoint left off, to the last epoch."""
         source, state = self._start()
+        warning = rate_warning(self.config, self.group)
+        if warning is not None:
+            self.console.say(warning)
         fit = self._fit(source, state)
         place = folder.named(self.config, source)
         self.group.wait()  # until every process has read what the main one may now replace
-        with locked(place) if self.group.main else nullcontext():
+        with fit.signals, locked(place) if self.group.main else nullcontext():
             if self.group.main:
                 fit.recorder = folder.open_folder(
                     place, self.config, self.sketch.schedule, self.data, fit, source=source
@@ -247,10 +266,7 @@ class Job:
 
     def _source(self) -> Path | None:
         """The checkpoint to go on from; with auto, where one would be."""
-        asked = self.config.run
-        if asked.resume == "auto":
-            return Path(asked.output_dir or "") / CHECKPOINT
-        return Path(asked.resume) if asked.resume else None
+        return saved.source(self.config.run.resume, self.config.run.output_dir)
 
     def _teacher(self) -> Teacher | None:
         """Build the teacher, if there is to be one, and say what it is."""
@@ -286,9 +302,14 @@ class Job:
     def _score(self) -> Callable[..., Scores]:
         return partial(evaluate, processes=self.group, precision=precision(self.config, self.group))
 
-    def _held_out(self) -> Batches | ResidentEvaluation:
-        size = self.sketch.input_size
-        return batches.eval_batches(self.config, self.data, self.group, input_size=size)
+    def _held_out(self, statistics: Any = None) -> Batches | ResidentEvaluation:
+        return batches.eval_batches(
+            self.config,
+            self.data,
+            self.group,
+            input_size=self.sketch.input_size,
+            statistics=statistics,
+        )
 
 
 def _layers(net: nn.Module) -> Iterable[nn.Module]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -12,15 +14,34 @@ from torch import nn
 from fambav import data
 from fambav.build import batches, entries, saved
 from fambav.build.network import model, sketch
-from fambav.config import Config
+from fambav.config import Config, Fusion, Reduction, sources
+from fambav.config.values import COMMAND, refuse
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.engine.checkpoint import CheckpointError, State
+from fambav.engine.finite import check_logits
 from fambav.engine.runtime import processes
-from fambav.models import official
+from fambav.models import Backbone, official
 
 Guess = tuple[str, float]
 
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight")
+# Settings of a model that a file of weights leaves open; beside them are those of Fusion and
+# Reduction.
+_OPEN = {
+    "model",
+    "input_size",
+    "patch_size",
+    "stride",
+    "num_classes",
+    "class_token",
+    "bimamba_type",
+    "param_order",
+    "dt_bias_twice",
+    "drop",
+    "drop_path",
+    "grad_checkpointing",
+    "eval_crop_ratio",
+} | {item.name for group in (Fusion, Reduction) for item in fields(group)}
 
 
 class Pretrained(NamedTuple):
@@ -53,19 +74,31 @@ def from_pretrained(path: str | Path, **settings: Any) -> nn.Module:
         path: A checkpoint of ours, which knows its own model, a published one of Vim's, which
             needs `model="vim_tiny"` or the like, a `.safetensors` file of ours, a run folder, whose
             best checkpoint is taken, or a folder that `fambav export` wrote as safetensors or hf.
-        settings: Settings by the names of main.py's flags, with underscores, such as
+        settings: Settings of the model by the names of main.py's flags, with underscores, such as
             `fusion_strategy="upper", fusion_layer=6, fusion_token=9`: fusion has no weights and
-            may differ from what the file was trained with.
+            may differ from what the file was trained with.  Another `num_classes` makes a new
+            head, drawn from torch's global generator.
 
     Returns:
         The model in evaluation mode, on the CPU.  Its `pretrained_cfg` says in timm's words what
-        images it reads, and has the `label_names`.
+        images it reads, as evaluation makes them, and has the `label_names`.
 
     Raises:
         CheckpointError: If the file cannot be used, or does not say what model it is of.
-        ConfigError: If a setting is unknown or wrong.
+        NotFiniteWeightsError: If a weight is not finite.
+        ConfigError: If a setting is unknown, wrong, or means nothing beside weights.
+
+    Warns:
+        UserWarning: If the head is new.
     """
-    return opened(path, **settings).net
+    for name, setting in sources.from_mapping(settings, COMMAND, "").items():
+        if name not in _OPEN:
+            refuse(name, setting.value, "no such setting here, where it would change nothing")
+    found = opened(path, **settings)
+    small = found.net.pretrained_cfg["crop_mode"] == "squash"  # type: ignore[index]
+    if small and "eval_crop_ratio" in settings:
+        refuse("eval_crop_ratio", settings["eval_crop_ratio"], "none: images so small are not cut")
+    return found.net
 
 
 def opened(path: str | Path, **settings: Any) -> Pretrained:
@@ -75,14 +108,22 @@ def opened(path: str | Path, **settings: Any) -> Pretrained:
     asked = Config.from_flat(settings) if "model" in settings else None
     made_with = _made_with(source, state, asked)
     config = made_with.replace(**settings) if settings else made_with
-    net = _loaded(source, state, config)
+    net = _loaded(source, state, config, classes=settings.get("num_classes"))
     mean, std = _statistics(state)
     names = entries.fact(state, "class_names")
-    own = getattr(net, "pretrained_cfg", None)
-    if isinstance(own, dict):
-        told = {"mean": mean, "std": std, "crop_pct": config.data.eval_crop_ratio}
-        own = {**own, **told, "label_names": names}
-        vars(net).update(pretrained_cfg=own, default_cfg=own)
+    if names is not None and len(names) != net.num_classes:
+        names = None
+    size = sketch(config).input_size
+    own = {
+        **cast(dict[str, Any], net.pretrained_cfg),
+        **data.eval_words(size, config.data.eval_crop_ratio),
+        "input_size": (_channels(net), *size),
+        "num_classes": net.num_classes,
+        "mean": mean,
+        "std": std,
+        "label_names": names,
+    }
+    vars(net).update(pretrained_cfg=own, default_cfg=own)
     transform = _transform(config, state)
     return Pretrained(source, state, config, net, names, mean, std, transform)
 
@@ -111,6 +152,7 @@ def predict(
     Raises:
         CheckpointError: If the file cannot be used, or does not say what model it is of.
         DataError: If an image cannot be read.
+        NotFiniteError: If a logit is not finite; NotFiniteWeightsError: if a weight is not.
     """
     source = saved.weights_of(Path(path))
     state = saved.read(source)
@@ -124,6 +166,8 @@ def predict(
         inputs = [transform(data.read_image(image)) for image in images]
         with torch.no_grad():
             logits = torch.cat([net(x[None].to(group.device)) for x in inputs])
+        for image, x, row in zip(images, inputs, logits, strict=True):
+            check_logits(net, x[None].to(group.device), row, str(image))
     best = logits.float().softmax(dim=1).topk(min(topk, len(names)), dim=1)
     return [
         [(names[place], share) for share, place in zip(shares, places, strict=True)]
@@ -142,10 +186,26 @@ def _made_with(source: Path, state: State, config: Config | None) -> Config:
     return found
 
 
-def _loaded(source: Path, state: State, config: Config) -> nn.Module:
-    """Build the model with as many classes as the file has, and load the file into it."""
-    net = model(config, num_classes=_classes(state))
-    saved.put(source, state, net)
+def _loaded(source: Path, state: State, config: Config, *, classes: int | None = None) -> nn.Module:
+    """Build the model and load the file into it.
+
+    Args:
+        source: The file.
+        state: What it holds.
+        config: What the model is.
+        classes: Length of the output, with a new head if the file's differs; None for the file's.
+    """
+    there, said = _classes(state), config.model.num_classes
+    if classes is None and said not in (None, there):
+        raise CheckpointError(f"num_classes is {said}, expected {there} as {source} has")
+    net = model(config, num_classes=classes or there)
+    saved.put(source, state, net, head="strict" if classes is None else "drop")
+    if classes not in (None, there):
+        warnings.warn(
+            f"num_classes is {classes} and {source} has {there}: the head is new, with weights"
+            " drawn at random",
+            stacklevel=4,
+        )
     return net.eval()
 
 
@@ -155,6 +215,12 @@ def _classes(state: State) -> int:
     if found is None:
         raise CheckpointError("checkpoint has no head.weight, expected a classifier")
     return len(found)
+
+
+def _channels(net: nn.Module) -> int:
+    if isinstance(net, Backbone):
+        return int(net.patch_embed.in_chans)
+    return int(net.pretrained_cfg["input_size"][0])  # type: ignore[index]  # timm sets it
 
 
 def _statistics(state: State) -> tuple[tuple[float, ...], tuple[float, ...]]:

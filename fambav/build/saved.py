@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fambav.build.entries import check, fact, load
 from fambav.config import Config
 from fambav.data import DataSet
-from fambav.engine.checkpoint import CheckpointError, State
+from fambav.engine.checkpoint import CheckpointError, NotFiniteWeightsError, State
+from fambav.engine.finite import NotFiniteError, check_weights
 from fambav.engine.record import BEST, CHECKPOINT, WEIGHTS
 from fambav.models import Backbone, official
 from fambav.reduction import Schedule
@@ -150,7 +151,50 @@ def settings(state: State) -> Config | None:
     flat = fact(state, "config")
     if not isinstance(flat, Mapping):
         return None
-    return Config.from_flat({name: _listed(value) for name, value in flat.items()})
+    return Config.recorded({name: _listed(value) for name, value in flat.items()})
+
+
+def record(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what the checkpoint that a run evaluates says of what it evaluates.
+
+    Args:
+        given: Settings of that run.
+
+    Returns:
+        The settings of the run that wrote it, without places and speed; None if there is no
+        checkpoint, or it does not say.
+
+    Raises:
+        CheckpointError: If it cannot be used.
+    """
+    path = source(given.get("resume", ""), given.get("output_dir"))
+    path = path or (Path(given["finetune"]) if given.get("finetune") else None)
+    known = None if path is None else settings(read(path))
+    if known is None:
+        return None
+    kept = {"data_path", "on_bad_image", "matmul_precision"}  # where, and how exact, it was
+    return {name: v for name, v in known.flat().items() if name not in _FREE - kept}
+
+
+def source(resume: str, output_dir: str | None) -> Path | None:
+    """Return the checkpoint to go on from, None without --resume; with auto, where one would be."""
+    if resume == "auto":
+        return Path(output_dir or "") / CHECKPOINT
+    return Path(resume) if resume else None
+
+
+def statistics(state: State, config: Config, found: DataSet) -> tuple[Any, Any]:
+    """Return mean and standard deviation of the channels, to evaluate a file of weights with.
+
+    They are those that the file was trained with, unless it does not say or others are asked for.
+
+    Raises:
+        ValueError: If the data set has none of the kind that is asked for.
+    """
+    known, (mean, std) = settings(state), (fact(state, name) for name in ("mean", "std"))
+    if known is None or not mean or not std or known.data.data_stats != config.data.data_stats:
+        return found.statistics(config.data.data_stats)
+    return tuple(mean), tuple(std)
 
 
 def same_run(
@@ -217,30 +261,23 @@ def put(
 
     Raises:
         CheckpointError: If the weights are not those of such a model.
+        NotFiniteWeightsError: If one of them is not finite.
     """
     try:
         place, grid = fact(state, "class_token"), fact(state, "grid")
         grid = grid and (grid[0], grid[1])
+        weights = official(state, ema=ema)
+        check_weights(weights, net.state_dict())
         if isinstance(net, Backbone):
             weights = net.remap(state, ema=ema, class_token=place, grid=grid, head=head)
         else:
-            weights = _with_head(official(state, ema=ema), net, head)
-        _check_dtypes(weights, net)
+            weights = _with_head(weights, net, head)
         net.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise CheckpointError(f"{path}: {reason}") from error
-
-
-def _check_dtypes(weights: dict[str, Tensor], net: nn.Module) -> None:
-    """Refuse integers for floating point numbers, which torch would convert.
-
-    Raises:
-        ValueError: If there are any, or the other way round.
-    """
-    for name, own in net.state_dict().items():
-        if name in weights and weights[name].is_floating_point() != own.is_floating_point():
-            raise ValueError(f"dtype of {name} is {weights[name].dtype}, expected {own.dtype}")
+        unusable = isinstance(error, NotFiniteError)
+        kind = NotFiniteWeightsError if unusable else CheckpointError
+        raise kind(f"{path}: {reason}") from error
 
 
 def _with_head(weights: dict[str, Tensor], net: nn.Module, head: str) -> dict[str, Tensor]:

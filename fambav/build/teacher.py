@@ -46,9 +46,7 @@ def teacher(config: Config, *, num_classes: int) -> Teacher | None:
         saved.put(path, state, net)
     except CheckpointError as error:
         size = config.model.input_size
-        raise CheckpointError(
-            f"{error}; the teacher is {_name(config)} at {size} pixels"
-        ) from error
+        raise type(error)(f"{error}; the teacher is {_name(config)} at {size} pixels") from error
     return Teacher(net)
 
 

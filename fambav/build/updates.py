@@ -81,16 +81,44 @@ def update(
 def learning_rate(config: Config, group: Processes, *, per_epoch: int) -> Callable[[int], float]:
     """Return the learning rate, given the number of updates done."""
     wanted = config.optim
-    images = images_per_update(config, group)
+    min_lr, warmup_lr = _ends(config)
     return optim.cosine(
-        wanted.lr if wanted.unscale_lr else optim.scaled(wanted.lr, images=images),
+        _top(config, group),
         epochs=wanted.epochs,
         updates=per_epoch,
-        warmup_epochs=wanted.warmup_epochs,
-        warmup_lr=wanted.warmup_lr,
-        min_lr=wanted.min_lr,
+        warmup_epochs=min(wanted.warmup_epochs, wanted.epochs),
+        warmup_lr=warmup_lr,
+        min_lr=min_lr,
         late=wanted.epoch_sched,
     )
+
+
+def rate_warning(config: Config, group: Processes) -> str | None:
+    """Return a line if an end of the learning rate, which is not scaled, is above its middle."""
+    top, (min_lr, warmup_lr) = _top(config, group), _ends(config)
+    ends = {"min_lr": min_lr, "warmup_lr": warmup_lr if config.optim.warmup_epochs else 0.0}
+    above = [f"{name} {value:g}" for name, value in ends.items() if value > top]
+    if config.optim.rising_lr or not above:
+        return None
+    return (
+        f"warning: lr is {top:g} at {images_per_update(config, group)} images per update, less than"
+        f" {' and '.join(above)}, which are not scaled; --unscale-lr takes --lr as it is"
+    )
+
+
+def _top(config: Config, group: Processes) -> float:
+    """Highest learning rate."""
+    wanted = config.optim
+    if wanted.unscale_lr:
+        return wanted.lr
+    return optim.scaled(wanted.lr, images=images_per_update(config, group))
+
+
+def _ends(config: Config) -> tuple[float, float]:
+    """Learning rate at the end and at the start of the warm-up; defaults are at most --lr."""
+    wanted = config.optim
+    ends = wanted.min_lr, wanted.warmup_lr
+    return ends if wanted.rising_lr else (min(ends[0], wanted.lr), min(ends[1], wanted.lr))
 
 
 def _replayed(config: Config, net: nn.Module, group: Processes) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from fambav.config.config import Config, load, parse
 from fambav.config.options import Augment, Data, Distillation, Fusion, Model, Optim, Reduction, Run
+from fambav.config.policies import policy
 from fambav.config.sources import help_text
 from fambav.config.values import ConfigError
 
@@ -19,4 +20,5 @@ __all__ = [
     "help_text",
     "load",
     "parse",
+    "policy",
 ]

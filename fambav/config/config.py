@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import yaml
 from fambav.config import conflicts, sources, unoffered
 from fambav.config.options import (
     GROUPS,
+    OPTIONS,
     Augment,
     Data,
     Distillation,
@@ -27,7 +28,7 @@ from fambav.config.options import (
     Reduction,
     Run,
 )
-from fambav.config.values import COMMAND, FILE, ConfigError, Setting
+from fambav.config.values import COMMAND, FILE, RECORD, ConfigError, Setting, shown
 
 DEFAULT_FILE = "configs/digits/vim_micro_upper.yaml"
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ class Config:
     Attributes:
         model, fusion, reduction, data, augment, optim, distillation, run: The settings, see
             `options`.
-        notice: A sentence to tell the user before anything else, or empty.
+        notice: Lines to tell the user before anything else, or empty.
     """
 
     model: Model = field(default_factory=Model)
@@ -67,13 +68,18 @@ class Config:
         """
         return _resolved(sources.from_mapping(_without_empty_strategy(flat), FILE, ""))
 
+    @classmethod
+    def recorded(cls, flat: Mapping[str, Any]) -> Config:
+        """Do what `from_flat` does for what a run has said of itself, which stays as it is."""
+        return _resolved(_record(flat))
+
     def replace(self, **changes: Any) -> Config:
         """Return a copy in which some settings are others.
 
         Raises:
             ConfigError: If a setting is unknown, wrong or in conflict with another.
         """
-        given = sources.from_mapping(_without_empty_strategy(self.flat()), FILE, "")
+        given = _record(self.flat())
         return _resolved({**given, **sources.from_mapping(changes, COMMAND, "")}, self.notice)
 
     def dense(self) -> Config:
@@ -83,6 +89,9 @@ class Config:
     def to_yaml(self) -> str:
         """Return text that `load` turns into an equal run."""
         flat = _without_empty_strategy(self.flat())
+        for low, high in conflicts.LIMITS:
+            if flat[low] == OPTIONS[low].default and flat[low] > flat[high]:
+                del flat[low]  # it would be refused where it is given
         return yaml.safe_dump(flat, sort_keys=False, allow_unicode=True)
 
 
@@ -95,38 +104,63 @@ def load(path: str | Path) -> Config:
     return _resolved(sources.from_file(Path(path)))
 
 
-def parse(argv: Iterable[str]) -> Config:
+def parse(
+    argv: Iterable[str],
+    *,
+    record: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None,
+) -> Config:
     """Return the run that a command line describes.
 
     Args:
         argv: Words after the name of the program.
+        record: Reads what the checkpoint that is to be evaluated says of its run, None if nothing,
+            given what is set. It is the default then, and what differs is told in the notice.
 
     Raises:
         ConfigError: If a flag, the file it names or one of their settings cannot be used.
     """
     given = sources.from_words(list(argv))
     config = given.pop("config", None)
-    notice = ""
     if config is not None:
-        path = Path(config.value)
-    elif "model" in given or "data_set" in given:
+        given = {**sources.from_file(Path(config.value)), **given}
+    values = {name: setting.value for name, setting in given.items()}
+    evaluated = values.get("eval") and (values.get("resume") or values.get("finetune"))
+    known = record(values) if record is not None and evaluated else None
+    if known is not None:
+        return _beside(known, given)
+    if config is not None or "model" in given or "data_set" in given:
         return _resolved(given)
-    else:
-        path = ROOT / DEFAULT_FILE
-        notice = f"no --model, --config or --data-set: reading {DEFAULT_FILE}"
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing, expected --model, --config or --data-set")
+    path = ROOT / DEFAULT_FILE
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing, expected --model, --config or --data-set")
+    notice = f"no --model, --config or --data-set: reading {DEFAULT_FILE}"
     return _resolved({**sources.from_file(path), **given}, notice)
+
+
+def _beside(known: Mapping[str, Any], given: dict[str, Setting]) -> Config:
+    """Return the run that is given beside what a checkpoint says, and tell where both differ."""
+    run, before = _resolved({**_record(known), **given}), Config.recorded(known).flat()
+    reducing = {item.name for group in (Fusion, Reduction) for item in fields(group)}
+    notes = [run.notice] * bool(run.notice)
+    for name, value in run.flat().items():
+        if name in known and (name in given or name in reducing) and value != before[name]:
+            told = f"{name} {shown(value)} differs from the checkpoint's {shown(before[name])}"
+            notes.append(f"note: {told}")
+    return dataclasses.replace(run, notice="\n".join(notes))
+
+
+def _record(flat: Mapping[str, Any]) -> dict[str, Setting]:
+    return sources.from_mapping(_without_empty_strategy(flat), RECORD, "")
 
 
 def _resolved(given: dict[str, Setting], notice: str = "") -> Config:
     unoffered.refuse_given(given, os.environ)
-    values = conflicts.settle(given)
+    values, warnings = conflicts.settle(given)
     groups = {
         name: group(**{item.name: values[item.name] for item in fields(group)})
         for name, group in GROUPS.items()
     }
-    return Config(**groups, notice=notice)
+    return Config(**groups, notice="\n".join((*[notice] * bool(notice), *warnings)))
 
 
 def _without_empty_strategy(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from fambav.config.options import OPTIONS, Fusion, Reduction
-from fambav.config.values import DEFAULT, ConfigError, Setting, refuse, shown
+from fambav.config.values import DEFAULT, RECORD, ConfigError, Setting, refuse, shown
 from fambav.registry import FAMILIES, FOREIGN, family_of
 
 Settings = dict[str, Setting]
@@ -138,7 +138,7 @@ RULES = (
     Rule(
         _defaults("gpu_augment"),
         ("aa", "three_augment"),
-        lambda value: not (value("aa") or "rand-").startswith("rand-"),
+        lambda value: not (value("aa") or "rand").startswith("rand"),
         "with --aa {aa}; rand-*, such as rand-m9-mstd0.5-inc1, none and --ThreeAugment are "
         "offered on the device",
     ),
@@ -222,12 +222,17 @@ RULES = (
     ),
 )
 
+LIMITS = (("warmup_epochs", "epochs"), ("min_lr", "lr"), ("warmup_lr", "lr"))  # at most as much
 
-def settle(given: Settings) -> dict[str, Any]:
+
+def settle(given: Settings) -> tuple[dict[str, Any], list[str]]:
     """Fill in defaults, refuse contradictions and return the value of every setting.
 
     Args:
         given: What was given, the highest level of each setting.
+
+    Returns:
+        The values, and lines to warn the user with.
 
     Raises:
         ConfigError: If settings contradict each other.
@@ -243,7 +248,8 @@ def settle(given: Settings) -> dict[str, Any]:
     _check_loss(settings)
     _settle_teacher(settings)
     _check_checkpoints(settings)
-    return {name: setting.value for name, setting in settings.items()}
+    warnings = [line for low, high in LIMITS if (line := _limit(settings, low, high))]
+    return {name: setting.value for name, setting in settings.items()}, warnings
 
 
 def _apply(rule: Rule, settings: Settings) -> None:
@@ -265,11 +271,17 @@ def _drop(settings: Settings, name: str, decided: int, neutral: Any, why: str) -
 
 def _choose_reduction_or_fusion(settings: Settings) -> None:
     """Keep the one that was given at the higher level; what describes the other goes with it."""
-    reduction = settings["reduction"]
-    fused = [settings["fusion_strategy"], settings["fusion_plan"]]
+    reduction, strategy = settings["reduction"], settings["fusion_strategy"]
+    fused = [strategy, settings["fusion_plan"]]
     given = [s for s in fused if s.value not in (None, "none")]
     if reduction.value == "none":
+        if given and all(s.level < reduction.level for s in given):
+            settings["fusion_plan"] = settings["fusion_plan"]._replace(value=None)
+            settings["fusion_strategy"] = strategy._replace(value="none", level=reduction.level)
         _drop_all(settings, "reduction_", reduction, "without --reduction")
+    elif not given and strategy.level > reduction.level:
+        settings["reduction"] = reduction._replace(value="none")
+        _drop_all(settings, "reduction_", strategy, f"with {strategy.label} none")
     elif any(s.level == reduction.level for s in given):
         other = next(s for s in given if s.level == reduction.level)
         refuse(reduction.label, reduction.value, f"none beside {other.label} {other.value}")
@@ -280,7 +292,7 @@ def _choose_reduction_or_fusion(settings: Settings) -> None:
     else:
         why = f"with --reduction {reduction.value}, whose schedule says it all"
         settings["fusion_plan"] = settings["fusion_plan"]._replace(value=None)
-        settings["fusion_strategy"] = settings["fusion_strategy"]._replace(value="none")
+        settings["fusion_strategy"] = strategy._replace(value="none")
         _drop_all(settings, "fusion_", reduction, why)
 
 
@@ -363,6 +375,27 @@ def _settle_teacher(settings: Settings) -> None:
     own = kind.value != "none" and settings["teacher_model"].value is None
     if own and not path.value:
         settings["teacher_path"] = path._replace(value=settings["finetune"].value)
+
+
+def _limit(settings: Settings, low: str, high: str) -> str | None:
+    """Refuse a setting above its limit, or return a line on one that gives way.
+
+    A default stays as it is and is cut to its limit where it is used.  What runs say of themselves
+    is not looked at: their steps were made so.
+    """
+    own, limit = settings[low], settings[high]
+    unused = low == "warmup_lr" and not settings["warmup_epochs"].value
+    unused = unused or (high == "lr" and settings["rising_lr"].value)
+    if unused or own.value <= limit.value or max(own.level, limit.level) <= RECORD:
+        return None
+    if own.level != DEFAULT and own.level >= limit.level:
+        hint = "; --rising-lr allows it" * (high == "lr")
+        refuse(own.label, own.value, f"at most {shown(limit.value)}, as {limit.label} is{hint}")
+    default = own.level <= RECORD and own.value == OPTIONS[low].default
+    if not default:
+        settings[low] = own._replace(value=limit.value)
+    told = f"{low} is {shown(own.value)}{' by default' * default}"
+    return f"warning: {told}, more than {limit.label}; it is {shown(limit.value)} in this run"
 
 
 def _check_checkpoints(settings: Settings) -> None:

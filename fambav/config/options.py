@@ -27,6 +27,7 @@ from fambav.config.option import (
     Option,
     option,
 )
+from fambav.config.policies import policy
 from fambav.registry import (
     BIMAMBA,
     CLASS_TOKEN_POLICIES,
@@ -263,7 +264,7 @@ class Augment:
     """How training images and targets are varied."""
 
     color_jitter: float | None = option(0.3, "colour jitter without --aa", bounds=NOT_NEGATIVE)
-    aa: str | None = option("rand-m9-mstd0.5-inc1", "timm's policy, or none", check=filled)
+    aa: str | None = option("rand-m9-mstd0.5-inc1", "timm's policy, or none", check=policy)
     smoothing: float = option(0.1, "label smoothing", bounds=RATE)
     train_interpolation: str = option(
         "bicubic", "how images are enlarged", choices=("bicubic", "bilinear", "random")
@@ -327,6 +328,9 @@ class Optim:
     lr: float = option(5e-4, "learning rate at 512 images per update", bounds=POSITIVE)
     warmup_lr: float = option(1e-6, "learning rate at the start, not scaled", bounds=NOT_NEGATIVE)
     min_lr: float = option(1e-5, "learning rate at the end, not scaled", bounds=NOT_NEGATIVE)
+    rising_lr: bool = option(
+        default=False, text="let --min-lr and --warmup-lr be above --lr, as one recipe has it"
+    )
     warmup_epochs: int = option(5, "epochs until --lr is reached", bounds=NATURAL)
     epoch_sched: bool = option(
         default=False, text="one learning rate per epoch, an epoch late, as published"

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, NoReturn
 from fambav.config.option import Option
 from fambav.registry import nearest
 
-DEFAULT, BASE, FILE, COMMAND = range(4)  # a higher level wins
+# A higher level wins.  RECORD is what a finished or older run says of itself.
+DEFAULT, RECORD, BASE, FILE, COMMAND = range(5)
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -21,7 +22,7 @@ class Setting(NamedTuple):
 
     Attributes:
         value: The value, of the option's type.
-        level: DEFAULT, BASE, FILE or COMMAND.
+        level: DEFAULT, RECORD, BASE, FILE or COMMAND.
         label: How to name it to the user, such as `--lr` or `FILE: lr`.
     """
 

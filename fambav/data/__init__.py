@@ -6,7 +6,7 @@ from fambav.data.folders import read_image
 from fambav.data.loaders import Batches, TrainBatchesLoader, eval_loader, train_loader
 from fambav.data.mixing import Mix, mixup
 from fambav.data.sampling import TrainBatches, deal
-from fambav.data.transforms import eval_transform, three_augment, train_transform
+from fambav.data.transforms import eval_transform, eval_words, three_augment, train_transform
 from fambav.data.unreadable import Tolerant
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "deal",
     "eval_loader",
     "eval_transform",
+    "eval_words",
     "fetch",
     "load",
     "mixup",

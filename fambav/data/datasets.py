@@ -56,7 +56,8 @@ def load(
         The set.
 
     Raises:
-        DataError: If the data is missing or damaged; the message says how to get it.
+        DataError: If the data is missing, damaged or of a single class; the message says what to
+            do.
         ValueError: If there is no set of that name.
     """
     builder = BUILDERS[name]
@@ -70,6 +71,9 @@ def load(
             seed=seed,
         )
     )
+    if found.num_classes < 2:
+        by = f" by {inat_category}" if name in ("INAT", "INAT19") else ""
+        raise DataError(f"num_classes of {name}{by} is {found.num_classes}, expected at least 2")
     return found
 
 

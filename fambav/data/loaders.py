@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from fambav.data.arrays import DataError, Samples
 from fambav.data.sampling import Key, TrainBatches
-from fambav.data.shield import outlast
+from fambav.data.shield import outlast, shielded
 from fambav.data.unreadable import LeftOutError, Tolerant
 from fambav.randomness import seed_cpu
 
@@ -114,7 +114,7 @@ class Batches:
             DataError: If it cannot read on.
         """
         try:
-            for batch in self.loader:
+            for batch in self._started():
                 yield batch
                 self._done += 1
             return
@@ -127,6 +127,10 @@ class Batches:
             message = self._lost(error)
             error.__traceback__ = None
         raise DataError(message)
+
+    def _started(self) -> Iterator[Any]:
+        with shielded():
+            return iter(self.loader)
 
     def _lost(self, error: Exception) -> str:
         """Say what is known of a loader process that raised, is gone or hangs."""

@@ -245,7 +245,7 @@ class ResidentEvaluation:
         self, resident: Resident, transform: Any, *, batch_size: int, rank: int = 0, world: int = 1
     ) -> None:
         self._resident, self._batch_size = resident, batch_size
-        self._places = torch.arange(rank, len(resident), world, device=resident.device)
+        self._places = torch.arange(len(resident), device=resident.device)[rank::world]
         first, *rest, normalize = transform.transforms
         self._resizing: Resizing = first(Recording(resident.image_size[::-1])).resizing
         self._cuts = [step for step in rest if not isinstance(step, KIT.ToTensor)]
@@ -261,7 +261,8 @@ class ResidentEvaluation:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images (batch, 3, height, width), float32, and labels (batch,), int64."""
-        for places in self._places.split(self._batch_size):
+        for start in range(0, len(self._places), self._batch_size):  # none where none is left
+            places = self._places[start : start + self._batch_size]
             yield self._made(self._resident.images[places]), self._resident.labels[places]
 
     def _made(self, images: Tensor) -> Tensor:

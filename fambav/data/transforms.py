@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from fambav.config import policy
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD, Triple
 from fambav.ecosystem import timm, torchvision
 
@@ -71,7 +72,7 @@ def train_transform(
         A transform to (3, height, width), float32.
 
     Raises:
-        ValueError: If timm knows no such policy or interpolation.
+        ValueError: If timm knows no such policy, or not all of it, or no such interpolation.
     """
     size = _size(input_size)
     transform = _recipe(
@@ -97,11 +98,17 @@ def train_transform(
 
 def _recipe(size: Size, **options: Any) -> Any:
     """Return timm's augmentation."""
+    aa = options["auto_augment"]
+    try:
+        if aa is not None:
+            policy(aa)
+    except ValueError as error:
+        raise ValueError(f"aa is {aa!r}, expected {error}") from None
     try:
         return timm.data.create_transform(size, is_training=True, **options)
     except (AssertionError, KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            f"aa is {options['auto_augment']!r} and train_interpolation "
+            f"aa is {aa!r} and train_interpolation "
             f"{options['interpolation']!r}, expected a policy of timm's, such as "
             "'rand-m9-mstd0.5-inc1' or 'none', and 'random', 'bilinear' or 'bicubic' "
             f"({type(error).__name__}: {error})"
@@ -181,20 +188,30 @@ def eval_transform(
     if not 0 < eval_crop_ratio <= 1:
         raise ValueError(f"eval_crop_ratio is {eval_crop_ratio}, expected more than 0, at most 1")
     size = _size(input_size)
-    if max(size) <= _SMALL:
+    told = eval_words(size, eval_crop_ratio)
+    if told["crop_mode"] == "squash":
         kit = torchvision.transforms
-        return _compose(
-            [kit.Resize(size, _mode("bicubic")), kit.ToTensor(), kit.Normalize(mean, std)]
-        )
+        mode = _mode(told["interpolation"])
+        return _compose([kit.Resize(size, mode), kit.ToTensor(), kit.Normalize(mean, std)])
     transform: Transform = timm.data.create_transform(
-        size,
-        is_training=False,
-        interpolation="bicubic",
-        crop_pct=eval_crop_ratio,
-        mean=mean,
-        std=std,
+        size, is_training=False, mean=mean, std=std, **told
     )
     return transform
+
+
+def eval_words(input_size: Size, eval_crop_ratio: float) -> dict[str, Any]:
+    """Say in timm's words how `eval_transform` resizes and cuts an image.
+
+    Args:
+        input_size: Height and width of the result, in pixels.
+        eval_crop_ratio: As for `eval_transform`.
+    """
+    whole = max(input_size) <= _SMALL
+    return {
+        "interpolation": "bicubic",
+        "crop_pct": 1.0 if whole else eval_crop_ratio,
+        "crop_mode": "squash" if whole else "center",
+    }
 
 
 def _size(size: int | Size) -> Size:

@@ -57,6 +57,10 @@ class CheckpointError(ValueError):
     """A file is missing, damaged, unsafe, or belongs to another model or recipe."""
 
 
+class NotFiniteWeightsError(CheckpointError):
+    """A file holds weights that are not finite."""
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path that becomes `path` when the block ends without an error.

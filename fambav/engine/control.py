@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from types import FrameType
@@ -20,6 +21,7 @@ from fambav.engine.runtime import Processes
 Batch = tuple[Tensor, Tensor]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ONE_REQUEST = 3.0  # seconds in which further signals are copies of the first
 _FAILED = 1000  # beyond every signal
 _UNREADABLE = (RuntimeError, ValueError, OSError)
 
@@ -41,14 +43,19 @@ class LoaderError(RuntimeError):
 
 
 class Signals:
-    """Takes note of the first signal, inside a `with` block; a second one ends the process at once.
+    """Takes note of the first signal, inside a `with` block; a later one ends the process at once.
 
     SIGTERM means that the process has to end, SIGUSR1 that the run will be continued elsewhere.
+    One request may come as several signals: `timeout` sends to its child and then to the group, a
+    scheduler to all processes, of which a launcher passes it on.  A second request is one that
+    comes `ONE_REQUEST` seconds after the first or later.
+
     Outside the main thread nothing can be noted, and signals do what they did before.
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -61,10 +68,11 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.number:
+        if not self.number:
+            self.number, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since >= ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.number = number
 
 
 class Ahead:

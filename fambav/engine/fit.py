@@ -15,13 +15,14 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fambav.engine import checkpoint
-from fambav.engine.checkpoint import CheckpointError, State
+from fambav.engine.checkpoint import CheckpointError, NotFiniteWeightsError, State
 from fambav.engine.control import Ahead, LoaderError, Signals, Stopped
 from fambav.engine.evaluate import Scores
+from fambav.engine.finite import NotFiniteError, check_weights
 from fambav.engine.maxima import Maxima
 from fambav.engine.memory import Meter, resident_mib
 from fambav.engine.record import BEST, CHECKPOINT, PREVIOUS, WEIGHTS, Record, Recorder
@@ -88,12 +89,13 @@ def restore(state: State, update: Update) -> Progress:
 
     Raises:
         CheckpointError: If the state is not of such a run.
+        NotFiniteWeightsError: If a weight or a number of the optimizer is not finite.
     """
     try:
-        update.model.load_state_dict(state["model"])
+        _put(update.model, state["model"])
         _load(update.optimizer, state["optimizer"])
         if update.average is not None:
-            update.average.model.load_state_dict(state["model_ema"])
+            _put(update.average.model, state["model_ema"])
         if update.precision.scaler.is_enabled():
             update.precision.scaler.load_state_dict(state["scaler"])
         history = [dict(record) for record in state["history"]]
@@ -107,6 +109,8 @@ def restore(state: State, update: Update) -> Progress:
             peak_mib=float(state.get("peak_mib", 0.0)),
             maxima=[float(value) for value in state.get("maxima", ())],
         )
+    except NotFiniteError as error:
+        raise NotFiniteWeightsError(f"checkpoint cannot be gone on from: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(": ")
         raise CheckpointError(
@@ -114,13 +118,27 @@ def restore(state: State, update: Update) -> Progress:
         ) from error
 
 
+def _put(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load the weights of a run into its model, none of them converted.
+
+    Raises:
+        ValueError: If a weight is complex, an integer or not finite.
+    """
+    check_weights(weights, net.state_dict())
+    net.load_state_dict(weights)
+
+
 def _load(optimizer: Optimizer, state: State) -> None:
     """Put an optimizer back to where `state` was saved.
 
     Raises:
         TypeError: If a setting is of another type than the optimizer's own.
-        ValueError: If it is of an optimizer of other parameters.
+        ValueError: If it is of an optimizer of other parameters, or a number is not finite.
     """
+    for number, own in state["state"].items():
+        moments = {n: v for n, v in own.items() if isinstance(v, Tensor) and v.ndim}
+        named = {f"{name} of weight {number}": value for name, value in moments.items()}
+        check_weights(named, dict.fromkeys(named, torch.empty(0)))
     before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for own, group in zip(before, optimizer.param_groups, strict=True):
@@ -163,6 +181,7 @@ class Fit:
         every: Updates from one line to the next.
         save_every: Updates from one checkpoint to the next within an epoch; None for none there.
         maxima: Measures what layers put out; None for not.
+        signals: What has been asked for; enter it before the run folder is written to.
         unsaved: Why the last state could not be written; None if it could.
         best_left: Whether the last checkpoint is the best one and could not be kept as that.
     """
@@ -185,6 +204,7 @@ class Fit:
     every: int = 10
     save_every: int | None = None
     maxima: Maxima | None = None
+    signals: Signals = field(default_factory=Signals)
     unsaved: OSError | None = None
     best_left: bool = False
 
@@ -198,15 +218,14 @@ class Fit:
             UnsavedError: If the last state could not be written.
         """
         start = time.perf_counter()
-        with Signals() as signals:
-            ahead = Ahead(
-                self.batches,
-                count=self.update.accumulate,
-                processes=self.update.processes,
-                signals=signals,
-            )
-            for epoch in range(self.progress.epochs, self.epochs):
-                self._epoch(epoch, ahead)
+        ahead = Ahead(
+            self.batches,
+            count=self.update.accumulate,
+            processes=self.update.processes,
+            signals=self.signals,
+        )
+        for epoch in range(self.progress.epochs, self.epochs):
+            self._epoch(epoch, ahead)
         self._refuse_unsaved()
         spent = timedelta(seconds=round(time.perf_counter() - start))
         self.console.say(f"Training time {spent}")

@@ -84,26 +84,19 @@ def described(model: Pretrained, kind: str) -> dict[str, Any]:
         model: The model.
         kind: The format.
     """
-    net, config = model.net, model.config
-    channels, height, width = input_size(model)
-    plan = None
+    net: Any = model.net
+    config, plan, images = model.config, None, net.pretrained_cfg
+    told = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes")
     if isinstance(net, Backbone):
         plan = {**asdict(net.schedule), "share": net.schedule.share}
-    small = max(height, width) <= 32
     return {
         "architecture": config.model.model.removeprefix("timm/"),
         "num_classes": num_classes(model),
         "num_features": getattr(net, "num_features", None),
         "label_names": model.class_names,
         "pretrained_cfg": {
-            "input_size": [channels, height, width],
             "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0 if small else config.data.eval_crop_ratio,
-            "crop_mode": "squash" if small else "center",
-            "mean": list(model.mean),
-            "std": list(model.std),
-            "num_classes": num_classes(model),
+            **{name: images[name] for name in told},
         },
         "fambav": {
             "version": fambav.__version__,
@@ -130,11 +123,8 @@ def settings(model: Pretrained) -> dict[str, Any]:
 def input_size(model: Pretrained) -> tuple[int, int, int]:
     """Return channels, height and width of an image."""
     net: Any = model.net
-    if isinstance(net, Backbone):
-        return net.patch_embed.in_chans, *net.img_size
     channels, height, width = net.pretrained_cfg["input_size"]
-    size = model.config.model.input_size
-    return channels, size or height, size or width
+    return channels, height, width
 
 
 def num_classes(model: Pretrained) -> int:

@@ -20,6 +20,7 @@ from fambav.build import batches
 from fambav.build.prediction import Pretrained, opened
 from fambav.build.saved import as_strings
 from fambav.engine import checkpoint
+from fambav.engine.finite import check_logits
 from fambav.engine.record import WEIGHTS
 from fambav.engine.runtime import processes
 from fambav.export import description
@@ -85,6 +86,7 @@ def export(
     model = opened(path, **settings)
     inputs = _noise(model, images) if noise else _held_out(model, images)
     want = _answers(model.net, inputs)
+    check_logits(model.net, inputs, want, "the images to compare on")
     told = description.described(model, kind)
     with _kept(place) as temporary:
         start = time.perf_counter()

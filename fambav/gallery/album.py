@@ -85,12 +85,12 @@ def drawn(
     wanted = _wanted(runs, what)
     alone = [name for name in wanted if name != "curves"]
     names = names_of(runs)
-    folder.mkdir(parents=True, exist_ok=True)
     for run, own in zip(runs, names, strict=True):
         before = f"{own}/" if len(runs) > 1 else ""
         each = subjects(run, source, settings) if alone else iter(())
         many = max(len(source.images), len(source.index) if not source.images else 0) > 1
         for number, subject in enumerate(each):
+            folder.mkdir(parents=True, exist_ok=True)  # not before the weights are read
             for name in alone:
                 label = f"{before}{name}{f'/{number}' if many else ''}"
                 path = folder / label.replace("/", "_")
@@ -98,6 +98,7 @@ def drawn(
     if "curves" in wanted:
         logs = {name: read_log(run) for name, run in zip(names, runs, strict=True)}
         title = f"training of {', '.join(names)}" if len(names) < 4 else f"{len(names)} runs"
+        folder.mkdir(parents=True, exist_ok=True)
         yield (
             "curves",
             _write(pictures.curves(logs, title=title), title, folder / "curves", svg=svg),

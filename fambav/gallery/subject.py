@@ -19,6 +19,7 @@ from fambav.build.network import sketch
 from fambav.config import Config
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.engine.checkpoint import State
+from fambav.engine.finite import check_logits
 from fambav.engine.record import BEST, CHECKPOINT, WEIGHTS
 from fambav.gallery.contrast import described
 from fambav.models import Backbone
@@ -68,8 +69,14 @@ class Subject:
 
     @cached_property
     def walk(self) -> Walk:
-        """The image's way through the model."""
-        return follow(self.model, self.image)
+        """The image's way through the model.
+
+        Raises:
+            NotFiniteError: If a logit is not finite.
+        """
+        walk = follow(self.model, self.image)
+        check_logits(self.model, self.image[None], torch.from_numpy(walk.logits), self.about)
+        return walk
 
     @property
     def what(self) -> str:
@@ -113,7 +120,8 @@ def subjects(
     )
     size = sketch(config).input_size
     transform = batches.eval_transform(config, statistics, size)
-    names = entries.fact(state, "class_names") or [str(n) for n in range(model.num_classes)]
+    told: Any = model.pretrained_cfg
+    names = told["label_names"] or [str(n) for n in range(model.num_classes)]
     for picture, about in _images(source, config, size):
         image = transform(picture)
         yield Subject(

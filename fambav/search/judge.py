@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fambav.engine.finite import NotFiniteError, check_logits
 from fambav.engine.runtime import Precision
 from fambav.models import Backbone
 from fambav.reduction import no_reduction
@@ -60,16 +61,28 @@ class Judge:
         self.objective, self.precision = objective, precision
         self.verdicts: dict[Plan, Verdict] = {}
         (said,) = logits(net, batches, [no_reduction(net.info).eval()], precision)
+        for images, own in zip(batches, said.split([len(b) for b in batches]), strict=True):
+            check_logits(net, images, own, "the images of the search", precision=precision)
         self.dense = said.double().log_softmax(dim=1)
 
     def losses(self, space: Space, plans: Sequence[Counts]) -> list[float]:
-        """Return the loss of each plan; those not judged before are judged together."""
+        """Return the loss of each plan; those not judged before are judged together.
+
+        Raises:
+            NotFiniteError: If a logit is not finite.
+        """
         named = [Plan(space.method, counts) for counts in plans]
         new = [plan for plan in dict.fromkeys(named) if plan not in self.verdicts]
         if new:
             made = [space.reduction(plan.counts) for plan in new]
             said = logits(self.net, self.batches, made, self.precision)
-            self.verdicts.update(zip(new, map(self._verdict, said), strict=True))
+            for plan, own in zip(new, said, strict=True):
+                if not own.isfinite().all():
+                    raise NotFiniteError(
+                        f"logits under {plan.method} {plan.told()} are not finite, expected finite"
+                        " numbers"
+                    )
+                self.verdicts[plan] = self._verdict(own)
         return [self.verdicts[plan].loss for plan in named]
 
     def _verdict(self, said: Tensor) -> Verdict:

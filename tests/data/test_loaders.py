@@ -5,7 +5,7 @@ import multiprocessing
 import pytest
 import torch
 
-from fambav.data import DataError, eval_loader, load, train_loader, train_transform
+from fambav.data import DataError, Tolerant, eval_loader, load, train_loader, train_transform
 from fambav.data.arrays import ArraySet
 from fambav.data.loaders import Augmented
 
@@ -112,20 +112,70 @@ def test_a_loader_leaves_the_global_generator_alone(make, options):
     assert drawn == torch.rand(())
 
 
+def number(image):
+    return torch.tensor(float(image.getpixel((0, 0))[0]))
+
+
+def numbered(count=24):
+    """Images whose level is their place, as is their label."""
+    places = torch.arange(count, dtype=torch.uint8)
+    return ArraySet(places[:, None, None, None].expand(-1, 2, 2, 3).numpy(), places.numpy())
+
+
+def both(loaders):
+    """Images and labels of batches, in order."""
+    read = [batch for loader in loaders for batch in loader]
+    return [torch.cat([batch[part] for batch in read]).tolist() for part in range(2)]
+
+
 @pytest.mark.parametrize("world", [1, 2, 5, 30])
 def test_evaluation_reads_each_sample_once_over_all_ranks(world):
-    def place(image):
-        return torch.tensor(float(image.getpixel((0, 0))[0]))
-
-    numbered = ArraySet(
-        torch.arange(24, dtype=torch.uint8)[:, None, None, None].expand(-1, 2, 2, 3).numpy(),
-        few().labels,
-    )
     ranks = [
-        eval_loader(numbered, place, batch_size=4, rank=rank, world=world) for rank in range(world)
+        eval_loader(numbered(), number, batch_size=4, rank=rank, world=world)
+        for rank in range(world)
     ]
-    seen = [value for loader in ranks for images, _ in loader for value in images.tolist()]
-    assert sorted(seen) == list(range(24))
+    images, labels = both(ranks)
+    assert images == labels
+    assert sorted(images) == list(range(24))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epoch_of_training_reads_each_sample_once_over_all_ranks(world):
+    share = dict(batch_size=8 // world, seed=0, epochs=1, world=world)
+    images, labels = both(
+        [train_loader(numbered(), number, rank=rank, **share) for rank in range(world)]
+    )
+    assert images == labels
+    assert sorted(images) == list(range(24))
+
+
+class Spotted:
+    """Numbered images, some of which cannot be read."""
+
+    def __init__(self, *bad):
+        self.bad, self.samples = bad, numbered(200)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, place):
+        if place in self.bad:
+            raise DataError(f"picture {place} is damaged, expected an image")
+        return self.samples[place]
+
+
+@pytest.mark.parametrize("bad", [(), (0, 198), (199,), (198, 199)])
+def test_samples_that_cannot_be_read_are_left_out_or_replaced_by_the_next(bad):
+    tolerant = Tolerant(Spotted(*bad), replacing=False)
+    images, labels = both([eval_loader(tolerant, number, batch_size=16)])
+    assert images == labels == [place for place in range(200) if place not in bad]
+    tolerant = Tolerant(Spotted(*bad), replacing=True)
+    found = [tolerant[place][1] for place in range(200)]
+    expected = list(range(200))
+    for place in sorted(bad, reverse=True):
+        expected[place] = expected[(place + 1) % 200]
+    assert found == expected
+    assert tolerant.count() == len(bad)
 
 
 class Damaged:

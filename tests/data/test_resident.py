@@ -173,11 +173,24 @@ def test_evaluation_gives_the_images_of_the_loader_to_the_bit(size, shape):
     assert same(list(made), expected)
 
 
-def test_processes_share_evaluation_as_the_loader_does():
+@pytest.mark.parametrize("ratio", [0.3, 0.6, 0.875, 1.0])
+def test_evaluation_keeps_the_share_of_an_image_that_it_is_asked_to(ratio):
+    samples = pictures(4, 70, 70)
+    transform = eval_transform(input_size=48, eval_crop_ratio=ratio)
+    made = list(ResidentEvaluation(Resident(samples, device=CPU), transform, batch_size=4))
+    assert same(made, list(eval_loader(samples, transform, batch_size=4)))
+    other = eval_transform(input_size=48, eval_crop_ratio=0.7)
+    assert not same(made, list(eval_loader(samples, other, batch_size=4)))
+
+
+@pytest.mark.parametrize("world", [2, 5, 21, 22, 30])
+def test_processes_share_evaluation_as_the_loader_does(world):
+    """Also where there are fewer samples than processes."""
     samples, transform = pictures(21), eval_transform(input_size=40)
-    for rank in range(2):
-        share = dict(batch_size=8, rank=rank, world=2)
+    for rank in range(world):
+        share = dict(batch_size=8, rank=rank, world=world)
         made = ResidentEvaluation(Resident(samples, device=CPU), transform, **share)
+        assert len(made) == len(list(made))
         assert same(list(made), list(eval_loader(samples, transform, **share)))
 
 

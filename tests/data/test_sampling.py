@@ -54,6 +54,23 @@ def test_an_epoch_shows_every_sample_once_in_an_order_of_its_own():
     assert not torch.equal(epochs[0], TrainBatches(32, **RUN | dict(seed=1)).order(0))
 
 
+@pytest.mark.parametrize(("world", "accum"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_the_batches_of_an_epoch_are_told_beforehand_and_hold_every_sample_once(world, accum):
+    share = dict(batch_size=8 // (world * accum), seed=0, epochs=2, world=world, accum=accum)
+    ranks = [TrainBatches(32, **share, rank=rank) for rank in range(world)]
+    streams = [iter(rank) for rank in ranks]
+    for epoch in range(2):
+        seen = []
+        for update in range(4 * epoch, 4 * epoch + 4):
+            read = [
+                [[place for _, _, place in batch] for batch in islice(stream, accum)]
+                for stream in streams
+            ]
+            assert all(rank.places(update) == read for rank in ranks)
+            seen += [place for micros in read for batch in micros for place in batch]
+        assert sorted(seen) == list(range(32))
+
+
 def test_the_order_takes_nothing_from_the_global_generator():
     torch.manual_seed(0)
     list(TrainBatches(32, **RUN))

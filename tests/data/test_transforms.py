@@ -1,10 +1,13 @@
 """From an image to a tensor."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fambav.config import Config, ConfigError
 from fambav.data import eval_transform, three_augment, train_transform
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.data.transforms import Blur
@@ -101,9 +104,65 @@ def test_images_are_enlarged_as_asked(size, name):
     assert crop.interpolation.value == name
 
 
-def test_an_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match=r"aa is 'rand-x9'.* expected a policy"):
-        train_transform(input_size=64, aa="rand-x9")
+PARTIAL = {
+    "": "one of rand, augmix, original, originalr, v0, v0r, 3a in place of ''",
+    "rnd-m9": "in place of 'rnd'",
+    "rand-x9": "parts of rand-* in place of 'x9': m, n, p, mstd, mmax, inc",
+    "rand-m9-foo": "in place of 'foo'",
+    "rand-m9-mstdX": "in place of 'mstdX'",
+    "rand-m9-": "in place of ''",
+    "rand-m9-mstd": "mstd with a number of at least 0 in place of 'mstd'",
+    "rand-m9-mstd.5": "in place of 'mstd.5'",
+    "rand-m9.5": "m with a whole number of at least 0 in place of 'm9.5'",
+    "rand-m-9": "in place of 'm'",
+    "rand-m9-n0": "n with a whole number of at least 1",
+    "rand-m9-p1.5": "p with a number of at least 0 and at most 1",
+    "rand-m9-inc2": "inc with a whole number of at least 0 and at most 1",
+    "rand-m9-m5": "m once",
+    "rand-m15": "a magnitude of at most 10 in place of m15; mmax15 beside it",
+    "rand-m12-mmax11": "a magnitude of at most 11 in place of m12",
+    "rand-mmax5": "a magnitude of at most 5 in place of m10",
+    "rand-m9-mmax0": "mmax with a whole number of at least 1",
+    "rand-m9-w0": "in place of 'w0'",
+    "rand-m9-twights": "or one of tweights, t3a, t3aw",
+    "rand-m9-t3a-tweights": "one set of operations in place of t3a, tweights",
+    "rand-m9-tweights-n16": "at most n15",
+    "rand-m9-t3aw-n15": "at most n14",
+    "rand-m9-t3a-inc0": "inc1 or no inc with t3a",
+    "augmix-m11": "a magnitude of at most 10 in place of m11",
+    "augmix-inc1": "parts of augmix-* in place of 'inc1': m, w, d, a, b, mstd",
+    "augmix-m5-d0": "d with a whole number of at least 1",
+    "augmix-m5-a0": "a with a number of more than 0",
+    "original-m9": "parts of original-* in place of 'm9': mstd",
+    "v0r-mstdX": "in place of 'mstdX'",
+    "3a-foo": "in place of 'foo'",
+}
+
+
+@pytest.mark.parametrize("aa", PARTIAL)
+def test_a_policy_that_timm_would_not_carry_out_whole_is_refused(aa):
+    with pytest.raises(ConfigError) as caught:
+        Config.from_flat({"aa": aa})
+    assert str(caught.value).startswith(f"aa is {aa!r}, expected ")
+    assert PARTIAL[aa] in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if aa:  # which is none for the transform
+        with pytest.raises(ValueError, match=f"^{re.escape(str(caught.value))}$"):
+            train_transform(input_size=64, aa=aa)
+
+
+@pytest.mark.parametrize(
+    "aa",
+    [
+        *("rand", "rand-m0", "rand-m10-n3-p0.25-mstd101-inc0", "rand-m12-mmax12", "rand-t3a-n20"),
+        *("rand-m9-tweights-n15", "rand-m9-t3aw-inc1-n14", "augmix", "augmix-m10-w4-d2-a0.5-b1"),
+        *("augmix-mstd1.", "original", "originalr-mstd0.5", "v0", "v0r-mstd2", "3a-mstd0.5"),
+    ],
+)
+def test_every_family_and_key_of_timms_is_taken(aa):
+    assert Config.from_flat({"aa": aa}).augment.aa == aa
+    transform = train_transform(input_size=64, aa=aa)
+    assert drawn(transform, picture(), 0).shape == (3, 64, 64)
 
 
 @pytest.mark.parametrize("size", [32, 64])

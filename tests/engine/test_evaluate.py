@@ -58,6 +58,24 @@ def test_a_process_without_samples_still_takes_part():
         scores(*empty, [0])
 
 
+def test_batches_are_taken_as_often_as_on_the_process_that_has_most():
+    # Whoever takes a batch may wait for the others there.
+    taken = []
+
+    def take(stream):
+        taken.append(next(stream, None))
+        return taken[-1]
+
+    class More(Two):
+        def largest(self, value):
+            return value + 3
+
+    batches = [(torch.eye(3), torch.arange(3))]
+    how = dict(processes=More(0, 2, CPU), precision=Precision(CPU, None), take=take)
+    assert evaluate(nn.Identity(), batches, **how).samples == 6
+    assert [batch is None for batch in taken] == [False, True, True, True]
+
+
 def test_the_model_is_evaluated_in_evaluation_mode_and_left_as_it_was():
     model = nn.Sequential(nn.Dropout(0.5)).train()
     logits = torch.randn(4, 3)

@@ -1,6 +1,7 @@
 """Runs of main.py in processes of their own that need no second to start.
 
-A fork has everything imported already; torch is told to use one thread, so none is lost in it.
+A fork has everything imported already; torch is told to use one thread, so none is lost in it, but
+where the process that is forked has never had more.
 """
 
 import contextlib
@@ -19,14 +20,19 @@ from fambav import cli
 from fambav.engine import train
 
 FORK = multiprocessing.get_context("fork")
+FRESH = multiprocessing.get_context("forkserver")  # forks a process that has never had threads
+FRESH.set_forkserver_preload(["tests.trust.forked"])
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # there, as the command does, before torch loads
 RECIPE = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 8
     --grad-accum-steps 2 --epochs 3 --warmup-epochs 1 --lr 1e-3 --unscale-lr --clip-grad 1
     --drop-path 0.3 --log_every 1 --threads 1 --device cpu
     --fusion-strategy upper --fusion-layer 4 --fusion-token 3"""
 
 
-def _body(words, output, prepare):
-    torch.set_num_threads(1)
+def _body(words, output, prepare, fresh):
+    if not fresh:
+        torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes
     with Path(output).open("a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -38,18 +44,18 @@ def _body(words, output, prepare):
             os._exit(cli.main([str(word) for word in words]))
 
 
-def start(words, output, prepare=None):
+def start(words, output, prepare=None, context=FORK):
     """Start main.py with `words`; `prepare` is called in the new process first."""
-    process = FORK.Process(target=_body, args=(words, output, prepare))
+    process = context.Process(target=_body, args=(words, output, prepare, context is FRESH))
     process.start()
     return process
 
 
-def run(words, folder, prepare=None, timeout=120):
+def run(words, folder, prepare=None, timeout=120, context=FORK):
     """Run main.py to its end; return its status and what it printed."""
     output = Path(folder).with_suffix(".out")
     before = output.stat().st_size if output.exists() else 0
-    process = start([*words, "--output_dir", folder], output, prepare)
+    process = start([*words, "--output_dir", folder], output, prepare, context)
     process.join(timeout)
     if process.is_alive():
         process.kill()

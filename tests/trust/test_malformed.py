@@ -44,7 +44,12 @@ FLAGS = {
     "--download": "which is not fetched",
     "--data-stats mine": "mine",
     "--eval-crop-ratio 0": "more than 0",
+    "--model vim_micro --eval-crop-ratio 0.5": "32 x 32 pixels are taken whole",
     "--aa none --color-jitter -1": "-1",
+    "--aa rand-m9-foo": "in place of 'foo'",
+    "--aa rand-m9-mstdX": "in place of 'mstdX'",
+    "--aa rand-m15": "at most 10",
+    "--config policy.yaml": "in place of 'mstdX'",
     "--cutmix-minmax 0.5 0.2": "0.2",
     "--mixup 0 --cutmix 0 --mixup-prob 0.5": "--mixup 0 --cutmix 0",
     "--ThreeAugment --reprob 0.5": "--ThreeAugment",
@@ -86,6 +91,7 @@ YAML = {
     "unknown.yaml": "epoch: 3\n",
     "twice.yaml": "epochs: 3\nepochs: 4\n",
     "typed.yaml": "epochs: many\n",
+    "policy.yaml": "aa: rand-m9-mstdX\n",
     "circle.yaml": "base: circle.yaml\n",
     "tagged.yaml": "epochs: !!python/object/apply:os.mkdir [ran]\n",
 }
@@ -118,6 +124,7 @@ def answers(tmp_path_factory):
         cwd=folder,
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         check=True,
+        timeout=100,  # else what is not refused trains on
     )
     assert sorted(folder.iterdir()) == before, "nothing is written"
     return json.loads(done.stdout)
@@ -149,6 +156,14 @@ def damaged(tmp_path_factory):
     made_folder(root / "images", train=20, val=8)
     made_folder(root / "other", train=20, val=8)
     next((root / "other/val").iterdir()).rename(root / "other/val/zebra")
+    made_folder(root / "one", classes=["cat"], train=20, val=8)
+    made_folder(root / "loop", train=20, val=8)
+    (root / "loop/train/cat/again").symlink_to(root / "loop/train/cat")
+    for name in ("one", "two"):
+        made_folder(root / "sets" / name, train=20, val=8)
+        for part in ("train", "val"):
+            (root / "deep" / part).mkdir(parents=True, exist_ok=True)
+            (root / "deep" / part / name).symlink_to(root / "sets" / name / part)
     (root / "empty/train").mkdir(parents=True)
     (root / "empty/val").mkdir()
     torch.save({"model": {"x": torch.zeros(2)}}, root / "strange.pth")
@@ -167,6 +182,10 @@ THINGS = {
     FOLDER + " {}/whole": "train/",
     FOLDER + " {}/empty": "train",
     FOLDER + " {}/other": "zebra",
+    FOLDER + " {}/one": "one class, cat",
+    FOLDER + " {}/loop": "are one folder",
+    FOLDER + " {}/deep": "are cat, dog the classes?",
+    FOLDER + " {}/images/train": "did you mean",
     "--data-set INAT --data-path {}/images": "train2018.json",
     "--data-path {}/whole --resume {}/none.pth": "none.pth",
     "--data-path {}/whole --resume {}/strange.pth": "strange.pth",

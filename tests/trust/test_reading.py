@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from fambav.build import batches
@@ -95,11 +96,11 @@ def test_of_two_processes_both_end_when_one_cannot_read(recipe, tmp_path):
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder of 240 images to train on and 120 held out, one of each damaged."""
+    """A folder of 240 images to train on and 120 held out, one damaged and one of floats."""
     made_folder(tmp_path / "images", train=120, val=60, size=(20, 20))
     bad = [sorted((tmp_path / "images" / part).rglob("*.*"))[7] for part in ("train", "val")]
-    for path in bad:
-        path.write_bytes(b"no image")
+    bad[0].write_bytes(b"no image")
+    Image.new("F", (20, 20), 0.5).save(bad[1], "TIFF")
     return tmp_path / "images", bad
 
 

@@ -4,16 +4,24 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from fambav.build import folder as run_folder
+from fambav.build import pictured
 from fambav.engine import checkpoint, fit, train
+from fambav.engine.record import Recorder
 from tests.identical import assert_identical
-from tests.trust.forked import run
+from tests.trust.forked import FRESH, run, start
+from tests.trust.test_orphans import family
 
 ROOT = Path(__file__).resolve().parents[2]
 STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 0}
+PATIENCE = 100  # seconds for what must happen at all
 
 
 def asked_at(owner, name, number, which, times=1, ask=signal.raise_signal):
@@ -35,6 +43,7 @@ def asked_at(owner, name, number, which, times=1, ask=signal.raise_signal):
 
 
 MOMENTS = {
+    "before the run folder is written": (run_folder, "open_folder", 1, 0),
     "in the first update": (train.Update, "__call__", 1, 1),
     "in the middle of an epoch": (train.Update, "__call__", 3, 3),
     "in the last update of an epoch": (train.Update, "__call__", 4, 4),
@@ -61,34 +70,137 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_to_the_same_bits(
     assert_identical(folder, whole)
 
 
-def asked_together(which):
-    """Let another process send all processes of this one's group a signal."""
-    group, other = os.getpgid(0), os.fork()
-    if other == 0:
-        os.setsid()
-        os.killpg(group, which)
-        os._exit(0)
-    os.waitpid(other, 0)
+def in_group(pgid):
+    """The processes of a group that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(group) == pgid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_all_processes_of_a_job_leaves_the_loaders_to_the_run(
-    whole, recipe, tmp_path, which
-):
-    folder, words = tmp_path / "run", [*recipe, "--num_workers", "2"]
-    asked = asked_at(train.Update, "__call__", 3, which, ask=asked_together)
+def assert_none_left(pgid):
+    """See that the processes of a group end; end those that do not."""
+    end = time.monotonic() + PATIENCE
+    while in_group(pgid) and time.monotonic() < end:
+        time.sleep(0.05)
+    left = in_group(pgid)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
 
-    def prepare():
-        os.setsid()
-        asked()
 
-    stopped = run(words, folder, prepare)
-    assert stopped.status == STATUS[which], stopped.out
-    assert f"{which.name}: saved after update 3" in stopped.out
+def to_all(which):
+    """Send a signal to all processes of this one's group."""
+    os.killpg(os.getpgid(0), which)
+
+
+def kill_run():
+    """Kill the process that started this one, and wait until it is gone."""
+    run = os.getppid()
+    os.kill(run, signal.SIGKILL)
+    while os.getppid() == run:
+        time.sleep(0.01)
+
+
+def in_loader(number, ask, begun, note):
+    """Let the `number`-th loader process call `ask`, at its birth or when torch has prepared it.
+
+    The run is the first of a process group, whose number is written to the file `note`.
+    """
+    os.setsid()
+    note.write_text(str(os.getpid()))
+    born = []
+
+    def child():
+        if len(born) == number - 1:
+            if begun:  # torch's handlers are there by then, and its threads
+                real = torch.set_num_threads
+                torch.set_num_threads = lambda count: (real(count), ask())
+            else:
+                ask()
+
+    os.register_at_fork(after_in_child=child, after_in_parent=lambda: born.append(1))
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def loading(request, recipe, tmp_path_factory):
+    """Words of a run with two loader processes and so many threads, and where it is done."""
+    words = [*recipe, "--num_workers", "2", "--threads", request.param]
+    folder = tmp_path_factory.mktemp("loading") / "run"
+    found = run(words, folder, context=FRESH)
+    assert found.status == 0, found.out
+    return words, folder
+
+
+def stopped_in_loader(words, folder, number, ask, begun=True):
+    """Run until the `number`-th loader process asks; see that no process is left."""
+    note = folder.with_suffix(".group")
+    asked = partial(in_loader, number, ask, begun, note)
+    stopped = run(words, folder, asked, context=FRESH)
     assert "Traceback" not in stopped.out
     assert "error: " not in stopped.out
-    assert run([*words, "--resume", "auto"], folder).status == 0
+    assert_none_left(int(note.read_text()))
+    return stopped
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])  # two that train, two that evaluate
+def test_a_signal_to_all_processes_that_comes_as_a_loader_starts_saves(loading, tmp_path, number):
+    (words, whole), folder = loading, tmp_path / "run"
+    stopped = stopped_in_loader(words, folder, number, partial(to_all, signal.SIGTERM))
+    assert stopped.status == 143, stopped.out
+    assert f"SIGTERM: saved after update {0 if number < 3 else 2}" in stopped.out
+    assert run([*words, "--resume", "auto"], folder, context=FRESH).status == 0
     assert_identical(folder, whole)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_an_interruption_as_a_loader_starts_is_one_line(loading, tmp_path, number):
+    words, _ = loading
+    stopped = stopped_in_loader(
+        words, tmp_path / "run", number, partial(to_all, signal.SIGINT), begun=False
+    )
+    assert stopped.status == 130, stopped.out
+    assert stopped.out.endswith("interrupted\n")
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_loader_whose_run_is_killed_as_it_starts_ends(loading, tmp_path, number):
+    words, _ = loading
+    stopped = stopped_in_loader(words, tmp_path / "run", number, kill_run)
+    assert stopped.status == -signal.SIGKILL
+
+
+MOMENTS_OF_ALL = [
+    *(("Epoch: [0] [1/2]", delay) for delay in (0, 0.05, 0.1, 0.2, 0.3, 0.5)),
+    *(("Epoch: [0] [2/2]", delay) for delay in (0, 0.1)),
+]
+
+
+@pytest.mark.parametrize(("line", "delay"), MOMENTS_OF_ALL)
+def test_a_signal_to_all_processes_at_any_moment_saves(loading, tmp_path, line, delay):
+    """The run is too long to be over before."""
+    (words, _), folder = loading, tmp_path / "run"
+    output = folder.with_suffix(".out")
+    words = [*words, "--epochs", "10000", "--output_dir", folder]
+    process = start(words, output, os.setsid, FRESH)
+    end = time.monotonic() + PATIENCE
+    while not (output.exists() and line in output.read_text()) and time.monotonic() < end:
+        time.sleep(0.002)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(PATIENCE)
+    assert_none_left(process.pid)
+    text = output.read_text()
+    assert process.exitcode == 143, text
+    assert "SIGTERM: saved after update" in text
+    assert "Traceback" not in text
+    assert "error: " not in text
+    assert checkpoint.load(folder / "checkpoint.pth")["updates"] >= 1
 
 
 def test_going_on_within_an_epoch_leaves_the_best_checkpoint_as_it_was(recipe, tmp_path):
@@ -103,13 +215,46 @@ def test_going_on_within_an_epoch_leaves_the_best_checkpoint_as_it_was(recipe, t
     assert (folder / "best_checkpoint.pth").read_bytes() == before
 
 
+def again_later(which):
+    """Ask twice, as somebody does who does not want to wait."""
+    signal.raise_signal(which)
+    time.sleep(4)
+    signal.raise_signal(which)
+
+
 def test_a_second_signal_ends_at_once_and_loses_nothing(whole, recipe, tmp_path):
     folder = tmp_path / "run"
-    twice = asked_at(train.Update, "__call__", 4, signal.SIGTERM, times=2)
+    twice = asked_at(train.Update, "__call__", 4, signal.SIGTERM, ask=again_later)
     stopped = run(recipe, folder, twice)
     assert stopped.status == -signal.SIGTERM
     assert "saved" not in stopped.out
     assert run([*recipe, "--resume", "auto"], folder).status == 0
+    assert_identical(folder, whole)
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_comes_several_times_at_once_is_one_request(whole, recipe, tmp_path, which):
+    """As from `timeout`, which sends it to its child and to the group of that."""
+    folder = tmp_path / "run"
+    stopped = run(recipe, folder, asked_at(train.Update, "__call__", 4, which, times=3))
+    assert stopped.status == STATUS[which], stopped.out
+    assert f"{which.name}: saved after update 4" in stopped.out
+    assert run([*recipe, "--resume", "auto"], folder).status == 0
+    assert_identical(folder, whole)
+
+
+LAST = {
+    "while the last checkpoint is written": (checkpoint, "save", 3),
+    "while the last log line is written": (Recorder, "epoch", 3),
+    "while a picture is drawn at the end": (pictured, "tokens", 1),
+}
+
+
+@pytest.mark.parametrize("moment", LAST)
+def test_a_signal_after_the_last_update_lets_the_run_end(whole, recipe, tmp_path, moment):
+    folder = tmp_path / "run"
+    found = run(recipe, folder, asked_at(*LAST[moment], signal.SIGTERM))
+    assert found.status == 0, found.out
     assert_identical(folder, whole)
 
 
@@ -123,11 +268,25 @@ def test_signals_do_what_they_did_once_a_run_is_over():
     assert [signal.getsignal(number) for number in STATUS] == before
 
 
+def to_launcher(pid):
+    """Ask a launcher alone, which passes it on."""
+    os.kill(pid, signal.SIGUSR1)
+    return "SIGUSR1"
+
+
+def to_whole_job(pid):
+    """Ask the launcher and all processes below it, as a scheduler does."""
+    for each in (*family(pid), pid):
+        os.kill(each, signal.SIGTERM)
+    return "SIGTERM"
+
+
 @pytest.mark.slow
-def test_a_launcher_that_passes_a_signal_on_ends_two_processes_at_one_step(recipe, tmp_path):
+@pytest.mark.parametrize("ask", [to_launcher, to_whole_job])
+def test_a_launcher_that_passes_a_signal_on_ends_two_processes_at_one_step(recipe, tmp_path, ask):
     """The interrupted and continued run of two processes equals one that nothing interrupted."""
     # Long enough not to be over when the signal comes.
-    words = [*map(str, recipe), "--batch-size", "4", "--epochs", "6"]
+    words = [*map(str, recipe), "--batch-size", "4", "--epochs", "6", "--num_workers", "1"]
     folders = [tmp_path / "whole", tmp_path / "run"]
     launcher = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
@@ -141,9 +300,9 @@ def test_a_launcher_that_passes_a_signal_on_ends_two_processes_at_one_step(recip
         for line in process.stdout:
             if line.startswith("Epoch: [1]"):
                 break
-        process.send_signal(signal.SIGUSR1)
+        name = ask(process.pid)
         rest = process.stdout.read()
-    assert rest.count("SIGUSR1: saved after update") == 1, rest
+    assert rest.count(f"{name}: saved after update") == 1, rest
     resumed = [*launcher, "--output_dir", str(folders[1]), "--resume", "auto"]
     subprocess.run(resumed, check=True, **given)
     assert_identical(folders[1], folders[0])
