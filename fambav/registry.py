@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Collection
 from itertools import product
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -23,20 +23,60 @@ _GRIDS = (
 )
 _SUFFIXES = ("midclstok", "middle_cls_token")
 
-MODELS: tuple[str, ...] = (
-    "vim_tiny",
-    "vim_small",
-    "vim_base",
-    "vim_micro",
-    *(
-        f"vim_{grid}_bimambav2_final_pool_mean_abs_pos_embed_with_{suffix}_div2"
-        for grid, suffix in product(_GRIDS, _SUFFIXES)
+
+class Family(NamedTuple):
+    """Models of one kind, as far as they are known before torch is.
+
+    Attributes:
+        models: Their names.
+        arguments: Settings that shape the model, and the arguments of its constructor that they
+            become.  A setting that another family has and this one lacks is refused.
+    """
+
+    models: tuple[str, ...]
+    arguments: dict[str, str]
+
+
+_ANY = {"input_size": "img_size", "drop_path": "drop_path_rate"}
+FOREIGN = "timm/"  # what names of timm's own models start with
+FAMILIES: dict[str, Family] = {
+    "vim": Family(
+        models=(
+            "vim_tiny",
+            "vim_small",
+            "vim_base",
+            "vim_micro",
+            *(
+                f"vim_{grid}_bimambav2_final_pool_mean_abs_pos_embed_with_{suffix}_div2"
+                for grid, suffix in product(_GRIDS, _SUFFIXES)
+            ),
+        ),
+        arguments={
+            **_ANY,
+            "patch_size": "patch_size",
+            "stride": "stride",
+            "class_token": "class_token",
+            "bimamba_type": "bimamba_type",
+            "legacy_init": "legacy_init",
+            "drop": "drop_rate",
+        },
     ),
-    "plainmamba_l1",
-    "plainmamba_l2",
-    "plainmamba_l3",
-    "plainmamba_micro",
-)
+    "plainmamba": Family(
+        models=("plainmamba_l1", "plainmamba_l2", "plainmamba_l3", "plainmamba_micro"),
+        arguments={**_ANY, "param_order": "param_order", "dt_bias_twice": "dt_bias_twice"},
+    ),
+    "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}),
+}
+MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in known.models)
+
+
+def family_of(model: str) -> Family:
+    """Return the family of a model of `MODELS`, or of one of timm's own, timm/NAME."""
+    if model.startswith(FOREIGN):
+        return FAMILIES["timm"]
+    return next(known for known in FAMILIES.values() if model in known.models)
+
+
 STRATEGIES: tuple[str, ...] = ("none", "all", "interleaved", "lower", "upper")
 STRATEGY_ALIASES: dict[str, str] = {"no": "none", "alternate": "interleaved"}
 METHODS: tuple[str, ...] = (

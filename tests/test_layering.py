@@ -67,6 +67,20 @@ def test_timm_and_torchvision_come_through_one_module(path):
         assert not [n for n in imports(path) if n.split(".")[0] in ("timm", "torchvision")]
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_models_are_told_apart_by_type_or_name(path):
+    if path.parent.name == "models":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = getattr(node.func, "id", getattr(node.func, "attr", None))
+            read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            assert called != "isinstance" or not read & {"Vim", "PlainMamba"}
+            prefix = called in ("startswith", "removeprefix") and words & {"vim", "plainmamba"}
+            assert not prefix, "a model tells its family"
+
+
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [

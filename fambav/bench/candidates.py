@@ -17,7 +17,7 @@ from fambav.bench.report import MeasureError, Row, short
 from fambav.bench.stack import stack
 from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision
-from fambav.models import PlainMamba, Vim
+from fambav.models import Backbone, Vim
 from fambav.ops import BackendError
 from fambav.reduction import fused
 from fambav.registry import MODELS, STRATEGIES, STRATEGY_ALIASES, nearest
@@ -129,11 +129,11 @@ class Candidate(NamedTuple):
             options: dict[str, Any] = dict(num_classes=CLASSES, drop_path_rate=drop_path)
             if self.length is not None:
                 options["img_size"] = image_size(self.model, self.length)
-            net = cast(Vim | PlainMamba, timm.create_model(self.model, **options))
+            net = cast(Backbone, timm.create_model(self.model, **options))
         fusion = Plan.parse(self.plan).fusion
         if fusion:
             named = {key.removeprefix("fusion_"): value for key, value in fusion.items()}
-            net.reduction = fused(net.body, **named, method=self.method)
+            net.reduction = fused(net.info, **named, method=self.method)
         return net.to(device)
 
     def able(self, device: torch.device) -> str | None:

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fambav.registry import DATA_SETS, METHODS, MODELS, SCAN_BACKENDS
+from fambav.registry import DATA_SETS, FAMILIES, METHODS, MODELS, SCAN_BACKENDS
 
 if TYPE_CHECKING:
     from fambav.bench.report import Report
 
-VIMS = tuple(name for name in MODELS if name.startswith("vim"))
+VIMS = FAMILIES["vim"].models
 DTYPES = ("float32", "bfloat16", "float16")
 TABLE = Path(__file__).parents[2] / "benchmarks/aot.json"
 PARTS = (

@@ -37,7 +37,7 @@ from fambav.engine.timing import (
     ratios,
     spread,
 )
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.ops import BackendError
 
 BATCH = {"cuda": 128, "cpu": 8}
@@ -195,4 +195,4 @@ def _row(
 
 def share(net: nn.Module) -> float | None:
     """Return the share of token-layers that is left; None for a model that is not ours."""
-    return net.schedule.share if isinstance(net, Isotropic) else None
+    return net.schedule.share if isinstance(net, Backbone) else None

@@ -18,10 +18,10 @@ from fambav.bench.scan import BATCH, positive, training_dtype
 from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision, numerics
 from fambav.engine.timing import Run, Times, interleave, ratio, spread, with_replays
-from fambav.layers import Ask, Signals, Tokens
-from fambav.models import PlainMamba, Vim
-from fambav.reduction import Body, Reducer, Reduction, make_reducer, make_reduction, no_reduction
-from fambav.registry import METHODS, nearest
+from fambav.layers import Ask, BackboneInfo, Signals, Tokens
+from fambav.models import Backbone
+from fambav.reduction import Reducer, Reduction, make_reducer, make_reduction, no_reduction
+from fambav.registry import METHODS, family_of, nearest
 
 SHARE = 0.05  # of the patches, where no count is given
 PLAIN = "plain"  # what all methods are compared with
@@ -80,7 +80,7 @@ def reduction(
         benches = _benches(methods, model, batch, device, dtype)
         rows, skipped = _rows(benches, count, device, rounds=rounds, warmup=warmup)
     first = benches[0][0]
-    told = dict(model=model, batch=batch, length=first.body.length, layer=first.layer + 1)
+    told = dict(model=model, batch=batch, length=first.info.tokens, layer=first.layer + 1)
     return Report(
         title="one reduction by each method, against a plain layer",
         settings=settings(device, dtype, **told, rounds=rounds),
@@ -101,7 +101,7 @@ def _benches(
             hint = nearest(name, METHODS)
             raise ValueError(f"method is {name!r}, expected a known name; {hint}")
     bench = _Bench(model, batch, device, dtype)
-    names, refused = list(dict.fromkeys(methods)), bench.body.unaligned is not None
+    names, refused = list(dict.fromkeys(methods)), bench.info.unaligned is not None
     aligned = [name for name in names if refused and make_reducer(name).scan == "aligned"]
     benches = [(bench, [name for name in names if name not in aligned])]
     if aligned:
@@ -119,7 +119,7 @@ def _rows(
     """Return the rows of methods, and why something cannot be measured or replayed."""
     rows, skipped = dict[str, Row](), dict[str, str]()
     for bench, methods in benches:
-        able, absent = _able(bench.body, bench.layer, methods, count)
+        able, absent = _able(bench.info, bench.layer, methods, count)
         skipped |= absent
         if not able:
             continue
@@ -136,31 +136,31 @@ def _rows(
 
 
 def _able(
-    body: Body, layer: int, methods: Sequence[str], count: int | None
+    info: BackboneInfo, layer: int, methods: Sequence[str], count: int | None
 ) -> tuple[dict[str, Reduction], dict[str, str]]:
     """Set up what a model can carry out at a layer, from 0, and say why it cannot do the rest."""
     found, skipped = dict[str, Reduction](), dict[str, str]()
     for name in methods:
         try:
-            number = nearest_count(make_reducer(name), body) if count is None else count
-            found[name] = make_reduction(body, name, f"r:{number}@{layer + 1}")
+            number = nearest_count(make_reducer(name), info) if count is None else count
+            found[name] = make_reduction(info, name, f"r:{number}@{layer + 1}")
         except ValueError as error:
             skipped[name] = str(error)
     return found, skipped
 
 
-def nearest_count(method: Reducer, body: Body) -> int:
+def nearest_count(method: Reducer, info: BackboneInfo) -> int:
     """Return the number of tokens nearest to 5% of the patches that a method can take from a grid.
 
     Args:
         method: The method; one that needs a grid may not be able to take any number.
-        body: The model.
+        info: The model.
     """
-    patches = body.length - len(body.class_places)
+    patches = info.tokens - len(info.cls_index)
     wanted = max(1, round(SHARE * patches))
     for count in sorted(range(1, patches), key=lambda n: (abs(n - wanted), n)):
         try:
-            method.shape(body.grid, count)
+            method.shape(info.grid, count)
         except ValueError:
             continue
         return count
@@ -186,7 +186,7 @@ class _Bench:
 
     Attributes:
         layer: The layer that reduces, from 0.
-        body: Of the model.
+        info: Of the model.
         form: What a row tells of how the model is built.
     """
 
@@ -194,18 +194,19 @@ class _Bench:
         self, model: str, batch: int, device: torch.device, dtype: torch.dtype, **form: Any
     ) -> None:
         torch.manual_seed(0)
-        net = cast(Vim | PlainMamba, timm.create_model(model, num_classes=0, **form)).to(device)
-        self.form = {"param_order": net.param_order} if isinstance(net, PlainMamba) else {}
+        net = cast(Backbone, timm.create_model(model, num_classes=0, **form)).to(device)
+        formed = "param_order" in family_of(model).arguments
+        self.form = {"param_order": str(net.param_order)} if formed else {}
         self._net, self._blocks = net, list[Any](net.layers)
-        self.body: Body = net.body
-        self.layer = self.body.depth // 2
+        self.info: BackboneInfo = net.info
+        self.layer = self.info.depth // 2
         self._images = torch.randn(batch, net.patch_embed.in_chans, *net.img_size).to(device)
         self._precision = Precision(device, None if dtype == torch.float32 else dtype)
 
     def plain(self) -> dict[Part, Run]:
         """Return what runs a layer that nothing is done at, and its mixer."""
         block = self._blocks[self.layer]
-        (tokens, *_), hidden = self._caught(no_reduction(self.body), block, block.mixer)
+        (tokens, *_), hidden = self._caught(no_reduction(self.info), block, block.mixer)
         tokens, streams = _leaves(tokens)
 
         def forward() -> Iterable[Tensor | None]:
@@ -239,7 +240,7 @@ class _Bench:
             mixer, (hidden, asked) = mixers[self.layer + after], met.behind
             found[name, "aging"] = self._mixer(mixer, met.behind)
             # Scattered over a grid, they must be looked up there without aging, too.
-            plain = (hidden, Ask(asked.tokens)) if self.body.scattered else (hidden,)
+            plain = (hidden, Ask(asked.tokens)) if self.info.needs_positions else (hidden,)
             found[self._mixer_part(plain)] = self._mixer(mixer, plain)
         return found
 
@@ -261,7 +262,7 @@ class _Bench:
             for module in modules:
                 hooks.callback(module.register_forward_pre_hook(look).remove)
             self._net(self._images)
-        self._net.reduction = no_reduction(self.body)
+        self._net.reduction = no_reduction(self.info)
         return [caught[module] for module in modules]
 
     def _mixer_part(self, given: tuple[Any, ...]) -> Part:
@@ -355,7 +356,7 @@ def _launched(
 
 
 def _row(name: str, found: Reduction, form: Mapping[str, str], launch: str, times: Timed) -> Row:
-    start = found.body.length
+    start = found.info.tokens
     own = {part: ms for (method, _, part), ms in times.items() if method == name}
     plain = {part: ms for (*whose, part), ms in times.items() if whose == [PLAIN, launch]}
     layer, mixer = plain["layer"], plain[_mixer_name(start)]

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fambav.bench.report import Row
 from fambav.engine.timing import Run, settle
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.ops.kernels import NUMBA, TRITON
 from fambav.reduction import Reduction
 
@@ -170,7 +170,7 @@ def parts(net: nn.Module) -> dict[str, nn.Module]:
     a layer and counts for itself.  Of others, the children that have weights, and in the place of a
     list of some what is in it; what is in the longest is a layer.
     """
-    if isinstance(net, Isotropic):
+    if isinstance(net, Backbone):
         layers = {f"layer {n}": one for n, one in enumerate(net.layers, start=1)}
         ends = {"reduction": net.reduction, "head": net.head}
         return {"patches": net.patch_embed, **layers, **ends}

@@ -17,7 +17,7 @@ from fambav.bench.step import BATCH, Step, training
 from fambav.engine.runtime import numerics
 from fambav.engine.timing import Run, Times, captured, interleave, ratio, spread
 from fambav.layers import Tokens
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.reduction import Schedule
 
 # For 24 layers and 197 tokens: the plans of the paper's table 1, a late one, and one token a layer.
@@ -94,7 +94,7 @@ def _memory(steps: Mapping[str, Step], peaks: Mapping[str, float]) -> dict[str, 
 
 
 def _schedule(ready: Step) -> Schedule:
-    return cast(Isotropic, ready.net).schedule
+    return cast(Backbone, ready.net).schedule
 
 
 def _row(
@@ -126,7 +126,7 @@ class Merging:
     """
 
     def __init__(self, step: Step, *, layers: int | None = None) -> None:
-        self._reduction, self._backend = cast(Isotropic, step.net).reduction, step.backend
+        self._reduction, self._backend = cast(Backbone, step.net).reduction, step.backend
         self._precision, counts = step.update.precision, self._reduction.schedule.counts
         met: list[tuple[Tokens, int]] = []
 

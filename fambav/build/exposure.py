@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fambav.engine.runtime import Precision
 from fambav.engine.timing import Run, Times, interleave, ratios
 from fambav.layers import Ask, Tokens
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.reduction import OUTPUT, Reduction
 
 BATCH = 8
@@ -44,7 +44,7 @@ class Kind(NamedTuple):
     whole: bool = False
 
 
-def exposure(net: Isotropic, precision: Precision) -> str | None:
+def exposure(net: Backbone, precision: Precision) -> str | None:
     """Say which mixers of a model are asked, why, and how much longer they take.
 
     Args:
@@ -69,14 +69,14 @@ def exposure(net: Isotropic, precision: Precision) -> str | None:
 def kinds(reduction: Reduction) -> list[Kind]:
     """Group the mixers that a reduction asks by the reason; one that has two is in both groups."""
     schedule, needs = reduction.schedule, reduction.needs - OUTPUT
-    hooks = {layer + 1: reduction.hooks(layer) for layer in range(reduction.body.depth)}
+    hooks = {layer + 1: reduction.hooks(layer) for layer in range(reduction.info.depth)}
     telling = [layer for layer, hook in hooks.items() if hook.needs - OUTPUT]
     aging = [layer for layer, hook in hooks.items() if hook.gap is not None]
     # Only among tokens that went are there gaps: whoever scans across them has looked places up.
     placing = [
         layer
         for layer, hook in hooks.items()
-        if reduction.body.scattered
+        if reduction.info.needs_positions
         and hook.gap is None
         and schedule.lengths[layer - 1] < schedule.start
     ]
@@ -90,12 +90,12 @@ def kinds(reduction: Reduction) -> list[Kind]:
     return [kind for kind in found if kind.layers]
 
 
-def _times_as_long(net: Isotropic, asked: Sequence[Kind], precision: Precision) -> list[float]:
+def _times_as_long(net: Backbone, asked: Sequence[Kind], precision: Precision) -> list[float]:
     """Time a mixer plain and as each kind, on as many tokens as it started with."""
     mixer = cast(nn.Module, net.layers[asked[-1].layers[-1] - 1].mixer)
     device = next(mixer.parameters()).device
     x = torch.ones(BATCH, net.length, net.dim, device=device, requires_grad=True)
-    tokens = Tokens.start(x, class_places=net.body.class_places)
+    tokens = Tokens.start(x, class_places=net.info.cls_index)
 
     def run(*asking: Ask) -> None:
         with precision.autocast():

@@ -29,7 +29,7 @@ from fambav.engine.maxima import Maxima
 from fambav.engine.memory import Meter
 from fambav.engine.record import KEPT
 from fambav.engine.runtime import Console, Processes, numerics, processes
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.ops import force, set_backend
 from fambav.randomness import seed_all
 
@@ -235,7 +235,7 @@ class Job:
             self.data,
             schedule,
             images=images,
-            grid=None if reduction is None else reduction.body.grid,
+            grid=None if reduction is None else reduction.info.grid,
             teacher=digest,
             world=self.group.world,
         )
@@ -293,7 +293,7 @@ class Job:
             path = Path(self.config.run.finetune)
             saved.put(path, entries.load(path), net, head="drop")
         net.to(self.group.device)
-        if isinstance(net, Isotropic) and self.group.main:
+        if isinstance(net, Backbone) and self.group.main:
             composed = exposure(net, precision(self.config, self.group))
             if composed is not None:
                 self.console.say(composed)
@@ -314,4 +314,4 @@ class Job:
 
 def _layers(net: nn.Module) -> Iterable[nn.Module]:
     """The layers of a model of ours; the settings allow no other."""
-    return list(cast(nn.ModuleList, cast(Isotropic, net).layers))
+    return list(cast(nn.ModuleList, cast(Backbone, net).layers))

@@ -9,11 +9,9 @@ from torch import nn
 
 from fambav.config import Config
 from fambav.ecosystem import timm
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.reduction import Reduction, Schedule, fused, read_options, reduce
-from fambav.registry import nearest
-
-_FOREIGN, _PLAIN = "timm/", "plainmamba"
+from fambav.registry import FOREIGN, family_of, nearest
 
 
 class Sketch(NamedTuple):
@@ -43,20 +41,15 @@ def model(config: Config, *, num_classes: int) -> nn.Module:
     Raises:
         ValueError: If the model cannot be built so, or its tokens cannot be fused so.
     """
-    if config.model.model.startswith(_FOREIGN):
+    if config.model.model.startswith(FOREIGN):
         return _foreign(config, num_classes)
     chosen, fusion = config.model, config.fusion
-    own = _plain_arguments(config) if chosen.model.startswith(_PLAIN) else _vim_arguments(config)
-    net: Any = timm.create_model(
-        chosen.model,
-        num_classes=num_classes,
-        img_size=chosen.input_size,
-        drop_path_rate=chosen.drop_path,
-        **own,
-    )
+    known = family_of(chosen.model).arguments
+    own = {argument: getattr(chosen, setting) for setting, argument in known.items()}
+    net: Any = timm.create_model(chosen.model, num_classes=num_classes, **own)
     net.set_grad_checkpointing(chosen.grad_checkpointing)
     net.reduction = fused(
-        net.body,
+        net.info,
         fusion.fusion_strategy,
         layer=fusion.fusion_layer,
         token=fusion.fusion_token,
@@ -66,23 +59,6 @@ def model(config: Config, *, num_classes: int) -> nn.Module:
     if config.reduction.reduction != "none":
         _reduce(net, config)
     return cast(nn.Module, net)
-
-
-def _vim_arguments(config: Config) -> dict[str, Any]:
-    chosen = config.model
-    return dict(
-        patch_size=chosen.patch_size,
-        stride=chosen.stride,
-        drop_rate=chosen.drop,
-        class_token=chosen.class_token,
-        bimamba_type=chosen.bimamba_type,
-        legacy_init=chosen.legacy_init,
-    )
-
-
-def _plain_arguments(config: Config) -> dict[str, Any]:
-    chosen = config.model
-    return dict(param_order=chosen.param_order, dt_bias_twice=chosen.dt_bias_twice)
 
 
 def _reduce(net: nn.Module, config: Config) -> None:
@@ -107,7 +83,7 @@ def sketch(config: Config) -> Sketch:
     """
     with torch.device("meta"):
         net = model(config, num_classes=1)
-    if isinstance(net, Isotropic):
+    if isinstance(net, Backbone):
         return Sketch(net.img_size, net.reduction)
     height, width = net.pretrained_cfg["input_size"][-2:]  # type: ignore[index]  # timm sets it
     size = config.model.input_size
@@ -138,7 +114,7 @@ def schedule(config: Config) -> Schedule:
 
 def _foreign(config: Config, num_classes: int) -> nn.Module:
     """Build one of timm's own models."""
-    name, chosen = config.model.model.removeprefix(_FOREIGN), config.model
+    name, chosen = config.model.model.removeprefix(FOREIGN), config.model
     if not timm.is_model(name):
         known = nearest(name, timm.list_models())
         hint = known if known.startswith("did") else "see timm.list_models()"

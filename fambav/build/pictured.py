@@ -10,7 +10,7 @@ from torch import nn
 from fambav.build import batches
 from fambav.config import Config
 from fambav.data import DataSet
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.pictures import groups
 from fambav.pictures.tokens import spread
 from fambav.pictures.walk import follow
@@ -32,7 +32,7 @@ def tokens(config: Config, net: nn.Module, found: DataSet) -> NDArray[np.uint8] 
         The image at the start and behind each layer, or 11 of them, side by side, (3, height,
         width); None if the model keeps every token.
     """
-    if not isinstance(net, Isotropic) or not net.schedule.removed:
+    if not isinstance(net, Backbone) or not net.schedule.removed:
         return None
     statistics = found.statistics(config.data.data_stats)
     image = batches.eval_transform(config, statistics, net.img_size)(found.val[0][0])

@@ -20,7 +20,7 @@ from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.finite import check_logits
 from fambav.engine.runtime import processes
-from fambav.models import Isotropic, official
+from fambav.models import Backbone, official
 
 Guess = tuple[str, float]
 
@@ -218,7 +218,7 @@ def _classes(state: State) -> int:
 
 
 def _channels(net: nn.Module) -> int:
-    if isinstance(net, Isotropic):
+    if isinstance(net, Backbone):
         return int(net.patch_embed.in_chans)
     return int(net.pretrained_cfg["input_size"][0])  # type: ignore[index]  # timm sets it
 

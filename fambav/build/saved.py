@@ -17,7 +17,7 @@ from fambav.data import DataSet
 from fambav.engine.checkpoint import CheckpointError, NotFiniteWeightsError, State
 from fambav.engine.finite import NotFiniteError, check_weights
 from fambav.engine.record import BEST, CHECKPOINT, WEIGHTS
-from fambav.models import PlainMamba, Vim, adapt, official, published_class_token
+from fambav.models import Backbone, official
 from fambav.reduction import Schedule
 
 # What may differ between a run and its continuation: where and how fast, not what.
@@ -264,14 +264,12 @@ def put(
         NotFiniteWeightsError: If one of them is not finite.
     """
     try:
-        weights, grid = official(state, ema=ema), fact(state, "grid")
+        place, grid = fact(state, "class_token"), fact(state, "grid")
         grid = grid and (grid[0], grid[1])
+        weights = official(state, ema=ema)
         check_weights(weights, net.state_dict())
-        if isinstance(net, Vim):
-            place = fact(state, "class_token") or published_class_token(state)
-            weights = adapt(weights, net, class_token=place, grid=grid, head=head)
-        elif isinstance(net, PlainMamba):
-            weights = adapt(weights, net, grid=grid, head=head)
+        if isinstance(net, Backbone):
+            weights = net.remap(state, ema=ema, class_token=place, grid=grid, head=head)
         else:
             weights = _with_head(weights, net, head)
         net.load_state_dict(weights)

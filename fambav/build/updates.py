@@ -15,7 +15,7 @@ from fambav.engine import optim, train
 from fambav.engine.distill import Teacher
 from fambav.engine.replay import Replayed
 from fambav.engine.runtime import Precision, Processes
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.randomness import seed_all
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -123,7 +123,7 @@ def _ends(config: Config) -> tuple[float, float]:
 
 def _replayed(config: Config, net: nn.Module, group: Processes) -> nn.Module:
     """Return the model with its passes over one process's batch recorded."""
-    ours = cast(Isotropic, net)
+    ours = cast(Backbone, net)
     return Replayed(
         ours.train(config.optim.train_mode),
         (config.optim.batch_size, ours.patch_embed.in_chans, *ours.img_size),
@@ -160,7 +160,7 @@ def _seeding(config: Config, net: nn.Module) -> Callable[[int, int], None]:
     Our models draw for the whole update and keep their share, so all batches start alike; others
     draw for their batch only, and must not draw the same for each.
     """
-    seed, shares = config.run.seed, isinstance(net, Isotropic)
+    seed, shares = config.run.seed, getattr(net, "draws_whole_update", False)
 
     def start(done: int, place: int) -> None:
         seed_all(seed, "update", done, *(() if shares else (place,)))

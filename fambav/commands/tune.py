@@ -43,7 +43,7 @@ def run(words: list[str]) -> None:
     from fambav.search.tuning import tune
 
     with opened(given.checkpoint, asked=asked, changes=changes) as subject:
-        space = Space(subject.net.body, given.method, **reduction_arguments(given.method, how))
+        space = Space(subject.net.info, given.method, **reduction_arguments(given.method, how))
         plans, count = levels(given.family, space), len(subject.data.val)
         print(f"{given.method} {given.family.told()} on the {count} held-out images", flush=True)
         print(f"{'plan':>12}  {'token-layers':>12}  {'top-1':>7}  {'lost':>6}")

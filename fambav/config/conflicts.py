@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from fambav.config.options import FOREIGN, OPTIONS, Fusion, Reduction
+from fambav.config.options import OPTIONS, Fusion, Reduction
 from fambav.config.values import DEFAULT, RECORD, ConfigError, Setting, refuse, shown
+from fambav.registry import FAMILIES, FOREIGN, family_of
 
 Settings = dict[str, Setting]
 Values = Callable[[str], Any]
@@ -21,7 +22,11 @@ NO_FILES = ("DIGITS", "SHAPES100", "FAKE")
 FETCHED = ("CIFAR", "CIFAR10")
 IN_MEMORY = ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10")
 FOLDERS = ("IMNET", "FOLDER", "INAT", "INAT19")
-PLAIN = "plainmamba"  # what the names of these models start with
+ABSENT = {  # what a model lacks that does not take a setting
+    "drop": ", which has no dropout",
+    "param_order": ", which has one form",
+    "dt_bias_twice": ", which has one form",
+}
 
 
 class Rule(NamedTuple):
@@ -48,6 +53,16 @@ def _mixes(value: Values) -> bool:
     return bool(value("mixup") or value("cutmix") or value("cutmix_minmax"))
 
 
+def _of_some_models(name: str) -> Rule:
+    """Refuse a setting that is no argument of the model."""
+    return Rule(
+        _defaults(name),
+        ("model",),
+        lambda value: name not in family_of(value("model")).arguments,
+        f"with --model {{model}}{ABSENT.get(name, '')}",
+    )
+
+
 # In order: a rule may switch off what a later one depends on.
 RULES = (
     Rule(
@@ -58,24 +73,7 @@ RULES = (
         lambda value: value("model").startswith(FOREIGN),
         "with --model {model}",
     ),
-    Rule(
-        _defaults("patch_size", "stride", "class_token", "bimamba_type", "legacy_init"),
-        ("model",),
-        lambda value: value("model").startswith((FOREIGN, PLAIN)),
-        "with --model {model}",
-    ),
-    Rule(
-        _defaults("drop"),
-        ("model",),
-        lambda value: value("model").startswith(PLAIN),
-        "with --model {model}, which has no dropout",
-    ),
-    Rule(
-        _defaults("param_order", "dt_bias_twice"),
-        ("model",),
-        lambda value: not value("model").startswith(PLAIN),
-        "with --model {model}, which has one form",
-    ),
+    *map(_of_some_models, dict.fromkeys(n for own in FAMILIES.values() for n in own.arguments)),
     Rule(
         _defaults("cuda_graphs"),
         ("compile",),

@@ -33,6 +33,7 @@ from fambav.registry import (
     CLASS_TOKEN_POLICIES,
     CLASS_TOKENS,
     DATA_SETS,
+    FOREIGN,
     FUSION_METHODS,
     GAP_POLICIES,
     HOOKS,
@@ -50,7 +51,6 @@ from fambav.registry import (
 
 OPTIMIZERS = ("adamw", "adam", "nadamw", "lamb", "lion", "sgd")
 INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-FOREIGN = "timm/"  # what the name of a model that is not ours starts with
 
 
 def model_name(name: str) -> None:

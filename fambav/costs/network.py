@@ -11,12 +11,11 @@ from torch import nn
 
 from fambav import build
 from fambav.config import Config
-from fambav.costs import plainmamba, vim
-from fambav.costs.conventions import FREE, Cost, total
-from fambav.costs.parts import Parts
 from fambav.costs.reduction import OVERHEADS, Overhead, aligned, handed_over
 from fambav.costs.report import Report, Row
-from fambav.models import PlainMamba, Vim
+from fambav.layers import BackboneInfo
+from fambav.models import Backbone
+from fambav.models.flops import FREE, Cost, Parts, total
 from fambav.reduction import Reducer, Reduction
 
 Grid = tuple[int, int]
@@ -72,19 +71,12 @@ def count(model: nn.Module) -> Report:
     Raises:
         ValueError: If the model is not one of ours.
     """
-    if isinstance(model, Vim):
-        return _report(model, vim.parts(model))
-    if isinstance(model, PlainMamba):
-        return _report(model, plainmamba.parts(model))
-    raise ValueError(f"model is a {type(model).__name__}, expected a Vim or a PlainMamba")
-
-
-def _report(model: Vim | PlainMamba, parts: Parts) -> Report:
-    """Lay out the rows of a model with these parts."""
-    reduction: Reduction = model.reduction
+    if not isinstance(model, Backbone):
+        raise ValueError(f"model is a {type(model).__name__}, expected one of `fambav list models`")
+    parts, info, reduction = model.flop_parts(), model.info, model.reduction
     method = reduction.method if reduction.schedule.removed else None
-    dense = (mixer.cost(parts.length, math.prod(parts.grid)) for mixer in parts.mixers)
-    layers = _unreduced(parts) if method is None else _reduced(parts, reduction, method)
+    dense = (mixer.cost(info.tokens, math.prod(info.grid)) for mixer in parts.mixers)
+    layers = _unreduced(parts, info) if method is None else _reduced(parts, reduction, method)
     return Report(
         model=model.pretrained_cfg.get("architecture", type(model).__name__),
         input_size=model.img_size,
@@ -92,9 +84,9 @@ def _report(model: Vim | PlainMamba, parts: Parts) -> Report:
         method=None if method is None else method.name,
         scan=None if method is None else reduction.scan,
         counted=method is None or method.name in OVERHEADS.names(),
-        start=parts.length,
+        start=info.tokens,
         rows=(
-            Row(part="patches", tokens=math.prod(parts.grid), own=parts.patches),
+            Row(part="patches", tokens=math.prod(info.grid), own=parts.patches),
             *layers,
             Row(part="head", tokens=1, own=parts.head),
         ),
@@ -102,11 +94,11 @@ def _report(model: Vim | PlainMamba, parts: Parts) -> Report:
     )
 
 
-def _unreduced(parts: Parts) -> Iterator[Row]:
+def _unreduced(parts: Parts, info: BackboneInfo) -> Iterator[Row]:
     """Lay out layers that all see all tokens."""
     for layer, mixer in enumerate(parts.mixers, start=1):
-        own = mixer.cost(parts.length, math.prod(parts.grid))
-        yield Row(part="layer", layer=layer, tokens=parts.length, own=own)
+        own = mixer.cost(info.tokens, math.prod(info.grid))
+        yield Row(part="layer", layer=layer, tokens=info.tokens, own=own)
 
 
 def _reduced(parts: Parts, reduction: Reduction, method: Reducer) -> Iterator[Row]:
@@ -115,19 +107,20 @@ def _reduced(parts: Parts, reduction: Reduction, method: Reducer) -> Iterator[Ro
     Convolutions of tokens that form no grid run on the grid of the start, among zeros.
     """
     schedule, masked, gap = reduction.schedule, reduction.scan == "masked", reduction.gap
-    left, grid = parts.length, cast("Grid | None", parts.grid)
+    info = reduction.info
+    left, grid = info.tokens, cast("Grid | None", info.grid)
     for layer, (mixer, gone) in enumerate(zip(parts.mixers, schedule.counts, strict=True)):
-        sizes = Overhead(left, gone, parts.dim, parts.inner, parts.scans, parts.printed)
+        sizes = Overhead(left, gone, info.width, parts.inner, info.directions, parts.printed)
         behind = method.shape(grid, gone) if gone and not masked else grid
-        seen = parts.length if masked else schedule.lengths[layer]
-        cells = math.prod((grid if schedule.after else behind) or parts.grid)
+        seen = info.tokens if masked else schedule.lengths[layer]
+        cells = math.prod((grid if schedule.after else behind) or info.grid)
         yield Row(
             part="layer",
             layer=layer + 1,
             tokens=seen,
             removed=gone,
             own=mixer.cost(seen, cells),
-            alignment=aligned(seen, sizes, gap) if seen < parts.length else FREE,
+            alignment=aligned(seen, sizes, gap) if seen < info.tokens else FREE,
             reduction=_overhead(method.name, sizes, gap) if gone else FREE,
         )
         left, grid = left - gone, behind

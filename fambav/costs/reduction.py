@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fambav.costs.conventions import FREE, Cost
+from fambav.models.flops import FREE, Cost
 from fambav.registry import Registry
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from fambav.costs.conventions import CONVENTIONS, FREE, Cost, total
+from fambav.models.flops import CONVENTIONS, FREE, Cost, total
 
 Cells = tuple[str, ...]
 

@@ -13,7 +13,7 @@ import yaml
 from fambav import costs
 from fambav.build.prediction import Pretrained
 from fambav.export.description import Run
-from fambav.models import Isotropic
+from fambav.models import Backbone
 
 UNKNOWN = "not measured"
 
@@ -134,7 +134,7 @@ def _loading(told: dict[str, Any], kind: str, folder: str) -> str:
 
 def _plan(model: Pretrained) -> str:
     net = model.net
-    if not isinstance(net, Isotropic):
+    if not isinstance(net, Backbone):
         return "The model has no plan of tokens."
     schedule = net.schedule
     lines = ["| layer | removed | tokens that its mixer sees |", "|---:|---:|---:|"]

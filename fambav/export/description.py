@@ -16,7 +16,7 @@ from fambav import comparison
 from fambav.build.entries import fact
 from fambav.build.prediction import Pretrained
 from fambav.config.options import Fusion, Model, Reduction
-from fambav.models import Isotropic
+from fambav.models import Backbone
 
 # Settings of a run that say nothing of the model itself.
 _MACHINE = ("scan_backend", "compile", "cuda_graphs", "grad_checkpointing")
@@ -87,7 +87,7 @@ def described(model: Pretrained, kind: str) -> dict[str, Any]:
     net: Any = model.net
     config, plan, images = model.config, None, net.pretrained_cfg
     told = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes")
-    if isinstance(net, Isotropic):
+    if isinstance(net, Backbone):
         plan = {**asdict(net.schedule), "share": net.schedule.share}
     return {
         "architecture": config.model.model.removeprefix("timm/"),

@@ -10,7 +10,7 @@ from fambav import comparison, costs, pictures
 from fambav.costs import CONVENTIONS
 from fambav.gallery.contrast import contrasted, described, reducing
 from fambav.gallery.subject import FIRST, Source, Subject, subjects
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.pictures import Walk, Work
 from fambav.pictures.curves import Record
 from fambav.reduction import no_reduction
@@ -166,7 +166,7 @@ def _likeness(subject: Subject) -> Drawn:
 
 
 def _dense(subject: Subject) -> Walk:
-    with reducing(subject.model, no_reduction(subject.model.body)):
+    with reducing(subject.model, no_reduction(subject.model.info)):
         return pictures.follow(subject.model, subject.image)
 
 
@@ -177,14 +177,14 @@ def _layers(subject: Subject) -> Drawn:
     return pictures.bars(plan.lengths, plan.start, work(model), title=title), title
 
 
-def work(model: Isotropic) -> Work:
+def work(model: Backbone) -> Work:
     """Count the operations of each layer, with those of every direction of a scan.
 
     Raises:
         ValueError: If nothing is known of what the model, or its method of reduction, costs.
     """
     layers = [row for row in costs.count(model).rows if row.layer is not None]
-    with reducing(model, no_reduction(model.body)):
+    with reducing(model, no_reduction(model.info)):
         dense = [row for row in costs.count(model).rows if row.layer is not None]
     return Work(
         own=[row.own.all_directions for row in layers],

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
-from fambav.models import Isotropic
+from fambav.layers import BackboneInfo
+from fambav.models import Backbone
 from fambav.reduction import (
-    Body,
     Reducer,
     Reduction,
     Schedule,
@@ -39,7 +39,7 @@ def described(reduction: Reduction) -> str:
     return f"{reduction.name}, {each} tokens at {_listed(layers)}{scan}"
 
 
-def contrasted(model: Isotropic) -> tuple[str, dict[str, Reduction]]:
+def contrasted(model: Backbone) -> tuple[str, dict[str, Reduction]]:
     """Set every strategy up for a model.
 
     Args:
@@ -49,18 +49,18 @@ def contrasted(model: Isotropic) -> tuple[str, dict[str, Reduction]]:
         The name of the method, and a reduction for each strategy that the model's depth allows.
         Where the model's own method cannot do one of them, the method is famba-v instead.
     """
-    own, body = model.reduction, model.body
+    own, info = model.reduction, model.info
     if own.method is not None:
-        made = {name: _made(body, own.method, name, like=own) for name in _possible(body)}
+        made = {name: _made(info, own.method, name, like=own) for name in _possible(info)}
         if all(made.values()):
             return own.name, {name: found for name, found in made.items() if found is not None}
     method = make_reducer(_GENERAL)
-    made = {name: _made(body, method, name, like=own) for name in _possible(body)}
+    made = {name: _made(info, method, name, like=own) for name in _possible(info)}
     return _GENERAL, {name: found for name, found in made.items() if found is not None}
 
 
 @contextmanager
-def reducing(model: Isotropic, reduction: Reduction) -> Iterator[None]:
+def reducing(model: Backbone, reduction: Reduction) -> Iterator[None]:
     """Let a model reduce its tokens so, and as before at the end."""
     before = model.reduction
     model.reduction = reduction.train(model.training)
@@ -70,35 +70,37 @@ def reducing(model: Isotropic, reduction: Reduction) -> Iterator[None]:
         model.reduction = before
 
 
-def _possible(body: Body) -> tuple[str, ...]:
-    return tuple(name for name in STRATEGIES if body.depth > 1 or name != "interleaved")
+def _possible(info: BackboneInfo) -> tuple[str, ...]:
+    return tuple(name for name in STRATEGIES if info.depth > 1 or name != "interleaved")
 
 
-def _made(body: Body, method: Reducer, strategy: str, *, like: Reduction) -> Reduction | None:
+def _made(
+    info: BackboneInfo, method: Reducer, strategy: str, *, like: Reduction
+) -> Reduction | None:
     """Set a strategy up, with as many tokens as `like` removes, or as fit; None if none do."""
     if strategy == "none":
-        return no_reduction(body)
-    many = max(1, round(_SHARE * body.depth))
-    layer = {"lower": many, "upper": body.depth - many + 1}.get(strategy)
-    layers = {"all": body.depth, "interleaved": body.depth // 2}.get(strategy, many)
-    wanted = like.schedule.removed or round(_REMOVED * body.length)
+        return no_reduction(info)
+    many = max(1, round(_SHARE * info.depth))
+    layer = {"lower": many, "upper": info.depth - many + 1}.get(strategy)
+    layers = {"all": info.depth, "interleaved": info.depth // 2}.get(strategy, many)
+    wanted = like.schedule.removed or round(_REMOVED * info.tokens)
     for count in range(max(1, round(wanted / layers)), 0, -1):
         try:
-            plan = fusion(strategy, body=body, reducer=method, count=count, layer=layer)
-            return _like(body, method, plan, like)
+            plan = fusion(strategy, info=info, reducer=method, count=count, layer=layer)
+            return _like(info, method, plan, like)
         except ValueError:
             continue
     return None
 
 
-def _like(body: Body, method: Reducer, plan: Schedule, like: Reduction) -> Reduction:
+def _like(info: BackboneInfo, method: Reducer, plan: Schedule, like: Reduction) -> Reduction:
     """Return a reduction with the policies of another if it is of the same method."""
     if like.method is not method:
-        return Reduction(body, method, plan)
+        return Reduction(info, method, plan)
     made = Schedule.of(plan.start, plan.counts, after=like.hook == "after")
     gap = None if like.gap == "none" else like.gap
     return Reduction(
-        body, method, made, hook=like.hook, scan=like.scan, gap=gap, class_policy=like.class_policy
+        info, method, made, hook=like.hook, scan=like.scan, gap=gap, class_policy=like.class_policy
     )
 
 

@@ -22,7 +22,7 @@ from fambav.engine.checkpoint import State
 from fambav.engine.finite import check_logits
 from fambav.engine.record import BEST, CHECKPOINT, WEIGHTS
 from fambav.gallery.contrast import described
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.pictures.groups import Pixels
 from fambav.pictures.walk import Walk, follow
 
@@ -61,7 +61,7 @@ class Subject:
     """
 
     name: str
-    model: Isotropic
+    model: Backbone
     image: Tensor
     pixels: Pixels
     about: str
@@ -110,7 +110,7 @@ def subjects(
     state = entries.load(path)
     config = _config(path, state, dict(settings or {}))
     model = from_pretrained(path, **dict(settings or {}))
-    if not isinstance(model, Isotropic):
+    if not isinstance(model, Backbone):
         raise ValueError(
             f"model is {config.model.model!r}, expected one whose tokens can be reduced"
         )

@@ -1,15 +1,18 @@
 """Modules that two or more models are made of."""
 
-from fambav.layers.block import AddNorm, Block, Hooks, run_block
+from fambav.layers.block import Add, AddNorm, Block, Hooks, run_block
 from fambav.layers.drop import Dropout, DropPath, shard
 from fambav.layers.embed import PatchEmbed
+from fambav.layers.info import BackboneInfo, Stage
 from fambav.layers.mamba import Mamba
 from fambav.layers.mamba2d import Mamba2D
 from fambav.layers.tokens import Ask, Signals, Tokens
 
 __all__ = [
+    "Add",
     "AddNorm",
     "Ask",
+    "BackboneInfo",
     "Block",
     "DropPath",
     "Dropout",
@@ -18,6 +21,7 @@ __all__ = [
     "Mamba2D",
     "PatchEmbed",
     "Signals",
+    "Stage",
     "Tokens",
     "run_block",
     "shard",

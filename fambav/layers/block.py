@@ -49,6 +49,17 @@ class Hooks(NamedTuple):
 NO_HOOKS = Hooks()
 
 
+class Add(nn.Module):
+    """Add to the residual stream, which stays in float32, and normalise nothing."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the sum in x's dtype, and the sum, both shaped like x."""
+        total = x.to(torch.promote_types(x.dtype, torch.float32))
+        if residual is not None:
+            total = residual + total
+        return total.to(x.dtype), total
+
+
 class AddNorm(nn.Module):
     """Add to the residual stream, which stays in float32, and normalise the sum.
 

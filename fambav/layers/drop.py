@@ -87,8 +87,8 @@ class DropPath(_Drop):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop samples of x, (batch, length, dim)."""
-        return x * self.mask(x, 1, 1) if self.training and self.rate else x
+        """Drop samples of x, (batch, length, dim) or (batch, height, width, dim)."""
+        return x * self.mask(x, *[1] * (x.ndim - 1)) if self.training and self.rate else x
 
 
 class Dropout(_Drop):

@@ -24,8 +24,10 @@ from fambav.layers.tokens import Ask, Signals
 from fambav.ops import Direction, bimamba_scan
 from fambav.ops.aligned_scan import aligned_scan, skipped, steps_between
 from fambav.ops.bimamba import ScanInputs, directed_scan, scan_inputs
+from fambav.ops.dispatch import without_autocast
 from fambav.registry import BIMAMBA, nearest
 
+SIGNALS = frozenset(Signals._fields) - {"order"}  # all that it can tell when asked
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes that a new mixer starts from
 _PLAIN = (nn.Linear, nn.Conv1d)  # what kernels compute in the place of
 _WATCHED = "is watched by hooks on all modules"
@@ -308,7 +310,7 @@ def step_sizes_of(dt_proj: nn.Module, dt: Tensor) -> Tensor:
     Autocast would round the sum of product and bias, whose exponential is the step size.
     """
     dtype = next((p.dtype for p in dt_proj.parameters()), torch.float32)
-    with torch.autocast(dt.device.type, enabled=False):
+    with without_autocast(dt):
         delta: Tensor = dt_proj(dt.to(dtype))
     return delta
 

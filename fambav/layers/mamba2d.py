@@ -47,6 +47,7 @@ from fambav.registry import PARAM_ORDERS, nearest
 
 Grid = tuple[int, int]
 
+DIRECTIONS = 4  # snakes along which the grid is scanned
 SIGNALS = frozenset(("u", "delta", "B", "C", "y", "z", "mixed"))  # all that it can tell
 UNALIGNED = (
     "its weights pair the token of a step with the step size of another one, which may be gone;"

@@ -2,13 +2,13 @@
 
 from importlib.util import find_spec
 
-from fambav.models.isotropic import Isotropic, Trace
+from fambav.models.backbone import Backbone, Trace
 from fambav.models.plainmamba import PlainMamba
 from fambav.models.vim import Vim
 from fambav.models.weights import adapt, check_class_token, official, published_class_token
 
 __all__ = [
-    "Isotropic",
+    "Backbone",
     "PlainMamba",
     "Trace",
     "Vim",

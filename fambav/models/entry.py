@@ -1,33 +1,47 @@
-"""What timm asks of a model: names, a description of its data, a way of naming layers."""
+"""How timm comes to our models: names, a description of their data, a way of naming layers."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fambav.ecosystem import timm
+from fambav.layers.embed import pair, patch_grid
 from fambav.registry import nearest
 
-Net = TypeVar("Net", bound=nn.Module)
+if TYPE_CHECKING:  # which is described with what is written here
+    from fambav.models.backbone import Backbone
 
-_TIMMS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+_BUILDER = (  # arguments of timm's builder, beside those of the model
+    *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_model_args"),
+    *("cache_dir", "features_only", "out_indices", "feature_cls"),
+)
+_SOURCES = ("state_dict", "file", "url", "hf_hub_id")
 
 
 def register(
-    model: type[Net], variants: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Callable[..., Net]]:
-    """Register variants of a model with timm.
+    model: type[Backbone], variants: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Callable[..., nn.Module]]:
+    """Register variants of a model with timm, and what images they read.
 
     Args:
-        model: Its class; an object has the dictionary `pretrained_cfg`.
+        model: Its class.
         variants: The constructor's arguments under each name.
 
     Returns:
         The functions that timm calls, for the namespace of the model's module.
     """
+    configs: dict[str, Any] = {
+        name: data_config(model, **config) for name, config in variants.items()
+    }
+    module = sys.modules[model.__module__]
+    vars(module)["default_cfgs"] = timm.models.generate_default_cfgs(configs)
     found = {name: _entry_point(model, name, config) for name, config in variants.items()}
     for build in found.values():
         timm.models.register_model(build)
@@ -35,66 +49,91 @@ def register(
 
 
 def data_config(
-    img_size: tuple[int, int],
-    in_chans: int,
-    num_classes: int,
+    model: type[Backbone],
     *,
-    first_conv: str = "patch_embed.proj",
-    classifier: str = "head",
-    fixed: bool = True,
+    img_size: int | Sequence[int] = 224,
+    patch_size: int = 16,
+    stride: int | None = None,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    **_: Any,
 ) -> dict[str, Any]:
     """Say what images a model reads, in timm's words.
 
     Args:
+        model: Its class.
         img_size: Height and width, in pixels.
+        patch_size: Side of a patch, in pixels.
+        stride: From one patch to the next, in pixels.
         in_chans: Channels of an image.
         num_classes: Length of the output.
-        first_conv: Name of the module that reads the image.
-        classifier: Name of the module that gives the output.
-        fixed: Whether images of another size are refused.
+        _: Other arguments of the constructor, which change no image.
     """
+    size = pair(img_size, name="img_size")
     return {
         "url": "",
         "num_classes": num_classes,
-        "input_size": (in_chans, *img_size),
-        "fixed_input_size": fixed,
-        "pool_size": None,
+        "input_size": (in_chans, *size),
+        "fixed_input_size": model.fixed_input_size,
+        "pool_size": patch_grid(size, patch_size=patch_size, stride=stride or patch_size),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
-        "first_conv": first_conv,
-        "classifier": classifier,
+        "first_conv": model.first_conv,
+        "classifier": model.classifier,
     }
 
 
-def chosen_layers(indices: int | Sequence[int] | None, depth: int) -> set[int]:
-    """Resolve timm's way of naming layers: all, the last n, or a list that may count backwards."""
+def chosen_layers(indices: int | Sequence[int] | None, depth: int) -> list[int]:
+    """Resolve timm's way of naming layers: all, the last n, or a list that may count backwards.
+
+    Returns:
+        Layers from 0, ascending.
+
+    Raises:
+        ValueError: If there is no such layer, or none is named.
+    """
     if indices is None or isinstance(indices, int):
         indices = range(-(depth if indices is None else indices), 0)
     if not indices or not all(-depth <= index < depth for index in indices):
         wanted = list(indices)
         raise ValueError(f"indices are {wanted}, expected some of {-depth} to {depth - 1}")
-    return {index % depth for index in indices}
+    return sorted({index % depth for index in indices})
 
 
-def _entry_point(model: type[Net], name: str, config: Mapping[str, Any]) -> Callable[..., Net]:
+def _entry_point(
+    model: type[Backbone], name: str, config: Mapping[str, Any]
+) -> Callable[..., nn.Module]:
     """Return the function that timm calls to build `name`."""
     known = tuple(inspect.signature(model).parameters)
 
-    def build(cache_dir: object = None, **arguments: Any) -> Net:
-        del cache_dir  # nothing is fetched
-        for unwanted in _TIMMS:
-            if arguments.pop(unwanted, None):
-                raise ValueError(
-                    f"{unwanted} is set, expected none: {name} is built with new weights;"
-                    " load a file of weights into it"
-                )
-        for unknown in set(arguments) - set(known):
-            raise ValueError(f"{unknown!r} is no argument of {name}; {nearest(unknown, known)}")
-        net = model(**{**config, **arguments})
-        cast(dict[str, Any], net.pretrained_cfg)["architecture"] = name
-        return net
+    def build(
+        pretrained: bool = False,  # noqa: FBT001, FBT002  the signature is timm's
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> nn.Module:
+        for unknown in set(arguments) - {*known, *_BUILDER}:
+            raise TypeError(f"{unknown!r} is no argument of {name}; {nearest(unknown, known)}")
+        if pretrained:
+            _check_source(name, arguments)
+        with nullcontext() if device is None else torch.device(device):
+            net: nn.Module = timm.models.build_model_with_cfg(
+                model,
+                name,
+                pretrained,
+                pretrained_filter_fn=_fitted,
+                feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+                **{**config, **arguments},
+            )
+        ours = cast("Backbone", net.model if arguments.get("features_only") else net)
+        made = cast("dict[str, Any]", net.pretrained_cfg)
+        made.update(input_size=(ours.in_chans, *ours.img_size), pool_size=ours.grid)
+        if ours is net:
+            made["num_classes"] = ours.num_classes
+        return net if dtype is None else net.to(dtype)
 
     build.__name__ = build.__qualname__ = name
     build.__module__ = model.__module__
@@ -102,3 +141,23 @@ def _entry_point(model: type[Net], name: str, config: Mapping[str, Any]) -> Call
         f"Build {model.__name__} with {dict(config)} and the other arguments of `{model.__name__}`."
     )
     return build
+
+
+def _fitted(state_dict: Mapping[str, Any], net: Backbone) -> dict[str, Tensor]:
+    """Fit the weights of a file that timm has read; a head of other classes is left as it is."""
+    return net.remap(state_dict, head="drop")
+
+
+def _check_source(name: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse `pretrained` where nothing says which weights.
+
+    Raises:
+        ValueError: If neither configuration names a file or the like.
+    """
+    given = [arguments.get("pretrained_cfg"), arguments.get("pretrained_cfg_overlay")]
+    told = [one if isinstance(one, Mapping) else vars(one) for one in given if one]
+    if not any(one.get(source) for one in told for source in _SOURCES):
+        raise ValueError(
+            f"pretrained is set, expected none: {name} is built with new weights; name a file of"
+            " weights, pretrained_cfg_overlay={'file': ...}"
+        )

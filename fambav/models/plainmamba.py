@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from fambav.layers.block import NO_HOOKS, Hooks, run_block, silenced
 from fambav.layers.drop import DropPath
-from fambav.layers.embed import pair, patch_grid, resize_grid
-from fambav.layers.mamba2d import SIGNALS, UNALIGNED, Mamba2D, on_image, standing
+from fambav.layers.embed import pair, resize_grid
+from fambav.layers.info import BackboneInfo, Stage
+from fambav.layers.mamba2d import DIRECTIONS, SIGNALS, UNALIGNED, Mamba2D, on_image, standing
 from fambav.layers.tokens import Tokens
-from fambav.models.entry import data_config, register
-from fambav.models.isotropic import Isotropic, drop_path_rates, mean_patch
-from fambav.reduction import Body, no_reduction
+from fambav.models.backbone import Backbone, drop_path_rates
+from fambav.models.entry import register
+from fambav.models.flops import Cost, Parts, PlainMixer, stem_products
+from fambav.reduction import no_reduction
 
 STEM = 64  # channels before the projection to tokens
 
@@ -89,7 +91,7 @@ class Layer(nn.Module):
         )
         if self.dw is None:
             return tokens
-        total = cast(Tensor, tokens.residual) + tokens.x
+        total = (cast(Tensor, tokens.residual) + tokens.x).to(tokens.x.dtype)
         x = on_image(total, *standing(tokens, self.mamba.grid), self.dw)
         return tokens._replace(x=silenced(x, tokens.alive), residual=None)
 
@@ -137,7 +139,7 @@ class PatchEmbed(nn.Module):
         return maps
 
 
-class Backbone(nn.Module):
+class Trunk(nn.Module):
     """Everything but the head, under the names of the published weights."""
 
     def __init__(self, dim: int, patches: int, embed: PatchEmbed, layers: Sequence[Layer]) -> None:
@@ -148,8 +150,8 @@ class Backbone(nn.Module):
         self.ln1 = AddLayerNorm(dim, eps=1e-6)
 
 
-class PlainMamba(Isotropic):
-    """Isotropic classifier whose tokens stay on their grid; without a class token.
+class PlainMamba(Backbone):
+    """Classifier whose tokens stay on their grid; without a class token.
 
     Names, shapes and order of the parameters are those of the published weights.
 
@@ -164,6 +166,9 @@ class PlainMamba(Isotropic):
         in_chans: Channels of an image.
         num_classes: Length of the output; 0 returns the feature.
         state: Numbers of state per channel.
+        global_pool: What the head reads: "avg", the mean over patches, or "", every token by
+            itself.
+        drop_rate: 0; there is no dropout.
         drop_path_rate: Stochastic depth of the last output; rises linearly from 0.
         param_order: "raster" as the published weights need, or "permuted" as in the paper; see
             `fambav.layers.mamba2d`.
@@ -173,7 +178,6 @@ class PlainMamba(Isotropic):
         grid: Patches along height and width.
         length: Tokens at the start.
         reduction: Removes tokens; may be replaced at any time, see `fambav.reduce`.
-        feature_info: Channels and stride of each layer, in timm's words.
 
     Raises:
         ValueError: If patches do not divide the image, or a name or number is not one of those
@@ -181,9 +185,10 @@ class PlainMamba(Isotropic):
     """
 
     class_token = "none"
-    class_places: tuple[int, ...] = ()
-
     undecayed = ("A_log", "D", "direction_Bs", "pos_embed")
+    classifier, first_conv = "head.fc", "backbone.patch_embed.stem.0"
+    position, final_norm = "backbone.pos_embed", "backbone.ln1"
+    fixed_input_size = False
 
     def __init__(
         self,
@@ -197,6 +202,8 @@ class PlainMamba(Isotropic):
         in_chans: int = 3,
         num_classes: int = 1000,
         state: int = 16,
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         param_order: str = "raster",
         dt_bias_twice: bool = True,
@@ -204,13 +211,15 @@ class PlainMamba(Isotropic):
         super().__init__()
         self.dim = self.embed_dim = self.num_features = self.head_hidden_size = dim
         self.depth, self.param_order = depth, param_order
-        self.img_size = pair(img_size, name="img_size")
+        self.in_chans, self.patch_size, self.stride = in_chans, patch_size, patch_size
         if patch_size % 2:
             raise ValueError(f"patch_size is {patch_size}, expected an even number of pixels")
         if stem_convs < 0:
             raise ValueError(f"stem_convs is {stem_convs}, expected 0 or more")
-        self.grid = patch_grid(self.img_size, patch_size=patch_size, stride=patch_size)
-        self.length = self.grid[0] * self.grid[1]
+        if drop_rate:
+            raise ValueError(f"drop_rate is {drop_rate}, expected 0: there is no dropout")
+        self.lay_out(pair(img_size, name="img_size"))
+        self.global_pool = self._pooling(global_pool)
         rates = drop_path_rates(drop_path_rate, depth)
         mixer = partial(
             Mamba2D,
@@ -225,39 +234,34 @@ class PlainMamba(Isotropic):
             Layer(dim, mixer(), drop_path=rate, dwconv=dwconv and layer == 0)
             for layer, rate in enumerate(rates)
         ]
-        self.backbone = Backbone(dim, self.length, embed, layers)
+        self.backbone = Trunk(dim, self.length, embed, layers)
         # Behind a single layer nothing is dropped: the rate of the first output is 0.
         self.drop_path = DropPath(drop_path_rate if depth > 1 else 0.0)
         self.head = nn.Sequential(OrderedDict[str, nn.Module](fc=nn.Identity()))
         self.reset_classifier(num_classes)
-        self.reduction = no_reduction(self.body)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": patch_size, "module": f"backbone.layers.{layer}"}
-            for layer in range(depth)
-        ]
-        self.pretrained_cfg = self.default_cfg = data_config(
-            self.img_size,
-            in_chans,
-            num_classes,
-            first_conv="backbone.patch_embed.stem.0",
-            classifier="head.fc",
-            fixed=False,
-        )
+        self.reduction = no_reduction(self.info)
+        self.describe()
 
     @property
-    def body(self) -> Body:
+    def info(self) -> BackboneInfo:
         """What a reduction has to know."""
-        return Body(
+        return BackboneInfo(
             family="plainmamba",
-            dim=self.dim,
-            depth=self.depth,
-            length=self.length,
-            class_places=(),
-            grid=self.grid,
-            signals=SIGNALS,
-            directions=4,
+            stages=(Stage(self.depth, self.dim, self.grid, self.length, DIRECTIONS, SIGNALS),),
             unaligned=UNALIGNED if self.param_order == "raster" else None,
-            scattered=True,
+            needs_positions=True,
+        )
+
+    def flop_parts(self) -> Parts:
+        """Read the sizes off its layers; weights may be on the meta device."""
+        layers = cast(Sequence[Layer], self.layers)
+        mixers = tuple(PlainMixer.of(self.dim, layer.mamba, layer.dw) for layer in layers)
+        return Parts(
+            patches=Cost.plain(stem_products(self.patch_embed, self.img_size)),
+            mixers=mixers,
+            head=Cost.plain(self.dim * self.num_classes),
+            inner=mixers[0].inner,
+            printed=DIRECTIONS,
         )
 
     @property
@@ -284,12 +288,6 @@ class PlainMamba(Isotropic):
         x = maps.flatten(2).mT + resized
         return Tokens.start(x, class_places=(), grid=grid, trace=trace)
 
-    def pool(self, tokens: Tokens) -> Tensor:
-        """Return the feature, (batch, dim): the mean over patches, wherever they are now."""
-        tokens = tokens.living()
-        rows: Tensor = self.backbone.ln1(self.drop_path(tokens.x), tokens.residual)[0]
-        return mean_patch(rows, tokens)
-
     def normed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the final norm of the residual stream's last sum, and the sum."""
         normed, total = self.backbone.ln1(tokens.x, tokens.residual)
@@ -301,17 +299,13 @@ class PlainMamba(Isotropic):
         known = tokens.grid == self.grid or tokens.grid is None
         return hooks if known else hooks._replace(asked=True)
 
-    def get_classifier(self) -> nn.Module:
-        """Return the head's linear map."""
-        return cast(nn.Module, self.head.fc)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new one of `num_classes` outputs; 0 for none.
-
-        Raises:
-            ValueError: If num_classes is negative.
-        """
-        self.head.fc = self.new_head(num_classes, self.backbone.pos_embed)
+    def set_input_size(
+        self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None
+    ) -> None:
+        """Keep images of another size for the ones to start from; see `Backbone`."""
+        super().set_input_size(img_size, patch_size)
+        for layer in cast(Sequence[Layer], self.layers):
+            layer.mixer.grid = self.grid
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

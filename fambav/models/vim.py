@@ -10,23 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fambav.layers.block import AddNorm, Block
 from fambav.layers.drop import Dropout, DropPath
-from fambav.layers.embed import PatchEmbed, class_places, insert, pair, patch_grid, take
-from fambav.layers.mamba import Mamba
-from fambav.layers.tokens import Signals, Tokens
-from fambav.models.entry import data_config, register
-from fambav.models.isotropic import Isotropic, drop_path_rates, mean_patch
-from fambav.reduction import Body, fused
+from fambav.layers.embed import PatchEmbed, insert, pair
+from fambav.layers.info import BackboneInfo, Stage
+from fambav.layers.mamba import SIGNALS, Mamba
+from fambav.layers.tokens import Tokens
+from fambav.models.backbone import Backbone, drop_path_rates
+from fambav.models.entry import register
+from fambav.models.flops import Cost, Parts, VimMixer
+from fambav.reduction import fused
 
 
-class Vim(Isotropic):
-    """Isotropic bidirectional Mamba classifier.
+class Vim(Backbone):
+    """Bidirectional Mamba classifier.
 
     Names, shapes and order of the parameters are those of the published weights.
 
@@ -44,6 +45,8 @@ class Vim(Isotropic):
         bimamba_type: Mixer, "v2", "v1" or "none"; see `fambav.layers.mamba`.
         divide_out: Halve the sum of both directions; v2 only.
         state: Numbers of state per channel.
+        global_pool: What the head reads: "token", the default where there is one, "avg", the mean
+            over patches, or "", every token by itself.
         drop_rate: Dropout after the position embedding, at least 0 and less than 1.
         drop_path_rate: Stochastic depth of the last output; rises linearly from 0.
         legacy_init: Start the backward dt bias at the published zero.
@@ -79,6 +82,7 @@ class Vim(Isotropic):
         bimamba_type: str = "v2",
         divide_out: bool = True,
         state: int = 16,
+        global_pool: str | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         legacy_init: bool = False,
@@ -91,12 +95,10 @@ class Vim(Isotropic):
         super().__init__()
         self.dim = self.embed_dim = self.num_features = self.head_hidden_size = dim
         self.depth, self.class_token, self.bimamba_type = depth, class_token, bimamba_type
-        self.img_size = pair(img_size, name="img_size")
-        stride = patch_size if stride is None else stride
-        self.grid = patch_grid(self.img_size, patch_size=patch_size, stride=stride)
-        patches = self.grid[0] * self.grid[1]
-        self.class_places = class_places(class_token, patches)
-        self.length = patches + len(self.class_places)
+        self.in_chans, self.patch_size = in_chans, patch_size
+        self.stride = patch_size if stride is None else stride
+        self.lay_out(pair(img_size, name="img_size"))
+        self.global_pool = self._pooling(global_pool)
         self.fuse(fusion_strategy, fusion_layer, fusion_token, fusion_method, fusion_plan)
 
         self.class_names = _class_names(class_token)
@@ -104,7 +106,11 @@ class Vim(Isotropic):
             self.register_parameter(name, nn.Parameter(0.02 * torch.randn(1, 1, dim)))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.length, dim))
         self.patch_embed = PatchEmbed(
-            dim, img_size=self.img_size, patch_size=patch_size, stride=stride, in_chans=in_chans
+            dim,
+            img_size=self.img_size,
+            patch_size=patch_size,
+            stride=self.stride,
+            in_chans=in_chans,
         )
         self.pos_drop = Dropout(drop_rate)
         self.reset_classifier(num_classes)
@@ -117,7 +123,7 @@ class Vim(Isotropic):
         self.name_mixers()
         self.norm_f = AddNorm(dim)
         self.drop_path = DropPath(drop_path_rate)
-        self.pretrained_cfg = self.default_cfg = data_config(self.img_size, in_chans, num_classes)
+        self.describe()
 
     def fuse(
         self,
@@ -140,21 +146,29 @@ class Vim(Isotropic):
             ValueError: If that cannot be done or would do nothing.
         """
         self.reduction = fused(
-            self.body, strategy, layer=layer, token=token, method=method, plan=plan
+            self.info, strategy, layer=layer, token=token, method=method, plan=plan
         )
 
     @property
-    def body(self) -> Body:
+    def info(self) -> BackboneInfo:
         """What a reduction has to know."""
-        return Body(
+        directions = 1 if self.bimamba_type == "none" else 2
+        return BackboneInfo(
             family="vim",
-            dim=self.dim,
-            depth=self.depth,
-            length=self.length,
-            class_places=self.class_places,
-            grid=self.grid,
-            signals=frozenset(Signals._fields) - {"order"},
-            directions=1 if self.bimamba_type == "none" else 2,
+            stages=(Stage(self.depth, self.dim, self.grid, self.length, directions, SIGNALS),),
+            cls_index=self.class_places,
+        )
+
+    def flop_parts(self) -> Parts:
+        """Read the sizes off its layers; weights may be on the meta device."""
+        mixers = tuple(VimMixer.of(self.dim, layer.mixer) for layer in self.layers)
+        patches = self.grid[0] * self.grid[1]
+        return Parts(
+            patches=Cost.plain(patches * self.patch_embed.proj.weight.numel()),
+            mixers=mixers,
+            head=Cost.plain(self.dim * self.num_classes),
+            inner=mixers[0].inner,
+            printed=1,
         )
 
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:
@@ -164,32 +178,17 @@ class Vim(Isotropic):
         x = self.pos_drop(x + self.pos_embed)
         return Tokens.start(x, class_places=self.class_places, grid=self.grid, trace=trace)
 
-    def pool(self, tokens: Tokens) -> Tensor:
-        """Return the feature, (batch, dim): class tokens where they are now, or all patches."""
-        tokens = tokens.living()
-        x, residual = self.drop_path(tokens.x), cast(Tensor, tokens.residual)
-        if self.class_places:  # each row is normalised on its own, so only these are
-            x, residual = take(x, tokens.class_places), take(residual, tokens.class_places)
-            rows: Tensor = self.norm_f(x, residual)[0]
-            return rows.mean(dim=1)
-        return mean_patch(self.norm_f(x, residual)[0], tokens)
-
     def normed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the final norm of the residual stream's last sum, and the sum."""
         normed, total = self.norm_f(tokens.x, tokens.residual)
         return normed, total
 
-    def get_classifier(self) -> nn.Module:
-        """Return the head."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new one of `num_classes` outputs; 0 for none.
-
-        Raises:
-            ValueError: If num_classes is negative.
-        """
-        self.head = self.new_head(num_classes, self.pos_embed)
+    def set_input_size(
+        self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None
+    ) -> None:
+        """Take images of another size from now on; see `Backbone`."""
+        super().set_input_size(img_size, patch_size)
+        self.patch_embed.img_size = self.img_size
 
 
 def _class_names(class_token: str) -> tuple[str, ...]:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from fambav.layers.embed import class_places, insert, resize_grid, take
-from fambav.models.plainmamba import PlainMamba
-from fambav.models.vim import Vim
 from fambav.ops.match import others
 
-Net = Vim | PlainMamba
+if TYPE_CHECKING:  # a model is fitted by what is written here
+    from fambav.models.backbone import Backbone
 
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 _RAW, _AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
@@ -88,7 +87,7 @@ def check_class_token(saved: str, wanted: str) -> None:
 
 def adapt(
     state_dict: Mapping[str, Tensor],
-    model: Net,
+    model: Backbone,
     *,
     class_token: str | None = None,
     grid: tuple[int, int] | None = None,
@@ -118,10 +117,10 @@ def adapt(
     own = model.state_dict()
     weights = _fit_head(dict(state_dict), model, own, head)
     _check_names(weights, own)
-    position = "pos_embed" if isinstance(model, Vim) else "backbone.pos_embed"
-    shape = weights[position].shape
-    if len(shape) == 3 and shape[::2] == own[position].shape[::2]:
-        weights[position] = resize_pos_embed(weights[position], model, grid)
+    name = model.position
+    shape = weights[name].shape
+    if len(shape) == 3 and shape[::2] == own[name].shape[::2]:
+        weights[name] = resize_pos_embed(weights[name], model, grid)
     for name, value in weights.items():
         if value.shape != own[name].shape:
             wanted = tuple(own[name].shape)
@@ -129,7 +128,9 @@ def adapt(
     return weights
 
 
-def resize_pos_embed(pos_embed: Tensor, model: Net, grid: tuple[int, int] | None = None) -> Tensor:
+def resize_pos_embed(
+    pos_embed: Tensor, model: Backbone, grid: tuple[int, int] | None = None
+) -> Tensor:
     """Resize a position embedding to a model's grid.
 
     Args:
@@ -170,10 +171,10 @@ def resize_pos_embed(pos_embed: Tensor, model: Net, grid: tuple[int, int] | None
 
 
 def _fit_head(
-    weights: dict[str, Tensor], model: Net, own: Mapping[str, Tensor], head: str
+    weights: dict[str, Tensor], model: Backbone, own: Mapping[str, Tensor], head: str
 ) -> dict[str, Tensor]:
     """Check the number of classes, or put the model's head in the place of one that differs."""
-    name = "head.weight" if isinstance(model, Vim) else "head.fc.weight"
+    name = f"{model.classifier}.weight"
     shape = weights[name].shape if name in weights else ()
     saved = shape[0] if shape else 0
     if saved == model.num_classes:

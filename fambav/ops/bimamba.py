@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fambav.ops import fused_bimamba
 from fambav.ops.conv import causal_conv1d
-from fambav.ops.dispatch import SCAN, Backend, Table, expect_beside
+from fambav.ops.dispatch import SCAN, Backend, Table, autocasts, expect_beside, without_autocast
 from fambav.ops.selective_scan import selective_scan
 
 ScanInputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -76,12 +76,12 @@ def bimamba_scan(
         BackendError: If a backend is forced that cannot run these tensors.
     """
     _check(xz, forward, backward, out_proj)
-    if torch.is_autocast_enabled(xz.device.type):
+    if autocasts(xz):
         xz = xz.to(torch.get_autocast_dtype(xz.device.type))
     forward, backward = (_cast(direction, xz.dtype) for direction in (forward, backward))
     out_proj = None if out_proj is None else out_proj.to(xz.dtype)
     run = BIMAMBA_SCAN.pick(xz, *forward, *backward)
-    with torch.autocast(xz.device.type, enabled=False):
+    with without_autocast(xz):
         y: Tensor = run(xz, forward, backward, out_proj, scale=scale)
     return y
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fambav.ops.dispatch import Backend, Table, expect_beside
+from fambav.ops.dispatch import Backend, Table, expect_beside, without_autocast
 from fambav.ops.extensions import Extension, off_gpu, unsuited
 from fambav.ops.fused_conv import NUMBA_CONV, TRITON_CONV
 
@@ -60,7 +60,7 @@ def causal_conv1d(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {ACTIVATIONS}")
     run = CAUSAL_CONV1D.pick(x, weight)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y: Tensor = run(x, weight, bias, silu=activation is not None, reverse=reverse)
     return y
 
@@ -114,7 +114,7 @@ class _Recomputed(torch.autograd.Function):
         inputs: list[Any] = [
             None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors
         ]
-        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        with torch.enable_grad(), without_autocast(grad):
             y = _as_image(*inputs, silu=ctx.silu, reverse=ctx.reverse)
             grads = torch.autograd.grad(y, [t for t in inputs if t is not None], grad.to(y.dtype))
         return *grads, *(None for _ in range(5 - len(grads)))

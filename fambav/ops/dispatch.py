@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 SCAN = "selective_scan"
@@ -22,6 +23,16 @@ SCAN = "selective_scan"
 
 class BackendError(RuntimeError):
     """A backend was forced and cannot run."""
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; the meta device has none."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Turn autocast off inside, on the device of x."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 def never(*tensors: Tensor | None) -> str | None:

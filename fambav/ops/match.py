@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fambav.ops.dispatch import Backend, Table
+from fambav.ops.dispatch import Backend, Table, without_autocast
 from fambav.ops.kernels import TRITON, on_gpu
 
 _Places = tuple[Tensor, Tensor, Tensor]
@@ -181,7 +181,7 @@ def _reference(x: Tensor, class_places: Tensor, count: int, *, in_order: bool) -
 
 def _pairs(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Do what `match` says."""
-    with torch.autocast(x.device.type, enabled=False), _full_products():
+    with without_autocast(x), _full_products():
         x = x.float()
         even, odd = x[:, 0::2], x[:, 1::2]
         scale = 1 / x.norm(dim=-1).clamp_min(1e-12)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fambav.layers import Tokens
 from fambav.layers.block import Hook
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.ops.scan_order import among, snakes
 
 Ints = NDArray[np.int64]
@@ -80,7 +80,7 @@ def follow(model: nn.Module, image: Tensor) -> Walk:
     Raises:
         ValueError: If the model is not one of ours, or takes no such image.
     """
-    if not isinstance(model, Isotropic):
+    if not isinstance(model, Backbone):
         raise ValueError(
             f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
         )
@@ -100,11 +100,11 @@ def follow(model: nn.Module, image: Tensor) -> Walk:
                     source=_array(_known(tokens.source)[0]),
                 )
             )
-        logits = model.forward_head(model.pool(tokens))
-    body = model.body
-    whole = torch.arange(body.grid[0] * body.grid[1], device=device)[None]
+        logits = model.classify(tokens)
+    info = model.info
+    whole = torch.arange(info.grid[0] * info.grid[1], device=device)[None]
     rank = _array(_scanned(model, whole).argsort())
-    return Walk(body.grid, body.class_places, rank, tuple(steps), _array(logits[0].float()))
+    return Walk(info.grid, info.cls_index, rank, tuple(steps), _array(logits[0].float()))
 
 
 @contextmanager
@@ -131,11 +131,11 @@ def _noting(between: Hook, seen: list[Tokens]) -> Hook:
     return hook
 
 
-def _scanned(model: Isotropic, position: Tensor) -> Tensor:
+def _scanned(model: Backbone, position: Tensor) -> Tensor:
     """Return the tokens in the order of the first direction's scan, (length,)."""
-    if not model.body.scattered:  # a sequence is scanned as it stands
+    if not model.info.needs_positions:  # a sequence is scanned as it stands
         return torch.arange(position.shape[1])
-    return among(snakes(model.body.grid, position.device), position).order[0, 0]
+    return among(snakes(model.info.grid, position.device), position).order[0, 0]
 
 
 def _known(source: Tensor | None) -> Tensor:

@@ -1,8 +1,7 @@
 """Fewer tokens: which (methods), where and how many (schedule), and what the scan makes of it."""
 
 from fambav.ops.match import Selection, others
-from fambav.reduction.apply import merge
-from fambav.reduction.body import Body
+from fambav.reduction.apply import merge, unmerge
 from fambav.reduction.merging import FambaV, Ordered, ToMe
 from fambav.reduction.mtr import MTR
 from fambav.reduction.pruning import EViT, PruneAligned, Random
@@ -26,7 +25,6 @@ __all__ = [
     "MTR",
     "OUTPUT",
     "UTRC",
-    "Body",
     "EViT",
     "FambaV",
     "Ordered",
@@ -53,4 +51,5 @@ __all__ = [
     "plan",
     "read_options",
     "reduce",
+    "unmerge",
 ]

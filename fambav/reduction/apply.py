@@ -56,6 +56,21 @@ def merge(tokens: Tokens, selection: Selection, weight: Tensor, *, summed: bool 
     )
 
 
+def unmerge(rows: Tensor, source: Tensor, dropped: Tensor) -> Tensor:
+    """Return a row for each token of the start.
+
+    Args:
+        rows: Of the tokens that are left, (batch, length, dim).
+        source: Place of each token of the start among them, -1 if it was dropped, (batch, start).
+        dropped: What stands for one that was dropped, (batch, dim).
+
+    Returns:
+        A copy of a merged token's row for all its members, (batch, start, dim).
+    """
+    whole = _rows(rows, source.clamp(min=0))
+    return torch.where((source < 0)[..., None], dropped[:, None].to(whole.dtype), whole)
+
+
 def _pooled(
     tokens: Tokens, selection: Selection, weight: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -12,10 +12,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from fambav.layers import Tokens
+from fambav.layers import BackboneInfo, Tokens
 from fambav.layers.drop import uniform
 from fambav.ops.match import Selection, others
-from fambav.reduction.body import Body
 from fambav.reduction.reducer import Places, Reducer, at_least, chosen
 from fambav.reduction.scores import (
     importance,
@@ -47,22 +46,22 @@ class _ByScore(_Pruner):
     hook = "after"
 
     @classmethod
-    def published(cls, body: Body) -> str | None:
+    def published(cls, info: BackboneInfo) -> str | None:
         """Return the lengths of the paper's Vim models of 224 x 224 pixels.
 
         Its schedules for PlainMamba are not known: what is returned there is ours, which comes to
         the paper's 8.4 G operations for PlainMamba-L3.
         """
-        if body.family == "plainmamba" and body.depth in (24, 36):
+        if info.family == "plainmamba" and info.depth in (24, 36):
             return "keep:0.7@5,11,17"
-        if body.family == "vim" and (body.depth, body.length) == (24, 197):
-            return {192: "tokens:157,125@10,20", 384: "tokens:157,125,101@5,10,15"}.get(body.dim)
+        if info.family == "vim" and (info.depth, info.tokens) == (24, 197):
+            return {192: "tokens:157,125@10,20", 384: "tokens:157,125,101@5,10,15"}.get(info.width)
         return None
 
     @classmethod
-    def presumed(cls, body: Body) -> bool:
+    def presumed(cls, info: BackboneInfo) -> bool:
         """Return whether the model is a PlainMamba."""
-        return body.family == "plainmamba"
+        return info.family == "plainmamba"
 
 
 @REDUCERS.register("prune-aligned")
@@ -96,13 +95,13 @@ class PruneAligned(_ByScore):
         self.needs = read_importance(signal, directions)
         self.signal, self.directions, self.clip = signal, directions, clip
 
-    def check(self, body: Body) -> None:
+    def check(self, info: BackboneInfo) -> None:
         """Refuse to read a scan that there is not.
 
         Raises:
             ValueError: If that is asked.
         """
-        if self.directions == "backward" and body.directions == 1:
+        if self.directions == "backward" and info.directions == 1:
             raise ValueError(
                 "reduction option directions is 'backward', expected 'both' or 'forward' for mixers"
                 " that scan one way"
@@ -139,13 +138,13 @@ class EViT(_ByScore):
         self.fuse = fuse
         self.needs = frozenset({"y", "z"} if score == "y" else {"mixed"})
 
-    def check(self, body: Body) -> None:
+    def check(self, info: BackboneInfo) -> None:
         """Refuse to score by a class token that there is not.
 
         Raises:
             ValueError: If that is asked.
         """
-        if self.score == "class" and not body.class_places:
+        if self.score == "class" and not info.cls_index:
             raise ValueError(
                 "reduction option score is 'class', expected 'y' for a model without class tokens"
             )

@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fambav.layers import Tokens
+from fambav.layers import BackboneInfo, Tokens
 from fambav.ops.match import Selection, in_order, others
 from fambav.reduction.apply import interspersed
-from fambav.reduction.body import Body
 from fambav.reduction.reducer import Places, Reducer, at_least, chosen
 from fambav.registry import REDUCERS
 
@@ -85,11 +84,11 @@ class RMeeTo(Reducer):
         return patches - patches // 2 if patches // 2 >= self.nearest else 0
 
     @classmethod
-    def published(cls, body: Body) -> str | None:
+    def published(cls, info: BackboneInfo) -> str | None:
         """Return the paper's schedule: every second layer of a Vim, in all but the first two."""
-        if (body.family, body.depth, body.length) != ("vim", 24, 197) or body.dim not in _COUNTS:
+        if (info.family, info.depth, info.tokens) != ("vim", 24, 197) or info.width not in _COUNTS:
             return None
-        return f"r:{_COUNTS[body.dim]}@3-23/2"
+        return f"r:{_COUNTS[info.width]}@3-23/2"
 
     @property
     def _fast(self) -> bool:

@@ -13,9 +13,8 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
-from fambav.layers import Tokens
+from fambav.layers import BackboneInfo, Tokens
 from fambav.ops.match import Selection
-from fambav.reduction.body import Body
 from fambav.registry import HOOKS, REDUCERS, nearest
 
 Places = tuple[int, ...]
@@ -54,13 +53,13 @@ class Reducer(nn.Module, ABC):
     needs: frozenset[str] = frozenset()
     name: str = "a method"
 
-    def check(self, body: Body) -> None:
+    def check(self, info: BackboneInfo) -> None:
         """Refuse a model for which the method's options mean nothing.
 
         Raises:
             ValueError: If it is one.
         """
-        del body
+        del info
 
     @abstractmethod
     def select(self, tokens: Tokens, count: int) -> Selection:
@@ -91,12 +90,12 @@ class Reducer(nn.Module, ABC):
         return None
 
     @classmethod
-    def published(cls, body: Body) -> str | None:
+    def published(cls, info: BackboneInfo) -> str | None:
         """Return the schedule of the method's paper for such a model; None if it has none."""
         return None
 
     @classmethod
-    def presumed(cls, body: Body) -> bool:
+    def presumed(cls, info: BackboneInfo) -> bool:
         """Return whether that schedule is ours, since the paper does not tell its own."""
         return False
 

@@ -13,10 +13,9 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fambav.layers import Hooks, Tokens
+from fambav.layers import BackboneInfo, Hooks, Tokens
 from fambav.reduction import spelling
 from fambav.reduction.apply import aged, merge, put_class_tokens
-from fambav.reduction.body import Body
 from fambav.reduction.reducer import Reducer, make_reducer
 from fambav.reduction.schedule import Schedule, check, explained, fusion
 from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, SCAN_POLICIES, nearest
@@ -29,7 +28,7 @@ class Reduction(nn.Module):
     """Removes `schedule.counts[layer]` tokens at each layer.  Has no parameters.
 
     Args:
-        body: The model.
+        info: The model.
         method: Chooses the tokens; None for none, with a schedule that removes none.
         schedule: Where and how many, checked.
         hook, scan, gap, class_policy: Instead of the method's own, see `Reducer`.
@@ -45,7 +44,7 @@ class Reduction(nn.Module):
 
     def __init__(
         self,
-        body: Body,
+        info: BackboneInfo,
         method: Reducer | None,
         schedule: Schedule,
         *,
@@ -55,20 +54,29 @@ class Reduction(nn.Module):
         class_policy: str | None = None,
     ) -> None:
         super().__init__()
-        self.body, self.method, self.schedule = body, method, schedule
+        self.info, self.method, self.schedule = info, method, schedule
         if method is None:
-            self._hooks = [Hooks()] * body.depth
+            self._hooks = [Hooks()] * info.depth
             return
-        method.check(body)
+        method.check(info)
         self.hook = _one_of("reduction_hook", hook or method.hook, method.hooks)
         self.scan = _one_of("scan_policy", scan or method.scan, SCAN_POLICIES)
-        self.class_policy = _class_policy(body, method, class_policy)
+        self.class_policy = _class_policy(info, method, class_policy)
         self.gap = _gap(method, self.scan, gap)
-        _check_class_tokens(body, method, self.scan, self.class_policy)
-        _check_scan(body, method, self.scan)
+        _check_class_tokens(info, method, self.scan, self.class_policy)
+        _check_scan(info, method, self.scan)
         self.needs = method.needs | (_DELTA if self.gap == "cached" else frozenset())
-        _check_needs(body, method, self.needs, self._first_asked())
-        self._hooks = [self._hooks_of(layer) for layer in range(body.depth)]
+        _check_needs(info, method, self.needs, self._first_asked())
+        self._hooks = [self._hooks_of(layer) for layer in range(info.depth)]
+
+    def of_first_layers(self, info: BackboneInfo) -> Reduction:
+        """Return what this does in a model that ends after its first `info.depth` layers."""
+        counts = self.schedule.counts[: info.depth]
+        if not any(counts):
+            return no_reduction(info)
+        made = Schedule.of(info.tokens, counts, after=self.hook == "after")
+        how = dict(hook=self.hook, scan=self.scan, gap=self.gap, class_policy=self.class_policy)
+        return Reduction(info, self.method, made, **how)
 
     @property
     def name(self) -> str:
@@ -111,7 +119,7 @@ class Reduction(nn.Module):
         """Say in a few lines which tokens go where, as `fambav plan` prints it."""
         lines = [self.schedule.table()]
         if self.scan == "masked" and self.method is not None:
-            lines.append(f"masked: every mixer runs on all {self.body.length} tokens")
+            lines.append(f"masked: every mixer runs on all {self.info.tokens} tokens")
         if self.remark is not None:
             lines.append(self.remark)
         return "\n".join(lines)
@@ -131,7 +139,7 @@ class Reduction(nn.Module):
         needs = self.needs if asked < len(counts) and counts[asked] else frozenset()
         gone = any(counts[: layer if self.hook == "after" else layer + 1])
         gap = self.gap if gone and self.gap != "none" else None
-        told = bool(needs - OUTPUT) or gap is not None or (gone and self.body.scattered)
+        told = bool(needs - OUTPUT) or gap is not None or (gone and self.info.needs_positions)
         return Hooks(**found, asked=told, needs=needs, gap=gap)
 
 
@@ -141,20 +149,20 @@ class Reducible(Protocol):
     reduction: Reduction
 
     @property
-    def body(self) -> Body:
+    def info(self) -> BackboneInfo:
         """Its sizes."""
 
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def no_reduction(body: Body) -> Reduction:
+def no_reduction(info: BackboneInfo) -> Reduction:
     """Return a reduction that removes nothing."""
-    return Reduction(body, None, Schedule.of(body.length, (0,) * body.depth))
+    return Reduction(info, None, Schedule.of(info.tokens, (0,) * info.depth))
 
 
 def fused(
-    body: Body,
+    info: BackboneInfo,
     strategy: str = "none",
     *,
     layer: int | None = None,
@@ -165,7 +173,7 @@ def fused(
     """Set a Famba-V strategy up for a model.
 
     Args:
-        body: The model.
+        info: The model.
         strategy: Layers that fuse, "none", "all", "interleaved", "lower" or "upper".
         layer: First (upper) or last (lower) layer that does, counted from 1.
         token: Tokens removed by each of them.
@@ -176,12 +184,12 @@ def fused(
         ValueError: If that cannot be done or would do nothing.
     """
     reducer = make_reducer(method)
-    made = fusion(strategy, body=body, reducer=reducer, count=token, layer=layer, plan=plan)
-    return Reduction(body, reducer, made) if made.removed else no_reduction(body)
+    made = fusion(strategy, info=info, reducer=reducer, count=token, layer=layer, plan=plan)
+    return Reduction(info, reducer, made) if made.removed else no_reduction(info)
 
 
 def make_reduction(
-    body: Body,
+    info: BackboneInfo,
     method: str,
     schedule: str | int = "published",
     *,
@@ -194,7 +202,7 @@ def make_reduction(
     """Set a method up for a model.
 
     Args:
-        body: The model.
+        info: The model.
         method: Name of a method, or "none".
         schedule: Where and how many, as `spelling` explains; a number stands for so many at every
             layer; "published" is what the method's paper says for such a model.
@@ -211,24 +219,22 @@ def make_reduction(
         ValueError: If that cannot be done with this model, or would do nothing.
     """
     if method == "none":
-        return no_reduction(body)
+        return no_reduction(info)
     reducer = make_reducer(method, **options)
     text = f"r:{schedule}" if isinstance(schedule, int) else schedule
     if text == "published":
-        text = _published(reducer, body)
-    counts = spelling.counts(
-        text, depth=body.depth, start=body.length, classes=len(body.class_places)
-    )
-    over = check(counts, body, reducer, policy=_class_policy(body, reducer, class_policy))
+        text = _published(reducer, info)
+    counts = spelling.counts(text, depth=info.depth, start=info.tokens, classes=len(info.cls_index))
+    over = check(counts, info, reducer, policy=_class_policy(info, reducer, class_policy))
     if over is not None:
         raise ValueError(
             f"reduction_schedule is {text!r}, expected at most {over.limit} at layer {over.layer}; "
-            f"{explained(over, body, reducer)}"
+            f"{explained(over, info, reducer)}"
         )
-    made = Schedule.of(body.length, counts, after=(hook or reducer.hook) == "after")
+    made = Schedule.of(info.tokens, counts, after=(hook or reducer.hook) == "after")
     policies = dict(hook=hook, scan=scan, gap=gap, class_policy=class_policy)
-    reduction = Reduction(body, reducer, made, **policies)
-    if schedule == "published" and reducer.presumed(body):
+    reduction = Reduction(info, reducer, made, **policies)
+    if schedule == "published" and reducer.presumed(info):
         reduction.remark = f"schedule {text} is ours: the paper of {method} does not tell its own"
     return reduction
 
@@ -253,16 +259,16 @@ def reduce(model: Model, method: str, schedule: str | int = "published", **how: 
         raise ValueError(
             f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
         )
-    reducible.reduction = make_reduction(reducible.body, method, schedule, **how)
+    reducible.reduction = make_reduction(reducible.info, method, schedule, **how)
     return model
 
 
-def _published(reducer: Reducer, body: Body) -> str:
-    text = reducer.published(body)
+def _published(reducer: Reducer, info: BackboneInfo) -> str:
+    text = reducer.published(info)
     if text is None:
         raise ValueError(
             f"reduction_schedule is 'published', expected another such as r:5; {reducer.name} has"
-            f" none for {body.family} of width {body.dim} and depth {body.depth}"
+            f" none for {info.family} of width {info.width} and depth {info.depth}"
         )
     return text
 
@@ -273,9 +279,9 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def _class_policy(body: Body, method: Reducer, policy: str | None) -> str:
+def _class_policy(info: BackboneInfo, method: Reducer, policy: str | None) -> str:
     """Return where class tokens go; where there are none, no method puts them anywhere."""
-    own = method.class_policy if body.class_places else "exact"
+    own = method.class_policy if info.cls_index else "exact"
     return _one_of("class_token_policy", policy or own, CLASS_TOKEN_POLICIES)
 
 
@@ -288,14 +294,14 @@ def _gap(method: Reducer, scan: str, gap: str | None) -> str:
     return _one_of("gap_policy", gap or method.gap, GAP_POLICIES)
 
 
-def _check_class_tokens(body: Body, method: Reducer, scan: str, policy: str) -> None:
-    places = body.class_places
+def _check_class_tokens(info: BackboneInfo, method: Reducer, scan: str, policy: str) -> None:
+    places = info.cls_index
     if policy == "exact":
         return
     expected = None
     if scan != "compact":
         expected = f"'exact' with scan_policy {scan}, which counts how far tokens are apart"
-    elif policy == "middle" and places != (body.length // 2,):
+    elif policy == "middle" and places != (info.tokens // 2,):
         expected = "'exact' or 'proportional' for a model without one class token in the middle"
     if not places:
         expected = "'exact' for a model without class tokens"
@@ -303,21 +309,21 @@ def _check_class_tokens(body: Body, method: Reducer, scan: str, policy: str) -> 
         raise ValueError(f"class_token_policy is {policy!r}, expected {expected}")
 
 
-def _check_scan(body: Body, method: Reducer, scan: str) -> None:
+def _check_scan(info: BackboneInfo, method: Reducer, scan: str) -> None:
     if scan == "compact":
         return
     if not method.ordered:
         raise ValueError(
             f"scan_policy is {scan!r}, expected 'compact' with {method.name}, which loses order"
         )
-    if scan == "aligned" and body.unaligned:
-        raise ValueError(f"scan_policy is 'aligned', expected another; {body.unaligned}")
+    if scan == "aligned" and info.unaligned:
+        raise ValueError(f"scan_policy is 'aligned', expected another; {info.unaligned}")
 
 
-def _check_needs(body: Body, method: Reducer, needs: frozenset[str], first: int) -> None:
-    missing, read = needs - body.signals, ", ".join(sorted(needs))
+def _check_needs(info: BackboneInfo, method: Reducer, needs: frozenset[str], first: int) -> None:
+    missing, read = needs - info.intermediates, ", ".join(sorted(needs))
     if missing:
-        able = ", ".join(sorted(body.signals)) or "nothing"
+        able = ", ".join(sorted(info.intermediates)) or "nothing"
         raise ValueError(
             f"reduction is {method.name!r}, which reads {read} of the mixer, expected a method that"
             f" makes do with {able}"

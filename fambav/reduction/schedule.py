@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from fambav.reduction.body import Body
+from fambav.layers import BackboneInfo
 from fambav.reduction.reducer import Places, Reducer
 from fambav.registry import STRATEGIES, STRATEGY_ALIASES, nearest
 
@@ -152,13 +152,13 @@ def parse_plan(text: str, depth: int) -> tuple[int, ...]:
 
 
 def check(
-    counts: tuple[int, ...], body: Body, reducer: Reducer, *, policy: str = "exact"
+    counts: tuple[int, ...], info: BackboneInfo, reducer: Reducer, *, policy: str = "exact"
 ) -> Misfit | None:
     """Find out whether a plan can be carried out, whatever the images.
 
     Args:
         counts: Tokens to remove at each layer.
-        body: The model.
+        info: The model.
         reducer: The method, which says how many tokens can go at once.
         policy: Where class tokens go.
 
@@ -169,7 +169,7 @@ def check(
     Raises:
         ValueError: If the method needs a grid of patches that a layer would not have.
     """
-    length, grid, possible = body.length, body.grid, {body.class_places}
+    length, grid, possible = info.tokens, info.grid, {info.cls_index}
     for number, count in enumerate(counts, start=1):
         if count:
             limit = min(reducer.limit(length, places) for places in possible)
@@ -219,7 +219,7 @@ def _places(reducer: Reducer, length: int, places: Places, count: int, policy: s
 def fusion(
     strategy: str = "none",
     *,
-    body: Body,
+    info: BackboneInfo,
     reducer: Reducer,
     count: int = 0,
     layer: int | None = None,
@@ -229,7 +229,7 @@ def fusion(
 
     Args:
         strategy: As in `plan`; "none" if there is a free plan.
-        body: The model.
+        info: The model.
         reducer: Says how many tokens can go at once, and where.
         count: Tokens removed at each chosen layer.
         layer: First or last fused layer, as in `plan`.
@@ -242,20 +242,20 @@ def fusion(
         ValueError: If an argument is wrong, or a layer would have to remove more tokens than the
             reducer can remove in every case without touching a class token.
     """
-    counts = _counts(strategy, depth=body.depth, count=count, layer=layer, text=plan)
-    over = check(counts, body, reducer)
+    counts = _counts(strategy, depth=info.depth, count=count, layer=layer, text=plan)
+    over = check(counts, info, reducer)
     if over is not None:
         wrong = f"fusion_plan is {plan!r}, expected at most {over.limit} at layer {over.layer}"
         if plan is None:
-            wrong = f"fusion_token is {count}, expected at most {_most(counts, body, reducer)}"
-        raise ValueError(f"{wrong}; {explained(over, body, reducer)}")
-    return Schedule.of(body.length, counts, after=reducer.hook == "after")
+            wrong = f"fusion_token is {count}, expected at most {_most(counts, info, reducer)}"
+        raise ValueError(f"{wrong}; {explained(over, info, reducer)}")
+    return Schedule.of(info.tokens, counts, after=reducer.hook == "after")
 
 
-def explained(over: Misfit, body: Body, reducer: Reducer) -> str:
+def explained(over: Misfit, info: BackboneInfo, reducer: Reducer) -> str:
     """Say why a layer cannot remove its tokens."""
     return (
-        f"layer {over.layer} has {body.length} - {body.length - over.length} = {over.length} "
+        f"layer {over.layer} has {info.tokens} - {info.tokens - over.length} = {over.length} "
         f"tokens, of which {reducer.name} can remove {over.limit} without touching a class token"
     )
 
@@ -282,10 +282,10 @@ def _counts(
     return parse_plan(text, depth)
 
 
-def _most(counts: tuple[int, ...], body: Body, reducer: Reducer) -> int:
+def _most(counts: tuple[int, ...], info: BackboneInfo, reducer: Reducer) -> int:
     """Return the largest count that fits at all the layers where `counts` removes tokens."""
-    for most in range(min(body.length, max(counts) - 1), 0, -1):
+    for most in range(min(info.tokens, max(counts) - 1), 0, -1):
         fewer = tuple(most if count else 0 for count in counts)
-        if check(fewer, body, reducer) is None:
+        if check(fewer, info, reducer) is None:
             return most
     return 0

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fambav.layers import Tokens
+from fambav.layers import BackboneInfo, Tokens
 from fambav.ops.match import Selection, others
 from fambav.reduction.apply import interspersed
-from fambav.reduction.body import Body
 from fambav.reduction.reducer import Grid, Places, Reducer, at_least, chosen
 from fambav.registry import REDUCERS
 
@@ -102,9 +101,9 @@ class Storm(Reducer):
         return _smaller(grid, count)
 
     @classmethod
-    def published(cls, body: Body) -> str | None:
+    def published(cls, info: BackboneInfo) -> str | None:
         """Return the schedule of the published code, for a PlainMamba on a grid of 14 x 14."""
-        if body.family != "plainmamba" or body.grid != (14, 14) or body.depth not in (24, 36):
+        if info.family != "plainmamba" or info.grid != (14, 14) or info.depth not in (24, 36):
             return None
         return "tokens:169,144,100,81@5,11,17,23"
 

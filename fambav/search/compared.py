@@ -71,7 +71,7 @@ def _uniform(space: Space, price: Price, least: float) -> Iterator[tuple[str, Co
 
 
 def _upper(space: Space, price: Price, least: float) -> list[tuple[str, Counts]]:
-    layers = range(2, space.body.depth + 1)
+    layers = range(2, space.info.depth + 1)
     found = ((n, _cheapest(space, price, least, "upper", n)) for n in layers)
     return [(f"upper:{n}", counts) for n, counts in found if counts is not None]
 
@@ -84,12 +84,12 @@ def _cheapest(
     space: Space, price: Price, least: float, strategy: str, layer: int | None
 ) -> Counts | None:
     """Return the plan of a strategy that costs least, but no less than that; None without one."""
-    depth = space.body.depth
+    depth = space.info.depth
     if depth < 2 and strategy == "interleaved":
         return None
     counts = (
         plan(strategy, depth=depth, count=count, layer=layer)
-        for count in range(1, space.body.length)
+        for count in range(1, space.info.tokens)
     )
     fitting = [c for c in counts if space.fits(c) and price(c) >= least]
     return min(fitting, key=price, default=None)

@@ -45,20 +45,20 @@ def levels(family: Family, space: Space) -> list[Level]:
 
 
 def _strategy(family: Family, space: Space) -> Iterator[tuple[str, Counts]]:
-    layer, depth = int(family.rest) if family.rest else None, space.body.depth
+    layer, depth = int(family.rest) if family.rest else None, space.info.depth
     if layer is not None and not 1 <= layer <= depth:
         raise ValueError(f"family is {family.told()!r}, expected a layer from 1 to {depth}")
-    for count in range(1, space.body.length):
+    for count in range(1, space.info.tokens):
         yield f"r {count}", plan(family.kind, depth=depth, count=count, layer=layer)
 
 
 def _constant(family: Family, space: Space) -> Iterator[tuple[str, Counts]]:
-    for count in range(1, space.body.length):
+    for count in range(1, space.info.tokens):
         yield f"r {count}", _read(f"r:{count}@{family.rest}", space)
 
 
 def _keep(family: Family, space: Space) -> Iterator[tuple[str, Counts]]:
-    patches = space.body.length - len(space.body.class_places)
+    patches = space.info.tokens - len(space.info.cls_index)
     for percent in range(_PERCENT - 1, 0, -1):
         if patches * (_PERCENT - percent) >= _PERCENT:  # else no patch goes
             share = percent / _PERCENT
@@ -68,12 +68,12 @@ def _keep(family: Family, space: Space) -> Iterator[tuple[str, Counts]]:
 def _scaled(family: Family, space: Space) -> Iterator[tuple[str, Counts]]:
     """Yield a plan times the factors that change its largest count by one token."""
     counts = tuple(map(int, family.rest.split(",")))
-    depth, most = space.body.depth, max(counts)
+    depth, most = space.info.depth, max(counts)
     if len(counts) != depth or not most:
         raise ValueError(
             f"family is {family.told()!r}, expected {depth} counts, one for each layer, not all 0"
         )
-    for count in range(1, space.body.length):
+    for count in range(1, space.info.tokens):
         scaled = tuple((2 * each * count + most) // (2 * most) for each in counts)
         yield f"scale {count / most:.3g}", scaled
 
@@ -82,6 +82,6 @@ _MEMBERS = {"r": _constant, "keep": _keep, "scale": _scaled}
 
 
 def _read(text: str, space: Space) -> Counts:
-    body = space.body
-    classes = len(body.class_places)
-    return spelling.counts(text, depth=body.depth, start=body.length, classes=classes)
+    info = space.info
+    classes = len(info.cls_index)
+    return spelling.counts(text, depth=info.depth, start=info.tokens, classes=classes)

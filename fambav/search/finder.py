@@ -96,7 +96,7 @@ def find(subject: Subject, search: Search, say: Say) -> Found:
         ValueError: If no plan of any method meets the budget, there are too few images, or a
             method can do nothing with the model.
     """
-    spaces = [Space(subject.net.body, method, **search.how) for method in search.methods]
+    spaces = [Space(subject.net.info, method, **search.how) for method in search.methods]
     images, labels = subject.calibration(search.images, seed=search.seed)
     judge = Judge(
         subject.net,
@@ -192,7 +192,7 @@ class _Seek:
     def _problem(self, space: Space, price: Price, most: float) -> Problem:
         return Problem(
             dense=space.dense,
-            length=space.body.length,
+            length=space.info.tokens,
             fits=space.fits,
             cost=price,
             losses=partial(self.judge.losses, space),

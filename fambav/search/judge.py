@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fambav.engine.finite import NotFiniteError, check_logits
 from fambav.engine.runtime import Precision
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.reduction import no_reduction
 from fambav.search.space import Counts, Plan, Space
 from fambav.search.walk import logits
@@ -50,7 +50,7 @@ class Judge:
 
     def __init__(
         self,
-        net: Isotropic,
+        net: Backbone,
         batches: Sequence[Tensor],
         labels: Tensor,
         *,
@@ -60,7 +60,7 @@ class Judge:
         self.net, self.batches, self.labels = net, batches, labels
         self.objective, self.precision = objective, precision
         self.verdicts: dict[Plan, Verdict] = {}
-        (said,) = logits(net, batches, [no_reduction(net.body).eval()], precision)
+        (said,) = logits(net, batches, [no_reduction(net.info).eval()], precision)
         for images, own in zip(batches, said.split([len(b) for b in batches]), strict=True):
             check_logits(net, images, own, "the images of the search", precision=precision)
         self.dense = said.double().log_softmax(dim=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fambav import costs
 from fambav.engine.runtime import Precision
 from fambav.engine.timing import interleave, ratio
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.reduction import Reduction, no_reduction
 from fambav.search.space import Counts, Space
 
@@ -30,7 +30,7 @@ def token_layers(space: Space) -> Price:
     return lambda counts: space.reduction(counts).schedule.share
 
 
-def flops(space: Space, net: Isotropic) -> Price:
+def flops(space: Space, net: Backbone) -> Price:
     """Return what tells the share of operations, as papers count them, that a plan leaves."""
     known: dict[Counts, float] = {}
 
@@ -59,13 +59,13 @@ class Clock:
         whole: Milliseconds of a batch with all tokens, measured the first time; None before.
     """
 
-    def __init__(self, net: Isotropic, images: Tensor, precision: Precision) -> None:
+    def __init__(self, net: Backbone, images: Tensor, precision: Precision) -> None:
         self.net, self.images, self.precision = net, images, precision
         self.whole: float | None = None
 
     def times(self, reductions: Sequence[Reduction]) -> tuple[float, list[float]]:
         """Return milliseconds of a batch: with all tokens, and under each reduction."""
-        dense = no_reduction(self.net.body).eval()
+        dense = no_reduction(self.net.info).eval()
         before, runs = self.net.reduction, dict(enumerate(map(self._run, (dense, *reductions))))
         try:
             found = interleave(runs, rounds=ROUNDS, warmup=WARMUP, device=self.images.device)

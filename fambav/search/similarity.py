@@ -13,13 +13,13 @@ from torch import Tensor
 
 from fambav.engine.runtime import Precision
 from fambav.layers import Tokens
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.ops.match import others
 from fambav.reduction import no_reduction
 
 
 @torch.no_grad()
-def similarity(net: Isotropic, images: Tensor, precision: Precision) -> Tensor:
+def similarity(net: Backbone, images: Tensor, precision: Precision) -> Tensor:
     """Return how alike the r-th best pair of patches is at each layer of the model.
 
     Patches at even places are compared with those at odd places, on the normalised stream, as
@@ -39,7 +39,7 @@ def similarity(net: Isotropic, images: Tensor, precision: Precision) -> Tensor:
         found.append(_falling(tokens).mean(dim=0).cpu())
         return tokens
 
-    net.reduction = no_reduction(net.body).eval()
+    net.reduction = no_reduction(net.info).eval()
     try:
         with precision.autocast():
             tokens = net.embed(images)

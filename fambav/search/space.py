@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fambav.reduction import Body, Reduction, make_reduction, no_reduction
+from fambav.layers import BackboneInfo
+from fambav.reduction import Reduction, make_reduction, no_reduction
 
 Counts = tuple[int, ...]
 
@@ -34,7 +35,7 @@ class Space:
     """What a method can do with a model.
 
     Args:
-        body: The model.
+        info: The model.
         method: Name of the method.
         how: Further arguments of `make_reduction`.
 
@@ -42,15 +43,15 @@ class Space:
         ValueError: If the method can remove nothing anywhere in such a model.
     """
 
-    def __init__(self, body: Body, method: str, **how: Any) -> None:
-        self.body, self.method, self.how = body, method, how
+    def __init__(self, info: BackboneInfo, method: str, **how: Any) -> None:
+        self.info, self.method, self.how = info, method, how
         self._made: dict[Counts, Reduction | None] = {}
         self._refuse_if_empty()
 
     @property
     def dense(self) -> Counts:
         """The plan that keeps every token."""
-        return (0,) * self.body.depth
+        return (0,) * self.info.depth
 
     def fits(self, counts: Counts) -> bool:
         """Whether a plan can be carried out, whatever the images."""
@@ -75,14 +76,14 @@ class Space:
 
     def _make(self, counts: Counts) -> Reduction:
         if not any(counts):
-            return no_reduction(self.body).eval()
+            return no_reduction(self.info).eval()
         text = "list:" + ",".join(map(str, counts))
-        return make_reduction(self.body, self.method, text, **self.how).eval()
+        return make_reduction(self.info, self.method, text, **self.how).eval()
 
     def _refuse_if_empty(self) -> None:
         """Try every number of tokens at one layer, and let the model's own words say why not."""
-        layer = self.body.depth - 1
-        single = [at(self.dense, layer, count) for count in range(1, self.body.length)]
+        layer = self.info.depth - 1
+        single = [at(self.dense, layer, count) for count in range(1, self.info.tokens)]
         if not any(self.fits(counts) for counts in single):
             self._make(single[0])
             raise ValueError(f"method is {self.method!r}, expected one that removes tokens")

@@ -20,7 +20,7 @@ from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.evaluate import Scores, evaluate
 from fambav.engine.record import CHECKPOINT
 from fambav.engine.runtime import Precision, Processes, numerics, processes
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.ops import force, set_backend
 from fambav.randomness import key
 from fambav.reduction import Reduction
@@ -56,7 +56,7 @@ class Subject:
     path: Path
     config: Config
     trained: Config
-    net: Isotropic
+    net: Backbone
     data: DataSet
     group: Processes
 
@@ -140,7 +140,7 @@ def opened(
             path=source,
             config=config.replace(num_classes=found.num_classes),
             trained=trained,
-            net=cast(Isotropic, net.eval().to(group.device)),
+            net=cast(Backbone, net.eval().to(group.device)),
             data=found,
             group=group,
         )

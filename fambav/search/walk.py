@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fambav.engine.runtime import Precision
 from fambav.layers import Tokens
-from fambav.models import Isotropic
+from fambav.models import Backbone
 from fambav.reduction import Reduction
 
 
 @torch.no_grad()
 def logits(
-    net: Isotropic,
+    net: Backbone,
     batches: Iterable[Tensor],
     reductions: Sequence[Reduction],
     precision: Precision,
@@ -55,14 +55,14 @@ class _Walk:
         said: The logits of each reduction, by its number.
     """
 
-    def __init__(self, net: Isotropic, reductions: Sequence[Reduction]) -> None:
+    def __init__(self, net: Backbone, reductions: Sequence[Reduction]) -> None:
         self.net, self.reductions = net, reductions
         self.said: dict[int, Tensor] = {}
 
     def descend(self, tokens: Tokens, layer: int, group: Sequence[int]) -> None:
         """Send tokens through the layers from `layer` on, for reductions alike up to there."""
         if layer == self.net.depth:
-            said = self.net.forward_head(self.net.pool(tokens))
+            said = self.net.classify(tokens)
             self.said.update(dict.fromkeys(group, said))
             return
         parts: dict[Any, list[int]] = {}

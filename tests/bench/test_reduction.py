@@ -83,7 +83,7 @@ def test_five_percent_of_the_patches_go_or_the_nearest_step_of_a_grid(vim):
     assert removed.pop("storm") == 8  # 8 x 8 patches become 8 x 7
     assert set(removed.values()) == {3}
     with torch.device("meta"):
-        body = Vim(dim=192, depth=24).body
+        body = Vim(dim=192, depth=24).info
     assert nearest_count(make_reducer("storm"), body) == 14
     assert nearest_count(make_reducer("ordered"), body) == 10
 

@@ -40,6 +40,15 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert out.mean().item() == pytest.approx(1, abs=0.02)
 
 
+def test_drop_path_takes_maps_too_and_drops_the_same_samples():
+    drop, x = DropPath(0.4), torch.randn(8, 4, 5, 3)
+    outs = []
+    for shape in ((8, 4, 5, 3), (8, 20, 3)):
+        torch.manual_seed(7)
+        outs.append(drop(x.reshape(shape)).flatten(1))
+    assert torch.equal(*outs)
+
+
 def test_dropout_drops_single_numbers_and_keeps_the_mean():
     out = Dropout(0.25)(torch.ones(50, 40, 20))
     assert out.unique().tolist() == pytest.approx([0, 1 / 0.75])

@@ -103,8 +103,8 @@ def test_the_feature_is_read_where_each_sample_s_class_token_is_now(class_token,
     kept = []
     model.layers[-1].register_forward_hook(lambda _module, _args, tokens: kept.append(tokens))
     images = torch.randn(16, 3, 64, 64)
-    feature, trace = model.forward_features(images, trace=True)
-    (tokens,) = kept
+    rows, trace = model.forward_features(images, trace=True)
+    feature, (tokens,) = model.forward_head(rows, pre_logits=True), kept
     start = torch.tensor(model.class_places).expand(16, -1)
     places = tokens.class_places
     assert torch.equal(trace.sources[-1].gather(1, start), places)
@@ -123,7 +123,7 @@ def test_fusion_keeps_the_mean_over_patches_when_there_is_no_class_token():
     model.norm_f.register_forward_hook(lambda _module, args, out: seen.append(out[0]))
     sizes = []
     model.layers[-1].register_forward_hook(lambda _module, _args, t: sizes.append(t.size))
-    feature = model.forward_features(IMAGES)
+    feature = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
     expected = (seen[0] * sizes[0][..., None]).sum(dim=1) / 16
     torch.testing.assert_close(feature, expected)
     assert sizes[0].max() > 1
@@ -162,11 +162,18 @@ def test_checkpointing_changes_no_gradient(method):
 
 def test_the_head_can_be_replaced_or_taken_away():
     model = build()
-    feature = model.forward_features(IMAGES)
+    rows = model.forward_features(IMAGES)
+    feature = model.forward_head(rows, pre_logits=True)
     assert model.get_classifier() is model.head
-    assert torch.equal(model.forward_head(feature, pre_logits=True), feature)
+    assert torch.equal(model.head(feature), model(IMAGES))
     model.reset_classifier(0)
     assert torch.equal(model(IMAGES), feature)
+    model.reset_classifier(0, "")
+    assert torch.equal(model(IMAGES), rows)
+    model.reset_classifier(0, "avg")
+    patches = [n for n in range(17) if n not in model.info.cls_index]
+    torch.testing.assert_close(model(IMAGES), rows[:, patches].mean(dim=1))
+    model.reset_classifier(0, "token")
     model.reset_classifier(3)
     assert model(IMAGES).shape == (2, 3)
     assert model.num_classes == 3
@@ -244,3 +251,108 @@ def test_drop_rates_act_in_training_only(rate):
     model.load_state_dict(plain.state_dict())
     assert torch.equal(model.eval()(IMAGES), plain(IMAGES))
     assert not torch.equal(model.train()(IMAGES), plain(IMAGES))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_images_a_name_reads_is_known_without_building_it(name):
+    model = timm.create_model(name, device="meta")
+    known = timm.models.get_pretrained_cfg(name)
+    assert known.architecture == name
+    assert timm.models.get_pretrained_cfg_value(name, "input_size") == (3, *model.img_size)
+    assert timm.models.get_pretrained_cfg_value(name, "pool_size") == model.info.grid
+    own = {n: value for n, value in model.pretrained_cfg.items() if hasattr(known, n)}
+    assert own == {n: value for n, value in known.to_dict().items() if n in own}
+    assert model.get_submodule(known.classifier) is model.get_classifier()
+    assert model.get_submodule(known.first_conv).in_channels == model.in_chans == 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_name_has_the_shapes_and_types_that_timm_expects(name, dtype):
+    model = timm.create_model(name, device="meta", dtype=dtype, num_classes=7)
+    images = torch.zeros(2, 3, *model.img_size, device="meta", dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    wide, length = model.num_features, model.info.tokens
+    rows = model.forward_features(images)
+    shapes = {
+        (2, length, wide): rows,
+        (2, wide): model.forward_head(rows, pre_logits=True),
+        (2, 7): model.forward_head(rows),
+    }
+    assert all(found.shape == shape for shape, found in shapes.items())
+    assert {found.dtype for found in shapes.values()} == {dtype}
+    assert model(images).shape == (2, 7)
+    model.reset_classifier(0)
+    assert model(images).shape == (2, wide)
+    model.reset_classifier(0, "")
+    assert model(images).shape == (2, length, wide)
+    bare = timm.create_model(name, device="meta", dtype=dtype, num_classes=0, global_pool="")
+    assert bare(images).shape == (2, length, wide)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_name_is_a_backbone_of_maps(name):
+    model = timm.create_model(name, device="meta", features_only=True, out_indices=(1, 2, -1))
+    size = model.pretrained_cfg["input_size"][1:]
+    maps = model(torch.zeros(2, 3, *size, device="meta"))
+    told = zip(maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True)
+    assert len(maps) == 3
+    for found, channels, stride in told:
+        assert found.shape[:2] == (2, channels)
+        assert all(
+            s // stride - 1 <= n <= s // stride for n, s in zip(found.shape[2:], size, strict=True)
+        )
+    with torch.device("meta"):
+        assert len(timm.create_model(name, features_only=True)(maps[0].new_zeros(1, 3, *size))) == 3
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_learning_rates_decay_from_block_to_block(name):
+    model = build(name, depth=3)
+    groups = timm.optim.param_groups_layer_decay(model, 0.05, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    found = {n: scale[id(p)] for n, p in model.named_parameters()}
+    assert {value for n, value in found.items() if "head" in n} == {1.0}
+    for layer in range(3):
+        inside = {value for n, value in found.items() if f"layers.{layer}." in n}
+        assert inside == {0.5 ** (3 - layer)}
+    rest = {n: value for n, value in found.items() if "layers." not in n and "head" not in n}
+    assert max(rest.values()) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [*(("vim_micro", dict(class_token=place)) for place in CLASS_TOKENS), ("plainmamba_micro", {})],
+)
+def test_a_resized_model_is_one_of_that_size_with_fitted_weights(name, arguments):
+    model = build(name, **arguments).requires_grad_(requires_grad=False).eval()
+    wanted = build(name, **arguments, img_size=(96, 64)).eval()
+    wanted.load_state_dict(wanted.remap(model.state_dict()))
+    model.set_input_size(img_size=(96, 64))
+    assert model.info == wanted.info
+    assert not any(p.requires_grad for p in model.parameters())
+    images = torch.randn(2, 3, 96, 64)
+    assert torch.equal(model(images), wanted(images))
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 96, 64)
+    for wrong, message in ((dict(patch_size=8), "patch_size is 8"), (dict(img_size=65), "is 65")):
+        with pytest.raises(ValueError, match=message):
+            model.set_input_size(**wrong)
+    assert model.info == wanted.info
+    assert model.img_size == (96, 64)
+    fused = build(name, **arguments)
+    reduce(fused, "ordered", "r:1")
+    with pytest.raises(ValueError, match="while tokens are reduced"):
+        fused.set_input_size(96)
+
+
+@pytest.mark.parametrize("name", ["vim_micro", "plainmamba_micro"])
+def test_timm_loads_a_file_of_weights_and_leaves_a_head_of_other_classes_new(name, tmp_path):
+    source, file = build(name), tmp_path / "weights.pth"
+    torch.save({"model": source.state_dict()}, file)
+    source_of = dict(pretrained=True, pretrained_cfg_overlay={"file": str(file), "num_classes": 7})
+    same = build(name, **source_of).eval()
+    assert torch.equal(same(IMAGES), source.eval()(IMAGES))
+    other = build(name, **source_of | dict(num_classes=3), img_size=(96, 64)).eval()
+    assert other(torch.zeros(1, 3, 96, 64)).shape == (1, 3)
+    kept = other.layers[1].mixer.in_proj.weight
+    assert torch.equal(kept, source.layers[1].mixer.in_proj.weight)

@@ -22,7 +22,7 @@ def streams(model, batch):
     for block in model.layers:
         block.register_forward_hook(lambda _module, _args, tokens: seen.append(tokens))
     with torch.no_grad():
-        feature = model.forward_features(batch)
+        feature = model.forward_head(model.forward_features(batch), pre_logits=True)
     return feature, [tokens.x for tokens in seen], [tokens.residual for tokens in seen]
 
 
@@ -32,7 +32,8 @@ def near(actual, expected, tolerance):
 
 def check_streams(arrays, name, model, batch):
     feature, hidden, residual = streams(model, batch)
-    near(model.forward_head(feature), arrays[f"{name}/logits"], 3e-5)
+    near(model.head(feature), arrays[f"{name}/logits"], 3e-5)
+    near(model(batch), arrays[f"{name}/logits"], 3e-5)
     near(feature, arrays[f"{name}/feat"], 3e-5)
     for kind, stream in (("hidden", hidden), ("residual", residual)):
         norms = torch.stack([x.flatten(1).norm(dim=1) for x in stream])
@@ -80,7 +81,8 @@ def test_fused_models_agree_with_the_paper_s_code(name):
 def test_a_trace_names_the_group_of_every_token(name):
     model, batch = build(FUSED_CASES[name])
     with torch.no_grad():
-        feature, trace = model.forward_features(batch, trace=True)
+        rows, trace = model.forward_features(batch, trace=True)
+        feature = model.forward_head(rows, pre_logits=True)
     assert len(trace.sources) == model.depth
     assert trace.sources[-1].tolist() == FUSED[f"{name}/group"].tolist()
     for source, length in zip(trace.sources, model.schedule.lengths, strict=True):

@@ -7,7 +7,7 @@ import torch
 
 from fambav.ecosystem import timm
 from fambav.models import Vim
-from fambav.models.isotropic import drop_path_rates
+from fambav.models.backbone import drop_path_rates
 
 PUBLISHED = "vim_{}_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 
@@ -164,14 +164,10 @@ def test_an_image_of_another_size_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            dict(num_clases=3),
-            "'num_clases' is no argument of vim_micro; did you mean 'num_classes'",
-        ),
-        (dict(fusion_tokens=3), "did you mean 'fusion_token'"),
-        (dict(if_bidirectional=True), "'if_bidirectional' is no argument of vim_micro"),
         (dict(pretrained=True), "pretrained is set, expected none"),
         (dict(class_token="first"), "class_token is 'first'"),
+        (dict(global_pool="max"), "global_pool is 'max', expected 'token' or 'avg' or ''"),
+        (dict(global_pool="token", class_token="none"), "global_pool is 'token', expected 'avg'"),
         (dict(bimamba_type="v3"), "bimamba_type is 'v3'"),
         (dict(num_classes=-1), "num_classes is -1"),
         (dict(drop_path_rate=1.0), "drop rate is 1.0"),
@@ -187,6 +183,19 @@ def test_an_image_of_another_size_is_refused():
 def test_a_wrong_argument_is_refused_in_a_sentence(arguments, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("vim_micro", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("num_clases", "'num_clases' is no argument of vim_micro; did you mean 'num_classes'"),
+        ("fusion_tokens", "did you mean 'fusion_token'"),
+        ("if_bidirectional", "'if_bidirectional' is no argument of vim_micro"),
+    ],
+)
+def test_an_unknown_argument_is_refused_in_a_sentence(name, message):
+    with pytest.raises(TypeError, match=message):
+        timm.create_model("vim_micro", **{name: 3})
 
 
 def test_an_impossible_plan_is_refused_before_weights_are_made():
@@ -215,9 +224,10 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("class_token", ["middle", "head", "double", "none"])
 def test_intermediates_are_the_residual_stream_on_the_grid(class_token):
     model = small(class_token=class_token).eval()
-    feature, maps = model.forward_intermediates(IMAGES)
+    rows, maps = model.forward_intermediates(IMAGES)
     assert [tuple(x.shape) for x in maps] == [(2, 32, 4, 4)] * 3
-    torch.testing.assert_close(feature, model.forward_features(IMAGES))
+    torch.testing.assert_close(rows, model.forward_features(IMAGES))
+    feature = model.forward_head(rows, pre_logits=True)
     pairs = model.forward_intermediates(
         IMAGES,
         [-1],
@@ -249,15 +259,6 @@ def test_stopping_early_runs_no_layer_behind_the_last_one_wanted():
         block.register_forward_pre_hook(lambda *_, layer=layer: ran.append(layer))
     model.forward_intermediates(IMAGES, [1], stop_early=True, intermediates_only=True)
     assert ran == [0, 1]
-
-
-def test_a_grid_of_fused_tokens_is_refused():
-    model = small(fusion_plan="2:3").eval()
-    with pytest.raises(ValueError, match="expected 'NLC' for tokens that form no grid"):
-        model.forward_intermediates(IMAGES)
-    assert model.forward_intermediates(IMAGES, [0], intermediates_only=True)[0].ndim == 4
-    _, rows = model.forward_intermediates(IMAGES, output_fmt="NLC")
-    assert [x.shape[1] for x in rows] == [16, 13, 13]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Runs tests of other projects on our functions, from checkouts that lie elsewhere.
 
-A test file of theirs is compiled with three changes: what it imports from its own package is a
-stand-in with our function beside their reference, "cuda" reads "cpu" where there is no GPU, and a
-test may run over the longer lists of values that stand beside its decorators as comments.
+A test file of theirs is compiled with four changes: what it imports from its own package is a
+stand-in with our function beside their reference, "cuda" reads "cpu" where there is no GPU, marks
+that sort their tests into groups go, and a test may run over the longer lists of values that stand
+beside its decorators as comments.
 """
 
 import ast
@@ -43,6 +44,7 @@ def published(variable, path, name, stand_ins):
 
         return absent
     tree = ast.parse((folder / path).read_text(), filename=str(folder / path))
+    tree = _WithoutOwnMarks().visit(tree)
     if not torch.cuda.is_available():
         tree = _OnCpu().visit(tree)
     shown = {"__name__": Path(path).stem}
@@ -103,6 +105,20 @@ def package(name, **contents):
 class _OnCpu(ast.NodeTransformer):
     def visit_Constant(self, node):
         return ast.copy_location(ast.Constant("cpu"), node) if node.value == "cuda" else node
+
+
+class _WithoutOwnMarks(ast.NodeTransformer):
+    """Takes away marks that sort their tests into groups, which are not ours."""
+
+    def visit_FunctionDef(self, node):
+        kept = [d for d in node.decorator_list if not _sorts(ast.unparse(d))]
+        node.decorator_list = kept
+        return node
+
+
+def _sorts(decorator):
+    name = decorator.removeprefix("pytest.mark.")
+    return name != decorator and not name.startswith(("parametrize", "skipif", "filterwarnings"))
 
 
 def _grid(test):

@@ -2,10 +2,10 @@
 
 import torch
 
-from fambav.layers import Tokens
+from fambav.layers import BackboneInfo, Stage, Tokens
 from fambav.layers.tokens import Signals
 from fambav.ops.match import others
-from fambav.reduction import Body, Reduction, Schedule, fusion, make_reducer
+from fambav.reduction import Reduction, Schedule, fusion, make_reducer
 from tests import golden
 
 SIGNALS = frozenset(Signals._fields) - {"order"}
@@ -13,9 +13,11 @@ SIGNALS = frozenset(Signals._fields) - {"order"}
 
 def body(length, *, depth=1, class_places=(), grid=None, **rest):
     """Describe a model of width 8."""
-    sizes = dict(family="vim", dim=8, depth=depth, length=length, class_places=tuple(class_places))
     grid = grid or (1, length - len(class_places))
-    return Body(**{**sizes, "grid": grid, "signals": SIGNALS, **rest})
+    directions, signals = rest.pop("directions", 2), rest.pop("signals", SIGNALS)
+    stage = Stage(depth, rest.pop("dim", 8), grid, length, directions, signals)
+    rest = {"family": "vim", "cls_index": tuple(class_places), **rest}
+    return BackboneInfo(stages=(stage,), **rest)
 
 
 def reducing(method, counts, tokens, **how):
@@ -41,7 +43,7 @@ def reduce(tokens, method, *counts, **how):
 def schedule(strategy="none", *, depth, start, class_places, method="famba-v", **rest):
     """The plan of a strategy for a model of these sizes."""
     sizes = body(start, depth=depth, class_places=class_places)
-    return fusion(strategy, body=sizes, reducer=make_reducer(method), **rest)
+    return fusion(strategy, info=sizes, reducer=make_reducer(method), **rest)
 
 
 def some(class_places, length=65, batch=3, grid=None):

@@ -233,7 +233,7 @@ def test_tokens_merge_at_the_input_of_a_block_ahead_of_the_sum():
             if layer >= 2:
                 tokens = reduce(tokens, "r-meeto", 5)
             tokens = block(tokens)
-        assert model.forward_features(images).equal(model.pool(tokens))
+        assert model(images).equal(model.classify(tokens))
 
 
 def test_the_published_schedule_runs_in_a_vim_of_that_size():

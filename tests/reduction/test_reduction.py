@@ -94,16 +94,16 @@ def test_the_model_that_is_reduced_is_the_model_itself_and_none_undoes_it():
 def test_a_reduction_changes_while_a_model_lives():
     net = vim()
     for count in (1, 3):
-        net.reduction = make_reduction(net.body, "ordered", f"r:{count}@2-4")
+        net.reduction = make_reduction(net.info, "ordered", f"r:{count}@2-4")
         assert lengths(net) == tuple(17 - count * n for n in range(4))
 
 
 def test_a_reduction_set_on_a_model_in_evaluation_draws_nothing():
     net = vim().train()
-    net.reduction = make_reduction(net.body, "random", "r:3")
+    net.reduction = make_reduction(net.info, "random", "r:3")
     assert net.reduction.method.training
     net.eval()
-    net.reduction = make_reduction(net.body, "random", "r:3@2")
+    net.reduction = make_reduction(net.info, "random", "r:3@2")
     assert net(IMAGES).equal(net(IMAGES))
 
 

@@ -241,7 +241,7 @@ def test_models_of_both_kinds_run_and_learn_with_it():
     torch.manual_seed(0)
     for name in ("vim_micro", "plainmamba_micro"):
         model = timm.create_model(name, num_classes=5)
-        (height, width), length = model.body.grid, model.body.length
+        (height, width), length = model.info.grid, model.info.tokens
         first = height * width - (height - 1) * (width - 1)
         fambav.reduce(model, "storm", f"r:{first}@2")
         assert model.schedule.final == length - first

@@ -33,7 +33,7 @@ def test_what_a_model_cannot_do_is_refused_in_its_own_words():
     with pytest.raises(ValueError, match="gap_policy is 'bias', expected none unless"):
         Space(SIZES, "ordered", gap="bias")
     with pytest.raises(ValueError, match="which reads y, z of the mixer"):
-        Space(SIZES._replace(signals=frozenset()), "evit")
+        Space(body(17, depth=4, class_places=(8,), signals=frozenset()), "evit")
 
 
 def test_counts_are_lowered_from_the_first_layer_on_until_they_fit():

@@ -33,7 +33,7 @@ PLANS = [(0,) * 6, (0, 4, 0, 0, 0, 4), (0, 4, 0, 4, 0, 0), (0, 4, 0, 0, 0, 0), (
 
 @pytest.mark.parametrize("method", ["ordered", "famba-v", "tome", "prune-aligned", "storm", "mtr"])
 def test_plans_that_share_layers_say_what_each_says_alone(net, images, method):
-    space = Space(net.body, method)
+    space = Space(net.info, method)
     reductions = [space.reduction(counts) for counts in PLANS]
     found = logits(net, images.split(4), reductions, PRECISION)
     before = net.reduction
@@ -48,7 +48,7 @@ def test_plans_that_share_layers_say_what_each_says_alone(net, images, method):
 def test_a_model_that_is_told_where_tokens_come_from_shares_layers_too(images):
     torch.manual_seed(0)
     net = timm.create_model("plainmamba_micro", img_size=32, num_classes=10).eval()
-    space = Space(net.body, "ordered")
+    space = Space(net.info, "ordered")
     plans = [(0,) * net.depth, (0, 4, *(0,) * (net.depth - 3), 4), (0, 4, *(0,) * (net.depth - 2))]
     reductions = [space.reduction(counts) for counts in plans]
     found = logits(net, [images[:2]], reductions, PRECISION)
@@ -59,7 +59,7 @@ def test_a_model_that_is_told_where_tokens_come_from_shares_layers_too(images):
 
 
 def test_what_plans_share_is_computed_once(net, images):
-    space, runs = Space(net.body, "ordered"), []
+    space, runs = Space(net.info, "ordered"), []
     handles = [
         layer.register_forward_hook(lambda *_, n=n: runs.append(n))
         for n, layer in enumerate(net.layers)
@@ -73,7 +73,7 @@ def test_what_plans_share_is_computed_once(net, images):
 
 def test_the_model_keeps_its_own_reduction(net, images):
     before = net.reduction
-    logits(net, [images], [Space(net.body, "ordered").reduction(PLANS[1])], PRECISION)
+    logits(net, [images], [Space(net.info, "ordered").reduction(PLANS[1])], PRECISION)
     similarity(net, images, PRECISION)
     assert net.reduction is before
 
@@ -82,7 +82,7 @@ def test_milliseconds_are_a_share_of_the_first_median(net, images, monkeypatch):
     rounds = iter([{0: [10, 20, 30], 1: [5, 5, 3]}, {0: [40, 40, 40], 1: [30, 20, 10]}])
     monkeypatch.setattr("fambav.search.price.interleave", lambda *_, **__: next(rounds))
     clock = Clock(net, images, PRECISION)
-    reductions = [Space(net.body, "ordered").reduction(PLANS[1])]
+    reductions = [Space(net.info, "ordered").reduction(PLANS[1])]
     assert clock.times(reductions) == (20, [20 * 0.25])
     assert clock.times(reductions) == (20, [20 * 0.5])
 
@@ -91,7 +91,7 @@ def test_milliseconds_are_a_share_of_the_first_median(net, images, monkeypatch):
 def test_a_plan_is_judged_once_and_no_plan_is_no_distance(net, images, objective, monkeypatch):
     labels = torch.arange(6)
     judge = Judge(net, [images], labels, objective=objective, precision=PRECISION)
-    space = Space(net.body, "ordered")
+    space = Space(net.info, "ordered")
     first = judge.losses(space, PLANS[:3])
     monkeypatch.setattr("fambav.search.judge.logits", None)  # would fail if it were called
     assert judge.losses(space, [PLANS[2], PLANS[0]]) == [first[2], first[0]]
