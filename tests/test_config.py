@@ -13,6 +13,7 @@ from fambav.config import (
     OPTIONS,
     Config,
     ConfigError,
+    affecting,
     help_text,
     load,
     parse,
@@ -284,6 +285,7 @@ MALFORMED = [
     ("--epochs 3.5", "--epochs is '3.5', expected a whole number"),
     ("--epochs 0", "--epochs is 0, expected at least 1"),
     ("--epochs -1", "--epochs is -1, expected at least 1"),
+    (f"--epochs {'9' * 400}", f"--epochs is {'9' * 77}..., expected a finite number"),
     ("--batch_size 0", "--batch_size is 0, expected at least 1"),
     ("--num_workers -1", "--num_workers is -1, expected at least 0"),
     ("--seed -1", "--seed is -1, expected at least 0 and at most"),
@@ -401,6 +403,7 @@ BAD_YAML = [
     ("epochs: 3.0", "epochs is 3.0, expected a whole number"),
     ("epochs: '3'", "epochs is '3', expected a whole number"),
     ("epochs: -3", "epochs is -3, expected at least 1"),
+    (f"epochs: {'9' * 400}", f"epochs is {'9' * 77}..., expected a finite number"),
     ("model_ema: 1", "model_ema is 1, expected true or false"),
     ("model_ema: 'false'", "model_ema is 'false', expected true or false"),
     ("fusion_strategy: no", "fusion_strategy is off, expected a text; YAML reads a bare yes, no"),
@@ -584,6 +587,23 @@ def test_every_setting_stands_in_one_group_only():
     names = [name for group in groups if isinstance(group, dict) for name in group]
     assert len(names) == len(set(names)) == len(OPTIONS)
     assert not set(names) & ({*UNSUPPORTED} | {*LAUNCHER})
+
+
+PLACES = {"output_dir", "resume", "finetune", "teacher_path", "eval", "data_path", "download"}
+CONTINUED = {  # what may differ between a run and its continuation, besides places
+    *("device", "num_workers", "gpu_augment", "threads", "pin_mem", "scan_backend", "compile"),
+    *("cuda_graphs", "grad_checkpointing", "matmul_precision", "deterministic", "save_every"),
+    *("if_continue_inf", "log_activations", "on_bad_image", "allow_world_size_change"),
+}
+
+
+def test_a_setting_says_what_it_affects():
+    assert affecting("nothing") == PLACES | {"log_every"}
+    assert affecting("speed") == CONTINUED
+    groups = vars(Config())
+    built = {name for key in ("model", "fusion", "reduction") for name in vars(groups[key])}
+    assert affecting("model") == built - CONTINUED | {"eval_crop_ratio"}
+    assert affecting("nothing", "speed", "result", "model") == OPTIONS.keys()
 
 
 def test_help_names_every_flag():

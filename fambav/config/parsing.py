@@ -217,8 +217,7 @@ def help_text(program: str, text: str) -> str:
     lines += _entry(CONFIG, CONFIG.text)
     for group in GROUPS.values():
         lines += ["", str(group.__doc__)]
-        for name in options_of(group):
-            option = OPTIONS[name]
+        for option in options_of(group).values():
             lines += _entry(option, f"{option.text} ({format_value(option.default)})")
     flags = " ".join(f"--{option.flag}" for option in UNSUPPORTED.values())
     lines += ["", "Recognised, but refused when switched on:", *_wrapped(flags, "  ")]
