@@ -15,19 +15,8 @@ from typing import Any
 
 import yaml
 
-from fambav.config import conflicts, legacy_flags, parsing
-from fambav.config.schema import (
-    GROUPS,
-    OPTIONS,
-    Augment,
-    Data,
-    Distillation,
-    Fusion,
-    Model,
-    Optim,
-    Reduction,
-    Run,
-)
+from fambav.config import conflicts, legacy_flags, parsing, schema
+from fambav.config.schema import GROUPS, OPTIONS
 from fambav.config.setting import COMMAND, FILE, RECORD, ConfigError, Setting, format_value
 
 DEFAULT_FILE = "configs/digits/vim_micro_upper.yaml"
@@ -44,14 +33,14 @@ class Config:
         notice: Lines to tell the user before anything else, or empty.
     """
 
-    model: Model = field(default_factory=Model)
-    fusion: Fusion = field(default_factory=Fusion)
-    reduction: Reduction = field(default_factory=Reduction)
-    data: Data = field(default_factory=Data)
-    augment: Augment = field(default_factory=Augment)
-    optim: Optim = field(default_factory=Optim)
-    distillation: Distillation = field(default_factory=Distillation)
-    run: Run = field(default_factory=Run)
+    model: schema.Model = field(default_factory=schema.Model)
+    fusion: schema.Fusion = field(default_factory=schema.Fusion)
+    reduction: schema.Reduction = field(default_factory=schema.Reduction)
+    data: schema.Data = field(default_factory=schema.Data)
+    augment: schema.Augment = field(default_factory=schema.Augment)
+    optim: schema.Optim = field(default_factory=schema.Optim)
+    distillation: schema.Distillation = field(default_factory=schema.Distillation)
+    run: schema.Run = field(default_factory=schema.Run)
     notice: str = field(default="", compare=False)
 
     def flat(self) -> dict[str, Any]:
@@ -84,7 +73,7 @@ class Config:
 
     def dense(self) -> Config:
         """Return a copy whose model keeps every token."""
-        return dataclasses.replace(self, fusion=Fusion(), reduction=Reduction())
+        return dataclasses.replace(self, fusion=schema.Fusion(), reduction=schema.Reduction())
 
     def to_yaml(self) -> str:
         """Return text that `load` turns into an equal run."""
@@ -140,7 +129,7 @@ def parse(
 def _beside(known: Mapping[str, Any], given: dict[str, Setting]) -> Config:
     """Return the run that is given beside what a checkpoint says, and tell where both differ."""
     run, before = _resolved({**_record(known), **given}), Config.recorded(known).flat()
-    reducing = {item.name for group in (Fusion, Reduction) for item in fields(group)}
+    reducing = {**vars(run.fusion), **vars(run.reduction)}
     notes = [run.notice] * bool(run.notice)
     for name, value in run.flat().items():
         if name in known and (name in given or name in reducing) and value != before[name]:
