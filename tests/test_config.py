@@ -9,15 +9,24 @@ from pathlib import Path
 import pytest
 
 import fambav
-from fambav.config import ConfigError, help_text, load, parse, sources
-from fambav.config.config import Config
-from fambav.config.options import FOREIGN, GROUPS, OPTIMIZERS, OPTIONS
-from fambav.config.unoffered import LAUNCHED, UNOFFERED
+from fambav.config import (
+    OPTIONS,
+    Config,
+    ConfigError,
+    affecting,
+    help_text,
+    load,
+    parse,
+    read_flags,
+    read_settings,
+)
+from fambav.config.legacy_flags import LAUNCHER, UNSUPPORTED
+from fambav.config.schema import OPTIMIZERS
 
 ROOT = Path(fambav.__file__).parents[1]
 TINY = "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 SMALL = TINY.replace("tiny", "small")
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 # What DeiT's, Vim's and Famba-V's parsers hold when nothing is given.
 ORIGINAL = dict(
@@ -72,7 +81,7 @@ RUN = ["--model", "vim_tiny"]
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in LAUNCHER:
+    for name in RANKS:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -188,8 +197,8 @@ def test_every_setting_has_a_flag_in_both_spellings_and_a_yaml_key(name):
             else:
                 words, value = other_value(option)
                 words = [f"--{spelling}", *words]
-            assert sources.from_words(words)[name].value == value
-    assert sources.from_mapping({name: value}, 2, "")[name].value == value
+            assert read_flags(words) == {name: value}
+    assert read_settings({name: value}) == {name: value}
 
 
 @pytest.mark.parametrize(
@@ -244,7 +253,7 @@ def test_what_is_not_offered_parses_while_it_is_off(words):
 
 
 def test_a_launcher_says_how_many_processes_there_are(monkeypatch):
-    for name, value in zip(LAUNCHER, ("1", "1", "2"), strict=True):
+    for name, value in zip(RANKS, ("1", "1", "2"), strict=True):
         monkeypatch.setenv(name, value)
     words = ["--local-rank", "1", "--world_size", "2", "--distributed"]
     assert flat(*words) == flat()
@@ -276,6 +285,7 @@ MALFORMED = [
     ("--epochs 3.5", "--epochs is '3.5', expected a whole number"),
     ("--epochs 0", "--epochs is 0, expected at least 1"),
     ("--epochs -1", "--epochs is -1, expected at least 1"),
+    (f"--epochs {'9' * 400}", f"--epochs is {'9' * 77}..., expected a finite number"),
     ("--batch_size 0", "--batch_size is 0, expected at least 1"),
     ("--num_workers -1", "--num_workers is -1, expected at least 0"),
     ("--seed -1", "--seed is -1, expected at least 0 and at most"),
@@ -393,6 +403,7 @@ BAD_YAML = [
     ("epochs: 3.0", "epochs is 3.0, expected a whole number"),
     ("epochs: '3'", "epochs is '3', expected a whole number"),
     ("epochs: -3", "epochs is -3, expected at least 1"),
+    (f"epochs: {'9' * 400}", f"epochs is {'9' * 77}..., expected a finite number"),
     ("model_ema: 1", "model_ema is 1, expected true or false"),
     ("model_ema: 'false'", "model_ema is 'false', expected true or false"),
     ("fusion_strategy: no", "fusion_strategy is off, expected a text; YAML reads a bare yes, no"),
@@ -572,9 +583,27 @@ def test_code_is_held_to_the_same_rules():
 
 
 def test_every_setting_stands_in_one_group_only():
-    names = [item.name for group in GROUPS.values() for item in dataclasses.fields(group)]
+    groups = dataclasses.asdict(Config()).values()
+    names = [name for group in groups if isinstance(group, dict) for name in group]
     assert len(names) == len(set(names)) == len(OPTIONS)
-    assert not set(names) & ({*UNOFFERED} | {*LAUNCHED})
+    assert not set(names) & ({*UNSUPPORTED} | {*LAUNCHER})
+
+
+PLACES = {"output_dir", "resume", "finetune", "teacher_path", "eval", "data_path", "download"}
+CONTINUED = {  # what may differ between a run and its continuation, besides places
+    *("device", "num_workers", "gpu_augment", "threads", "pin_mem", "scan_backend", "compile"),
+    *("cuda_graphs", "grad_checkpointing", "matmul_precision", "deterministic", "save_every"),
+    *("if_continue_inf", "log_activations", "on_bad_image", "allow_world_size_change"),
+}
+
+
+def test_a_setting_says_what_it_affects():
+    assert affecting("nothing") == PLACES | {"log_every"}
+    assert affecting("speed") == CONTINUED
+    groups = vars(Config())
+    built = {name for key in ("model", "fusion", "reduction") for name in vars(groups[key])}
+    assert affecting("model") == built - CONTINUED | {"eval_crop_ratio"}
+    assert affecting("nothing", "speed", "result", "model") == OPTIONS.keys()
 
 
 def test_help_names_every_flag():
@@ -583,7 +612,7 @@ def test_help_names_every_flag():
         assert f"--{option.flag}" in text
         assert option.text in " ".join(text.split())
         assert not option.off or f"--{option.off}" in text
-    assert all(f"--{option.flag}" in text for option in UNOFFERED.values())
+    assert all(f"--{option.flag}" in text for option in UNSUPPORTED.values())
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -648,7 +677,7 @@ def test_names_are_those_of_the_registries():
     scans = {name for op, name, _ in fambav.ops.backends() if op == "selective_scan"}
     assert set(registry.SCAN_BACKENDS) == scans
     assert set(OPTIMIZERS) <= set(timm.optim.list_optimizers())
-    assert not any(name.startswith(FOREIGN) for name in registry.MODELS)
+    assert not any(name.startswith("timm/") for name in registry.MODELS)
 
 
 def test_every_setting_is_read_by_the_builder():

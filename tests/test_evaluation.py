@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 import fambav
 import fambav.models
 from fambav import cli
-from fambav.config import ConfigError
-from fambav.config.options import OPTIONS
+from fambav.config import OPTIONS, ConfigError
 from fambav.data import load
 from fambav.ecosystem import timm
 from fambav.engine import checkpoint

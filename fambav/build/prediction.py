@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,8 +13,7 @@ from torch import nn
 from fambav import data
 from fambav.build import batches, entries, saved
 from fambav.build.network import model, sketch
-from fambav.config import Config, Fusion, Reduction, sources
-from fambav.config.values import COMMAND, refuse
+from fambav.config import Config, affecting, read_settings, refuse
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.finite import check_logits
@@ -25,23 +23,8 @@ from fambav.models import Backbone, official
 Guess = tuple[str, float]
 
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight")
-# Settings of a model that a file of weights leaves open; beside them are those of Fusion and
-# Reduction.
-_OPEN = {
-    "model",
-    "input_size",
-    "patch_size",
-    "stride",
-    "num_classes",
-    "class_token",
-    "bimamba_type",
-    "param_order",
-    "dt_bias_twice",
-    "drop",
-    "drop_path",
-    "grad_checkpointing",
-    "eval_crop_ratio",
-} | {item.name for group in (Fusion, Reduction) for item in fields(group)}
+# Settings that a file of weights leaves open.
+_OPEN = affecting("model") - {"legacy_init"} | {"grad_checkpointing"}
 
 
 class Pretrained(NamedTuple):
@@ -91,9 +74,9 @@ def from_pretrained(path: str | Path, **settings: Any) -> nn.Module:
     Warns:
         UserWarning: If the head is new.
     """
-    for name, setting in sources.from_mapping(settings, COMMAND, "").items():
+    for name, value in read_settings(settings).items():
         if name not in _OPEN:
-            refuse(name, setting.value, "no such setting here, where it would change nothing")
+            refuse(name, value, "no such setting here, where it would change nothing")
     found = opened(path, **settings)
     small = found.net.pretrained_cfg["crop_mode"] == "squash"  # type: ignore[index]
     if small and "eval_crop_ratio" in settings:

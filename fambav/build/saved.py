@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fambav.build.entries import check, fact, load
-from fambav.config import Config
+from fambav.config import Config, affecting
 from fambav.data import DataSet
 from fambav.engine.checkpoint import CheckpointError, NotFiniteWeightsError, State
 from fambav.engine.finite import NotFiniteError, check_weights
@@ -21,32 +21,7 @@ from fambav.models import Backbone, official
 from fambav.reduction import Schedule
 
 # What may differ between a run and its continuation: where and how fast, not what.
-_FREE = {
-    "output_dir",
-    "resume",
-    "finetune",
-    "teacher_path",  # what the file holds is compared instead
-    "eval",
-    "data_path",
-    "download",
-    "device",
-    "num_workers",
-    "gpu_augment",  # the same bits on a CPU
-    "threads",
-    "pin_mem",
-    "log_every",
-    "scan_backend",
-    "compile",
-    "cuda_graphs",
-    "grad_checkpointing",
-    "matmul_precision",
-    "deterministic",
-    "if_continue_inf",
-    "save_every",
-    "log_activations",
-    "on_bad_image",
-    "allow_world_size_change",
-}
+_FREE = affecting("nothing", "speed")
 DESCRIPTION = "config.json"  # beside exported weights
 _IMAGES = {"batch_size", "grad_accum_steps"}  # compared as images per update
 

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from fambav.commands.parser import Parser
-from fambav.config import ConfigError
-from fambav.config.sources import from_words
+from fambav.config import ConfigError, read_flags
 from fambav.registry import PICTURES, nearest
 
 _PLACE = Path("pictures")
@@ -20,7 +19,7 @@ def run(words: list[str]) -> None:
     if not flags:
         raise ConfigError("run is missing, expected fambav show RUN ...")
     what = None if given.what is None else _names(given.what)
-    settings = {name: setting.value for name, setting in from_words(rest).items()}
+    settings = read_flags(rest)
     from fambav import gallery
 
     source = gallery.Source(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fambav import config
-from fambav.config import Config, ConfigError, sources
+from fambav.config import Config, ConfigError, read_flags
 from fambav.registry import METHODS, nearest
 
 # Settings of a method beside its schedule, by their names in `fambav.reduce`.
@@ -59,7 +59,7 @@ def read_settings(
     """
     if not path.exists():
         raise ConfigError(f"checkpoint is {path}, expected a file or a run that exists")
-    given = {name: setting.value for name, setting in sources.from_words(words).items()}
+    given = read_flags(words)
     how = {name: given.pop(name) for name in METHOD_SETTINGS if name in given}
     for name in ("reduction", "reduction_schedule", *(n for n in given if n.startswith("fusion_"))):
         if name in given:

@@ -1,12 +1,24 @@
 """Every setting of a run, and the ways to write one: flags, YAML and code."""
 
+from fambav.config.checks import policy
 from fambav.config.config import Config, load, parse
-from fambav.config.options import Augment, Data, Distillation, Fusion, Model, Optim, Reduction, Run
-from fambav.config.policies import policy
-from fambav.config.sources import help_text
-from fambav.config.values import ConfigError
+from fambav.config.parsing import help_text, read_flags, read_settings, read_yaml
+from fambav.config.schema import (
+    OPTIONS,
+    Augment,
+    Data,
+    Distillation,
+    Fusion,
+    Model,
+    Optim,
+    Reduction,
+    Run,
+    affecting,
+)
+from fambav.config.setting import ConfigError, format_value, refuse
 
 __all__ = [
+    "OPTIONS",
     "Augment",
     "Config",
     "ConfigError",
@@ -17,8 +29,14 @@ __all__ = [
     "Optim",
     "Reduction",
     "Run",
+    "affecting",
+    "format_value",
     "help_text",
     "load",
     "parse",
     "policy",
+    "read_flags",
+    "read_settings",
+    "read_yaml",
+    "refuse",
 ]

@@ -15,20 +15,9 @@ from typing import Any
 
 import yaml
 
-from fambav.config import conflicts, sources, unoffered
-from fambav.config.options import (
-    GROUPS,
-    OPTIONS,
-    Augment,
-    Data,
-    Distillation,
-    Fusion,
-    Model,
-    Optim,
-    Reduction,
-    Run,
-)
-from fambav.config.values import COMMAND, FILE, RECORD, ConfigError, Setting, shown
+from fambav.config import conflicts, legacy_flags, parsing, schema
+from fambav.config.schema import GROUPS, OPTIONS
+from fambav.config.setting import COMMAND, FILE, RECORD, ConfigError, Setting, format_value
 
 DEFAULT_FILE = "configs/digits/vim_micro_upper.yaml"
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,18 +29,18 @@ class Config:
 
     Attributes:
         model, fusion, reduction, data, augment, optim, distillation, run: The settings, see
-            `options`.
+            `schema`.
         notice: Lines to tell the user before anything else, or empty.
     """
 
-    model: Model = field(default_factory=Model)
-    fusion: Fusion = field(default_factory=Fusion)
-    reduction: Reduction = field(default_factory=Reduction)
-    data: Data = field(default_factory=Data)
-    augment: Augment = field(default_factory=Augment)
-    optim: Optim = field(default_factory=Optim)
-    distillation: Distillation = field(default_factory=Distillation)
-    run: Run = field(default_factory=Run)
+    model: schema.Model = field(default_factory=schema.Model)
+    fusion: schema.Fusion = field(default_factory=schema.Fusion)
+    reduction: schema.Reduction = field(default_factory=schema.Reduction)
+    data: schema.Data = field(default_factory=schema.Data)
+    augment: schema.Augment = field(default_factory=schema.Augment)
+    optim: schema.Optim = field(default_factory=schema.Optim)
+    distillation: schema.Distillation = field(default_factory=schema.Distillation)
+    run: schema.Run = field(default_factory=schema.Run)
     notice: str = field(default="", compare=False)
 
     def flat(self) -> dict[str, Any]:
@@ -66,7 +55,7 @@ class Config:
         Raises:
             ConfigError: If a setting is unknown, wrong or in conflict with another.
         """
-        return _resolved(sources.from_mapping(_without_empty_strategy(flat), FILE, ""))
+        return _resolved(parsing.from_mapping(_without_empty_choice(flat), FILE))
 
     @classmethod
     def recorded(cls, flat: Mapping[str, Any]) -> Config:
@@ -80,15 +69,15 @@ class Config:
             ConfigError: If a setting is unknown, wrong or in conflict with another.
         """
         given = _record(self.flat())
-        return _resolved({**given, **sources.from_mapping(changes, COMMAND, "")}, self.notice)
+        return _resolved({**given, **parsing.from_mapping(changes, COMMAND)}, self.notice)
 
     def dense(self) -> Config:
         """Return a copy whose model keeps every token."""
-        return dataclasses.replace(self, fusion=Fusion(), reduction=Reduction())
+        return dataclasses.replace(self, fusion=schema.Fusion(), reduction=schema.Reduction())
 
     def to_yaml(self) -> str:
         """Return text that `load` turns into an equal run."""
-        flat = _without_empty_strategy(self.flat())
+        flat = _without_empty_choice(self.flat())
         for low, high in conflicts.LIMITS:
             if flat[low] == OPTIONS[low].default and flat[low] > flat[high]:
                 del flat[low]  # it would be refused where it is given
@@ -101,7 +90,7 @@ def load(path: str | Path) -> Config:
     Raises:
         ConfigError: If the file or one of its settings cannot be used.
     """
-    return _resolved(sources.from_file(Path(path)))
+    return _resolved(parsing.from_file(Path(path)))
 
 
 def parse(
@@ -119,10 +108,10 @@ def parse(
     Raises:
         ConfigError: If a flag, the file it names or one of their settings cannot be used.
     """
-    given = sources.from_words(list(argv))
+    given = parsing.from_words(list(argv))
     config = given.pop("config", None)
     if config is not None:
-        given = {**sources.from_file(Path(config.value)), **given}
+        given = {**parsing.from_file(Path(config.value)), **given}
     values = {name: setting.value for name, setting in given.items()}
     evaluated = values.get("eval") and (values.get("resume") or values.get("finetune"))
     known = record(values) if record is not None and evaluated else None
@@ -134,36 +123,36 @@ def parse(
     if not path.is_file():
         raise ConfigError(f"{path} is missing, expected --model, --config or --data-set")
     notice = f"no --model, --config or --data-set: reading {DEFAULT_FILE}"
-    return _resolved({**sources.from_file(path), **given}, notice)
+    return _resolved({**parsing.from_file(path), **given}, notice)
 
 
 def _beside(known: Mapping[str, Any], given: dict[str, Setting]) -> Config:
     """Return the run that is given beside what a checkpoint says, and tell where both differ."""
     run, before = _resolved({**_record(known), **given}), Config.recorded(known).flat()
-    reducing = {item.name for group in (Fusion, Reduction) for item in fields(group)}
+    reducing = {**vars(run.fusion), **vars(run.reduction)}
     notes = [run.notice] * bool(run.notice)
     for name, value in run.flat().items():
         if name in known and (name in given or name in reducing) and value != before[name]:
-            told = f"{name} {shown(value)} differs from the checkpoint's {shown(before[name])}"
-            notes.append(f"note: {told}")
+            now, then = format_value(value), format_value(before[name])
+            notes.append(f"note: {name} {now} differs from the checkpoint's {then}")
     return dataclasses.replace(run, notice="\n".join(notes))
 
 
 def _record(flat: Mapping[str, Any]) -> dict[str, Setting]:
-    return sources.from_mapping(_without_empty_strategy(flat), RECORD, "")
+    return parsing.from_mapping(_without_empty_choice(flat), RECORD)
 
 
 def _resolved(given: dict[str, Setting], notice: str = "") -> Config:
-    unoffered.refuse_given(given, os.environ)
-    values, warnings = conflicts.settle(given)
-    groups = {
+    legacy_flags.refuse_unsupported(given, os.environ)
+    values, warnings = conflicts.resolve(given)
+    groups: dict[str, Any] = {
         name: group(**{item.name: values[item.name] for item in fields(group)})
         for name, group in GROUPS.items()
     }
     return Config(**groups, notice="\n".join((*[notice] * bool(notice), *warnings)))
 
 
-def _without_empty_strategy(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _without_empty_choice(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Drop what a resolved run does without and which contradicts the rest when it is given.
 
     That is `fusion_strategy: none` beside a plan or a reduction, and `reduction: none` beside a

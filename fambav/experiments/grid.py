@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fambav.config import Config
-from fambav.config.options import OPTIONS
+from fambav.config import OPTIONS, Config
 from fambav.experiments.rows import Row
 
 DENSE, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")

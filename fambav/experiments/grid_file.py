@@ -31,10 +31,7 @@ from typing import Any, NamedTuple
 
 from fambav import config
 from fambav.comparison import likeness
-from fambav.config import Config, ConfigError
-from fambav.config.options import OPTIONS
-from fambav.config.sources import content
-from fambav.config.values import refuse, shown
+from fambav.config import OPTIONS, Config, ConfigError, format_value, read_yaml, refuse
 from fambav.experiments.grid import DENSE, FREE, SCRATCH, TUNED, Cell, Grid
 from fambav.experiments.rows import NONE, OWN, Row, read_names, read_rows, read_settings
 from fambav.registry import nearest
@@ -92,10 +89,11 @@ def read(path: Path, *, seeds: int | None = None, data_path: str | None = None) 
     Raises:
         ConfigError: If the file or one of its settings cannot be used.
     """
-    given = content(path)
+    given = read_yaml(path)
     for key in given:
         if key not in _KEYS:
-            raise ConfigError(f"{path}: {shown(key)} is not of a grid; {nearest(str(key), _KEYS)}")
+            shown, hint = format_value(key), nearest(str(key), _KEYS)
+            raise ConfigError(f"{path}: {shown} is not of a grid; {hint}")
     scratch = _choice(f"{path}: train", given.get("train", _TRAIN[0]), _TRAIN) == "scratch"
     listed = _seeds(f"{path}: seeds", given.get("seeds"))
     names = read_names(path, given.get("names"))

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fambav.config import ConfigError
-from fambav.config.values import refuse, shown
+from fambav.config import ConfigError, format_value, refuse
 from fambav.registry import nearest
 
 OWN = ("seed", "output_dir", "resume", "finetune", "eval")  # settings that the grid itself sets
@@ -153,7 +152,8 @@ def _paper(label: str, given: Any) -> Paper | None:
     found: dict[str, float] = {}
     for key, value in given.items():
         if key not in known:
-            raise ConfigError(f"{label}: {shown(key)} is no figure; {nearest(str(key), known)}")
+            shown, hint = format_value(key), nearest(str(key), known)
+            raise ConfigError(f"{label}: {shown} is no figure; {hint}")
         if key == "time":
             found["seconds"] = _seconds(f"{label}: time", value)
         elif type(value) not in (int, float):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,8 @@ import fambav
 from fambav import comparison
 from fambav.build.entries import fact
 from fambav.build.prediction import Pretrained
-from fambav.config.options import Fusion, Model, Reduction
+from fambav.config import affecting
 from fambav.models import Backbone
-
-# Settings of a run that say nothing of the model itself.
-_MACHINE = ("scan_backend", "compile", "cuda_graphs", "grad_checkpointing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +108,8 @@ def described(model: Pretrained, kind: str) -> dict[str, Any]:
 
 def settings(model: Pretrained) -> dict[str, Any]:
     """Return the settings that the model is built from, and how its images are made."""
-    flat, names = model.config.flat(), {"data_set", "data_stats", "eval_crop_ratio"}
-    for group in (Model, Fusion, Reduction):
-        names |= {field.name for field in fields(group)}
-    kept = {name: value for name, value in flat.items() if name in names - set(_MACHINE)}
+    names = affecting("model") | {"data_set", "data_stats"}
+    kept = {name: value for name, value in model.config.flat().items() if name in names}
     if kept["fusion_strategy"] == "none" and kept["reduction"] != "none":
         del kept["fusion_strategy"]
     return kept

@@ -12,7 +12,7 @@ from typing import Any
 
 from fambav import config
 from fambav.comparison import Result, Table
-from fambav.config.options import OPTIONS
+from fambav.config import OPTIONS
 from fambav.report.page import Picture, Section
 
 _UNKNOWN = "unknown"

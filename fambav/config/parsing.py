@@ -1,4 +1,8 @@
-"""Where settings are read: the command line, YAML files, mappings; and the help that lists them."""
+"""Where settings are read: the command line, YAML files, mappings; and the help that lists them.
+
+Words are read here and not by argparse, which takes a value such as -1e-3 or -r for a flag, knows
+no flag in two spellings without listing both, and prints its own errors over several lines.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,25 @@ import difflib
 import textwrap
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
-from fambav.config.option import Option
-from fambav.config.options import GROUPS, OPTIONS
-from fambav.config.unoffered import LAUNCHED, UNOFFERED
-from fambav.config.values import (
+from fambav.config.legacy_flags import LAUNCHER, UNSUPPORTED
+from fambav.config.schema import GROUPS, OPTIONS
+from fambav.config.setting import (
     BASE,
     COMMAND,
     FILE,
     ConfigError,
+    Option,
     Setting,
+    format_value,
     from_data,
     from_text,
+    options_of,
     refuse,
-    shown,
 )
 
 CONFIG = Option(
@@ -33,28 +37,16 @@ CONFIG = Option(
 _COLUMN = 37  # where the help explains
 
 
-class Spelling(NamedTuple):
-    """One way to write an option.
-
-    Attributes:
-        option: What it sets.
-        off: Whether it switches the option off.
-    """
-
-    option: Option
-    off: bool = False
-
-
-def _spellings() -> dict[str, Spelling]:
-    known = (*OPTIONS.values(), *UNOFFERED.values(), *LAUNCHED.values(), CONFIG)
+def _spellings() -> dict[str, tuple[Option, bool]]:
+    """Return what every name sets, and whether it switches that off; hyphens are underscores."""
     table = {}
-    for option in known:
+    for option in (*OPTIONS.values(), *UNSUPPORTED.values(), *LAUNCHER.values(), CONFIG):
         for name in (option.name, option.flag, *option.also):
-            table[name.replace("-", "_")] = Spelling(option)
+            table[name.replace("-", "_")] = option, False
             if option.name in OPTIONS and option.kind is bool:
-                table[f"no_{name}".replace("-", "_")] = Spelling(option, off=True)
+                table[f"no_{name}".replace("-", "_")] = option, True
         if option.off:
-            table[option.off.replace("-", "_")] = Spelling(option, off=True)
+            table[option.off.replace("-", "_")] = option, True
     return table
 
 
@@ -77,24 +69,48 @@ def from_words(words: list[str]) -> dict[str, Setting]:
     while rest:
         label, equals, value = rest.popleft().partition("=")
         if not label.startswith("--"):
-            raise ConfigError(f"{shown(label + equals + value)} is not a flag, expected --name")
+            raise ConfigError(
+                f"{format_value(label + equals + value)} is not a flag, expected --name"
+            )
         name = label[2:].replace("-", "_")
         if name not in SPELLINGS:
             raise ConfigError(f"{label} is not a flag; {_near(name, '--')}")
         option, off = SPELLINGS[name]
         if option.kind is bool:
             if equals:
-                refuse(label, value, f"no value; {_pair(option)}")
+                no = option.off or f"no-{option.flag}"
+                refuse(label, value, f"no value; use --{option.flag} or --{no}")
             given[option.name] = Setting(not off, COMMAND, label)
             continue
-        values = [value] if equals else _values(option, rest)
+        values = [value] if equals else []
+        wanted = 0 if equals else len(rest) if option.kind is tuple else 1
+        while rest and len(values) < wanted and not rest[0].startswith("--"):
+            values.append(rest.popleft())
         if not values:
             raise ConfigError(f"{label} has no value, expected one after it")
         given[option.name] = Setting(from_text(option, values, label), COMMAND, label)
     return given
 
 
-def from_mapping(mapping: Mapping[Any, Any], level: int, where: str) -> dict[str, Setting]:
+def read_flags(words: list[str]) -> dict[str, Any]:
+    """Return the values of flags by the names of their settings, and of no others.
+
+    Raises:
+        ConfigError: If a word is not a flag, or its value cannot be used.
+    """
+    return {name: setting.value for name, setting in from_words(words).items()}
+
+
+def read_settings(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of keyword arguments by the names of their settings, and of no others.
+
+    Raises:
+        ConfigError: If a key is unknown or given twice, or its value cannot be used.
+    """
+    return {name: setting.value for name, setting in from_mapping(mapping, COMMAND).items()}
+
+
+def from_mapping(mapping: Mapping[Any, Any], level: int, where: str = "") -> dict[str, Setting]:
     """Read settings from keys and values.
 
     Args:
@@ -109,7 +125,7 @@ def from_mapping(mapping: Mapping[Any, Any], level: int, where: str) -> dict[str
     for key, value in mapping.items():
         label = f"{where}{key}"
         if not isinstance(key, str) or key not in SPELLINGS or key == CONFIG.name:
-            raise ConfigError(f"{where}{shown(key)} is not a setting; {_near(str(key), '')}")
+            raise ConfigError(f"{where}{format_value(key)} is not a setting; {_near(str(key), '')}")
         option, off = SPELLINGS[key]
         if off:
             raise ConfigError(f"{label} is not a setting; write {option.name}: false")
@@ -125,7 +141,7 @@ def from_file(path: Path) -> dict[str, Setting]:
     Raises:
         ConfigError: If a file cannot be read, or one of its settings cannot be used.
     """
-    mapping = content(path)
+    mapping = read_yaml(path)
     base = mapping.pop("base", None)
     given = from_mapping(mapping, FILE, f"{path}: ")
     if base is None:
@@ -133,64 +149,10 @@ def from_file(path: Path) -> dict[str, Setting]:
     if not isinstance(base, str):
         refuse(f"{path}: base", base, "the path of a YAML file")
     parent = path.parent / base
-    inherited = content(parent)
+    inherited = read_yaml(parent)
     if "base" in inherited:
         raise ConfigError(f"{path}: base is {base!r}, expected a file without a base of its own")
     return {**from_mapping(inherited, BASE, f"{parent}: "), **given}
-
-
-def help_text(program: str, text: str) -> str:
-    """Return the help of a program that takes every setting.
-
-    Args:
-        program: Its name.
-        text: What it does.
-    """
-    lines = [f"usage: {program} [--config FILE.yaml] [--name value ...]", "", text, ""]
-    lines += ["Hyphens and underscores are the same.  Every switch has a --no- form.", ""]
-    lines += _entry(CONFIG)
-    for group in GROUPS.values():
-        lines += ["", str(group.__doc__)]
-        for item in fields(group):
-            lines += _entry(OPTIONS[item.name])
-    flags = " ".join(f"--{option.flag}" for option in UNOFFERED.values())
-    lines += ["", "Recognised, but refused when switched on:", *_wrapped(flags, "  ")]
-    return "\n".join(lines)
-
-
-def _entry(option: Option) -> list[str]:
-    head = f"  --{option.flag}" + (f", --{option.off}" if option.off else "")
-    if option.kind is not bool:
-        head += f" {_metavar(option)}"
-    text = option.text if option is CONFIG else f"{option.text} ({shown(option.default)})"
-    lines = _wrapped(text, " " * _COLUMN)
-    if len(head) >= _COLUMN:
-        return [head, *lines]
-    return [head.ljust(_COLUMN) + lines[0].strip(), *lines[1:]]
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        text, 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-    )
-
-
-def _metavar(option: Option) -> str:
-    if option.choices:
-        return f"{{{','.join(option.names)}}}"
-    return {int: "N", float: "X", tuple: "X X"}.get(option.kind, "TEXT")
-
-
-def _pair(option: Option) -> str:
-    return f"use --{option.flag} or --{option.off or f'no-{option.flag}'}"
-
-
-def _values(option: Option, rest: deque[str]) -> list[str]:
-    values: list[str] = []
-    wanted = len(rest) if option.kind is tuple else 1
-    while rest and len(values) < wanted and not rest[0].startswith("--"):
-        values.append(rest.popleft())
-    return values
 
 
 def _near(name: str, prefix: str) -> str:
@@ -222,7 +184,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def content(path: Path) -> dict[Any, Any]:
+def read_yaml(path: Path) -> dict[Any, Any]:
     """Read the keys and values of a YAML file.
 
     Raises:
@@ -246,3 +208,35 @@ def content(path: Path) -> dict[Any, Any]:
         kind = type(tree).__name__
         raise ConfigError(f"{path} is a {kind}, expected lines such as `lr: 0.001`")
     return tree
+
+
+def help_text(program: str, text: str) -> str:
+    """Return the help of a program that takes every setting, and says `text` of itself."""
+    lines = [f"usage: {program} [--config FILE.yaml] [--name value ...]", "", text, ""]
+    lines += ["Hyphens and underscores are the same.  Every switch has a --no- form.", ""]
+    lines += _entry(CONFIG, CONFIG.text)
+    for group in GROUPS.values():
+        lines += ["", str(group.__doc__)]
+        for option in options_of(group).values():
+            lines += _entry(option, f"{option.text} ({format_value(option.default)})")
+    flags = " ".join(f"--{option.flag}" for option in UNSUPPORTED.values())
+    lines += ["", "Recognised, but refused when switched on:", *_wrapped(flags, "  ")]
+    return "\n".join(lines)
+
+
+def _entry(option: Option, text: str) -> list[str]:
+    head = f"  --{option.flag}" + (f", --{option.off}" if option.off else "")
+    if option.choices:
+        head += f" {{{','.join(option.names)}}}"
+    elif option.kind is not bool:
+        head += {int: " N", float: " X", tuple: " X X"}.get(option.kind, " TEXT")
+    lines = _wrapped(text, " " * _COLUMN)
+    if len(head) >= _COLUMN:
+        return [head, *lines]
+    return [head.ljust(_COLUMN) + lines[0].strip(), *lines[1:]]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )

@@ -1,0 +1,463 @@
+"""Every setting of a run: its name, default, unit and range, in frozen groups.
+
+A field below is one setting.  Its name is the YAML key; the same name with hyphens or underscores
+is the flag; its metadata says what it means, when it means anything, and what it affects.  There
+is no second list of settings anywhere.
+
+Source: flag names and defaults are those of DeiT (github.com/facebookresearch/deit), Vim
+(github.com/hustvl/Vim) and Famba-V (github.com/AIoT-MLSys-Lab/Famba-V), main.py.  Differing
+defaults: model, input_size (the model's own), data_set, data_path, output_dir (a new folder),
+device (a GPU if there is one), amp (on for a GPU), model_ema_warmup, teacher_model (the model
+itself), fusion_layer and fusion_token (the original values, but only once a strategy is chosen).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fambav import registry
+from fambav.config import checks, when
+from fambav.config.setting import (
+    COUNT,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    RATE,
+    Affects,
+    Bounds,
+    Group,
+    Option,
+    option,
+    options_of,
+    switch,
+)
+
+OPTIMIZERS = ("adamw", "adam", "nadamw", "lamb", "lion", "sgd")
+INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Group):
+    """What to train."""
+
+    affects: ClassVar[Affects] = "model"
+
+    model: str = option(
+        "vim_tiny", "model of `fambav list models`, or timm/NAME", check=checks.model_name
+    )
+    input_size: int | None = option(
+        None, "height and width of an image in pixels; none = the model's own", bounds=COUNT
+    )
+    patch_size: int | None = option(
+        None,
+        "height and width of a patch in pixels; none = the model's own",
+        when.VIM,
+        bounds=COUNT,
+    )
+    stride: int | None = option(
+        None, "pixels between patches; none = the model's own", when.VIM, bounds=COUNT
+    )
+    num_classes: int | None = option(
+        None, "length of the output; none = the data set's", bounds=COUNT
+    )
+    class_token: str = option(
+        "middle", "place of the class token", when.VIM, choices=registry.CLASS_TOKENS
+    )
+    bimamba_type: str = option("v2", "directions of the mixer", when.VIM, choices=registry.BIMAMBA)
+    legacy_init: bool = switch(
+        "zero as the backward scan's initial dt bias, as published", when.VIM
+    )
+    param_order: str = option(
+        "raster",
+        "PlainMamba: step sizes go with the place in the image, as in released weights, or with "
+        "their token, as the paper describes",
+        when.PLAINMAMBA,
+        choices=registry.PARAM_ORDERS,
+    )
+    dt_bias_twice: bool = switch(
+        "PlainMamba: add the step sizes' bias twice, as released weights need",
+        when.PLAINMAMBA,
+        on=True,
+    )
+    drop: float = option(0.0, "dropout after the position embedding", when.DROPOUT, bounds=RATE)
+    drop_path: float = option(0.1, "largest probability of skipping a block", bounds=RATE)
+    grad_checkpointing: bool = switch(
+        "recompute blocks in the backward pass to save memory", when.OURS, affects="speed"
+    )
+    scan_backend: str | None = option(
+        None,
+        "force one implementation of the scan; none = the fastest",
+        when.OURS,
+        affects="speed",
+        choices=registry.SCAN_BACKENDS,
+    )
+    compile: bool = switch("compile the model with torch.compile", affects="speed")
+    cuda_graphs: bool = switch(
+        "launch forward and backward passes as CUDA graphs",
+        when.OURS,
+        when.NOT_COMPILED,
+        affects="speed",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction(Group):
+    """Which tokens go, and where, by any method."""
+
+    affects: ClassVar[Affects] = "model"
+
+    reduction: str = option(
+        "none",
+        "how tokens are chosen",
+        when.OURS,
+        choices=("none", *registry.METHODS),
+        registry=registry.REDUCERS,
+    )
+    reduction_schedule: str = option(
+        "published",
+        "where and how many: r:5@3-23/2, ramp:16,-1, list:7,7,0, keep:0.8@5,10, "
+        "tokens:157,125@10,20, or published, what the method's paper says for the model",
+        when.REDUCED,
+        check=checks.schedule_form,
+    )
+    reduction_hook: str | None = option(
+        None,
+        "where in a layer tokens go; none = the method's own",
+        when.REDUCED,
+        choices=registry.HOOKS,
+    )
+    scan_policy: str | None = option(
+        None,
+        "what the scan makes of tokens that went; none = the method's own",
+        when.REDUCED,
+        choices=registry.SCAN_POLICIES,
+    )
+    gap_policy: str | None = option(
+        None,
+        "how an aligned scan ages its state over tokens that went; the method's own if not given",
+        when.REDUCED,
+        choices=registry.GAP_POLICIES,
+    )
+    class_token_policy: str | None = option(
+        None,
+        "where the class token goes among what is left; none = the method's own",
+        when.REDUCED,
+        choices=registry.CLASS_TOKEN_POLICIES,
+    )
+    reduction_options: str = option(
+        "",
+        "options of the method, key=value,key=value; `fambav list options` names them",
+        when.REDUCED,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion(Group):
+    """Which tokens to fuse, and where, in the words of Famba-V."""
+
+    affects: ClassVar[Affects] = "model"
+
+    fusion_strategy: str = option(
+        "none",
+        "layers that fuse tokens",
+        choices=registry.STRATEGIES,
+        aliases=registry.STRATEGY_ALIASES,
+    )
+    fusion_layer: int | None = option(
+        None,
+        "first fused layer of upper, last of lower, counted from 1; none = 11 where one is needed",
+        when.FUSED,
+        when.UNPLANNED,
+        when.ONE_ENDED,
+        bounds=COUNT,
+    )
+    fusion_token: int = option(
+        0,
+        "tokens removed in each fused layer; 7 once a strategy is chosen",
+        when.FUSED,
+        when.UNPLANNED,
+        bounds=NATURAL,
+    )
+    fusion_method: str = option(
+        "famba-v",
+        "how tokens are paired and merged; ordered keeps the scan order, famba-v is the paper's",
+        when.FUSED,
+        choices=registry.FUSION_METHODS,
+    )
+    fusion_plan: str | None = option(
+        None, "layer:tokens pairs instead of a strategy, e.g. 6:9,8:9", check=checks.fusion_list
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Group):
+    """What to train on."""
+
+    data_set: str = option(
+        "DIGITS", "data set; CIFAR is CIFAR-100, SHAPES100 is made here", choices=registry.DATA_SETS
+    )
+    data_path: str = option(
+        "datasets", "folder of the data set", when.STORED, affects="nothing", check=checks.filled
+    )
+    inat_category: str = option(
+        "name", "label of an INAT image", when.INATURALIST, choices=INAT_LEVELS
+    )
+    data_stats: str = option(
+        "imagenet", "channel statistics to normalise by", choices=("imagenet", "own")
+    )
+    download: bool = switch(
+        "fetch the data set if it is missing", when.FETCHABLE, affects="nothing"
+    )
+    on_bad_image: str = option(
+        "error",
+        "skip leaves out files that are no images, 1% at most",
+        when.IMAGE_FILES,
+        affects="speed",
+        choices=("error", "skip"),
+    )
+    num_workers: int = option(
+        10, "loader processes", affects="speed", bounds=NATURAL, flag="num_workers"
+    )
+    pin_mem: bool = switch(
+        "page-locked memory for batches on a GPU", on=True, affects="speed", off="no-pin-mem"
+    )
+    eval_crop_ratio: float = option(
+        0.875,
+        "central part of an image used in evaluation",
+        affects="model",
+        bounds=Bounds(0, 1, above=True),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment(Group):
+    """How training images and targets are varied."""
+
+    color_jitter: float | None = option(
+        0.3, "colour jitter without --aa", when.NO_POLICY, otherwise=None, bounds=NOT_NEGATIVE
+    )
+    aa: str | None = option(
+        "rand-m9-mstd0.5-inc1",
+        "timm's policy, or none",
+        when.NOT_THREE,
+        otherwise=None,
+        check=checks.policy,
+    )
+    smoothing: float = option(0.1, "label smoothing", bounds=RATE)
+    train_interpolation: str = option(
+        "bicubic",
+        "how images are enlarged",
+        when.NOT_THREE,
+        choices=("bicubic", "bilinear", "random"),
+    )
+    repeated_aug: bool = switch(
+        "three views of an image in one epoch", on=True, off="no-repeated-aug"
+    )
+    three_augment: bool = switch(
+        "DeiT III's grey, solarise or blur instead of --aa", flag="ThreeAugment"
+    )
+    src: bool = switch("simple random crop, with --ThreeAugment", when.THREE)
+    affine: float = option(
+        0.0,
+        "degrees of random rotation, with a tenth of shift and scale",
+        when.NOT_THREE,
+        bounds=Bounds(0, 180),
+    )
+    gpu_augment: bool = switch(
+        "augment on the GPU, where a set held in memory then lives; same images",
+        when.RESIDENT,
+        when.ON_DEVICE,
+        affects="speed",
+    )
+    hflip: float = option(0.5, "probability of a horizontal flip", bounds=PROBABILITY)
+    reprob: float = option(
+        0.25,
+        "probability of erasing a rectangle",
+        when.NOT_THREE,
+        otherwise=0.0,
+        bounds=PROBABILITY,
+    )
+    remode: str = option(
+        "pixel", "filling of the rectangle", when.ERASING, choices=("pixel", "rand", "const")
+    )
+    recount: int = option(1, "rectangles to erase", when.ERASING, bounds=COUNT)
+    mixup: float = option(0.8, "alpha of mixup, 0 = off", bounds=NOT_NEGATIVE)
+    cutmix: float = option(1.0, "alpha of cutmix, 0 = off", when.NO_SPAN, bounds=NOT_NEGATIVE)
+    cutmix_minmax: tuple[float, ...] | None = option(
+        None,
+        "least and largest side of cutmix's rectangle, as a share of the image's",
+        bounds=PROBABILITY,
+        length=2,
+        check=checks.rising,
+    )
+    mixup_prob: float = option(
+        1.0, "probability of mixing a batch", when.MIXING, bounds=PROBABILITY
+    )
+    mixup_switch_prob: float = option(
+        0.5,
+        "probability of cutmix where both are on",
+        when.MIXING,
+        when.BOTH_MIXES,
+        bounds=PROBABILITY,
+    )
+    mixup_mode: str = option(
+        "batch", "what shares a mix", when.MIXING, choices=("batch", "pair", "elem")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim(Group):
+    """How to step."""
+
+    batch_size: int = option(64, "images of one process in one forward pass", bounds=COUNT)
+    grad_accum_steps: int = option(1, "forward passes in one update", bounds=COUNT)
+    epochs: int = option(300, "passes over the training set", bounds=COUNT)
+    bce_loss: bool = switch("binary cross-entropy")
+    unscale_lr: bool = switch("use --lr as it is, whatever the batch")
+    opt: str = option("adamw", "optimizer", choices=OPTIMIZERS)
+    opt_eps: float = option(1e-8, "epsilon of Adam", when.EPSILON, bounds=POSITIVE)
+    opt_betas: tuple[float, ...] | None = option(
+        None, "betas of Adam; none = the optimizer's own", when.BETAS, bounds=RATE, length=2
+    )
+    clip_grad: float | None = option(None, "largest norm of the gradient", bounds=POSITIVE)
+    momentum: float = option(0.9, "momentum of sgd", when.SGD, bounds=RATE)
+    weight_decay: float = option(0.05, "weight decay", bounds=NOT_NEGATIVE)
+    decay_groups: str = option(
+        "default",
+        "default spares A_log and D from decay, published does not",
+        choices=("default", "published"),
+    )
+    sched: str = option("cosine", "shape of the learning rate", choices=("cosine",))
+    lr: float = option(5e-4, "learning rate at 512 images per update", bounds=POSITIVE)
+    warmup_lr: float = option(
+        1e-6, "learning rate at the start, not scaled", when.WARM_UP, bounds=NOT_NEGATIVE
+    )
+    min_lr: float = option(1e-5, "learning rate at the end, not scaled", bounds=NOT_NEGATIVE)
+    rising_lr: bool = switch("let --min-lr and --warmup-lr be above --lr, as one recipe has it")
+    warmup_epochs: int = option(5, "epochs until --lr is reached", bounds=NATURAL)
+    epoch_sched: bool = switch("one learning rate per epoch, an epoch late, as published")
+    amp: bool | None = option(
+        None, "mixed precision; none = on for a GPU", flag="if_amp", off="no_amp"
+    )
+    amp_dtype: str = option("bf16", "type of mixed precision", when.AMP, choices=("bf16", "fp16"))
+    matmul_precision: str = option(
+        "high", "float32 products: high may use TF32", affects="speed", choices=("high", "highest")
+    )
+    train_mode: bool = switch(
+        "dropout and skipped blocks while training", on=True, off="no-train-mode"
+    )
+    if_continue_inf: bool = switch(
+        "skip an update whose loss is not finite",
+        affects="speed",
+        flag="if_continue_inf",
+        off="no_continue_inf",
+    )
+    model_ema: bool = switch("keep a moving average of the weights", on=True, off="no-model-ema")
+    model_ema_decay: float = option(0.99996, "its decay per update", when.AVERAGED, bounds=RATE)
+    model_ema_warmup: bool = switch(
+        "smaller decay in the first updates", when.AVERAGED, on=True, off="no-model-ema-warmup"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Group):
+    """What to learn from a teacher."""
+
+    distillation_type: str = option(
+        "none",
+        "soft and hard share the loss as DeiT does, kl adds to it as R-MeeTo does",
+        choices=("none", "soft", "hard", "kl"),
+    )
+    distillation_alpha: float = option(
+        0.5, "weight of the teacher's part", when.TAUGHT, bounds=POSITIVE
+    )
+    distillation_tau: float = option(
+        1.0, "temperature of --distillation-type soft", when.TAUGHT, when.SOFT, bounds=POSITIVE
+    )
+    teacher_model: str | None = option(
+        None,
+        "the teacher; none = the model itself with every token kept",
+        when.TAUGHT,
+        aliases={"regnety_160": "timm/regnety_160"},  # DeiT's
+        check=checks.model_name,
+    )
+    teacher_path: str = option(
+        "",
+        "checkpoint of the teacher's weights; for the model itself --finetune's if there is one",
+        when.TAUGHT,
+        affects="nothing",  # its weights do, and are compared where it matters
+        check=checks.local_file,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Group):
+    """Where it runs and what it leaves behind."""
+
+    output_dir: str | None = option(
+        None,
+        "run folder; none = output/MODEL_DATA_TIME",
+        affects="nothing",
+        check=checks.filled,
+        flag="output_dir",
+    )
+    resume: str = option(
+        "", "checkpoint to go on from, or auto", affects="nothing", check=checks.local_file
+    )
+    finetune: str = option(
+        "", "checkpoint whose weights to start from", affects="nothing", check=checks.local_file
+    )
+    eval: bool = switch("evaluate --resume or --finetune, without training", affects="nothing")
+    device: str | None = option(
+        None, "cpu or cuda; none = a GPU if there is", affects="speed", check=checks.device_name
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads of a process; none = as many as torch takes",
+        affects="speed",
+        bounds=COUNT,
+    )
+    seed: int = option(0, "of every random draw", bounds=Bounds(0, 2**32 - 1))
+    deterministic: bool = switch("deterministic algorithms only", affects="speed")
+    log_every: int = option(10, "updates between printed lines", affects="nothing", bounds=COUNT)
+    log_activations: bool = switch(
+        "record the largest activation of each layer in each epoch",
+        when.OURS,
+        when.EAGER,
+        affects="speed",
+    )
+    save_every: int | None = option(
+        None,
+        "updates between checkpoints; none = one at the end of each epoch",
+        affects="speed",
+        bounds=COUNT,
+    )
+    allow_world_size_change: bool = switch(
+        "go on with another number of processes, at as many images per update",
+        when.RESUMED,
+        affects="speed",
+    )
+
+
+GROUPS: dict[str, type[Group]] = dict(
+    model=Model,
+    fusion=Fusion,
+    reduction=Reduction,
+    data=Data,
+    augment=Augment,
+    optim=Optim,
+    distillation=Distillation,
+    run=Run,
+)
+
+
+OPTIONS: dict[str, Option] = {
+    name: option for group in GROUPS.values() for name, option in options_of(group).items()
+}
+
+
+def affecting(*kinds: Affects) -> frozenset[str]:
+    """Return the names of the settings that affect one of `kinds` and no more."""
+    return frozenset(name for name, option in OPTIONS.items() if option.affects in kinds)

@@ -1,0 +1,225 @@
+"""One setting: what is known of it, and how text or YAML becomes its value."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args, get_type_hints
+
+from fambav.registry import Registry, nearest
+
+# A higher level wins.  RECORD is what a finished or older run says of itself.
+DEFAULT, RECORD, BASE, FILE, COMMAND = range(5)
+Affects = Literal["nothing", "speed", "result", "model"]
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be run as written."""
+
+
+class Setting(NamedTuple):
+    """A value and its origin."""
+
+    value: Any
+    level: int  # DEFAULT, RECORD, BASE, FILE or COMMAND
+    label: str  # how to name it to the user, such as `--lr` or `FILE: lr`
+
+
+class Bounds(NamedTuple):
+    """An interval of numbers; `above` and `below` exclude its ends, infinite ones are open."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        """Whether a number lies in the interval."""
+        if not isinstance(value, int | float):
+            return False
+        over = value > self.low if self.above else value >= self.low
+        return over and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"{'more than' if self.above else 'at least'} {self.low:g}"
+        high = f"{'less than' if self.below else 'at most'} {self.high:g}"
+        return low if self.high == math.inf else f"{low} and {high}"
+
+
+COUNT, NATURAL = Bounds(1), Bounds(0)
+POSITIVE, NOT_NEGATIVE = Bounds(0, above=True), Bounds(0)
+PROBABILITY, RATE = Bounds(0, 1), Bounds(0, 1, below=True)
+
+
+class When(NamedTuple):
+    """A condition without which a setting means nothing."""
+
+    causes: str  # names of the settings that decide, separated by spaces
+    holds: Callable[..., bool]  # tells from their values, in this order
+    why: str  # where it does not hold, the rest of "expected X ..."; {name} stands for a value
+
+
+class Option(NamedTuple):
+    """What is known of a setting besides its value.
+
+    It affects "nothing" if it names a place of files or says what is printed, "speed" if a run may
+    go on with another value (time, memory, handling of failures), "result" if it changes what is
+    learnt, "model" if it changes what is built, or what images that reads.
+    """
+
+    text: str  # meaning and unit, for the help
+    affects: Affects | None = None  # None: what its group says
+    when: tuple[When, ...] = ()
+    otherwise: Any = None  # its value where `when` does not hold: the default, unless it is given
+    choices: tuple[str, ...] = ()  # names it may take; empty for any
+    registry: Registry[Any] | None = None  # where users may have added further names
+    aliases: dict[str, str] = {}  # noqa: RUF012  other spellings of those names, never changed
+    bounds: Bounds = Bounds()
+    length: int | None = None  # numbers wanted of a list, None for any
+    check: Callable[[Any], None] | None = None  # raises ValueError with what was expected
+    flag: str = ""  # the original one without its hyphens, if it is not the name with hyphens
+    off: str = ""  # the original flag that switches a boolean off
+    also: tuple[str, ...] = ()  # further flags that mean the same
+    name: str = ""  # this and the rest are filled in from the field
+    kind: type = str
+    optional: bool = False
+    default: Any = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names it may take now."""
+        added = self.registry.names() if self.registry else ()
+        return tuple(dict.fromkeys((*self.choices, *added)))
+
+
+def option(default: Any, text: str, *when: When, **rest: Any) -> Any:
+    """Return a dataclass field with `default` that carries Option(text, when=when, **rest)."""
+    known = Option(text, when=when, **{"otherwise": default, **rest})
+    return field(default=default, metadata={"option": known})
+
+
+def switch(text: str, *when: When, on: bool = False, **rest: Any) -> Any:
+    """Return the field of a boolean, off unless `on`."""
+    return option(on, text, *when, **rest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Settings of one concern; `affects` is of those that do not say it themselves."""
+
+    affects: ClassVar[Affects] = "result"
+
+
+def options_of(group: type[Group]) -> dict[str, Option]:
+    """Return the options of a group by name, completed by what its fields say."""
+    found, hints = {}, get_type_hints(group)
+    for item in fields(group):
+        name, inner = item.name, get_args(hints[item.name])
+        optional = type(None) in inner
+        kind = next(h for h in inner if h is not type(None)) if optional else hints[name]
+        known: Option = item.metadata["option"]
+        found[name] = known._replace(
+            affects=known.affects or group.affects,
+            flag=known.flag or name.replace("_", "-"),
+            name=name,
+            kind=getattr(kind, "__origin__", kind),  # tuple[float, ...] is a tuple
+            optional=optional,
+            default=item.default,
+        )
+    return found
+
+
+def format_value(value: Any) -> str:
+    """Return a value as messages write it: one line, of bounded length."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def refuse(label: str, value: Any, expected: str) -> NoReturn:
+    """Raise the ConfigError that every wrong setting ends in."""
+    raise ConfigError(f"{label} is {format_value(value)}, expected {expected}")
+
+
+def from_text(option: Option, words: list[str], label: str) -> Any:
+    """Return the value that the words after a flag stand for: one, or several for a list."""
+    if len(words) == 1 and _is_unset(option, words[0]):
+        return None
+    if option.kind is tuple:
+        return _checked(option, tuple(_number(float, word, label) for word in words), label)
+    numeric = option.kind in (int, float)
+    return _checked(option, _number(option.kind, words[0], label) if numeric else words[0], label)
+
+
+def from_data(option: Option, value: Any, label: str) -> Any:
+    """Return the value that a YAML or Python object stands for."""
+    if option.optional and (value is None or _is_unset(option, str(value))):
+        return None
+    if option.kind is not tuple:
+        return _checked(option, _typed(option.kind, value, label), label)
+    if not isinstance(value, list | tuple):
+        refuse(label, value, "a list of numbers such as [0.9, 0.95]")
+    return _checked(option, tuple(_typed(float, item, label) for item in value), label)
+
+
+def _checked(option: Option, value: Any, label: str) -> Any:
+    """Return a value of the right type under its canonical name, if it is known and in range."""
+    value = option.aliases.get(value, value) if option.aliases else value
+    if option.choices and value not in option.names:
+        known = ", ".join(option.names)
+        hint = nearest(value, (*option.names, *option.aliases))
+        hint = f"; {hint}" if hint.startswith("did you mean") else ""
+        refuse(label, value, f"one of {known}{hint}" if len(option.names) > 1 else known)
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers if option.kind in (int, float, tuple) else ():
+        if not abs(number) <= sys.float_info.max:  # also a whole number beyond every float
+            refuse(label, number, "a finite number")
+        if number not in option.bounds:
+            refuse(label, number, str(option.bounds))
+    if option.length is not None and len(numbers) != option.length:
+        refuse(label, value, f"{option.length} numbers")
+    if option.check:
+        try:
+            option.check(value)
+        except ValueError as error:
+            refuse(label, value, str(error))
+    return value
+
+
+def _is_unset(option: Option, word: str) -> bool:
+    """Whether a word leaves a setting open: "none", unless that is one of its own values."""
+    return option.optional and word.lower() == "none" and "none" not in option.choices
+
+
+def _number(kind: type, word: str, label: str) -> Any:
+    try:
+        return kind(word)
+    except ValueError:
+        refuse(label, word, _KINDS[kind])
+
+
+def _typed(kind: type, value: Any, label: str) -> Any:
+    if type(value) is kind:
+        return value
+    if kind is float and type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            refuse(label, value, "a finite number")
+    hint = ""
+    if kind is float and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            float(value)
+            hint = "; YAML needs a dot in 1.0e-3"
+    elif kind is str and isinstance(value, bool):
+        hint = "; YAML reads a bare yes, no, on or off as true or false: quote it"
+    elif kind is str and value is not None:
+        hint = "; quote it"
+    refuse(label, value, f"{_KINDS[kind]}{hint}")

@@ -1,0 +1,101 @@
+"""When a setting means anything: conditions that fields of `schema` carry as `when`.
+
+A flag that would change nothing is refused: a run never ignores what it was told.
+"""
+
+from __future__ import annotations
+
+from fambav.config.setting import When
+from fambav.registry import FOREIGN, family_of
+
+IN_MEMORY = ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10")  # data sets that are held there
+NO_FILES, FETCHED, INAT = ("DIGITS", "SHAPES100", "FAKE"), ("CIFAR", "CIFAR10"), ("INAT", "INAT19")
+FOLDERS = ("IMNET", "FOLDER", *INAT)
+
+
+def _taken(setting: str, lacking: str = "") -> When:
+    """Return when a model takes a setting; `lacking` says what the others lack."""
+    why = f"with --model {{model}}{lacking}"
+    return When("model", lambda name: setting in family_of(name).arguments, why)
+
+
+OURS = When("model", lambda name: not name.startswith(FOREIGN), "with --model {model}")
+VIM = _taken("stride")
+PLAINMAMBA = _taken("param_order", ", which has one form")
+DROPOUT = _taken("drop", ", which has no dropout")
+NOT_COMPILED = When("compile", lambda on: not on, "with --compile; take one of both")
+EAGER = When(
+    "compile cuda_graphs",
+    lambda *on: not any(on),
+    "with --compile or --cuda-graphs, which leave no place to look",
+)
+REDUCED = When("reduction", lambda method: method != "none", "without --reduction")
+FUSED = When(
+    "fusion_strategy fusion_plan",
+    lambda strategy, plan: strategy != "none" or plan is not None,
+    "with --fusion-strategy none, which fuses nothing",
+)
+UNPLANNED = When("fusion_plan", lambda plan: plan is None, "with --fusion-plan, which says it all")
+ONE_ENDED = When(
+    "fusion_strategy",
+    lambda strategy: strategy in ("none", "lower", "upper"),
+    "with --fusion-strategy {fusion_strategy}, where it has no meaning",
+)
+IMAGE_FILES = When(
+    "data_set", FOLDERS.__contains__, "with --data-set {data_set}, which has no image files"
+)
+STORED = When(
+    "data_set",
+    lambda name: name not in NO_FILES,
+    "with --data-set {data_set}, which has no files; is that the set you mean?",
+)
+FETCHABLE = When(
+    "data_set", FETCHED.__contains__, "with --data-set {data_set}, which is not fetched"
+)
+INATURALIST = When("data_set", INAT.__contains__, "with --data-set {data_set}")
+RESIDENT = When(
+    "data_set",
+    IN_MEMORY.__contains__,
+    "with --data-set {data_set}, whose images are read one by one; "
+    f"{', '.join(IN_MEMORY)} are held in memory",
+)
+ON_DEVICE = When(
+    "aa three_augment",
+    lambda aa, _: (aa or "rand").startswith("rand"),
+    "with --aa {aa}; rand-*, such as rand-m9-mstd0.5-inc1, none and --ThreeAugment are offered on "
+    "the device",
+)
+THREE = When("three_augment", bool, "without --ThreeAugment")
+NOT_THREE = When("three_augment", lambda on: not on, "with --ThreeAugment")
+NO_POLICY = When(
+    "aa three_augment", lambda aa, _: aa is None, "with --aa {aa}; --aa none leaves room for it"
+)
+ERASING = When("reprob three_augment", lambda share, _: share > 0, "with --reprob 0")
+NO_SPAN = When(
+    "cutmix_minmax", lambda span: span is None, "with --cutmix-minmax, which replaces it"
+)
+MIXING = When("mixup cutmix cutmix_minmax", lambda *on: any(on), "with --mixup 0 --cutmix 0")
+BOTH_MIXES = When(
+    "mixup cutmix cutmix_minmax",
+    lambda mixup, *boxes: mixup and any(boxes),
+    "with only one of --mixup and --cutmix",
+)
+SGD = When(
+    "opt",
+    lambda name: name == "sgd",
+    "with --opt {opt}; its --opt-betas are what momentum is to sgd",
+)
+BETAS = When("opt", lambda name: name != "sgd", "with --opt sgd")
+EPSILON = When("opt", lambda name: name not in ("sgd", "lion"), "with --opt {opt}")
+WARM_UP = When("warmup_epochs", bool, "with --warmup-epochs 0")
+AMP = When("amp", lambda on: on is not False, "with --no_amp")
+AVERAGED = When("model_ema", bool, "with --no-model-ema")
+TAUGHT = When(
+    "distillation_type",
+    lambda kind: kind != "none",
+    "without --distillation-type, so that there is no teacher",
+)
+SOFT = When(
+    "distillation_type", lambda kind: kind == "soft", "with --distillation-type {distillation_type}"
+)
+RESUMED = When("resume", bool, "without --resume")
