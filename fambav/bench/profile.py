@@ -96,7 +96,6 @@ def by_layer(
     for _ in range(rounds):
         clock = _Clock(device)
         with _boundaries(clock, net, optimizer):
-            clock.start()
             run()
             clock.turn(REST)
         found.append(clock.spent)
@@ -109,14 +108,12 @@ def _shares(spent: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Clock:
-    """Seconds of each part, by turns."""
+    """Seconds of each part, by turns; it starts with the rest."""
 
     def __init__(self, device: torch.device) -> None:
         self.spent: defaultdict[str, float] = defaultdict(float)
-        self._device, self._stack, self.now, self._since = device, [REST], REST, 0.0
-
-    def start(self) -> None:
-        settle(self._device)
+        self._device, self.now = device, REST
+        settle(device)
         self._since = time.perf_counter()
 
     def turn(self, part: str) -> None:
@@ -126,31 +123,22 @@ class _Clock:
         self.spent[self.now] += now - self._since
         self.now, self._since = part, now
 
-    def enter(self, part: str) -> None:
-        """Begin a part inside of the one at work."""
-        self._stack.append(part)
-        self.turn(part)
-
-    def leave(self) -> None:
-        """End the part at work."""
-        self._stack.pop()
-        self.turn(self._stack[-1])
-
 
 @contextmanager
 def _boundaries(
     clock: _Clock, net: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> Iterator[None]:
     """Tell the clock when a part begins and ends, forward and backward."""
+    outer: list[str] = []  # the parts that those at work are in
 
     def before(_: nn.Module, given: object, *, part: str) -> None:
-        outer = clock.now
-        clock.enter(part)
-        if outer != REST:  # a part of another part: the gradient of its input is the other's again
-            _at_gradient(given, partial(clock.turn, outer))
+        outer.append(clock.now)
+        clock.turn(part)
+        if outer[-1] != REST:  # the gradient of its input is the other part's again
+            _at_gradient(given, partial(clock.turn, outer[-1]))
 
     def after(_: nn.Module, given: object, result: object, *, part: str) -> None:
-        clock.leave()
+        clock.turn(outer.pop())
         _at_gradient(result, partial(clock.turn, part))
 
     with ExitStack() as hooks:

@@ -199,8 +199,8 @@ class _Bench:
         """Return what runs a layer that nothing is done at, and its mixer."""
         block = self._blocks[self.layer]
         (tokens, *_), hidden = self._caught(no_reduction(self.body), block, block.mixer)
-        tokens, streams = _leaves(tokens)
-        layer = self._both(lambda: _streams(block(tokens)), [*streams, *block.parameters()])
+        tokens, leaves = token_leaves(tokens)
+        layer = self._both(lambda: streams(block(tokens)), [*leaves, *block.parameters()])
         return {(PLAIN, "layer"): layer, self._mixer_part(hidden): self._mixer(block.mixer, hidden)}
 
     def _runs(self, name: str, reduction: Reduction) -> dict[Part, Run]:
@@ -210,7 +210,7 @@ class _Bench:
         (met, *_), before, behind = self._caught(reduction, reduction, *mixers)
         method = cast(Reducer, reduction.method)
         left, count = met.living(), reduction.schedule.removed
-        tokens, leaves = _leaves(met)
+        tokens, leaves = token_leaves(met)
 
         def choose() -> object:
             with torch.no_grad(), self._precision.autocast():
@@ -218,7 +218,7 @@ class _Bench:
 
         def forward() -> Iterable[Tensor | None]:
             fewer = reduction(tokens, layer=self.layer)
-            return (*_streams(fewer), fewer.gap)
+            return (*streams(fewer), fewer.gap)
 
         found = {(name, "choose"): choose, (name, "reduce"): self._both(forward, leaves)}
         if reduction.needs:
@@ -289,15 +289,16 @@ def _mixer_name(length: int) -> str:
     return f"mixer of {length} tokens"
 
 
-def _streams(tokens: Tokens) -> tuple[Tensor | None, Tensor | None]:
-    return tokens.x, tokens.residual
+def streams(tokens: Tokens) -> list[Tensor]:
+    """Return what goes through a model."""
+    return [stream for stream in (tokens.x, tokens.residual) if stream is not None]
 
 
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_()
 
 
-def _leaves(tokens: Tokens) -> tuple[Tokens, list[Tensor]]:
+def token_leaves(tokens: Tokens) -> tuple[Tokens, list[Tensor]]:
     """Return tokens whose streams and signals are leaves, and these leaves."""
     found: list[Tensor] = []
 
@@ -310,5 +311,5 @@ def _leaves(tokens: Tokens) -> tuple[Tokens, list[Tensor]]:
     signals = tokens.signals
     if signals is not None:
         signals = Signals(signals.order, *map(leaf, signals[1:]))
-    x, residual = map(leaf, _streams(tokens))
+    x, residual = map(leaf, (tokens.x, tokens.residual))
     return tokens._replace(x=cast(Tensor, x), residual=residual, signals=signals), found

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fambav.bench.candidates import METHOD, NONE, REPLAYED, candidates, use_backend
 from fambav.bench.passes import STEP_BATCH, Step, training
+from fambav.bench.reduction import streams, token_leaves
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
 from fambav.engine.runtime import numerics
 from fambav.engine.timing import Run, Times, captured, interleave, ratio, spread
@@ -164,7 +165,7 @@ class Merging:
 
         def look(_: nn.Module, given: tuple[Tokens], options: dict[str, int]) -> None:
             if counts[options["layer"]]:
-                met.append((_leaves(given[0]), options["layer"]))
+                met.append((token_leaves(given[0])[0], options["layer"]))
 
         hook = self._reduction.register_forward_pre_hook(look, with_kwargs=True)
         with torch.no_grad(), use_backend(self._backend), self._precision.autocast():
@@ -172,7 +173,7 @@ class Merging:
         hook.remove()
         self.met = met[:layers]
         self._grads = [
-            [torch.randn_like(stream[:, counts[layer] :]) for stream in _streams(tokens)]
+            [torch.randn_like(stream[:, counts[layer] :]) for stream in streams(tokens)]
             for tokens, layer in self.met
         ]
 
@@ -183,16 +184,5 @@ class Merging:
             for (tokens, layer), grads in zip(self.met, self._grads, strict=True):
                 with self._precision.autocast():
                     fewer = self._reduction(tokens, layer=layer)
-                found.append(torch.autograd.grad(_streams(fewer), _streams(tokens), grads))
+                found.append(torch.autograd.grad(streams(fewer), streams(tokens), grads))
         return found
-
-
-def _streams(tokens: Tokens) -> tuple[Tensor, ...]:
-    """Return what has a gradient."""
-    return tuple(stream for stream in (tokens.x, tokens.residual) if stream is not None)
-
-
-def _leaves(tokens: Tokens) -> Tokens:
-    """Copy both streams, as leaves."""
-    x, *residual = (stream.detach().clone().requires_grad_() for stream in _streams(tokens))
-    return tokens._replace(x=x, residual=residual[0] if residual else None)
