@@ -111,7 +111,7 @@ class Audit:
                 "registers": row.registers,
                 "spilled_B": row.spill_bytes,
                 "shared_B": row.shared_bytes,
-                "slots_per_32": None if row.slots is None else row.slots,
+                "slots_per_32": row.slots,
                 "instructions": row.instructions,
                 "of_each_innermost_loop": _list(row.loops) or "-",
             }
