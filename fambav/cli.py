@@ -37,12 +37,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def main(argv: Words | None = None) -> int:
     """Train or evaluate as the flags say; return the exit status."""
-    return _guarded(_train, sys.argv[1:] if argv is None else argv)
+    return guarded(_train, sys.argv[1:] if argv is None else argv)
 
 
 def console(argv: Words | None = None) -> int:
     """Run one of the commands beside training; return the exit status."""
-    return _guarded(_command, sys.argv[1:] if argv is None else argv)
+    return guarded(_command, sys.argv[1:] if argv is None else argv)
 
 
 def _train(words: Words) -> int:
@@ -83,7 +83,7 @@ def _command(words: Words) -> int:
     return 0
 
 
-def _guarded(function: Callable[[Words], int], words: Words) -> int:
+def guarded(function: Callable[[Words], int | None], words: Words) -> int:
     """Call `function`; turn what is not a bug into a line and a status."""
     if "OMP_WAIT_POLICY" not in os.environ:
         # Read when torch loads its thread pool.  By default idle threads spin for milliseconds: on
@@ -93,7 +93,7 @@ def _guarded(function: Callable[[Words], int], words: Words) -> int:
         with _short_warnings():
             status = function(words)
         sys.stdout.flush()
-        return status
+        return status or 0
     except BrokenPipeError:  # whoever read our lines has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

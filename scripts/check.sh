@@ -14,7 +14,7 @@ esac
 
 "$python" -m ruff format --check .
 "$python" -m ruff check .
-"$python" -m mypy fambav main.py
+"$python" -m mypy fambav main.py benchmarks/*.py
 "$python" -m pip check --quiet
 case $mode in
 "") "$python" -m pytest -n auto --maxprocesses 8 --dist loadgroup ;;

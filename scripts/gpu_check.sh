@@ -3,11 +3,11 @@
 #
 #   bash scripts/gpu_check.sh [--more] [--only STEP] [--dry] [FOLDER]
 #
-# FOLDER (default output/gpu_check) receives a JSON file after every step, and in steps.jsonl a line
-# for each: an early stop loses nothing.  --more runs the second part, of less that matters; --only
+# FOLDER (default output/gpu_check) receives a JSON file after every step, of tests an XML file, and in
+# steps.jsonl a line for each: an early stop loses nothing.  --more runs the second part, of less that matters; --only
 # runs one step of either; --dry runs each to its end on a CPU, with tiny sizes and Triton's
 # interpreter.
-# Needs a CUDA build of torch and the packages of pyproject.toml in $PYTHON (default python3);
+# Needs a CUDA build of torch, the packages of pyproject.toml and pytest in $PYTHON (default python3);
 # installs nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
@@ -16,9 +16,9 @@ python=${PYTHON:-python3}
 total=470 # seconds; the limits of a part's steps add up to less
 more= only= dry= out=output/gpu_check
 steps="check_norm check_conv check_gate check_match check_pool check_scan check_mixer check_training"
-steps+=" scan step strategies infer latency floors"
-later="reduction data block smoke smoke_graphs tests scan_small step_small block_small sweep check_scan_forms"
-later+=" sweep_float32"
+steps+=" scan step strategies infer latency roofline"
+later="reduction data block smoke smoke_graphs tests scan_small step_small block_small kernels check_scan_forms"
+later+=" kernels_float32"
 
 fail() {
     printf 'error: %s\n' "$1" >&2
@@ -66,6 +66,18 @@ bench() { # NAME SECONDS KIND FLAGS...
     shift 3
     step "$name" "$limit" "$python" -m fambav bench "$kind" --device "$device" "$@" --json "$out/$name.json"
 }
+script() { # NAME SECONDS FILE FLAGS...
+    local name=$1 limit=$2 file=$3
+    shift 3
+    step "$name" "$limit" "$python" "benchmarks/$file.py" --device "$device" "$@" --json "$out/$name.json"
+}
+check() { # NAME SECONDS EXPRESSION FILES...
+    local name=$1 limit=$2 which=$3
+    shift 3
+    # Only pytest is needed: a setting of a plugin that is absent is no failure of the kernels.
+    step "$name" "$limit" "$python" -m pytest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning -rP \
+        -m "$mark" -k "$which" --junitxml "$out/$name.xml" "$@"
+}
 smoke() { # NAME SECONDS FLAGS...
     local name=$1 limit=$2
     shift 2
@@ -80,8 +92,13 @@ told = {"environment": json.loads((run / "env.json").read_text()), "epochs": epo
 target.write_text(json.dumps(told, indent=1))' "$out/$name" "$out/$name.json"
 }
 
+declare -A files=(
+    [norm]=tests/ops/test_norm.py [conv]=tests/ops/test_triton_conv.py [gate]=tests/ops/test_triton_gate.py
+    [match]=tests/ops/test_match.py [pool]=tests/ops/test_pool.py [scan]=tests/ops/test_triton_scan.py
+    [mixer]=tests/ops/test_bimamba.py [training]=tests/engine/test_determinism.py
+)
 if [ -n "$dry" ]; then
-    device=cpu
+    device=cpu mark="not gpu"
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
     few=(--rounds 1 --warmup 0 --batch 1)
     small=(--model vim_micro --input-size 16 --batch-size 64 --num_workers 0 --no-model-ema --drop-path 0.1)
@@ -89,12 +106,12 @@ if [ -n "$dry" ]; then
     block=(block "${few[@]}" --model vim_micro --length 5 3)
     step=(step "${few[@]}" --model vim_micro --length 10 5)
     forward=(--batch 1 --rounds 1 --warmup 0 --model vim_micro --plan none upper:3:9 --peer deit_tiny_patch16_224 --ceilings --split)
-    sweep=(sweep "${few[@]}" --length 3 --dim 32 --state 4 --blocks 32 --warps 1)
-    bench check_scan 1 check --part scan --length 2 --dtype float32
-    for part in norm conv gate match pool mixer scan_forms; do
-        bench "check_$part" 1 check --part "$part" --length 5 --dtype float32
+    kernels=(kernels "${few[@]}" --length 3 --dim 32 --state 4 --blocks 32 --warps 1)
+    for op in norm conv gate match pool scan mixer; do
+        check "check_$op" 1 "every_length and 2-torch.float32 or every_length and 5-torch.float32" "${files[$op]}"
     done
-    bench check_training 1 check --part training --updates 2 --batch 2
+    check check_scan_forms 1 "forms_in_turn[2-" "${files[scan]}"
+    check check_training 1 "" "${files[training]}"
     bench scan 1 "${scan[@]}" --dim 32
     bench step 1 "${step[@]}"
     bench strategies 1 strategies "${few[@]}" --model vim_micro --plan upper:3:9 all:1
@@ -102,46 +119,45 @@ if [ -n "$dry" ]; then
     bench latency 1 latency "${forward[@]:2}"
     bench reduction 1 reduction "${few[@]}" --model vim_micro
     bench data 1 data --batch 2 --batches 1 --rounds 1 --warmup 0 --workers 0 --input-size 32
-    bench floors 1 floors "${few[@]}"
+    script roofline 1 roofline "${few[@]}"
     bench block 1 "${block[@]}"
     smoke smoke 1
     step smoke_graphs 1 bash -c '"$@"; [ $? = 2 ]' refused "$python" main.py --device cpu --data-set FAKE --cuda-graphs
-    bench sweep 1 "${sweep[@]}" --dtype bfloat16
+    script kernels 1 "${kernels[@]}" --dtype bfloat16
     bench scan_small 1 "${scan[@]}" --dim 64
     bench step_small 1 "${step[@]}"
     bench block_small 1 "${block[@]}"
-    step tests 1 "$python" -c 'import pytest, pytest_timeout'
-    bench sweep_float32 1 "${sweep[@]}" --dtype float32
+    check tests 1 "gpu_times_launches or first_call" tests/engine/test_timing.py
+    script kernels_float32 1 "${kernels[@]}" --dtype float32
 else
-    device=cuda
+    device=cuda mark=gpu
     small=(--model vim_tiny --batch-size 64 --num_workers 8 --fusion-strategy upper --fusion-layer 6 --fusion-token 9)
     forward=(--plan none upper:6:9 all:7 --peer deit_tiny_patch16_224 --cuda-graphs --ceilings --split)
-    for part in norm conv gate match pool; do
-        bench "check_$part" 20 check --part "$part"
+    for op in norm conv gate match pool; do
+        check "check_$op" 20 every_length "${files[$op]}"
     done
-    bench check_scan 70 check --part scan scan_large
-    bench check_mixer 25 check --part mixer
-    bench check_training 45 check --part training
+    check check_scan 70 "every_length and not forms" "${files[scan]}"
+    check check_mixer 25 every_length "${files[mixer]}"
+    check check_training 45 "" "${files[training]}"
     bench scan 30 scan
     bench step 40 step --cuda-graphs
     bench strategies 60 strategies --cuda-graphs
     bench infer 35 infer "${forward[@]}"
     bench latency 25 latency "${forward[@]}"
-    bench floors 40 floors
+    script roofline 40 roofline
 
     bench reduction 40 reduction
     bench data 30 data --workers 0 1 8
     bench block 30 block
     smoke smoke 30
     smoke smoke_graphs 30 --cuda-graphs
-    # A pytest that is absent or does not know our settings is no failure of the kernels.
-    step tests 75 bash -c '"$1" -c "import pytest, pytest_timeout" || exit 0; "$1" -m pytest -m gpu -p no:cacheprovider' tests "$python"
+    check tests 75 "not every_length and not determinism" tests
     bench scan_small 25 scan --dim 768
     bench step_small 40 step --model vim_small --cuda-graphs
     bench block_small 30 block --model vim_small
-    bench sweep 55 sweep --dtype bfloat16
-    bench check_scan_forms 55 check --part scan_forms --length 5
-    bench sweep_float32 30 sweep --dtype float32
+    script kernels 55 kernels --dtype bfloat16 --kernel scan_forward scan_backward
+    check check_scan_forms 55 "forms_in_turn[5-" "${files[scan]}"
+    script kernels_float32 30 kernels --dtype float32 --kernel scan_forward scan_backward
 fi
 cat "$out/steps.jsonl"
 exit $failed

@@ -3,7 +3,7 @@
 #
 #   bash scripts/triton_matrix.sh [FOLDER]     FOLDER receives versions, logs and tables (default output/triton_matrix)
 #
-# For each version: the tests that run kernels in Triton's interpreter, and `fambav bench aot` against the recorded
+# For each version: the tests that run kernels in Triton's interpreter, and benchmarks/aot.py against the recorded
 # table, which objects only to spills and to more than twice the registers when the version is another than the
 # recorded one.  A version lies as a folder in front of .venv, so that torch is not fetched again.
 set -euo pipefail
@@ -14,7 +14,7 @@ versions=("triton==3.6.0 numpy<2.4" "triton==3.9.0") # 3.6's interpreter fails w
 tests=(tests/ops/test_triton_*.py tests/ops/test_match.py tests/ops/test_pool.py)
 
 status=0
-table=$(printf '%-8s%-8s%-62s%s' triton numpy "interpreter tests" "bench aot")
+table=$(printf '%-8s%-8s%-62s%s' triton numpy "interpreter tests" "aot.py")
 for wanted in "${versions[@]}"; do
     read -ra packages <<<"$wanted"
     here="$out/${packages[0]/==/-}"
@@ -29,7 +29,7 @@ for wanted in "${versions[@]}"; do
     "$python" -m pytest -p no:cacheprovider -k triton -W "ignore:Conversion of an array:DeprecationWarning" \
         "${tests[@]}" >"$here.tests.log" 2>&1 || status=1 # the warning is about 3.6's own code
     tested=$(tail -n 1 "$here.tests.log")
-    if env -u TRITON_INTERPRET TRITON_CACHE_DIR="$here.cache" "$python" -m fambav bench aot \
+    if env -u TRITON_INTERPRET TRITON_CACHE_DIR="$here.cache" "$python" benchmarks/aot.py \
         --against benchmarks/aot.json --json "$here.json" >"$here.aot.log" 2>&1; then
         compiled="nothing is worse"
     else

@@ -1,6 +1,7 @@
 """One thread, NaN in memory that nobody wrote, Triton interpreted, what a machine cannot run."""
 
 import os
+import platform
 import shutil
 from collections import Counter
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ if not torch.cuda.is_available():  # read when a kernel is defined, so before an
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fambav.ecosystem  # noqa: F401  before any test imports timm or torchvision
+from fambav.engine.record import environment
 
 torch.set_num_threads(1)
 
@@ -33,6 +35,16 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)  # also makes torch.empty return NaN
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def provenance(request, record_testsuite_property):
+    """Let a file of results say what was tested where."""
+    if request.config.getoption("xmlpath", None):
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+        record_testsuite_property("device", device)
+        for name, value in environment().items():
+            record_testsuite_property(name, value)
 
 
 def pytest_collection_modifyitems(items):

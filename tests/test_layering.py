@@ -22,7 +22,6 @@ RANK = {
     "engine": 6,
     "pictures": 6,
     "build": 7,
-    "ahead": 8,
     "comparison": 8,
     "costs": 8,
     "bench": 9,

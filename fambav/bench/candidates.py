@@ -1,24 +1,24 @@
-"""What takes part in a comparison: a model, a plan, a backend, a number format.
-
-flags -> candidates -> a network and images for each -> all of them in every round
-"""
+"""What takes part in a comparison: a model, a plan, a backend, a dtype, a way to launch it."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fambav.bench.report import MeasureError, Row, short
-from fambav.bench.stack import stack
+from fambav.bench.report import MeasureError, Row, dtype_name
 from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision
+from fambav.engine.timing import Times, ratio
 from fambav.models import Backbone, Vim
-from fambav.ops import BackendError
+from fambav.ops import BackendError, backends, force
+from fambav.ops.dispatch import SCAN
 from fambav.reduction import fused
 from fambav.registry import MODELS, STRATEGIES, STRATEGY_ALIASES, nearest
 
@@ -26,40 +26,7 @@ NONE = "none"
 EAGER, REPLAYED = "eager", "replayed"
 CLASSES = 1000
 METHOD = "famba-v"
-
-
-class Plan(NamedTuple):
-    """Which layers fuse how many tokens.
-
-    Attributes:
-        name: strategy:layer:tokens or strategy:tokens, as on the command line.
-        fusion: The same as arguments of a model.
-    """
-
-    name: str
-    fusion: dict[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> Plan:
-        """Read a plan such as "upper:6:9", layers counted from 1, or "none".
-
-        Raises:
-            ValueError: If it has another form.
-        """
-        strategy, *numbers = text.split(":")
-        known = (*STRATEGIES, *STRATEGY_ALIASES)
-        if strategy not in known:
-            hint = nearest(strategy, known)
-            raise ValueError(f"plan is {text!r}, expected strategy:layer:tokens; {hint}")
-        if STRATEGY_ALIASES.get(strategy, strategy) == NONE and not numbers:
-            return cls(NONE, {})
-        wanted = 2 if strategy in ("lower", "upper") else 1
-        if len(numbers) != wanted or not all(re.fullmatch(r"[1-9]\d*", n) for n in numbers):
-            form = "layer:tokens" if wanted == 2 else "tokens"
-            raise ValueError(f"plan is {text!r}, expected {strategy}:{form}")
-        *layer, token = map(int, numbers)
-        fusion: dict[str, Any] = dict(fusion_strategy=strategy, fusion_token=token)
-        return cls(text, fusion | ({"fusion_layer": layer[0]} if layer else {}))
+T = TypeVar("T")
 
 
 class Candidate(NamedTuple):
@@ -67,11 +34,11 @@ class Candidate(NamedTuple):
 
     Attributes:
         model: One of ours, or a model of timm.
-        plan: Which layers fuse how many tokens, as `Plan.parse` reads it.
+        plan: Which layers fuse how many tokens, as `parse_plan` reads it.
         method: How they are fused.
         backend: What operations run by; None for the fastest.
         dtype: Of the forward pass, under autocast unless it is float32; weights stay float32.
-        launch: "eager", or "replayed" from a recording.
+        launch: "eager", or "replayed" from a CUDA graph.
         length: Tokens at the start; None for the model's own.
     """
 
@@ -90,69 +57,75 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        """All that tells it from others, in words."""
-        told = (self.plan, self.backend, short(self.dtype), self.launch, self.length)
-        usual = (NONE, None, short(torch.float32), EAGER, None)
-        more = (str(own) for own, other in zip(told, usual, strict=True) if own != other)
+        """All that is not as usual, in words."""
+        values = (self.plan, self.backend, dtype_name(self.dtype), self.launch, self.length)
+        usual = (NONE, None, dtype_name(torch.float32), EAGER, None)
+        more = (str(own) for own, other in zip(values, usual, strict=True) if own != other)
         return " ".join((self.model, *more))
 
-    def row(self) -> Row:
+    def row(self) -> dict[str, Any]:
         """Return the columns that name it."""
         return {
             "model": self.model,
             "plan": self.plan if self.ours else "-",
             "backend": (self.backend or "fastest") if self.ours else "torch",
-            "dtype": short(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "launch": self.launch,
         }
 
     def precision(self, device: torch.device) -> Precision:
-        """Return the number format of the forward pass."""
+        """Return the dtype of the forward pass as autocast takes it."""
         return Precision(device, None if self.dtype == torch.float32 else self.dtype)
 
     def network(self, device: torch.device, *, drop_path: float = 0.0, seed: int = 0) -> nn.Module:
-        """Return the model with new weights, in training mode.
+        """Return the model with new weights, drawn on the CPU, in training mode.
 
         Args:
             device: Where; the meta device for no weights at all.
             drop_path: Stochastic depth of one of ours.
-            seed: Of the weights, which are drawn on the CPU.
+            seed: Of the weights.
 
         Raises:
             ValueError: If there is no such model, or it cannot carry out the plan.
         """
         torch.manual_seed(seed)
-        drawn = torch.device("meta" if device.type == "meta" else "cpu")
-        with drawn:
+        with torch.device("meta" if device.type == "meta" else "cpu"):
             if not self.ours:
                 return _peer(self.model).to(device)
             options: dict[str, Any] = dict(num_classes=CLASSES, drop_path_rate=drop_path)
             if self.length is not None:
                 options["img_size"] = image_size(self.model, self.length)
             net = cast(Backbone, timm.create_model(self.model, **options))
-        fusion = Plan.parse(self.plan).fusion
+        fusion = parse_plan(self.plan)
         if fusion:
             named = {key.removeprefix("fusion_"): value for key, value in fusion.items()}
             net.reduction = fused(net.info, **named, method=self.method)
         return net.to(device)
 
-    def able(self, device: torch.device) -> str | None:
-        """Say why its backend cannot run here, or None: one image goes through."""
-        net = self.network(device).eval()
-        try:
-            with stack(self.backend), torch.no_grad(), self.precision(device).autocast():
-                net(images(net, 1, device))
-        except BackendError as error:
-            return str(error)
-        return None
 
+def parse_plan(text: str) -> dict[str, Any]:
+    """Read a plan such as "upper:6:9", layers counted from 1, or "none".
 
-def _peer(name: str) -> nn.Module:
-    if not timm.is_model(name):
-        hint = nearest(name, timm.list_models())
-        told = hint if hint.startswith("did you") else "timm.list_models() has them all"
-        raise ValueError(f"peer is {name!r}, expected a model of timm; {told}")
-    return timm.create_model(name, num_classes=CLASSES)
+    Returns:
+        The same as arguments of a model; nothing for no fusion.
+
+    Raises:
+        ValueError: If it has another form.
+    """
+    strategy, *numbers = text.split(":")
+    known = (*STRATEGIES, *STRATEGY_ALIASES)
+    if strategy not in known:
+        hint = nearest(strategy, known)
+        raise ValueError(f"plan is {text!r}, expected strategy:layer:tokens; {hint}")
+    if STRATEGY_ALIASES.get(strategy, strategy) == NONE and not numbers:
+        return {}
+    wanted = 2 if strategy in ("lower", "upper") else 1
+    if len(numbers) != wanted or not all(re.fullmatch(r"[1-9]\d*", n) for n in numbers):
+        form = "layer:tokens" if wanted == 2 else "tokens"
+        raise ValueError(f"plan is {text!r}, expected {strategy}:{form}")
+    *layer, token = map(int, numbers)
+    fusion: dict[str, Any] = dict(fusion_strategy=strategy, fusion_token=token)
+    return fusion | ({"fusion_layer": layer[0]} if layer else {})
 
 
 def candidates(
@@ -171,11 +144,11 @@ def candidates(
 
     Args:
         model: One of ours.
-        plans: Which layers fuse how many tokens, as `Plan.parse` reads them.
+        plans: Which layers fuse how many tokens, as `parse_plan` reads them.
         method: How tokens are fused.
         names: Backends of our operations; by default the fastest.
         dtypes: Of the forward pass.
-        cuda_graphs: Take each also with its passes recorded.
+        cuda_graphs: Take each also as a replay of a CUDA graph.
         lengths: Tokens at the start of ours; None for the model's own.
         peers: Models of timm, on images of their own size.
         device: Where they are to run.
@@ -186,79 +159,119 @@ def candidates(
     """
     for dtype in dtypes:
         _check_dtype(dtype, device)
-    named = [Plan.parse(text).name for text in plans]
+    named = [text if parse_plan(text) else NONE for text in plans]
     for name in (peer for peer in peers if peer not in MODELS):
         with torch.device("meta"):
             _peer(name)
     launches = (EAGER, REPLAYED) if cuda_graphs else (EAGER,)
     ours = itertools.product(dtypes, (None,) if names is None else names, named, launches, lengths)
+    found = [Candidate(model, p, method, b, d, launch, n) for d, b, p, launch, n in ours]
     theirs = itertools.product(peers, dtypes, launches)
-    return list(
-        dict.fromkeys(
-            (
-                *(Candidate(model, p, method, b, d, launch, n) for d, b, p, launch, n in ours),
-                *(Candidate(p, dtype=d, launch=launch) for p, d, launch in theirs),
-            )
-        )
-    )
+    found += [Candidate(p, dtype=d, launch=launch) for p, d, launch in theirs]
+    return list(dict.fromkeys(found))
 
 
-def sifted(
-    given: Sequence[Candidate], device: torch.device
-) -> tuple[list[Candidate], dict[str, str]]:
-    """Tell which candidates can run here; one of each backend and dtype is tried.
+def prepared(
+    given: Sequence[Candidate], make: Callable[[Candidate], T], key: Callable[[Candidate], str]
+) -> tuple[dict[Candidate, T], dict[str, str]]:
+    """Make something of every candidate, and say why it cannot be had.
+
+    Args:
+        given: The candidates.
+        make: Raises BackendError for one that cannot run here, RuntimeError for one that cannot be
+            recorded as a CUDA graph.
+        key: Names what cannot run; after a refusal nothing else of that name is tried.
+
+    Raises:
+        MeasureError: If nothing can be had.
+    """
+    found, refused = dict[Candidate, T](), dict[str, str]()
+    for candidate in given:
+        if key(candidate) in refused:
+            continue
+        try:
+            found[candidate] = make(candidate)
+        except BackendError as error:
+            refused[key(candidate)] = str(error)
+        except RuntimeError as error:
+            if candidate.launch == EAGER:
+                raise
+            refused[candidate.name] = str(error).splitlines()[0]
+    if not found:
+        raise MeasureError(next(iter(refused.values()), "there is nothing to compare"))
+    return found, refused
+
+
+def relative(
+    own: Times,
+    baselines: Mapping[str, Times | None],
+    longest: tuple[Times | None, int] | None,
+    length: int | None,
+    peak: float | None,
+) -> Row:
+    """Compare a candidate with others, and with itself at more tokens.
 
     Returns:
-        Those that can, and why each of the other backends cannot.
+        over_NAME   how many times faster than that backend in the same round
+        peak_mib    peak memory
+        growth      time over that at the longest length, divided by the ratio of the lengths: 1 is
+                    proportional
+    """
+    growth = None
+    if longest is not None and length is not None:
+        share = ratio(own, longest[0])
+        growth = None if share is None else share * longest[1] / length
+    over = {f"over_{name}": ratio(times, own) for name, times in baselines.items()}
+    return {**over, "peak_mib": peak, "growth": growth}
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force a backend of the scan, and of every other operation that has it and can run it here.
+
+    The others choose for themselves: beside mamba-ssm's scan, for instance, our norm.
+
+    Args:
+        name: Of the backend; None lets all choose.
 
     Raises:
-        MeasureError: If none can.
+        BackendError: If the scan has no such backend.
     """
-    tried = {(c.backend, c.dtype): c for c in reversed(given) if c.ours}  # the first of each
-    found = {key: candidate.able(device) for key, candidate in tried.items()}
-    several = len({dtype for _, dtype in found}) > 1
-    reasons = {
-        f"{backend or 'fastest'} {short(dtype)}" if several else str(backend): reason
-        for (backend, dtype), reason in reversed(found.items())
-        if reason is not None
-    }
-    able = [c for c in given if not c.ours or found[c.backend, c.dtype] is None]
-    return able, some(able, reasons)
+    with ExitStack() as forced:
+        if name is not None:
+            forced.enter_context(force(name))
+            for op in _others(name):
+                forced.enter_context(force(name, op))
+        yield
 
 
-def some(able: Collection[object], reasons: dict[str, str]) -> dict[str, str]:
-    """Return why some cannot run.
+@functools.cache
+def _others(backend: str) -> tuple[str, ...]:
+    return tuple(op for op, n, reason in backends() if n == backend and op != SCAN and not reason)
 
-    Raises:
-        MeasureError: If none can.
-    """
-    if not able:
-        raise MeasureError(next(iter(reasons.values()), "there is nothing to compare"))
-    return reasons
+
+def _peer(name: str) -> nn.Module:
+    if not timm.is_model(name):
+        hint = nearest(name, timm.list_models())
+        told = hint if hint.startswith("did you") else "timm.list_models() has them all"
+        raise ValueError(f"peer is {name!r}, expected a model of timm; {told}")
+    return timm.create_model(name, num_classes=CLASSES)
 
 
 def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     """Refuse what this device has no arithmetic for."""
-    emulated = (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    reason = "it is only emulated there" if emulated else _unproduced(dtype, device)
+    reason, bf16 = None, dtype == torch.bfloat16 and device.type == "cuda"
+    if bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        reason = "it is only emulated there"
+    else:
+        one = torch.ones(8, 8, device=device)
+        try:
+            one.to(dtype) @ one.to(dtype)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
     if reason is not None:
-        raise ValueError(
-            f"dtype is {short(dtype)}, expected one that {device.type} computes in; {reason}"
-        )
-
-
-def _unproduced(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Say why a small product cannot be made, or None."""
-    one = torch.ones(8, 8, device=device)
-    try:
-        one.to(dtype) @ one.to(dtype)
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return None
+        told = f"dtype is {dtype_name(dtype)}, expected one that {device.type} computes in"
+        raise ValueError(f"{told}; {reason}")
 
 
 def images(net: nn.Module, batch: int, device: torch.device) -> Tensor:

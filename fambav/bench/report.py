@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 class MeasureError(RuntimeError):
-    """Something cannot be measured here, or what was checked is wrong."""
+    """Something cannot be measured here, or is worse than it may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,24 +29,14 @@ class Report:
         settings: On what, where, when and with which versions.
         rows: A mapping for each candidate, all with the same keys; None where there is no value.
         skipped: What could not run here, with the reason.
-        failures: What was found wrong, a sentence each.
         tables: Further tables by their titles, each made like `rows`.
     """
 
     title: str
     settings: dict[str, Any]
-    rows: tuple[Row, ...]
-    skipped: dict[str, str]
-    failures: tuple[str, ...] = ()
-    tables: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
-
-    def find(self, **wanted: Any) -> Row:
-        """Return the first row with these values.
-
-        Raises:
-            StopIteration: If there is none.
-        """
-        return next(row for row in self.rows if wanted.items() <= dict(row).items())
+    rows: Sequence[Row]
+    skipped: dict[str, str] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
     def json(self) -> str:
         """Return everything as JSON, with a line for each row."""
@@ -59,21 +49,11 @@ class Report:
     def text(self) -> str:
         """Return tables to read."""
         told = ", ".join(f"{n.replace('_', ' ')} {_cell(v)}" for n, v in self.settings.items())
-        lines = [f"{self.title}: {told}", "", *_lines(self.rows)]
+        lines = [f"{self.title}: {told}", "", *table(self.rows)]
         for title, rows in self.tables.items():
-            lines += ["", title, "", *_lines(rows)]
+            lines += ["", title, "", *table(rows)]
         lines += [f"{name} is absent: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join([*lines, *(f"wrong: {failure}" for failure in self.failures)])
-
-    def refuse(self) -> None:
-        """Refuse what was found wrong.
-
-        Raises:
-            MeasureError: If there are failures.
-        """
-        if self.failures:
-            more = f"; and {len(self.failures) - 1} more" if len(self.failures) > 1 else ""
-            raise MeasureError(self.failures[0] + more)
+        return "\n".join(lines)
 
 
 def settings(
@@ -81,10 +61,9 @@ def settings(
 ) -> dict[str, Any]:
     """Return `sizes`, and where, when and with which versions something was measured."""
     about = environment()
-    name = {} if dtype is None else {"dtype": short(dtype)}
     return {
         **sizes,
-        **name,
+        **({} if dtype is None else {"dtype": dtype_name(dtype)}),
         "device": device_name(device),
         "threads": about["threads"],
         "torch": torch.__version__,
@@ -99,9 +78,25 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
-def short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without torch's."""
     return str(dtype).removeprefix("torch.")
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """Return what a run computes in on this device, if nothing else is said."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def positive(**numbers: int) -> None:
+    """Refuse a number below 1.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
 
 
 def _cell(value: Any) -> str:
@@ -117,21 +112,19 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def _lines(rows: Sequence[Row]) -> list[str]:
-    """Lay rows out below the names of their columns."""
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lay rows out below the names of their columns; return the lines."""
     if not rows:
         return []
-    table = [[name.replace("_", " ") for name in rows[0]]]
-    table += [[_cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    words = [isinstance(value, str) for value in rows[0].values()]
-    return [_line(row, widths, words) for row in table]
+    lines = [[name.replace("_", " ") for name in rows[0]]]
+    lines += [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    place = ["<" if isinstance(value, str) else ">" for value in rows[0].values()]
+    return [
+        "  ".join(f"{c:{p}{w}}" for c, p, w in zip(cells, place, widths, strict=True)).rstrip()
+        for cells in lines
+    ]
 
 
 def _json(rows: Sequence[Row]) -> str:
     return "[\n  " + ",\n  ".join(map(json.dumps, rows)) + "\n ]"
-
-
-def _line(cells: list[str], widths: list[int], words: list[bool]) -> str:
-    each = zip(cells, widths, words, strict=True)
-    return "  ".join(c.ljust(w) if word else c.rjust(w) for c, w, word in each).rstrip()

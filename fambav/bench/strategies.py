@@ -1,19 +1,26 @@
-"""What token fusion saves in a training step, and what the merging itself costs."""
+"""What token fusion saves in a training step, and what the merging itself costs.
+
+Peak memory is fitted to the tokens of each plan:
+
+    peak = constant + a * tokens over all mixers + b * tokens that the layers that fuse receive
+
+`a` is what a mixer keeps for each token, `b` what fusing adds for each token that it looks at: a
+layer that fuses pays as soon as it has removed b / a of its tokens from every layer from it up.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fambav.bench.candidates import METHOD, NONE, REPLAYED, candidates
-from fambav.bench.memory_model import fit
-from fambav.bench.report import Report, Row, settings
-from fambav.bench.scan import positive, training_dtype
-from fambav.bench.stack import stack
-from fambav.bench.step import BATCH, Step, training
+from fambav.bench.candidates import METHOD, NONE, REPLAYED, candidates, use_backend
+from fambav.bench.passes import STEP_BATCH, Step, training
+from fambav.bench.reduction import streams, token_leaves
+from fambav.bench.report import Report, Row, positive, settings, training_dtype
 from fambav.engine.runtime import numerics
 from fambav.engine.timing import Run, Times, captured, interleave, ratio, spread
 from fambav.layers import Tokens
@@ -42,13 +49,8 @@ def strategies(
 
     Args:
         model: One of ours.
-        plans: Which layers fuse how many tokens, as `Plan.parse` reads them; none is added.
+        plans: Which layers fuse how many tokens, as `parse_plan` reads them; none is added.
         method: How tokens are merged.
-        batch: Images; by default 128 on a GPU and 2 on a CPU.
-        rounds: How often each candidate is timed, at least 1.
-        warmup: Rounds before those.
-        device: Where.
-        dtype: Of the forward pass; by default that of training there.
         backend: What operations run by; None for the fastest.
         cuda_graphs: Record the passes of every step.
 
@@ -56,65 +58,96 @@ def strategies(
         A row for every plan: the share of token-layers and of the step's time that are left, how
         many times faster the step is, and the time of all merging, forward and backward, alone.  On
         a GPU merging is timed as a replay, without the launches that hide behind other kernels.
-        With enough plans, also the model of memory of `memory_model` and how far it is off.
+        With enough plans, also the model of memory and how far it is off.
 
     Raises:
         ValueError: If a plan cannot be read or carried out, or a number is too small.
     """
-    batch = BATCH[device.type] if batch is None else batch
+    batch = STEP_BATCH[device.type] if batch is None else batch
     dtype = training_dtype(device) if dtype is None else dtype
     positive(batch=batch)
-    which: dict[str, Any] = dict(
-        model=model, plans=(NONE, *plans), method=method, cuda_graphs=cuda_graphs
-    )
-    given = candidates(names=(backend,), dtypes=(dtype,), device=device, **which)
-    given = [c for c in given if (c.launch == REPLAYED) == cuda_graphs]
+    which: dict[str, Any] = dict(model=model, method=method, cuda_graphs=cuda_graphs)
+    plans, dtypes = (NONE, *plans), (dtype,)
+    given = candidates(names=(backend,), plans=plans, dtypes=dtypes, device=device, **which)
     with numerics(deterministic=False, matmul_precision="high"):
-        steps = {c.plan: training(c, batch=batch, device=device) for c in given}
+        steps = {
+            c.plan: training(c, batch=batch, device=device)
+            for c in given
+            if (c.launch == REPLAYED) == cuda_graphs
+        }
         runs: dict[tuple[str, str], Run] = {(n, "step"): s.run for n, s in steps.items()}
         for name in (plan for plan in steps if plan != NONE):
             merging = Merging(steps[name]).run
             runs[name, "merging"] = captured(merging) if device.type == "cuda" else merging
         times = interleave(runs, rounds=rounds, warmup=warmup, device=device)
         peaks = {name: ready.peak_mib() for name, ready in steps.items()}
-    told = dict(model=model, method=method, batch=batch, rounds=rounds, cuda_graphs=cuda_graphs)
+    schedules = {name: cast(Backbone, ready.net).schedule for name, ready in steps.items()}
+    fitted = fit_memory([*schedules.values()], [*peaks.values()])
+    about: dict[str, Any] = dict(model=model, method=method, batch=batch, rounds=rounds)
+    about |= dict(cuda_graphs=cuda_graphs, backend=backend or "fastest")
     return Report(
         title="training step with token fusion, against none",
-        settings=settings(device, dtype, **told, backend=backend or "fastest"),
-        rows=tuple(_row(name, ready, times, peaks) for name, ready in steps.items()),
-        skipped={},
-        tables=_memory(steps, peaks),
+        settings=settings(device, dtype, **about),
+        rows=[_row(name, schedules[name], times, peaks) for name in steps],
+        tables={} if fitted is None else {MEMORY: [fitted]},
     )
 
 
-def _memory(steps: Mapping[str, Step], peaks: Mapping[str, float]) -> dict[str, tuple[Row, ...]]:
-    """Return a table with the model of memory; no table if the plans are too few."""
-    found = fit([_schedule(ready) for ready in steps.values()], [*peaks.values()])
-    return {} if found is None else {MEMORY: (found.row(max(peaks.values())),)}
-
-
-def _schedule(ready: Step) -> Schedule:
-    return cast(Backbone, ready.net).schedule
-
-
 def _row(
-    name: str, ready: Step, times: dict[tuple[str, str], Times], peaks: dict[str, float]
+    name: str,
+    schedule: Schedule,
+    times: Mapping[tuple[str, str], Times],
+    peaks: Mapping[str, float],
 ) -> Row:
-    own, merging = times[name, "step"], times.get((name, "merging"))
-    schedule = _schedule(ready)
-    left = ratio(own, times[NONE, "step"])
+    own, none, merging = times[name, "step"], times[NONE, "step"], times.get((name, "merging"))
     return {
         "plan": name,
         "last_length": schedule.lengths[-1],
         "token_layers_left": schedule.share,
-        "time_left": left,
-        "times_faster": ratio(times[NONE, "step"], own),
+        "time_left": ratio(own, none),
+        "times_faster": ratio(none, own),
         "memory_left": peaks[name] / peaks[NONE] if peaks[NONE] else None,
         **spread(own),
         "peak_mib": peaks[name],
         "merging_ms": None if merging is None else spread(merging)["median_ms"],
         "merging_share": ratio(merging, own),
     }
+
+
+def fit_memory(schedules: Sequence[Schedule], peaks: Sequence[float]) -> Row | None:
+    """Fit peaks of memory, in MiB, to the tokens of each plan by least squares.
+
+    Returns:
+        The model, and how far it is off; None if the plans do not tell its three numbers apart,
+        with one to spare.
+    """
+    rows = [(1.0, *map(float, tokens_seen(schedule))) for schedule in schedules]
+    seen, wanted = torch.tensor(rows, dtype=torch.float64), torch.tensor(peaks, dtype=torch.float64)
+    if len(rows) < 4 or int(torch.linalg.matrix_rank(seen)) < 3:
+        return None
+    # By an orthogonal basis, since tokens are thousands and the first column is 1.
+    basis, triangle = torch.linalg.qr(seen)
+    found = torch.linalg.solve_triangular(triangle, (basis.mT @ wanted)[:, None], upper=True)[:, 0]
+    constant, mixing, fusing = found.tolist()
+    residuals = (wanted - seen @ found).tolist()
+    rms = math.sqrt(sum(r * r for r in residuals) / len(residuals))
+    return {
+        "plans": len(residuals),
+        "constant_mib": constant,
+        "mixing_kib_per_token": 1024 * mixing,
+        "fusing_kib_per_token": 1024 * fusing,
+        "rms_mib": rms,
+        "worst_mib": max(map(abs, residuals)),
+        "rms_share": rms / max(peaks),
+    }
+
+
+def tokens_seen(schedule: Schedule) -> tuple[int, int]:
+    """Return the tokens summed over all mixers, and over the layers that fuse, before they do."""
+    counts, seen = schedule.counts, schedule.lengths
+    gone = 0 if schedule.after else 1
+    met = sum(n + gone * count for n, count in zip(seen, counts, strict=True) if count)
+    return sum(seen), met
 
 
 class Merging:
@@ -132,37 +165,24 @@ class Merging:
 
         def look(_: nn.Module, given: tuple[Tokens], options: dict[str, int]) -> None:
             if counts[options["layer"]]:
-                met.append((_leaves(given[0]), options["layer"]))
+                met.append((token_leaves(given[0])[0], options["layer"]))
 
         hook = self._reduction.register_forward_pre_hook(look, with_kwargs=True)
-        with torch.no_grad(), stack(self._backend), self._precision.autocast():
+        with torch.no_grad(), use_backend(self._backend), self._precision.autocast():
             step.net(step.batch[0])
         hook.remove()
         self.met = met[:layers]
-        self._grads = [_grads(tokens, counts[layer]) for tokens, layer in self.met]
+        self._grads = [
+            [torch.randn_like(stream[:, counts[layer] :]) for stream in streams(tokens)]
+            for tokens, layer in self.met
+        ]
 
     def run(self) -> object:
         """Merge at every layer, and pass gradients back."""
         found = []
-        with stack(self._backend):
+        with use_backend(self._backend):
             for (tokens, layer), grads in zip(self.met, self._grads, strict=True):
                 with self._precision.autocast():
                     fewer = self._reduction(tokens, layer=layer)
-                found.append(torch.autograd.grad(_streams(fewer), _streams(tokens), grads))
+                found.append(torch.autograd.grad(streams(fewer), streams(tokens), grads))
         return found
-
-
-def _streams(tokens: Tokens) -> tuple[Tensor, ...]:
-    """Return what has a gradient."""
-    return tuple(stream for stream in (tokens.x, tokens.residual) if stream is not None)
-
-
-def _leaves(tokens: Tokens) -> Tokens:
-    """Copy both streams, as leaves."""
-    x, *residual = (stream.detach().clone().requires_grad_() for stream in _streams(tokens))
-    return tokens._replace(x=x, residual=residual[0] if residual else None)
-
-
-def _grads(tokens: Tokens, count: int) -> tuple[Tensor, ...]:
-    """Draw gradients of what is left of both streams."""
-    return tuple(torch.randn_like(stream[:, count:]) for stream in _streams(tokens))

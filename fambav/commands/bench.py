@@ -1,65 +1,160 @@
-"""fambav bench."""
+"""fambav bench: the kinds, their flags, and what they call."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fambav.commands.output import show
 from fambav.commands.parser import Parser
+from fambav.registry import DATA_SETS, FAMILIES, METHODS, MODELS, SCAN_BACKENDS
 
-ARCHS = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that Triton compiles for
+VIMS = FAMILIES["vim"].models
+DTYPES = ("float32", "bfloat16", "float16")
+PLAN = "strategy:layer:tokens or strategy:tokens, such as upper:6:9 or all:7, or none"
+NUMBER: dict[str, Any] = dict(type=int, metavar="N")
+SWITCH: dict[str, Any] = dict(action="store_true")
+# What may be given to `add_flags`; a flag that is not given is left to the function's own default.
+FLAGS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("batch", "rounds", "warmup", "dim", "state", "batches", "input-size"), NUMBER),
+    "device": dict(metavar="NAME", default=None, help="cpu or cuda; a GPU if there is one"),
+    "dtype": dict(choices=DTYPES, help="as in training by default"),
+    "dtypes": dict(nargs="+", choices=DTYPES, help="several are measured in turn"),
+    "lengths": dict(NUMBER, nargs="+", help="tokens; several are measured in turn"),
+    "backend": dict(choices=SCAN_BACKENDS, help="the fastest by default"),
+    "names": dict(nargs="+", choices=SCAN_BACKENDS, help="what to compare"),
+    "vim": dict(choices=VIMS, metavar="NAME"),
+    "model": dict(choices=MODELS, metavar="NAME"),
+    "plan": dict(metavar="PLAN", help=PLAN),
+    "plans": dict(nargs="+", metavar="PLAN", help=PLAN),
+    "method": dict(choices=METHODS, help="how tokens are fused"),
+    "methods": dict(nargs="+", choices=METHODS, help="all that the model can carry out by default"),
+    "count": dict(
+        NUMBER,
+        help="tokens that go; by default 5%% of the patches, or nearly so many that leave a grid",
+    ),
+    "peers": dict(
+        nargs="+",
+        metavar="NAME",
+        help="models of timm to compare with, such as deit_tiny_patch16_224",
+    ),
+    "ceilings": dict(
+        SWITCH, help="measure a large product and a large copy in the same rounds, and shares"
+    ),
+    "parts": dict(SWITCH, help="tell the share of every layer and of every kind of operation"),
+    "cuda-graphs": dict(SWITCH, help="measure each also as a replay of a CUDA graph"),
+    "data-set": dict(choices=DATA_SETS, metavar="NAME"),
+    "data-path": dict(metavar="FOLDER"),
+    "workers": dict(NUMBER, nargs="+", help="loader processes; several are measured in turn"),
+}
+SPELLED = dict(dtypes="dtype", lengths="length", names="backend", vim="model", plans="plan")
+SPELLED |= dict(methods="method", peers="peer", parts="split")
+
+COMMON = "batch rounds warmup device dtype"
+MODEL = "rounds warmup device dtypes names peers ceilings parts cuda-graphs"
+# By name: the function of fambav.bench, its flags, and what it does.
+KINDS = {
+    "scan": (
+        "operations.scan",
+        f"{COMMON} lengths dim state names",
+        "Time the selective scan of a mixer and weigh what it keeps for the backward pass.",
+    ),
+    "block": (
+        "operations.block",
+        f"{COMMON} vim lengths names",
+        "Time one block of a model, forward and backward.",
+    ),
+    "step": (
+        "passes.step",
+        f"{MODEL} batch vim lengths",
+        "Time whole training steps of a model on random images.",
+    ),
+    "infer": (
+        "passes.infer",
+        f"{MODEL} batch model plans method",
+        "Time forward passes over batches of images, without gradients.",
+    ),
+    "latency": (
+        "passes.latency",
+        f"{MODEL} model plans method",
+        "Time single images through models, from an idle device to the logits.",
+    ),
+    "strategies": (
+        "strategies.strategies",
+        f"{COMMON} vim plans method backend cuda-graphs",
+        "Time training steps with token fusion against none, and what merging costs.",
+    ),
+    "reduction": (
+        "reduction.reduction",
+        f"{COMMON} model methods count",
+        "Time each reduction method where it acts, in layers of the model.",
+    ),
+    "data": (
+        "data_loader.loading",
+        "batch batches rounds warmup device input-size data-set data-path workers",
+        "Count images that loader processes and a set on the device bring to training.",
+    ),
+}
 
 
 def run(words: list[str]) -> None:
-    """Measure kernels, blocks, steps and what fusion saves, or what kernels compile to."""
-    from fambav.bench.commands import KINDS
-
+    """Measure scans, blocks, steps, forward passes, and what fusion saves."""
     given = vars(parser().parse_args(words))
-    what = given.pop("what")
-    if what in BENCHES:
-        BENCHES[what][0](given)
-        return
-    target = given.pop("json")
-    report = KINDS[what].run(given)
-    show(report.text(), report.json(), target)
-    report.refuse()
+    module, function = KINDS[given.pop("what")][0].split(".")
+
+    def measured(**given: Any) -> Any:
+        return getattr(import_module(f"fambav.bench.{module}"), function)(**given)
+
+    measure(measured, given)
 
 
 def parser() -> Parser:
     """Return the parser of `fambav bench`."""
-    from fambav.bench.commands import KINDS
-
     parser = Parser("fambav bench", description=run.__doc__, allow_abbrev=False)
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name, (measure, describe) in {**KINDS, **BENCHES}.items():
-        kind = kinds.add_parser(
-            name, description=measure.__doc__, help=measure.__doc__, allow_abbrev=False
-        )
-        describe(kind)
-        kind.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    for name, (_, flags, about) in KINDS.items():
+        add_flags(kinds.add_parser(name, description=about, help=about, allow_abbrev=False), flags)
     return parser
 
 
-def _aot_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--arch", type=int, nargs="+", choices=ARCHS, default=[80, 90], help="compute capability"
-    )
-    parser.add_argument("--only", default="", metavar="TEXT", help="of a kernel's name")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="refuse what is worse there")
+def add_flags(parser: argparse.ArgumentParser, names: str) -> None:
+    """Add flags of `FLAGS`, and where figures are written."""
+    for name in names.split():
+        flag = SPELLED.get(name, name)
+        dest = flag if name == "vim" else name
+        options = {"default": argparse.SUPPRESS, "dest": dest.replace("-", "_")} | FLAGS[name]
+        parser.add_argument(f"--{flag}", **options)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
 
-def _bench_aot(given: dict[str, Any]) -> None:
-    """Compile the Triton kernels without a GPU and count registers, spills and instructions."""
-    from fambav import ahead
+def measure(function: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Call a benchmark with flags, the device and dtypes in the place of their names; show it.
 
-    against: Path | None = given["against"]
-    recorded = None if against is None else ahead.read(against)
-    report = ahead.survey(given["arch"], only=given["only"])
-    show(report.text(), report.json(), given["json"])
-    if recorded is not None:
-        ahead.compare(report, recorded, only=given["only"])
+    Args:
+        function: Returns a report.
+        given: Values of flags by their names.
 
+    Raises:
+        ValueError: If CUDA graphs are wanted where there is no GPU.
+    """
+    # Read when a profiler starts; below this its library writes lines to the console.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    import torch
 
-BENCHES = {"aot": (_bench_aot, _aot_flags)}
+    from fambav.engine.runtime import processes
+
+    target = given.pop("json")
+    with processes(given["device"]) as here:
+        given["device"] = device = here.device
+        if given.get("cuda_graphs") and device.type != "cuda":
+            raise ValueError(f"device is {device}, expected a CUDA device with --cuda-graphs")
+        if "dtype" in given:
+            given["dtype"] = getattr(torch, given["dtype"])
+        if "dtypes" in given:
+            given["dtypes"] = [getattr(torch, name) for name in given["dtypes"]]
+        report = function(**given)
+    show(report.text(), report.json(), target)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from fambav.bench.scan import table
 from fambav.engine import timing
 from fambav.engine.timing import (
     allocated_mib,
@@ -77,22 +76,6 @@ def test_only_a_gpu_replays_and_what_cannot_be_recorded_is_named(monkeypatch):
     found, refused = with_replays(runs, torch.device("cuda"))
     assert list(found) == [("triton", "eager", 5), ("triton", "replayed", 5), ("cpu", "eager", 5)]
     assert refused == {"cpu replayed 5": "a copy to the host"}
-
-
-def test_a_row_compares_with_the_baseline_of_its_own_length_and_launch():
-    times = {
-        ("triton", "eager", 60): [4.0, 4.0],
-        ("triton", "eager", 20): [2.0, 2.0],
-        ("cuda", "eager", 60): [12.0, 12.0],
-        ("cuda", "eager", 20): [12.0, 12.0],
-        ("triton", "replayed", 60): [1.0, 1.0],
-    }
-    memory = {("triton", "eager", 60): 7.0}
-    long, short, theirs, _, replayed = table(times, memory, (60, 20), baselines=("cuda", "cpu"))
-    assert (long["over_cuda"], short["over_cuda"], theirs["over_cuda"]) == (3.0, 6.0, 1.0)
-    assert replayed["over_cuda"] is long["over_cpu"] is None
-    assert (long["growth"], short["growth"]) == (1.0, 1.5)
-    assert (long["peak_mib"], short["peak_mib"]) == (7.0, None)
 
 
 def test_the_first_call_is_timed_once_and_a_call_alone_is_not_repeated(monkeypatch):

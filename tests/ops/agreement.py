@@ -1,5 +1,6 @@
 """Inputs of every kind, and how close a backend must come to the float64 reference."""
 
+import pytest
 import torch
 
 from fambav.ops import force, selective_scan
@@ -7,6 +8,49 @@ from fambav.ops import force, selective_scan
 # Largest difference from the reference in float64, over the largest number of the same tensor.  In
 # bfloat16 it is the rounding of the result, as inputs are rounded before the reference sees them.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-3}
+# The same over every length: the rounding of a result in its dtype; for the mixer that of several
+# results, one made of the other.
+ROUNDED = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+CHAINED = {torch.float32: 5e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+LENGTHS = (
+    *(1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100),
+    *(127, 128, 129, 130, 196, 197, 255, 256, 257),
+)
+
+
+def every_length(*small, least=1, dense=False):
+    """Parametrize a test by length and dtype: a few small ones everywhere, the rest on a GPU.
+
+    `small` are pairs of a length and a dtype; `dense` takes all lengths in float32.
+    """
+    pairs = [
+        (length, dtype)
+        for dtype in ROUNDED
+        for length in (range(1, 258) if dense and dtype == torch.float32 else LENGTHS)
+        if length >= least and (length, dtype) not in small
+    ]
+    params = [*small, *(pytest.param(*pair, marks=pytest.mark.gpu) for pair in pairs)]
+    return pytest.mark.parametrize(("length", "dtype"), params, ids=str)
+
+
+def agrees_twice(run, want, dtype, record, limits=ROUNDED):
+    """Run twice: the same bits, and close to the result in float64; record the largest error."""
+    got, again = run(), run()
+    assert got.keys() == want.keys()
+    errors = {}
+    for name, expected in want.items():
+        assert torch.equal(got[name], again[name]), f"{name} is another at the second call"
+        assert got[name].shape == expected.shape, f"{name} has another shape"
+        assert got[name].isfinite().all(), f"{name} is not finite"
+        exact = expected.detach().cpu().double()
+        error = (got[name].detach().cpu().double() - exact).abs().max()
+        errors[name] = (error / (exact.abs().max() or 1)).item()
+    worst = max(errors, key=errors.get)
+    record("worst_error", errors[worst])
+    record("worst_tensor", worst)
+    # Triton's interpreter cuts the digits of bfloat16 off instead of rounding.
+    limit = limits[dtype] * (1 if torch.cuda.is_available() else 2)
+    assert errors[worst] <= limit, f"{worst} is off by {errors[worst]:.1e}, expected {limit:.1e}"
 
 
 def draw(name, *shape, dtype=torch.float32, device="cpu"):
@@ -77,16 +121,17 @@ def device_of(backend):
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
-def expected_scans(given, reverse, *, D, bias, softplus, dlast):
+def expected_scans(given, reverse, *, D, bias, softplus, dlast, backend="reference", device="cpu"):
     """Results and gradients of the loop in float64, under their names, directions stacked.
 
     `given` has a tensor for each direction of what a set of kernels takes, and dy and dlast.
+    Another backend than the reference keeps less.
     """
     found = []
     for k, backward in enumerate(reverse):
-        own = {n: x[k].cpu().double().requires_grad_() for n, x in given.items()}
+        own = {n: x[k].to(device).double().requires_grad_() for n, x in given.items()}
         tokens = {n: own[n].movedim(1, -1) for n in ("u", "delta", "B", "C")}
-        with force("reference"):
+        with force(backend):
             y, last = selective_scan(
                 **tokens,
                 A=own["A"],

@@ -12,7 +12,7 @@ import fambav.ops.flops  # noqa: F401  registers the formulas
 from fambav.ops import force
 from fambav.ops.match import MATCH, evens_then_odds, in_order, match
 from fambav.reduction import FambaV, Ordered
-from tests.ops.agreement import device_of, draw
+from tests.ops.agreement import agrees_twice, device_of, draw, every_length
 
 BACKENDS = ["triton", "reference"]
 LIMITS = {evens_then_odds: FambaV.limit, in_order: Ordered.limit}
@@ -57,6 +57,25 @@ def test_backends_choose_the_same_tokens_in_the_same_order(function, length, at,
     assert torch.cat((keep, source), 1).sort().values.equal(torch.arange(length).expand(2, -1))
     assert (target[..., None] == keep[:, None]).any(-1).all()
     assert not (at[..., None] == torch.cat((source, target), 1)[:, None]).any()
+
+
+@every_length((5, torch.float32), (8, torch.bfloat16), (5, torch.float16), least=5)
+def test_every_length_finds_the_best_pairs_and_keeps_all_tokens(length, dtype, record_property):
+    x, count = features(2, length, 40, dtype), (length - 3) // 2
+    unit = torch.nn.functional.normalize(x.double(), dim=-1)
+
+    def found(backend, x):
+        with force(backend, "match"):
+            pairs = evens_then_odds(x, count, places(2, length // 2).to(x.device))
+        keep, *ends = (tensor.cpu() for tensor in pairs[:3])
+        ends_of = (unit.gather(1, end[..., None].expand(-1, -1, 40)) for end in ends)
+        scores = torch.stack([*ends_of]).prod(0).sum(-1).sort(dim=1).values
+        return dict(scores=scores, places=torch.cat((keep, ends[0]), 1).sort().values)
+
+    want = found("reference", x.double())
+    assert want["places"].equal(torch.arange(length).expand(2, -1))
+    there = x.to(device_of("triton"))
+    agrees_twice(lambda: found("triton", there), want, dtype, record_property)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,11 +1,21 @@
 """Addition to the residual stream and normalisation."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from fambav.ops import add_rms_norm, force
 from tests import golden
-from tests.ops.agreement import agree, draw, results, widened
+from tests.ops.agreement import (
+    agree,
+    agrees_twice,
+    device_of,
+    draw,
+    every_length,
+    results,
+    widened,
+)
 
 OP = "add_rms_norm"
 BACKENDS = ["cpu", "reference"]
@@ -45,6 +55,19 @@ def test_backends_agree_with_the_float64_reference(backend, shape, dtype):
     assert got["output 0"].dtype == dtype
     assert got["output 1"].dtype == torch.float32
     agree(got, results(add_rms_norm, widened(tensors), "reference", OP), dtype)
+
+
+@every_length((2, torch.float32), (5, torch.bfloat16), (1, torch.float16))
+def test_every_length_agrees_by_the_kernels(length, dtype, record_property):
+    """Rows are transposed for odd lengths; for even ones gradients are one number, as of a sum."""
+    tensors = inputs(2 * length, 40, dtype=dtype, device=device_of("triton"))
+    lay = None if length % 2 else lambda x: x[:1, :1].expand_as(x)
+    if length % 2:
+        turned = {n: tensors[n].detach().mT.contiguous().mT for n in ("hidden", "residual")}
+        tensors |= {n: x.requires_grad_() for n, x in turned.items()}
+    want = results(add_rms_norm, widened(tensors), "reference", OP, lay=lay)
+    run = partial(results, add_rms_norm, tensors, "triton", OP, lay=lay)
+    agrees_twice(run, want, dtype, record_property)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,7 @@
 """Group means of both streams, by every backend."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,7 +10,14 @@ from fambav.layers import Tokens
 from fambav.ops import BackendError, force
 from fambav.ops.match import Selection, evens_then_odds
 from fambav.ops.pool import pool
-from tests.ops.agreement import device_of, draw, results, widened
+from tests.ops.agreement import (
+    agrees_twice,
+    device_of,
+    draw,
+    every_length,
+    results,
+    widened,
+)
 from tests.ops.places import close
 from tests.reduction.made import reducing
 
@@ -58,6 +67,13 @@ def compare(tensors, selection):
 @pytest.mark.parametrize(("length", "count"), [(2, 1), (5, 1), (5, 3), (17, 1), (17, 9), (65, 33)])
 def test_means_and_gradients_are_those_of_the_reference(length, count, dtype, residual):
     compare(inputs(2, length, 8, dtype, residual=residual), groups(length, count))
+
+
+@every_length((5, torch.float32), (8, torch.bfloat16), (5, torch.float16), least=5)
+def test_every_length_agrees(length, dtype, record_property):
+    tensors, run = inputs(2, length, 40, dtype), partial(means, groups(length, (length - 3) // 2))
+    want = results(run, widened(tensors), "reference", "pool")
+    agrees_twice(partial(results, run, tensors, "triton", "pool"), want, dtype, record_property)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

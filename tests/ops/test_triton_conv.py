@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.agreement import device_of, draw
+from tests.ops.agreement import agrees_twice, device_of, draw, every_length
 from tests.ops.places import LAYOUTS, close, like, place, unwritten_around
 
 pytest.importorskip("triton")
@@ -62,6 +62,21 @@ def check(tensors, *, silu, reverse, layout="plain"):
     assert (dbias is None) == (bias is None)
     if bias is not None:
         close(dbias, want[3])
+
+
+@every_length((2, torch.float32), (5, torch.bfloat16), (1, torch.float16))
+def test_every_length_agrees_with_two_to_four_taps(length, dtype, record_property):
+    tensors = inputs(BOTH, length, 40, 2 + length % 3, dtype=dtype, wide=dtype)
+    options = dict(silu=bool(length % 2), reverse=BOTH)
+    names = ("u", "dx", "dweight", "dbias")
+
+    def run():
+        u, dx = (place(*t.shape, dtype=dtype, device=DEVICE) for t in tensors[:2])
+        conv.conv_forward(*tensors[1:], u, **options)
+        return dict(zip(names, (u, dx, *conv.conv_backward(*tensors, dx, **options)), strict=True))
+
+    want = dict(zip(names, expected(*tensors, **options), strict=True))
+    agrees_twice(run, want, dtype, record_property)
 
 
 @pytest.mark.parametrize("reverse", WAYS, ids=str)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.agreement import device_of, draw
+from tests.ops.agreement import agrees_twice, device_of, draw, every_length
 from tests.ops.places import LAYOUTS, close, like, place, unwritten_around
 
 pytest.importorskip("triton")
@@ -43,6 +43,21 @@ def check(grad, y, z, *, scale=0.5, layout="plain"):
     for got, right in zip((out, dy, dz, total, again), (*want, want[0]), strict=True):
         close(got, right)
         assert unwritten_around(got)
+
+
+@every_length((2, torch.float32), (5, torch.bfloat16), (1, torch.float16))
+def test_every_length_agrees_on_a_slice_of_rows(length, dtype, record_property):
+    grad, y, z = inputs(2, length, 40, dtype)
+    z, names = like(z, "slice"), ("out", "dy", "dz", "total")
+
+    def run():
+        out, dy, dz, total = (place(*z.shape, dtype=dtype, device=DEVICE) for _ in names)
+        gate.gate_forward(y, z, out, total, scale=0.5)
+        gate.gate_backward(grad, total, z, dy, dz, scale=0.5)
+        return dict(zip(names, (out, dy, dz, total), strict=True))
+
+    want = dict(zip(names, expected(grad, y, z, 0.5), strict=True))
+    agrees_twice(run, want, dtype, record_property)
 
 
 @pytest.mark.parametrize("directions", [1, 2])

@@ -1,11 +1,19 @@
 """The Triton scan: agreement with the loop in float64, layouts, types, and what NaN does."""
 
+from functools import partial
 from importlib import import_module
 
 import pytest
 import torch
 
-from tests.ops.agreement import device_of, draw, expected_scans
+from tests.ops.agreement import (
+    ROUNDED,
+    agrees_twice,
+    device_of,
+    draw,
+    every_length,
+    expected_scans,
+)
 from tests.ops.places import close, like, place, unwritten_around
 
 pytest.importorskip("triton")
@@ -20,6 +28,22 @@ DEVICE = device_of("triton")
 FULL = dict(D=True, bias=True, softplus=True, dlast=True)
 BOTH, ONE = (False, True), (False,)
 TOKENS = ("u", "delta", "B", "C", "dy")
+# Channels, state numbers and their groups, directions, and what differs from FULL.
+FORMS = (
+    (384, 16, 1, BOTH, dict(dlast=False, block=64)),
+    (87, 3, 1, BOTH, dict(softplus=False)),
+    (48, 8, 2, BOTH, dict(D=False, bias=False, dlast=False)),
+    (64, 1, 4, (True,), {}),
+    (8, 64, 1, ONE, dict(dlast=False)),
+    (33, 12, 1, (True, True), {}),
+    (192, 16, 1, ONE, dict(D=False, bias=False)),
+    (128, 16, 1, BOTH, dict(block=128)),
+)
+TRAINED = [
+    pytest.param(128, length, 384, dtype, marks=pytest.mark.gpu, id=f"{length}-{dtype}")
+    for dtype in ROUNDED
+    for length in (197, 130, 65, 29)
+]
 
 
 def drawn(reverse, batch, length, dim, groups, state, dtype=torch.float32):
@@ -65,6 +89,33 @@ def compare(got, want):
     assert got.keys() == want.keys()
     for name, exact in want.items():
         close(got[name], exact)
+
+
+@every_length((2, torch.float32), dense=True)
+def test_every_length_agrees_on_rows_with_and_without_alignment(length, dtype, record_property):
+    given, layout = drawn(BOTH, 2, length, 40, 1, 16, dtype), ("plain", "slice")[length % 2]
+    given |= {n: like(given[n], layout) for n in ("B", "C")}
+    want = expected_scans(given, BOTH, **FULL)
+    agrees_twice(lambda: computed(given, BOTH, layout, **FULL), want, dtype, record_property)
+
+
+@every_length((2, torch.float32))
+def test_every_length_agrees_in_forms_in_turn(length, dtype, record_property):
+    dim, state, groups, reverse, more = FORMS[length % len(FORMS)]
+    given, options = drawn(reverse, 2, length, dim, groups, state, dtype), FULL | more
+    choice = {"block": options.pop("block")} if "block" in options else {}
+    if not options["softplus"]:
+        given |= dict(delta=given["delta"].abs() / 4, bias=given["bias"].abs())
+    want = expected_scans(given, reverse, **options)
+    run = partial(computed, given, reverse, **options, **choice)
+    agrees_twice(run, want, dtype, record_property)
+
+
+@pytest.mark.parametrize(("batch", "length", "dim", "dtype"), [(1, 5, 6, torch.float32), *TRAINED])
+def test_every_length_of_a_training_batch_agrees(batch, length, dim, dtype, record_property):
+    given, options = drawn(BOTH, batch, length, dim, 1, 16, dtype), FULL | dict(dlast=False)
+    want = expected_scans(given, BOTH, **options, backend="cpu", device=DEVICE)
+    agrees_twice(partial(computed, given, BOTH, **options), want, dtype, record_property)
 
 
 @pytest.mark.parametrize("length", [1, 5])

@@ -4,20 +4,35 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import roofline as module
 import torch
+from aot import Audit, Row
+from roofline import (
+    ADAMW,
+    MACHINES,
+    STEP,
+    Machine,
+    Shape,
+    Work,
+    described,
+    issue_slots,
+    kernel_times,
+    kernel_work,
+    merging_work,
+    product_work,
+    roofline,
+    step_us,
+)
 
-from fambav.ahead import Report, Row
-from fambav.bench import machine
-from fambav.bench.floors import STEP, _times, floors, slots_of, step_us
-from fambav.bench.machine import DESCRIBED, Machine, described
+from fambav.bench.ceilings import mixer_bytes
 from fambav.bench.report import MeasureError
-from fambav.bench.work import ADAMW, Shape, Work, block, kernels, merging, products
 from fambav.models import Vim
 from fambav.ops.kernels import TRITON
+from tests.bench import find
 
 CPU = torch.device("cpu")
 SLOW = Machine("slow", 90, bytes=1e6, flops=1e9, multiprocessors=2, clock_hz=1e6)
-SHAPE = Shape(batch=3, length=70, dim=8, inner=16, state=4, rank=2, taps=4, bytes=2)
+SHAPE = Shape(batch=3, length=70, dim=8, inner=16, state=4, rank=2, itemsize=2)
 
 
 def test_the_floor_is_the_largest_limit():
@@ -32,7 +47,7 @@ def test_the_floor_is_the_largest_limit():
 
 def test_products_of_float32_are_counted_at_half_the_rate():
     wide, narrow = (described("h200", dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert narrow == DESCRIBED["h200"]
+    assert narrow == MACHINES["h200"]
     assert 2 * wide.flops == narrow.flops
 
 
@@ -41,7 +56,7 @@ def test_a_scan_reads_and_writes_each_tensor_once():
     one = tokens * inner * 2
     BC = 2 * tokens * 2 * 4 * 2
     kept = 2 * 3 * 2 * inner * 4 * 4  # a float32 state every 64 tokens, for 70
-    found = kernels(SHAPE)
+    found = kernel_work(SHAPE)
     assert found["scan_forward"].bytes == 6 * one + BC + kept
     assert found["scan_backward"].bytes == 9 * one + 2 * BC + kept
     assert found["scan_forward"].steps == found["scan_backward"].steps == 2 * tokens * inner * 4
@@ -49,41 +64,55 @@ def test_a_scan_reads_and_writes_each_tensor_once():
 
 
 def test_a_product_is_made_with_both_gradients():
-    assert products(SHAPE)["in_proj"].flops == 3 * 2 * (3 * 70) * (8 * 32)
-    assert products(SHAPE)["dt_proj"].flops == 4 * 2 * (3 * 70) * (2 * 2 * 16)
+    assert product_work(SHAPE)["in_proj"].flops == 3 * 2 * (3 * 70) * (8 * 32)
+    assert product_work(SHAPE)["dt_proj"].flops == 4 * 2 * (3 * 70) * (2 * 2 * 16)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_bytes_inside_the_fused_mixer_are_those_of_its_kernels_and_products(keep):
+    made, found = product_work(SHAPE), kernel_work(SHAPE)
+    often = {"x_proj": 3, "dt_proj": 4, "out_proj": 3}  # how often each product is made
+    once = sum(made[name].bytes / times for name, times in often.items())
+    ways = ("forward", "backward")
+    ahead, back = (sum(found[f"{n}_{w}"].bytes for n in ("scan", "conv", "gate")) for w in ways)
+    back += found["conv_forward"].bytes + sum(made[name].bytes for name in often) - once
+    kept = 3 * 70 * 16 * 2 + 2 * 3 * 2 * 16 * 4 * 4  # the sum; a float32 state every 64 tokens
+    want = dict(forward=ahead + once - (0 if keep else kept), backward=back)
+    assert mixer_bytes(**SHAPE._asdict(), keep=keep) == pytest.approx(want)
 
 
 def test_the_counts_of_a_vim_tiny_block_are_those_of_its_sizes():
     with torch.device("meta"):
         net = Vim(dim=192, depth=24)
-    shape = Shape.of(net, batch=128, length=197, bytes_=2)
-    assert shape == (128, 197, 192, 384, 16, 12, 4, 2)
-    assert kernels(shape)["scan_forward"].steps == pytest.approx(310e6, rel=1e-2)
-    assert kernels(shape)["scan_forward"].exps == pytest.approx(350e6, rel=1e-2)
+    shape = Shape.of(net, batch=128, itemsize=2)
+    assert shape == (128, 197, 192, 384, 16, 12, 2)
+    assert kernel_work(shape)["scan_forward"].steps == pytest.approx(310e6, rel=1e-2)
+    assert kernel_work(shape)["scan_forward"].exps == pytest.approx(350e6, rel=1e-2)
 
 
 def test_the_floor_of_a_step_sums_its_blocks_at_their_lengths():
     with torch.device("meta"):
         net = Vim(dim=8, depth=2, img_size=32, patch_size=4, fusion_strategy="all", fusion_token=9)
-    shape = Shape.of(net, batch=2, length=65, bytes_=2)
+    shape = Shape.of(net, batch=2, itemsize=2)
     expected = 1e6 * ADAMW * sum(p.numel() for p in net.parameters()) / SLOW.bytes
     for before, after in ((65, 56), (56, 47)):
-        expected += SLOW.floor_us(merging(shape._replace(length=before), 9))
-        for name, (times, work) in block(shape._replace(length=after)).items():
-            at = shape._replace(length=before)
-            work = kernels(at)[name] if name.startswith("norm") else work
+        expected += SLOW.floor_us(merging_work(shape._replace(length=before), 9))
+        at, left = (shape._replace(length=length) for length in (before, after))
+        for name, work in (kernel_work(left) | product_work(left)).items():
+            times = 2 if name in ("conv_forward", "gate_forward") else 1
+            work = kernel_work(at)[name] if name.startswith("norm") else work
             expected += times * SLOW.floor_us(work, 30.0 if name == "scan_backward" else None)
     assert step_us(net, shape, SLOW, {"scan_backward": 30.0}) == pytest.approx(expected)
 
 
 def test_on_a_cpu_floors_are_counted_and_said_to_be():
-    report = floors(model="vim_tiny", device=CPU)
-    assert report.title == "floors, counted and not timed"
-    assert report.settings["machine"] == DESCRIBED["h200"].name
+    report = roofline(model="vim_tiny", device=CPU)
+    assert report.title == "least times, counted and not timed"
+    assert report.settings["machine"] == MACHINES["h200"].name
     assert all(row["time_us"] is row["gap"] is None for row in report.rows)
-    assert report.find(kernel="conv_forward")["bound_by"] == "bytes"
-    fused = floors(model="vim_tiny", plan="upper:6:9", device=CPU)
-    whole, less = (found.find(kernel=STEP)["floor_us"] for found in (report, fused))
+    assert find(report, kernel="conv_forward")["bound_by"] == "bytes"
+    fused = roofline(model="vim_tiny", plan="upper:6:9", device=CPU)
+    whole, less = (find(found, kernel=STEP)["floor_us"] for found in (report, fused))
     assert 0.6 < less / whole < 0.7  # 64% of the token-layers are left
     json.loads(report.json())
 
@@ -111,18 +140,18 @@ def test_instructions_are_those_of_the_shortest_form_for_the_dtype_and_the_state
         row("scan_backward fp32 N16 BD64", 90, 38.0),
     ]
     table = tmp_path / "aot.json"
-    table.write_text(Report(date="", triton="3", command="", rows=tuple(rows)).json())
-    found, skipped = slots_of(table, 90, torch.bfloat16, 16)
+    table.write_text(Audit(date="", triton="3", command="", rows=tuple(rows)).json())
+    found, skipped = issue_slots(table, 90, torch.bfloat16, 16)
     assert found == {"scan_forward": 10.0}
     assert "has none for bfloat16, sm_90" in skipped["instructions of scan_backward"]
-    report = floors(model="vim_tiny", device=CPU, dtype=torch.float32, table=table)
-    assert report.find(kernel="scan_backward")["slots"] == 38.0
-    assert report.find(kernel="scan_backward")["bound_by"] == "issue"
+    report = roofline(model="vim_tiny", device=CPU, dtype=torch.float32, aot=table)
+    assert find(report, kernel="scan_backward")["slots"] == 38.0
+    assert find(report, kernel="scan_backward")["bound_by"] == "issue"
 
 
 def test_without_a_table_instructions_are_left_out_and_said_to_be(tmp_path):
-    assert slots_of(None, 90, torch.float32, 16)[0] == {}
-    _, skipped = slots_of(tmp_path / "no.json", 90, torch.float32, 16)
+    assert issue_slots(None, 90, torch.float32, 16)[0] == {}
+    _, skipped = issue_slots(tmp_path / "no.json", 90, torch.float32, 16)
     assert "there is no " in skipped["instructions"]
 
 
@@ -139,27 +168,27 @@ def test_without_a_table_instructions_are_left_out_and_said_to_be(tmp_path):
 )
 def test_the_clock_is_that_of_this_gpu_or_none(monkeypatch, told, mhz):
     done = SimpleNamespace(stdout=told, stderr="", returncode=0)
-    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: done)
     about = SimpleNamespace(uuid="aa")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
     if mhz is None:
         with pytest.raises(MeasureError, match=r"clocks\.max\.sm is"):
-            machine._clock_hz(CPU)
+            module.highest_clock_hz(CPU)
     else:
-        assert machine._clock_hz(CPU) == 1e6 * mhz
+        assert module.highest_clock_hz(CPU) == 1e6 * mhz
 
 
 @pytest.mark.skipif(TRITON.missing() is not None, reason="needs triton")
 def test_every_kernel_that_is_counted_is_timed(monkeypatch):
-    monkeypatch.setattr("fambav.bench.floors.captured", lambda run: run)
-    small = Shape(batch=1, length=2, dim=16, inner=32, state=4, rank=2, taps=4, bytes=4)
+    monkeypatch.setattr("roofline.captured", lambda run: run)
+    small = Shape(batch=1, length=2, dim=16, inner=32, state=4, rank=2, itemsize=4)
     given = dict(device=CPU, dtype=torch.float32, rounds=1, warmup=0)
-    times = _times("vim_micro", "upper:3:8", small, **given)
-    assert times.keys() == {*kernels(small), "merging", STEP}
+    times = kernel_times("vim_micro", "upper:3:8", small, **given)
+    assert times.keys() == {*kernel_work(small), "merging", STEP}
 
 
 @pytest.mark.gpu
 def test_floors_stand_beside_times_on_a_gpu():
-    report = floors(model="vim_micro", batch=8, rounds=3, device=torch.device("cuda", 0))
+    report = roofline(model="vim_micro", batch=8, rounds=3, device=torch.device("cuda", 0))
     timed = {row["kernel"] for row in report.rows if row["gap"] is not None}
     assert {STEP, "merging", "scan_forward", "scan_backward", "norm_backward"} <= timed

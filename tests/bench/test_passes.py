@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from fambav.bench import ceilings
-from fambav.bench import infer as module
+from fambav.bench import passes as module
 from fambav.bench.candidates import Candidate, candidates
-from fambav.bench.infer import infer, latency
+from fambav.bench.passes import infer, latency, step
+from fambav.bench.profile import GROUPS
 from fambav.bench.report import MeasureError
-from fambav.bench.split import GROUPS
-from fambav.bench.step import step
 from fambav.cli import console
 from fambav.ops.kernels import NUMBA
 

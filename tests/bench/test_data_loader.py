@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from fambav.bench.loading import loading
+from fambav.bench.data_loader import loading
 from fambav.cli import console
+from tests.bench import find
 
 CPU = torch.device("cpu")
 QUICK = dict(input_size=32, batch=8, batches=1, rounds=2, warmup=0, device=CPU)
@@ -25,7 +26,7 @@ def test_every_number_of_processes_has_a_row_in_both_ways(report):
 
 
 def test_rates_are_told_for_a_process_and_beside_one(report):
-    one = report.find(way="loader", workers=1)["images_per_s"]
+    one = find(report, way="loader", workers=1)["images_per_s"]
     for row in report.rows:
         low, high = row["quartiles_per_s"]
         assert low <= row["images_per_s"] <= high

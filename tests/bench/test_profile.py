@@ -6,23 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from fambav.bench import split as splitting
+from fambav.bench import profile as profiling
 from fambav.bench.candidates import Candidate, images
-from fambav.bench.split import (
+from fambav.bench.passes import training
+from fambav.bench.profile import (
     GROUPS,
     WHOLE,
     DeviceType,
-    Watched,
-    _Event,
-    _of_cpu,
-    _of_kernels,
     by_layer,
     by_operation,
     group,
+    kernel_times,
+    operation_times,
     parts,
-    split,
+    profile,
 )
-from fambav.bench.step import training
 from fambav.ecosystem import timm
 from fambav.ops.kernels import NUMBA
 
@@ -57,7 +55,7 @@ class Layer(nn.Module):
 @pytest.fixture
 def clock(monkeypatch):
     found = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(splitting.time, "perf_counter", lambda: found.now)
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: found.now)
     return found
 
 
@@ -77,12 +75,12 @@ def test_each_part_has_its_share_forward_and_backward(clock):
         optimizer.step()
 
     # The optimizer's own hook comes before ours, which puts its seconds down to what went before.
-    found = by_layer(Watched(step, net), rounds=2, device=CPU)
+    found = by_layer(step, net, rounds=2, device=CPU)
     assert found == pytest.approx(
         {"stem": 7 / 27, "layer 1": 6 / 27, "layer 2": 9 / 27, "layer 3": 0, "rest": 5 / 27}
     )
     with torch.no_grad():
-        found = by_layer(Watched(forward, net), rounds=1, device=CPU)
+        found = by_layer(forward, net, rounds=1, device=CPU)
     assert found == pytest.approx(
         {"stem": 1 / 11, "layer 1": 2 / 11, "layer 2": 3 / 11, "layer 3": 0, "rest": 5 / 11}
     )
@@ -91,8 +89,7 @@ def test_each_part_has_its_share_forward_and_backward(clock):
 
 def test_a_reduction_counts_for_itself_and_an_optimizer_too():
     step = training(Candidate("vim_micro", "upper:4:9"), batch=1, device=CPU)
-    watched = Watched(step.run, step.net, step.update.optimizer)
-    found = by_layer(watched, rounds=1, device=CPU)
+    found = by_layer(step.run, step.net, step.optimizer, rounds=1, device=CPU)
     layers = {f"layer {n}" for n in range(1, 7)}
     assert found.keys() == {"patches", *layers, "reduction", "head", "optimizer", "rest"}
     assert all(share > 0 for share in found.values())
@@ -142,9 +139,10 @@ def test_an_operation_belongs_to_one_group(names, expected):
 
 def test_kernels_of_a_gpu_are_added_up_and_nothing_else():
     def event(name, ns, device=DeviceType.CUDA, named=False):
-        return _Event(name, 100, 100 + ns, device=device, named=named)
+        told = dict(name=name, duration_ns=ns, device_type=device, is_user_annotation=named)
+        return SimpleNamespace(**{what: lambda value=value: value for what, value in told.items()})
 
-    spent = _of_kernels(
+    spent = kernel_times(
         [
             event("_scan_forward_kernel", 5),
             event("nvjet_tst", 2),
@@ -159,18 +157,17 @@ def test_kernels_of_a_gpu_are_added_up_and_nothing_else():
 
 def test_on_a_cpu_each_operation_counts_without_what_it_calls():
     events = [
-        _Event("aten::mm", 0, 10),  # before the run
-        _Event(WHOLE, 10, 100),
-        _Event("fambav::bimamba_scan", 20, 60),
-        _Event("aten::bmm", 25, 35),
-        _Event("aten::empty", 26, 28),  # called by the product
-        _Event("aten::cat", 40, 45),
-        _Event("fambav reduction", 60, 80),
-        _Event("aten::mm", 60, 70),
-        _Event("aten::mm", 30, 90, thread=1),
-        _Event(WHOLE, 200, 210),
+        (0, 10, "aten::mm"),  # before the run
+        (10, 100, WHOLE),
+        (20, 60, "fambav::bimamba_scan"),
+        (25, 35, "aten::bmm"),
+        (26, 28, "aten::empty"),  # called by the product
+        (40, 45, "aten::cat"),
+        (60, 80, "fambav reduction"),
+        (60, 70, "aten::mm"),
+        (200, 210, WHOLE),
     ]
-    spent, second = _of_cpu(list(reversed(events)))
+    spent, second = operation_times(list(reversed(events)))
     assert spent == {"scan": 30, "linear": 10, "matching": 20, "rest": 30}
     assert second == {"rest": 10}
 
@@ -189,9 +186,9 @@ def test_operations_of_our_models_and_of_peers_are_told_apart():
     watched = {}
     for name, net in nets.items():
         given = images(net, 1, CPU)
-        watched[name] = Watched(lambda net=net, given=given: net(given), net)
+        watched[name] = (lambda net=net, given=given: net(given)), net, None
     with torch.no_grad():
-        tables = split(watched, rounds=1, device=CPU)
+        tables = profile(watched, rounds=1, device=CPU)
     layers, operations = tables.values()
     fused, peer = operations
     for name in ("scan", "conv", "norm", "matching", "pooling", "linear", "rest"):
@@ -210,7 +207,7 @@ def test_operations_of_our_models_and_of_peers_are_told_apart():
 @pytest.mark.skipif(NUMBA.missing() is not None, reason="needs numba")
 def test_a_backward_pass_is_in_the_groups_too():
     step = training(Candidate("vim_micro", "upper:4:9"), batch=1, device=CPU)
-    found = by_operation(Watched(step.run, step.net), rounds=1, device=CPU)
+    found = by_operation(step.run, step.net, rounds=1, device=CPU)
     forward = step.net.eval()
     given = step.batch[0]
     assert all(found[name] > 0 for name in GROUPS if name != "attention")

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aot
 import pytest
+from aot import code_size
 
-from fambav import ahead
-from fambav.ahead.sass import size
-from fambav.cli import console
+from fambav.bench.report import MeasureError
+from fambav.cli import guarded
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks/aot.py"
 TABLE = ROOT / "benchmarks/aot.json"
 
 
@@ -28,28 +30,28 @@ END = ("EXIT", ".L_x_9:", "BRA `(.L_x_9)", "NOP", "NOP")
 
 
 def test_code_without_a_branch_has_no_loop():
-    assert size(code("MOV R1, c[0x0][0x28]", "IADD3 R1, R1, 0x1, RZ", "EXIT")) == (3, ())
+    assert code_size(code("MOV R1, c[0x0][0x28]", "IADD3 R1, R1, 0x1, RZ", "EXIT")) == (3, ())
 
 
 def test_padding_is_not_counted_and_the_branch_to_itself_behind_the_end_is_no_loop():
-    assert size(code("MOV R1, R2", *END)) == (3, ())
+    assert code_size(code("MOV R1, R2", *END)) == (3, ())
 
 
 def test_a_loop_is_counted_from_its_label_to_its_branch():
     looped = code("MOV R1, R2", ".L_x_0:", "FADD R1, R1, R2", "@P0 BRA `(.L_x_0)", *END)
-    assert size(looped) == (5, (2,))
+    assert code_size(looped) == (5, (2,))
 
 
 @pytest.mark.parametrize("branch", ["BRA.U UP0, `(.L_x_0)", "@!UP0 BRA.U `(.L_x_0)"])
 def test_a_branch_goes_on_too_if_its_condition_is_an_operand(branch):
     looped = code("MOV R1, R2", ".L_x_0:", "FADD R1, R1, R2", branch, "MOV R3, R4", *END)
-    assert size(looped).loops == (2,)
+    assert code_size(looped)[1] == (2,)
 
 
 def test_loops_one_after_the_other_are_counted_in_their_order():
     first = (".L_x_0:", "FADD R1, R1, R2", "FADD R1, R1, R2", "@P0 BRA `(.L_x_0)")
     second = (".L_x_1:", "FMUL R1, R1, R2", "@P1 BRA `(.L_x_1)")
-    assert size(code(*first, "MOV R1, R2", *second, *END)).loops == (3, 2)
+    assert code_size(code(*first, "MOV R1, R2", *second, *END))[1] == (3, 2)
 
 
 def test_of_nested_loops_the_innermost_are_counted():
@@ -58,7 +60,7 @@ def test_of_nested_loops_the_innermost_are_counted():
         *(".L_x_2:", "FMUL R1, R1, R2", "FMUL R1, R1, R2", "@P1 BRA `(.L_x_2)"),
         "@P2 BRA `(.L_x_0)",
     )
-    assert size(code(*outer, *END)).loops == (2, 3)
+    assert code_size(code(*outer, *END))[1] == (2, 3)
 
 
 def test_both_sides_of_a_branch_inside_a_loop_are_counted_once():
@@ -67,7 +69,7 @@ def test_both_sides_of_a_branch_inside_a_loop_are_counted_once():
         *("FADD R1, R1, R2", "BRA `(.L_x_2)", ".L_x_1:", "FMUL R1, R1, R2"),
         *(".L_x_2:", "@P1 BRA `(.L_x_0)", *END),
     )
-    assert size(looped).loops == (6,)
+    assert code_size(looped)[1] == (6,)
 
 
 def test_two_branches_to_one_label_are_one_loop():
@@ -75,7 +77,7 @@ def test_two_branches_to_one_label_are_one_loop():
         *(".L_x_0:", "FADD R1, R1, R2", "@P0 BRA `(.L_x_0)", "FADD R1, R1, R2"),
         *("@P1 BRA `(.L_x_0)", *END),
     )
-    assert size(looped).loops == (4,)
+    assert code_size(looped)[1] == (4,)
 
 
 def test_a_jump_from_behind_the_end_back_into_the_main_line_is_no_loop():
@@ -83,7 +85,7 @@ def test_a_jump_from_behind_the_end_back_into_the_main_line_is_no_loop():
         *("@P0 BRA `(.L_x_1)", ".L_x_0:", "FADD R1, R1, R2", "EXIT"),
         *(".L_x_1:", "MUFU.RCP R1, R2", "BRA `(.L_x_0)"),
     )
-    assert size(aside) == (5, ())
+    assert code_size(aside) == (5, ())
 
 
 def test_a_part_of_a_loop_that_stands_behind_the_end_is_counted_with_it():
@@ -91,15 +93,15 @@ def test_a_part_of_a_loop_that_stands_behind_the_end_is_counted_with_it():
         *(".L_x_0:", "FADD R1, R1, R2", "@P0 BRA `(.L_x_2)", ".L_x_1:", "@P1 BRA `(.L_x_0)"),
         *("EXIT", ".L_x_2:", "MUFU.RCP R1, R2", "BRA `(.L_x_1)"),
     )
-    assert size(looped).loops == (5,)
+    assert code_size(looped)[1] == (5,)
 
 
 def test_a_loop_that_nothing_leads_to_is_not_counted():
-    assert size(code("EXIT", ".L_x_0:", "MOV R1, R2", "@P0 BRA `(.L_x_0)")).loops == ()
+    assert code_size(code("EXIT", ".L_x_0:", "MOV R1, R2", "@P0 BRA `(.L_x_0)"))[1] == ()
 
 
 def row(name="scan bf16", **changes):
-    made = ahead.Row(
+    made = aot.Row(
         name=name,
         arch=90,
         registers=70,
@@ -113,7 +115,7 @@ def row(name="scan bf16", **changes):
 
 
 def report(*rows, triton="3.7.1"):
-    return ahead.Report(date="2026-11-21", triton=triton, command="made", rows=rows)
+    return aot.Audit(date="2026-11-21", triton=triton, command="made", rows=rows)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def report(*rows, triton="3.7.1"):
     ids=str,
 )
 def test_equal_or_better_code_is_not_objected_to(changes):
-    assert ahead.objections(report(row(**changes)), report(row())) == []
+    assert aot.objections(report(row(**changes)), report(row())) == []
 
 
 @pytest.mark.parametrize(
@@ -137,31 +139,31 @@ def test_equal_or_better_code_is_not_objected_to(changes):
     ids=str,
 )
 def test_worse_code_is_objected_to(changes, objection):
-    worse = ahead.objections(report(row(**changes)), report(row()))
+    worse = aot.objections(report(row(**changes)), report(row()))
     assert worse == [f"scan bf16 on sm_90: {objection}"]
 
 
 def test_a_recorded_spill_is_objected_to_all_the_same():
     spilled = report(row(spill_bytes=8))
-    assert ahead.objections(spilled, spilled) != []
+    assert aot.objections(spilled, spilled) != []
 
 
 def test_forms_that_came_or_went_are_objected_to():
     both, one = report(row(), row("conv")), report(row())
-    assert ahead.objections(both, one) == ["conv on sm_90 is not recorded, expected it to be"]
-    assert ahead.objections(one, both) == ["conv on sm_90 is not compiled, expected it as recorded"]
+    assert aot.objections(both, one) == ["conv on sm_90 is not recorded, expected it to be"]
+    assert aot.objections(one, both) == ["conv on sm_90 is not compiled, expected it as recorded"]
 
 
 def test_forms_that_were_not_asked_for_are_not_missed():
     both = report(row(), row("conv"), row(arch=80))
-    assert ahead.objections(report(row()), both, only="scan") == []
+    assert aot.objections(report(row()), both, only="scan") == []
 
 
 def test_of_another_triton_only_spills_and_twice_the_registers_are_objected_to():
     recorded = report(row())
 
     def other(**changes):
-        return ahead.objections(report(row(**changes), triton="3.6.0"), recorded)
+        return aot.objections(report(row(**changes), triton="3.6.0"), recorded)
 
     assert other(registers=144, loops=(200,), instructions=999) == []
     assert other(registers=145) == ["scan bf16 on sm_90: registers are 145, expected at most 144"]
@@ -170,17 +172,17 @@ def test_of_another_triton_only_spills_and_twice_the_registers_are_objected_to()
 
 def test_the_first_objection_is_told_with_the_number_of_the_others():
     worse = report(row(spill_bytes=8, registers=99))
-    with pytest.raises(ahead.AheadError, match=r"registers are 99.*; and 1 more$"):
-        ahead.compare(worse, report(row()))
-    with pytest.raises(ahead.AheadError, match=r"spilled bytes are 8, expected 0$"):
-        ahead.compare(report(row(spill_bytes=8)), report(row()))
-    ahead.compare(report(row()), report(row()))
+    with pytest.raises(MeasureError, match=r"registers are 99.*; and 1 more$"):
+        aot.compare(worse, report(row()))
+    with pytest.raises(MeasureError, match=r"spilled bytes are 8, expected 0$"):
+        aot.compare(report(row(spill_bytes=8)), report(row()))
+    aot.compare(report(row()), report(row()))
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path):
     made = report(row(), row("conv", slots=None, loops=()))
     (tmp_path / "aot.json").write_text(made.json())
-    assert ahead.read(tmp_path / "aot.json") == made
+    assert aot.read(tmp_path / "aot.json") == made
     assert len(made.json().splitlines()) == 9
 
 
@@ -194,9 +196,11 @@ def test_a_report_shows_every_number():
 def test_a_file_that_is_no_table_is_refused(tmp_path, capsys, text):
     path = tmp_path / "x.json"
     path.write_text(text)
-    assert console(["bench", "aot", "--against", str(path)]) == 2
+    assert guarded(aot.main, ["--against", str(path)]) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith(f"error: table is {path}, expected what fambav bench aot --json writes")
+    assert shown.startswith(
+        f"error: table is {path}, expected what benchmarks/aot.py --json writes"
+    )
     assert shown.count("\n") == 1
 
 
@@ -211,7 +215,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, capsys, text):
 def test_what_cannot_be_compiled_is_one_line(monkeypatch, capsys, words, message):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert console(["bench", "aot", *words]) == 2
+    assert guarded(aot.main, words) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert message in shown
@@ -220,7 +224,7 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch, capsys, words, message
 
 def test_without_triton_there_is_a_hint(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert console(["bench", "aot"]) == 2
+    assert guarded(aot.main, []) == 2
     told = "error: triton is not installed, expected it; pip install 'fambav[triton]'\n"
     assert capsys.readouterr().err == told
 
@@ -254,13 +258,14 @@ def variants():
 """
 CALL = """
 import sys
-from fambav.ahead import AheadError, survey
+from aot import audit
+from fambav.bench.report import MeasureError
 
 if __name__ == "__main__":
     for only in sys.argv[1:]:
         try:
-            print(survey([80, 90], only=only, package="made").json())
-        except AheadError as error:
+            print(audit([80, 90], only=only, package="made").json())
+        except MeasureError as error:
             print(error)
 """
 
@@ -269,7 +274,7 @@ def compiled(*words, folder=ROOT):
     """Run Python where kernels are compiled."""
     pytest.importorskip("triton")
     settings = {n: value for n, value in os.environ.items() if n != "TRITON_INTERPRET"}
-    settings["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(folder)])
+    settings["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, SCRIPT.parent, folder)))
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, env=settings, cwd=ROOT
     )
@@ -291,7 +296,7 @@ def test_kernels_are_compiled_and_measured_without_a_gpu(made):
     assert done.stderr == ""
     path = made / "aot.json"
     path.write_text(done.stdout)
-    rows = {row.key: row for row in ahead.read(path).rows}
+    rows = {row.key: row for row in aot.read(path).rows}
     names = ["512", "8192", "bare", "miscounted"]
     assert list(rows) == [f"whole {n} on sm_{arch}" for n in names for arch in (80, 90)]
     for arch in (80, 90):
@@ -314,5 +319,5 @@ def test_a_kernel_that_does_not_compile_is_named(made):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_no_kernel_is_worse_than_recorded():
-    done = compiled("-m", "fambav", "bench", "aot", "--against", TABLE)
+    done = compiled(SCRIPT, "--against", TABLE)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from fambav.bench.block import block
-from fambav.bench.candidates import Candidate, image_size
-from fambav.bench.scan import Inputs, _both, _composed, _leaves, scan
-from fambav.bench.stack import sift, stack
-from fambav.bench.step import step, training
-from fambav.ops import BackendError, backends, causal_conv1d
+from fambav.bench import operations
+from fambav.bench.candidates import Candidate, image_size, relative, use_backend
+from fambav.bench.operations import Inputs, block, composed, scan
+from fambav.bench.passes import step, training
+from fambav.ops import BackendError, backends, causal_conv1d, force
 from fambav.ops.conv import CAUSAL_CONV1D
 from fambav.ops.kernels import NUMBA
+from tests.bench import find
 
 CPU = torch.device("cpu")
 QUICK = dict(rounds=3, warmup=0, device=CPU)
@@ -44,7 +44,7 @@ def test_every_backend_that_suits_a_cpu_is_timed_at_every_length(kind, report):
         assert 0 < low <= row["median_ms"] <= high
         assert row["peak_mib"] > 0
         assert row["launch"] == "eager"
-    longest = report.find(backend="cpu", length=9)
+    longest = find(report, backend="cpu", length=9)
     assert longest["growth"] == longest["over_cpu"] == 1
 
 
@@ -56,7 +56,7 @@ def test_what_cannot_run_is_absent_with_its_reason(report):
 def test_the_fused_scan_keeps_less_than_the_loop():
     found = MADE["scan"](**SHORT, **QUICK)
     for name in HERE[:-1]:
-        ours, loop = (found.find(backend=n, length=9)["peak_mib"] for n in (name, "reference"))
+        ours, loop = (find(found, backend=n, length=9)["peak_mib"] for n in (name, "reference"))
         assert 0 < ours < loop
 
 
@@ -66,13 +66,23 @@ def test_a_backend_that_is_asked_for_runs_alone():
     assert all(row["over_cpu"] is None for row in found.rows)
 
 
+def test_ratios_of_backends_and_growth_are_taken_within_a_round():
+    short, long, theirs = [2.0, 2.0], [4.0, 4.0], [12.0, 12.0]
+    found = relative(short, {"cuda": theirs, "cpu": None}, (long, 60), 20, 7.0)
+    assert found == {"over_cuda": 6.0, "over_cpu": None, "peak_mib": 7.0, "growth": 1.5}
+    assert relative(long, {}, (long, 60), 60, None)["growth"] == 1
+    assert relative(short, {}, (None, 60), 20, None)["growth"] is None
+    assert relative(short, {}, (long, 60), None, None)["growth"] is None
+
+
 @pytest.mark.skipif(NUMBA.missing() is not None, reason="needs numba")
 def test_the_kernels_called_directly_compute_what_the_composition_does():
     x = Inputs.draw(2, 7, 8, 3, device=CPU, dtype=torch.float32)
-    dz, du, ddelta, dprojected, (dA, dD, dbias) = _both("numba", x)
+    dz, du, ddelta, dprojected, (dA, dD, dbias) = x.backward("numba")
     dB, dC = (weight.squeeze(3) for weight in x.weights(dprojected))
-    leaves = _leaves(x, by_channel=False)
-    z, *rest = torch.autograd.grad(_composed("reference", leaves), leaves, x.grad.mT)
+    leaves = x.leaves(by_channel=False)
+    with force("reference"):
+        z, *rest = torch.autograd.grad(composed(leaves), leaves, x.grad.mT)
     torch.testing.assert_close(dz, z.mT, rtol=1e-4, atol=1e-5)
     for k, found in enumerate(zip(du, ddelta, dA, dB, dC, dD, dbias, strict=True)):
         for ours, theirs in zip(found, rest[7 * k : 7 * k + 7], strict=True):
@@ -94,27 +104,30 @@ def test_impossible_sizes_are_refused(kind, arguments, message):
         MADE[kind](**SHORT | QUICK | arguments)
 
 
-def test_a_stack_forces_all_operations_that_have_the_backend_and_no_other():
+def test_a_backend_is_forced_for_all_operations_that_have_it_and_no_other():
     x, weight = torch.ones(1, 4, 3), torch.ones(4, 2)
     free = CAUSAL_CONV1D.pick(x, weight)
-    with stack("reference"):
+    with use_backend("reference"):
         assert CAUSAL_CONV1D.pick(x, weight) is CAUSAL_CONV1D["reference"].run
-    with stack("cuda"):  # its convolution is not installed
+    with use_backend("cuda"):  # its convolution is not installed
         assert CAUSAL_CONV1D.pick(x, weight) == free
         causal_conv1d(x, weight)
-    with stack(None):
+    with use_backend(None):
         assert CAUSAL_CONV1D.pick(x, weight) == free
-    with pytest.raises(BackendError, match="expected one of"), stack("cpuu"):
+    with pytest.raises(BackendError, match="expected one of"), use_backend("cpuu"):
         pass
 
 
 def test_an_interpreter_is_timed_only_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr("fambav.bench.stack.interpreted", lambda: True)
-    monkeypatch.setattr("fambav.bench.stack.SCANS", {"cpu": ("triton", "cpu")})
-    able, skipped = sift(None, CPU, str)
-    assert able == ["cpu"]
-    assert skipped == {"triton": "TRITON_INTERPRET is set"}
-    assert sift(["triton"], CPU, str) == (["triton"], {})
+    monkeypatch.setattr(operations, "BACKENDS", {"cpu": ("triton", "cpu")})
+    monkeypatch.setattr(operations, "interpreted", lambda: True)
+    found = scan(dim=4, state=1, **SHORT, **QUICK)
+    assert {row["backend"] for row in found.rows} == {"cpu"}
+    assert found.skipped == {"triton": "TRITON_INTERPRET is set"}
+    monkeypatch.setattr(operations, "KERNEL_SETS", ())  # by a scan that need not be interpreted
+    monkeypatch.setattr(operations, "use_backend", lambda _: force("reference"))
+    found = scan(dim=4, state=1, names=["triton"], **SHORT, **QUICK)
+    assert {row["backend"] for row in found.rows} == {"triton"}
 
 
 @pytest.mark.parametrize(

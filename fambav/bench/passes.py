@@ -1,0 +1,340 @@
+"""Whole passes of models: training steps with the trainer's own code, and forward passes alone."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from fambav.bench.candidates import (
+    CLASSES,
+    EAGER,
+    REPLAYED,
+    Candidate,
+    candidates,
+    images,
+    prepared,
+    relative,
+    use_backend,
+)
+from fambav.bench.ceilings import Ceilings, flops
+from fambav.bench.operations import LENGTHS
+from fambav.bench.profile import profile
+from fambav.bench.report import Report, Row, positive, settings, training_dtype
+from fambav.build import updates
+from fambav.config import Config
+from fambav.engine.memory import MIB
+from fambav.engine.runtime import Processes, numerics
+from fambav.engine.timing import (
+    Run,
+    Times,
+    allocated_mib,
+    captured,
+    first_ms,
+    interleave,
+    peak_mib,
+    quartiles,
+    ratios,
+    spread,
+)
+from fambav.engine.train import Update
+from fambav.models import Backbone
+
+FORWARD_BATCH = {"cuda": 128, "cpu": 8}
+STEP_BATCH = {"cuda": 128, "cpu": 2}
+STEP_BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("numba", "cpu", "cuda")}
+STEP_BASELINES = ("cuda", "cpu")
+STEP_TITLE = "training step (forward, loss, backward, optimizer)"
+EPOCH = 1000  # updates
+PASSES = 3  # a backward pass makes two products for each one of the forward pass
+T = TypeVar("T")
+AllTimes = Mapping[Any, Times]
+
+
+class Forward(NamedTuple):
+    """A model in evaluation mode that has been called once, on images that stay the same.
+
+    Attributes:
+        net: The model.
+        run: A forward pass without gradients; returns the logits, or replays them.
+        first_ms: Milliseconds of the first call, with all that was compiled for it, or of all calls
+            until it was recorded.
+        optimizer: None.
+    """
+
+    net: nn.Module
+    run: Run
+    first_ms: float
+    optimizer: None = None
+
+
+class Step(NamedTuple):
+    """A model and what trains it, on images that stay the same.
+
+    Attributes:
+        net: The model.
+        update: One step of its optimizer.
+        batch: Images and labels, on the device.
+        backend: What its operations run by; None for the fastest.
+        recorded_mib: Peak memory while its passes were recorded as CUDA graphs; None if they were
+            not.
+    """
+
+    net: nn.Module
+    update: Update
+    batch: tuple[Tensor, Tensor]
+    backend: str | None
+    recorded_mib: float | None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What changes the weights."""
+        found: torch.optim.Optimizer = self.update.optimizer
+        return found
+
+    def run(self) -> Tensor:
+        """Make a step; return its loss."""
+        with use_backend(self.backend):
+            return self.update(itertools.repeat(self.batch), 0)
+
+    def peak_mib(self) -> float:
+        """Return the peak memory of a step, in MiB, beyond weights and the optimizer's state."""
+        if self.recorded_mib is not None:
+            return self.recorded_mib
+        return peak_mib(self.run, self.batch[0].device, ignored=self.net.parameters())
+
+
+def infer(
+    *,
+    batch: int | None = None,
+    rounds: int = 9,
+    warmup: int = 2,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] | None = None,
+    alone: bool = False,
+    ceilings: bool = False,
+    parts: bool = False,
+    **which: Any,
+) -> Report:
+    """Measure forward passes in evaluation mode and without gradients, on random images.
+
+    Args:
+        alone: Time each call from an idle device to an idle device.
+        ceilings: Also measure a copy and products, and set all beside them, as `Ceilings` does.
+        parts: Also tell where the time goes, as `profile` does.
+        which: What is compared, as `candidates` takes it.
+
+    Returns:
+        A row for each candidate:
+            first_call_ms   with all that is compiled, but for what an earlier row has compiled
+            images_per_s    from the median
+            times_faster    than the first row within each round: median and quartiles
+            peak_mib        that PyTorch allocates for a pass beyond weights and images
+            gflop_per_image, gflop_per_s    as `ceilings.flops` counts them
+
+    Raises:
+        ValueError: If a number is too small, or as `candidates`.
+        MeasureError: If no candidate can run here.
+    """
+    batch = FORWARD_BATCH[device.type] if batch is None else batch
+    dtypes = [training_dtype(device)] if dtypes is None else dtypes
+    positive(batch=batch, rounds=rounds)
+    given = candidates(dtypes=dtypes, device=device, **which)
+
+    def columns(key: Candidate, made: Mapping[Candidate, Forward], times: AllTimes) -> Row:
+        low, faster, high = quartiles(ratios(times[next(iter(made))], times[key]))
+        net = made[key].net
+        return {
+            **key.row(),
+            "token_layers_left": net.schedule.share if isinstance(net, Backbone) else None,
+            **_rate(batch, times[key]),
+            "times_faster": faster,
+            "faster_quartiles": (low, high),
+            "first_call_ms": made[key].first_ms,
+            "peak_mib": allocated_mib(_eager(key, made), device),
+        }
+
+    make = partial(forward_pass, batch=batch, device=device)
+    how: dict[str, Any] = dict(rounds=rounds, warmup=warmup, device=device, alone=alone)
+    how |= dict(batch=batch, parts=parts, limited=dtypes if ceilings else ())
+    found = _measured(given, make, lambda candidate: candidate.name, columns, **how)
+    about: dict[str, Any] = dict(method=given[0].method, batch=batch, rounds=rounds)
+    title = "one call at a time" if alone else "forward passes"
+    return Report(title=title, settings=settings(device, **about, memory="allocated"), **found)
+
+
+def latency(**given: Any) -> Report:
+    """Measure single images, each from an idle device to its logits; see `infer`."""
+    return infer(batch=1, alone=True, **given)
+
+
+def step(
+    *,
+    batch: int | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    rounds: int = 5,
+    warmup: int = 2,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] | None = None,
+    names: Sequence[str] | None = None,
+    ceilings: bool = False,
+    parts: bool = False,
+    **which: Any,
+) -> Report:
+    """Measure whole training steps: forward, loss, backward and optimizer, on random images.
+
+    Args:
+        lengths: Tokens, class tokens included; images get a size that makes so many.
+        names: Backends; by default those that suit the device, and no plain PyTorch.
+        ceilings: As `infer`.
+        parts: As `infer`.
+        which: What else is compared, as `candidates` takes it; peers are not recorded.
+
+    Returns:
+        A row for every candidate.  Operations are three times those of a forward pass.
+
+    Raises:
+        ValueError: If a number is too small, or as `candidates`.
+        MeasureError: If no candidate can run here.
+    """
+    batch = STEP_BATCH[device.type] if batch is None else batch
+    dtypes = [training_dtype(device)] if dtypes is None else dtypes
+    positive(batch=batch, length=min(lengths, default=0), rounds=rounds)
+    names = STEP_BACKENDS[device.type] if names is None else names
+    given = candidates(names=names, dtypes=dtypes, lengths=lengths, device=device, **which)
+    given = [c for c in given if c.ours or c.launch == EAGER]
+    named = ("backend", "dtype")[: min(2, len(dtypes))]
+
+    def make(candidate: Candidate) -> Step:
+        (made := training(candidate, batch=batch, device=device)).run()
+        return made
+
+    def columns(key: Candidate, made: Mapping[Candidate, Step], times: AllTimes) -> Row:
+        others = {name: times.get(key._replace(backend=name)) for name in STEP_BASELINES}
+        longest = times.get(key._replace(length=max(lengths))), max(lengths)
+        return {
+            **{name: value for name, value in key.row().items() if name != "plan"},
+            "length": key.length,
+            **_rate(batch, times[key]),
+            **relative(times[key], others, longest, key.length, made[key].peak_mib()),
+        }
+
+    def refused(key: Candidate) -> str:
+        return " ".join(key.row()[name] for name in named)
+
+    how: dict[str, Any] = dict(rounds=rounds, warmup=warmup, device=device, passes=PASSES)
+    how |= dict(batch=batch, parts=parts, limited=dtypes if ceilings else ())
+    found = _measured(given, make, refused, columns, **how)
+    kept = "allocated" if device.type == "cuda" else "saved for backward"
+    about = settings(device, model=given[0].model, batch=batch, rounds=rounds, memory=kept)
+    return Report(title=STEP_TITLE, settings=about, **found)
+
+
+def forward_pass(candidate: Candidate, *, batch: int, device: torch.device) -> Forward:
+    """Make a model and call it.
+
+    Raises:
+        BackendError: If its backend cannot run here.
+        RuntimeError: If it cannot be recorded.
+    """
+    net = candidate.network(device).eval()
+    given, precision = images(net, batch, device), candidate.precision(device)
+    # A weight that has been converted before would not be converted again in a replay.
+    cached = candidate.launch == EAGER
+
+    def eager() -> Tensor:
+        with use_backend(candidate.backend), torch.no_grad(), precision.autocast(cached=cached):
+            logits: Tensor = net(given)
+            return logits
+
+    made: list[Run] = [eager]
+    first: Run = eager if cached else lambda: made.append(captured(eager))
+    spent = first_ms(first, device)
+    return Forward(net, made[-1], spent)
+
+
+def training(candidate: Candidate, *, batch: int, device: torch.device, seed: int = 0) -> Step:
+    """Make a model and what trains it: a plain run without mixing and moving average.
+
+    Args:
+        candidate: The model, and how it runs.
+        batch: Images.
+        device: Where.
+        seed: Of weights, images and labels.
+
+    Raises:
+        ValueError: If the model cannot be built so.
+        RuntimeError: If its passes cannot be recorded.
+    """
+    mixed, recorded = candidate.dtype != torch.float32, candidate.launch == REPLAYED
+    name = candidate.model if candidate.ours else f"timm/{candidate.model}"
+    precision = {"amp_dtype": "fp16" if candidate.dtype == torch.float16 else "bf16"}
+    config = Config.from_flat(
+        dict(model=name, data_set="FAKE", batch_size=batch, cuda_graphs=recorded)
+        | dict(mixup=0.0, cutmix=0.0, model_ema=False, amp=mixed)
+        | (precision if mixed else {})
+    )
+    net = candidate.network(device, drop_path=config.model.drop_path, seed=seed)
+    given = images(net, batch, device)
+    labels = torch.randint(CLASSES, (batch,)).to(device)
+    group, peak = Processes(0, 1, device), None
+    if recorded:
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    with use_backend(candidate.backend):
+        update = updates.update(config, net, group, num_classes=CLASSES, per_epoch=EPOCH)
+    if recorded:
+        peak = (torch.cuda.max_memory_allocated(device) - before) / MIB
+    update.forward.train()
+    return Step(net, update, (given, labels), candidate.backend, peak)
+
+
+def _measured(
+    given: Sequence[Candidate],
+    make: Callable[[Candidate], T],
+    refused: Callable[[Candidate], str],
+    columns: Callable[[Candidate, Mapping[Candidate, T], AllTimes], Row],
+    *,
+    batch: int,
+    passes: int = 1,
+    limited: Sequence[torch.dtype],
+    parts: bool,
+    device: torch.device,
+    **how: Any,
+) -> dict[str, Any]:
+    """Time what can be made of candidates; return rows, skipped and tables of a report."""
+    with numerics(deterministic=False, matmul_precision="high"):
+        made, skipped = prepared(given, make, refused)
+        limits = Ceilings(device, limited)
+        runs: dict[Any, Run] = {key: cast(Any, ready).run for key, ready in made.items()}
+        times = interleave({**runs, **limits.runs()}, **how, device=device)
+        rows = []
+        for key in made:
+            done, run = passes * flops(key), _eager(key, made)
+            share = limits.beside(times, key, key.dtype, batch=batch, flops=done, run=run)
+            rows.append({**columns(key, made, times), **share})
+        tables = limits.tables(times)
+        if parts:  # of what is eager: a replay tells nothing of its parts
+            watched = {
+                key.name: (one.run, one.net, one.optimizer)
+                for key, one in cast(Any, made).items()
+                if key.launch == EAGER
+            }
+            tables |= profile(watched, rounds=how["rounds"], device=device)
+    return dict(rows=rows, skipped=skipped, tables=tables)
+
+
+def _eager(key: Candidate, made: Mapping[Candidate, Any]) -> Run:
+    """Return what does the same launch by launch."""
+    found: Run = made[key._replace(launch=EAGER)].run
+    return found
+
+
+def _rate(batch: int, own: Times) -> dict[str, Any]:
+    return {"images_per_s": 1000 * batch / statistics.median(own), **spread(own)}
