@@ -8,11 +8,10 @@ from typing import Any
 
 from fambav.config import Config
 from fambav.config.options import OPTIONS
+from fambav.experiments.provenance import PLACES
 from fambav.experiments.rows import Row
 
 DENSE, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")
-
-_PLACES = {"output_dir", "resume", "finetune", "eval", "data_path", "download", "log_every"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +46,8 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """All that its result depends on besides the code: plain data, as JSON reads it back."""
         return {
-            "config": _lasting(self.config),
-            "start": None if self.start is None else _lasting(self.start.config),
+            "config": _settings(self.config),
+            "start": None if self.start is None else _settings(self.start.config),
         }
 
     def agrees(self, settings: Any) -> bool:
@@ -116,8 +115,10 @@ class Grid:
         return [cell for cell in self.cells if cell.row.name == row.name and cell.phase == phase]
 
 
-def _lasting(found: Config) -> dict[str, Any]:
-    return {name: _plain(v) for name, v in found.flat().items() if name not in _PLACES}
+def _settings(found: Config) -> dict[str, Any]:
+    """All settings but the places of files."""
+    left_out = PLACES | {"finetune"}
+    return {name: _plain(v) for name, v in found.flat().items() if name not in left_out}
 
 
 def _same(recorded: Any, wanted: dict[str, Any] | None) -> bool:

@@ -1,12 +1,10 @@
-"""Finished runs side by side, from the files in their folders.
+"""Finished runs: the files in their folders, and the table of several.
 
 Source of the numbers: log.txt, one JSON object per epoch, config.yaml, plan.json and env.json.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,11 +13,11 @@ from statistics import median
 from typing import Any
 
 from fambav import config
-from fambav.comparison.likeness import differing, machine, recipe, told
-from fambav.comparison.tables import Table
+from fambav.experiments.metrics import METRICS, PRIMARY
+from fambav.experiments.provenance import described, differing, fingerprint, machine
+from fambav.table import Table
 
 _NAMES = ("run", "model", "reduction")
-_ACCURACY = ("top-1 %", "top-5 %", "EMA %")
 _COST = ("train s", "images/s", "memory MiB")
 _TOKENS = ("tokens", "token-layers")
 
@@ -32,9 +30,9 @@ class Result:
         name: Name of its folder, and how far it came if it is not finished.
         model: Name of the model.
         reduction: How tokens are removed, in short.
-        acc1: Top-1 of the raw weights after the last epoch, in percent.
-        acc5: The same of the first five guesses, None if the log does not say.
-        ema_acc1: Top-1 of the averaged weights, None without.
+        metrics: METRICS of the raw weights after the last epoch, by name; None if the log does not
+            say, which it does of the primary one.
+        ema: The primary metric of the averaged weights, None without.
         epochs: How many of them are finished.
         seconds: Training time over those epochs, without evaluation.
         speed: Images per second, the median epoch's.
@@ -49,9 +47,8 @@ class Result:
     name: str
     model: str
     reduction: str
-    acc1: float
-    acc5: float | None
-    ema_acc1: float | None
+    metrics: dict[str, float | None]
+    ema: float | None
     epochs: int
     seconds: float
     speed: float
@@ -62,8 +59,18 @@ class Result:
     machine: dict[str, Any] = field(default_factory=dict, compare=False)
     recipe: dict[str, Any] = field(default_factory=dict, compare=False)
 
+    def flat(self) -> dict[str, Any]:
+        """Return all of it as JSON holds it, each metric under its own name."""
+        found: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if name == "metrics":
+                found |= self.metrics
+            else:
+                found[f"ema_{PRIMARY.name}" if name == "ema" else name] = value
+        return found
 
-def read(folder: Path) -> Result:
+
+def read_run(folder: Path) -> Result:
     """Read the files of a run.
 
     Raises:
@@ -72,95 +79,32 @@ def read(folder: Path) -> Result:
     log, settings = folder / "log.txt", folder / "config.yaml"
     if not (log.is_file() and settings.is_file()):
         raise ValueError(f"run is {str(folder)!r}, expected a folder with log.txt and config.yaml")
-    run, epochs = config.load(settings), epochs_of(log)
+    run, epochs = config.load(settings), read_log(log)
     last, wanted = epochs[-1], run.optim.epochs
     unfinished = f" ({len(epochs)} of {wanted} epochs)" if len(epochs) < wanted else ""
+    plan = read_plan(folder)
     try:
         return Result(
             name=folder.resolve().name + unfinished,
             model=run.model.model,
             reduction=_reduction(run.reduction) or _fusion(run.fusion),
-            acc1=last["test_acc1"],
-            acc5=last.get("test_acc5"),
-            ema_acc1=last.get("test_ema_acc1"),
+            metrics={PRIMARY.name: last[f"test_{PRIMARY.name}"]} | log_metrics(last),
+            ema=last.get(f"test_ema_{PRIMARY.name}"),
             epochs=len(epochs),
             seconds=sum(epoch["train_seconds"] for epoch in epochs),
             speed=median(epoch["images_per_second"] for epoch in epochs),
             memory_mib=max(epoch["peak_memory_mib"] for epoch in epochs),
             memory_kind=last["peak_memory_kind"],
             tokens=last["tokens"][-1] if last["tokens"] else None,
-            share=_share(folder / "plan.json"),
-            machine=machine(_about(folder / "env.json")),
-            recipe=recipe(run),
+            share=None if plan is None else float(plan["share"]),
+            machine=machine(read_environment(folder)),
+            recipe=fingerprint(run),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{log} is not a log of this program; it has no {error}") from None
 
 
-def refuse_mixed(results: Sequence[Result]) -> None:
-    """Refuse runs of several machines or recipes, whose time and memory tell nothing together.
-
-    Raises:
-        ValueError: If there are; it names what differs.
-    """
-    for what, found in (
-        ("machine", differing(result.machine for result in results)),
-        ("recipe", differing(result.recipe for result in results)),
-    ):
-        if found:
-            raise ValueError(
-                f"runs differ in {told(found)}, expected one {what}; "
-                "--mixed shows them without time, memory and differences"
-            )
-
-
-def table(results: Sequence[Result], *, form: str = "text", mixed: bool = False) -> str:
-    """Return the runs as text; see `tabulated`.
-
-    Args:
-        results: At least one.
-        form: One of FORMATS.
-        mixed: Whether they are of several machines or recipes.
-
-    Raises:
-        ValueError: If they are, and `mixed` does not say so.
-    """
-    found = tabulated(results, mixed=mixed)
-    if form == "json":
-        return json.dumps([vars(result) for result in results], indent=1)
-    return _csv(results) if form == "csv" else found.drawn(form)
-
-
-def tabulated(results: Sequence[Result], *, mixed: bool = False) -> Table:
-    """Return the runs as a table, one line each, with differences to the first in brackets.
-
-    Args:
-        results: At least one.
-        mixed: Whether they are of several machines or recipes: then without time, memory and
-            differences.
-
-    Raises:
-        ValueError: If they are, and `mixed` does not say so.
-    """
-    if not mixed:
-        refuse_mixed(results)
-    head = (*_NAMES, *_ACCURACY, *(() if mixed else _COST), *_TOKENS)
-    rows = [_row(result, None if mixed else results[0]) for result in results]
-    notes = [_mixture(results)] if mixed else [_kinds(results)]
-    return Table(head=head, rows=rows, names=len(_NAMES), notes=notes)
-
-
-def _kinds(results: Sequence[Result]) -> str:
-    kinds = sorted({result.memory_kind for result in results})
-    return f"memory: {'; '.join(kinds)}; in brackets: against {results[0].name}"
-
-
-def _mixture(results: Sequence[Result]) -> str:
-    found = differing([{**result.recipe, **result.machine} for result in results])
-    return f"not comparable in time and memory: {told(found)}" if found else "no differences"
-
-
-def epochs_of(log: Path) -> list[dict[str, Any]]:
+def read_log(log: Path) -> list[dict[str, Any]]:
     """Return the records of a log.txt; a last line that a crash cut short does not count.
 
     Raises:
@@ -179,23 +123,87 @@ def epochs_of(log: Path) -> list[dict[str, Any]]:
     return epochs
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """What a run says of its machine; nothing if it has no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged, expected the machine of a run") from None
+def log_metrics(record: dict[str, Any]) -> dict[str, float | None]:
+    """Return METRICS of a line of log.txt by name, None where it does not say."""
+    return {metric.name: record.get(f"test_{metric.name}") for metric in METRICS}
 
 
-def _share(path: Path) -> float | None:
+def read_environment(folder: Path) -> dict[str, Any]:
+    """Return what a run says of its machine and versions; nothing if it has no such file.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    return _object(folder / "env.json", "the machine of a run") or {}
+
+
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """Return which tokens a run removed, None for a model without layers of tokens.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path, what = folder / "plan.json", "a plan with its share"
+    plan = _object(path, what)
+    if plan is not None and not isinstance(plan.get("share"), float | int):
+        raise ValueError(f"{path} is damaged, expected {what}")
+    return plan
+
+
+def _object(path: Path, what: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["share"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged, expected a plan with its share") from None
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged, expected {what}") from None
+
+
+def compare(results: Sequence[Result], *, mixed: bool = False) -> Table:
+    """Return runs as a table, one line each, with differences to the first in brackets.
+
+    Args:
+        results: At least one.
+        mixed: Whether they may be of several machines or recipes: then without time, memory and
+            differences.
+
+    Raises:
+        ValueError: If they are, and `mixed` does not say so; it names what differs.
+    """
+    for what in () if mixed else ("machine", "recipe"):
+        if found := differing(getattr(result, what) for result in results):
+            raise ValueError(
+                f"runs differ in {described(found)}, expected one {what}; "
+                "--mixed shows them without time, memory and differences"
+            )
+    if mixed:
+        found = differing([{**result.recipe, **result.machine} for result in results])
+        apart = f"not comparable in time and memory: {described(found)}"
+        note = apart if found else "no differences"
+    else:
+        kinds = sorted({result.memory_kind for result in results})
+        note = f"memory: {'; '.join(kinds)}; in brackets: against {results[0].name}"
+    metrics = (*(metric.head for metric in METRICS), f"EMA {PRIMARY.unit}")
+    return Table(
+        head=(*_NAMES, *metrics, *(() if mixed else _COST), *_TOKENS),
+        rows=[_row(result, None if mixed else results[0]) for result in results],
+        names=len(_NAMES),
+        notes=[note],
+        values=_values(results),
+        document=[result.flat() for result in results],
+    )
+
+
+def _values(results: Sequence[Result]) -> list[list[Any]]:
+    """Head and plain figures; the machine's entries stand in columns of their own."""
+    flat = [result.flat() for result in results]
+    names = [name for name in flat[0] if name not in ("machine", "recipe")]
+    where = list(dict.fromkeys(name for result in results for name in result.machine))
+    rows = [
+        [*(known[name] for name in names), *(known["machine"].get(name) for name in where)]
+        for known in flat
+    ]
+    return [[*names, *where], *rows]
 
 
 def _reduction(chosen: config.Reduction) -> str:
@@ -226,14 +234,10 @@ def _fusion(fusion: config.Fusion) -> str:
 def _row(result: Result, first: Result | None) -> list[str]:
     """The cells of a run; without a `first` to compare it with, no time and no memory."""
     base = None if result is first else first
-    cells = [
-        result.name,
-        result.model,
-        result.reduction,
-        _points(result.acc1, None if base is None else base.acc1),
-        _points(result.acc5, None if base is None else base.acc5),
-        _points(result.ema_acc1, None),
-    ]
+    cells = [result.name, result.model, result.reduction]
+    for name, value in result.metrics.items():
+        cells.append(_points(value, None if base is None else base.metrics[name]))
+    cells.append(_points(result.ema, None))
     if first is not None:
         labelled = result.memory_kind == first.memory_kind
         whole = result.epochs == first.epochs
@@ -258,16 +262,3 @@ def _points(value: float | None, base: float | None) -> str:
 def _compared(value: float, base: float | None) -> str:
     change = "" if not base else f" ({100 * (value / base - 1):+.0f}%)"
     return f"{value:.1f}{change}"
-
-
-def _csv(results: Sequence[Result]) -> str:
-    """One line of plain figures per run; a missing one is empty."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    names = [name for name in vars(results[0]) if name not in ("machine", "recipe")]
-    where = list(dict.fromkeys(name for result in results for name in result.machine))
-    lines.writerow([*names, *where])
-    for result in results:
-        own = [getattr(result, name) for name in names]
-        lines.writerow(own + [result.machine.get(name) for name in where])
-    return text.getvalue().removesuffix("\n")
