@@ -33,3 +33,10 @@ METRICS = (
     Metric("acc5", "top-5", "%", "top-5 accuracy", higher_is_better=True),
 )
 PRIMARY = METRICS[0]  # by which runs are compared
+
+
+def difference(name: str, value: float, base: float, digits: int = 2) -> str:
+    """Return how a figure differs from another: a metric in its unit, anything else in percent."""
+    if any(metric.name == name for metric in METRICS):
+        return f"{value - base:+.{digits}f}"
+    return f"{100 * (value / base - 1):+.0f}%"

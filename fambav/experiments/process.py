@@ -16,9 +16,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -33,22 +31,12 @@ from fambav.experiments.results import Record
 _BEGUN, _MACHINE, _RESULT = "cell.json", "machine.json", "result.json"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
+Seat = tuple[dict[str, str], str | None]  # of a process: see `seats`
+
 # Importing torch takes seconds: one process does it, computes nothing, and is forked for each cell.
 # What cannot be imported, such as kernels whose compiler is not installed, it leaves to the cells.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([perform.__module__, "fambav.ops.numba_kernels"])
-
-
-class Seat(NamedTuple):
-    """Where one process at a time works.
-
-    Attributes:
-        variables: What it finds in its environment besides what is in ours.
-        gpu: Name of the GPU it computes on, None without one.
-    """
-
-    variables: Mapping[str, str]
-    gpu: str | None
 
 
 def gpus() -> list[str]:
@@ -60,15 +48,19 @@ def gpus() -> list[str]:
 
 
 def seats(jobs: int) -> list[Seat]:
-    """Return a seat for each of several processes: with its own GPU, if there are several.
+    """Return what each of several processes has: its own GPU, if there are several.
 
     More processes than GPUs share them in turn; one alone sees what this process sees.
+
+    Returns:
+        Variables that it finds in its environment besides what is in ours, and the name of the GPU
+        it computes on, None without one.
     """
     names = gpus()
     if jobs == 1 or len(names) < 2:
-        return [Seat({}, record.gpu())] * jobs
+        return [({}, record.gpu())] * jobs
     numbers = [job % len(names) for job in range(jobs)]
-    return [Seat({_VISIBLE: names[n]}, torch.cuda.get_device_name(n)) for n in numbers]
+    return [({_VISIBLE: names[n]}, torch.cuda.get_device_name(n)) for n in numbers]
 
 
 def finished(cell: Cell, folder: Path) -> Record | None:
@@ -102,12 +94,13 @@ class Process:
 
     def __init__(self, cell: Cell, folder: Path, seat: Seat, about: Record) -> None:
         self.cell, self.seat, self._place = cell, seat, folder / cell.place
-        own = {"threads": cell.config.run.threads, "gpu": seat.gpu}  # not the grid's process's
+        variables, gpu = seat
+        own = {"threads": cell.config.run.threads, "gpu": gpu}  # not the grid's process's
         self._about = {**about, **own}
         self._prepare()
         self._resumed = (self._place / CHECKPOINT).is_file()
         self._began, self._start = now(), time.perf_counter()
-        self._process = _CONTEXT.Process(target=perform, args=(self._place, seat.variables))
+        self._process = _CONTEXT.Process(target=perform, args=(self._place, variables))
         self._started = cell.start is None or finished(cell.start, folder) is not None
         if self._started:
             self._write_settings(folder)

@@ -94,13 +94,12 @@ class Results:
         where = [*_MACHINE, "versions", "commit", "started", "ended"]
         lines: list[list[Any]] = [["row", *keys, "seed", "phase", *_FIGURES, "error", *where]]
         for cell, known in self._ordered():
-            given, figures, about = cell.row.settings, known["figures"], known["about"]
-            lines.append(
-                [cell.row.name, *(given.get(key) for key in keys), cell.seed, cell.phase]
-                + [figures.get(name) for name in _FIGURES]
-                + [known["error"], *(about.get(name) for name in _MACHINE)]
-                + [described_versions(about), about.get("commit"), *_times(known)]
-            )
+            about = known["about"]
+            own = map(cell.row.settings.get, keys)
+            line = [cell.row.name, *own, cell.seed, cell.phase]
+            line += map(known["figures"].get, _FIGURES)
+            line += [known["error"], *map(about.get, _MACHINE), described_versions(about)]
+            lines.append([*line, about.get("commit"), *_times(known).values()])
         return lines
 
     def document(self) -> dict[str, Any]:
@@ -185,14 +184,14 @@ def _versions(about: Record) -> dict[str, str]:
     return {"fambav": about["fambav"], "python": about["python"], **about["packages"]}
 
 
-def _times(known: Record) -> tuple[str | None, str | None]:
+def _times(known: Record) -> dict[str, str | None]:
     """When a cell began and ended; of a record that does not say, when the grid began."""
-    return known.get("started") or known["about"]["started"], known.get("ended")
+    began = known.get("started") or known["about"]["started"]
+    return {"started": began, "ended": known.get("ended")}
 
 
 def _cell(cell: Cell, known: Record) -> dict[str, Any]:
     about = known["about"]
-    started, ended = _times(known)
     return {
         "row": cell.row.name,
         "seed": cell.seed,
@@ -204,8 +203,7 @@ def _cell(cell: Cell, known: Record) -> dict[str, Any]:
         "commit": about.get("commit"),
         "versions": _versions(about),
         "machine": machine(about),
-        "started": started,
-        "ended": ended,
+        **_times(known),
         **known.get("settings", cell.settings),
     }
 

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from fambav import config
-from fambav.experiments.metrics import METRICS, PRIMARY
+from fambav.experiments.metrics import METRICS, PRIMARY, difference
 from fambav.experiments.provenance import described, differing, fingerprint, machine
 from fambav.table import Table
 
@@ -236,16 +236,14 @@ def _row(result: Result, first: Result | None) -> list[str]:
     base = None if result is first else first
     cells = [result.name, result.model, result.reduction]
     for name, value in result.metrics.items():
-        cells.append(_points(value, None if base is None else base.metrics[name]))
-    cells.append(_points(result.ema, None))
+        cells.append(_shown(name, value, None if base is None else base.metrics[name], 2))
+    cells.append(_shown(PRIMARY.name, result.ema, None, 2))
     if first is not None:
-        labelled = result.memory_kind == first.memory_kind
-        whole = result.epochs == first.epochs
-        cells += [
-            _compared(result.seconds, base.seconds if base and whole else None),
-            _compared(result.speed, None if base is None else base.speed),
-            _compared(result.memory_mib, base.memory_mib if base and labelled else None),
-        ]
+        whole = base is not None and result.epochs == base.epochs
+        labelled = base is not None and result.memory_kind == base.memory_kind
+        for name, same in (("seconds", whole), ("speed", True), ("memory_mib", labelled)):
+            known = getattr(base, name) if base and same else None
+            cells.append(_shown(name, getattr(result, name), known or None, 1))
     return [
         *cells,
         "-" if result.tokens is None else str(result.tokens),
@@ -253,12 +251,8 @@ def _row(result: Result, first: Result | None) -> list[str]:
     ]
 
 
-def _points(value: float | None, base: float | None) -> str:
+def _shown(name: str, value: float | None, base: float | None, digits: int) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}{'' if base is None else f' ({value - base:+.2f})'}"
-
-
-def _compared(value: float, base: float | None) -> str:
-    change = "" if not base else f" ({100 * (value / base - 1):+.0f}%)"
-    return f"{value:.1f}{change}"
+    change = "" if base is None else f" ({difference(name, value, base)})"
+    return f"{value:.{digits}f}{change}"

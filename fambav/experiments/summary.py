@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from fambav.experiments.grid import DENSE, FREE, SCRATCH, TUNED, Grid
-from fambav.experiments.metrics import METRICS, PRIMARY
+from fambav.experiments.metrics import METRICS, PRIMARY, difference
 from fambav.experiments.results import FLOPS, Record, Results, described_versions, estimate
 from fambav.experiments.rows import PAPER, Row
 from fambav.table import Table
@@ -15,31 +15,17 @@ from fambav.table import Table
 _HOUR = 3600.0
 _TRAINED = (SCRATCH, TUNED, DENSE)
 _COSTS = ("seconds", "memory")  # of what a paper reports
-_POINTS = {metric.name for metric in METRICS}  # a difference is in points, others are in percent
 
 
-class Column(NamedTuple):
-    """A column of figures.
-
-    Attributes:
-        head: What stands above it.
-        name: The figure.
-        phases: Where it is looked for, the first that has it.
-        compared: Whether the difference to the row without reduction is shown.
-        digits: Behind the point.
-        unit: What the figure is divided by.
-        spread: Whether the deviation over seeds is shown.
-        costs: Whether it depends on the machine.
-    """
-
+class _Column(NamedTuple):
     head: str
-    name: str
-    phases: tuple[str, ...]
-    compared: bool = True
+    name: str  # of the figure
+    phases: tuple[str, ...]  # where it is looked for, the first that has it
+    compared: bool = True  # whether the difference to the row without reduction is shown
     digits: int = 2
-    unit: float = 1.0
-    spread: bool = True
-    costs: bool = False
+    unit: float = 1.0  # what the figure is divided by
+    spread: bool = True  # whether the deviation over seeds is shown
+    costs: bool = False  # whether it depends on the machine
 
 
 def table(results: Results, *, mixed: bool = False) -> Table:
@@ -71,38 +57,40 @@ def table(results: Results, *, mixed: bool = False) -> Table:
     )
 
 
-def _columns(results: Results) -> list[Column]:
+def _columns(results: Results) -> list[_Column]:
     grid = results.grid
     phases = (FREE, *_TRAINED)
     most = max(results.by_seed(grid.baseline, phases, FLOPS).values(), default=0.0)
     size, head = (1e9, "GFLOPs") if most >= 1e9 else (1e6, "MFLOPs")
     ours = [
-        Column("token-layers", "token_layers", phases, compared=False, digits=3, spread=False),
-        Column(head, FLOPS, phases, unit=size, spread=False),
+        _Column("token-layers", "token_layers", phases, compared=False, digits=3, spread=False),
+        _Column(head, FLOPS, phases, unit=size, spread=False),
     ]
     if grid.scratch:
         every = (results.by_seed(row, (SCRATCH,), "seconds").values() for row in grid.rows)
         long = max((value for values in every for value in values), default=0.0) >= _HOUR
         head, size, digits = ("train h", _HOUR, 2) if long else ("train s", 1.0, 1)
         ours += [
-            *(Column(metric.head, metric.name, (SCRATCH,)) for metric in METRICS),
-            Column(head, "seconds", (SCRATCH,), digits=digits, unit=size, costs=True),
+            *(_Column(metric.head, metric.name, (SCRATCH,)) for metric in METRICS),
+            _Column(head, "seconds", (SCRATCH,), digits=digits, unit=size, costs=True),
         ]
     else:
         speed = "images_per_second"
         ours += [
-            *(Column(f"{p} {PRIMARY.unit}", PRIMARY.name, (p,)) for p in (FREE, TUNED)),
-            *(Column(metric.head, metric.name, (TUNED, FREE)) for metric in METRICS[1:]),
-            Column("s per epoch", "seconds_per_epoch", _TRAINED, costs=True),
-            Column("images/s", speed, _TRAINED, compared=False, digits=0, spread=False, costs=True),
+            *(_Column(f"{p} {PRIMARY.unit}", PRIMARY.name, (p,)) for p in (FREE, TUNED)),
+            *(_Column(metric.head, metric.name, (TUNED, FREE)) for metric in METRICS[1:]),
+            _Column("s per epoch", "seconds_per_epoch", _TRAINED, costs=True),
+            _Column(
+                "images/s", speed, _TRAINED, compared=False, digits=0, spread=False, costs=True
+            ),
         ]
     return [
         *ours,
-        Column("memory MiB", "memory_mib", _TRAINED, digits=1, spread=False, costs=True),
+        _Column("memory MiB", "memory_mib", _TRAINED, digits=1, spread=False, costs=True),
     ]
 
 
-def _cell(results: Results, row: Row, column: Column) -> str:
+def _cell(results: Results, row: Row, column: _Column) -> str:
     """The mean, its deviation, how many seeds there are if some are missing, and the difference."""
     values = results.by_seed(row, column.phases, column.name)
     if not values:
@@ -121,13 +109,7 @@ def _cell(results: Results, row: Row, column: Column) -> str:
     if not common:
         return text
     ours, theirs = (fmean(found[seed] for seed in common) for found in (values, base))
-    return f"{text} ({_difference(column.name, ours, theirs, column.digits)})"
-
-
-def _difference(name: str, value: float, base: float, digits: int) -> str:
-    if name in _POINTS:
-        return f"{value - base:+.{digits}f}"
-    return f"{100 * (value / base - 1):+.0f}%"
+    return f"{text} ({difference(column.name, ours, theirs, column.digits)})"
 
 
 def _paper_columns(grid: Grid, *, mixed: bool) -> dict[str, str]:
@@ -150,7 +132,7 @@ def _reported(grid: Grid, row: Row, name: str) -> str:
     text = _clock(value) if name == "seconds" else f"{value:g}"
     if row.name == grid.baseline.name or base is None:
         return "" if grid.differences else text
-    change = _difference(name, value, base, 1)
+    change = difference(name, value, base, 1)
     return change if grid.differences else f"{text} ({change})"
 
 

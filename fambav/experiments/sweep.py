@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -60,13 +60,12 @@ def run(
         say(f"{len(records)} of {len(grid.cells)} cells are finished")
         results = Results(grid, records)
         _write(results, folder, mixed=mixed)
-        pace = Pace(records.values(), left, jobs)
         for process in _perform(left, folder, about, jobs):
             cell, known = process.cell, process.result(keep=keep)
             records[cell.name] = known
-            pace.count(cell, known)
             _write(results, folder, mixed=mixed)
-            say(f"[{len(records)}/{len(grid.cells)}] {_line(cell, known)}{pace.text()}")
+            line = f"{_line(cell, known)}{_time_left(results, jobs)}"
+            say(f"[{len(records)}/{len(grid.cells)}] {line}")
         if not mixed:
             _refuse_mixed(folder, records, None)  # processes may have had GPUs of several kinds
     return results
@@ -115,37 +114,19 @@ def _perform(left: list[Cell], folder: Path, about: Record, jobs: int) -> Iterat
             process.end()
 
 
-class Pace:
-    """How long the rest will take, from what cells of the same phase have taken.
+def _time_left(results: Results, jobs: int) -> str:
+    """What is left as the end of a line, from the cells of the same phase.
 
-    Args:
-        done: Records of finished cells.
-        left: Cells to come.
-        jobs: Processes that share them.
+    Empty while a phase has not been seen.
     """
-
-    def __init__(self, done: Iterable[Record], left: Iterable[Cell], jobs: int) -> None:
-        self._seconds: dict[str, list[float]] = defaultdict(list)
-        self._left = [cell.phase for cell in left]
-        self._jobs = jobs
-        for known in done:
-            self._add(known)
-
-    def count(self, cell: Cell, known: Record) -> None:
-        """Take note that a cell is done."""
-        self._left.remove(cell.phase)
-        self._add(known)
-
-    def text(self) -> str:
-        """Return what is left as the end of a line, nothing while a phase has not been seen."""
-        if not self._left or not set(self._left) <= self._seconds.keys():
-            return ""
-        seconds = sum(fmean(self._seconds[phase]) for phase in self._left) / self._jobs
-        return f"; {seconds / 60:.1f} min left"
-
-    def _add(self, known: Record) -> None:
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for known in results.records.values():
         if known["error"] is None and known["wall_seconds"] is not None:
-            self._seconds[known["phase"]].append(known["wall_seconds"])
+            seconds[known["phase"]].append(known["wall_seconds"])
+    left = [cell.phase for cell in results.grid.cells if cell.name not in results.records]
+    if not left or not set(left) <= seconds.keys():
+        return ""
+    return f"; {sum(fmean(seconds[phase]) for phase in left) / jobs / 60:.1f} min left"
 
 
 def _write(results: Results, folder: Path, *, mixed: bool) -> None:

@@ -220,7 +220,7 @@ def test_cells_of_a_dense_model_that_diverged_fail_in_their_turn(tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text(base.read_text().replace("lr: 1.0e-3", "lr: 1.0e+30"))
     found = go(path, tmp_path / "out").found
-    assert found["dense, seed 0, dense"]["error"].startswith("loss is nan")
+    assert found["dense, seed 0, dense"]["error"].startswith("loss or gradient is not")
     message = "start is dense, seed 0, dense, expected a cell that is finished"
     assert found["ordered, seed 0, training-free"]["error"] == message
 
@@ -398,13 +398,13 @@ def test_each_process_gets_a_gpu_of_its_own_and_shares_them_in_turn(tmp_path, al
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *number: f"GPU {number}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-ab")
-    named = [seat.variables["CUDA_VISIBLE_DEVICES"] for seat in process.seats(3)]
+    named = [variables["CUDA_VISIBLE_DEVICES"] for variables, _ in process.seats(3)]
     assert named == ["4", "GPU-ab", "4"]
-    assert process.seats(1)[0].variables == {}
+    assert process.seats(1)[0][0] == {}
     found = go(alone[0], tmp_path / "out", jobs=2, mixed=True).found.values()
     assert {known["about"]["gpu"] for known in found} == {"GPU (0,)", "GPU (1,)"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert [seat.variables for seat in process.seats(2)] == [{}, {}]
+    assert [variables for variables, _ in process.seats(2)] == [{}, {}]
 
 
 def test_the_gpu_of_a_process_is_in_its_environment_before_cuda_is_asked(tmp_path, monkeypatch):
@@ -419,10 +419,16 @@ from fambav.experiments import cell
 assert not asked and threading.active_count() == 1
 cell.figures = lambda folder: {"asked": torch.cuda.is_available() or asked}
 cell.perform(Path("."), {"CUDA_VISIBLE_DEVICES": "7"})
+def fail(folder): raise ValueError("in two\\nlines")
+cell.figures = fail
+Path("two").mkdir()
+cell.perform(Path("two"), {})
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "4,7"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     assert json.loads((tmp_path / "figures.json").read_text()) == {"figures": {"asked": ["7"]}}
+    assert done.returncode == 1
+    assert json.loads((tmp_path / "two/figures.json").read_text()) == {"error": "in two lines"}
 
 
 @pytest.mark.parametrize(
