@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from fambav.config import Config, ConfigError
 from fambav.engine import record
 from fambav.engine.checkpoint import write_text
 from fambav.engine.record import CHECKPOINT, KEPT, WEIGHTS
@@ -101,19 +102,26 @@ class Process:
         self._resumed = (self._place / CHECKPOINT).is_file()
         self._began, self._start = now(), time.perf_counter()
         self._process = _CONTEXT.Process(target=perform, args=(self._place, variables))
-        self._started = cell.start is None or finished(cell.start, folder) is not None
-        if self._started:
-            self._write_settings(folder)
-            self._process.start()
+        self._refusal: str | None = None  # why there is nothing to start
+        if cell.start is not None and finished(cell.start, folder) is None:
+            self._refusal = f"start is {cell.start.name}, expected a cell that is finished"
+            return
+        try:
+            settings = self._settings(folder)
+        except ConfigError as error:
+            self._refusal = str(error)
+            return
+        write_text(self._place / SETTINGS, settings.to_yaml())
+        self._process.start()
 
     @property
     def running(self) -> bool:
         """Whether it still works."""
-        return self._started and self._process.is_alive()
+        return self._refusal is None and self._process.is_alive()
 
     def end(self) -> None:
         """End the process, whatever it works on."""
-        if self._started:
+        if self._refusal is None:
             self._process.terminate()
             self._process.join()
 
@@ -124,8 +132,8 @@ class Process:
             keep: Whether its checkpoints stay, though nothing needs them any more.
         """
         found = _json(self._place / FIGURES)
-        if not self._started and self.cell.start is not None:
-            found = {"error": f"start is {self.cell.start.name}, expected a cell that is finished"}
+        if self._refusal is not None:
+            found = {"error": self._refusal}
         elif found is None:
             status, hint = self._process.exitcode, f"expected a result; see {OUTPUT}"
             found = {"error": f"process ended with status {status}, {hint}"}
@@ -161,13 +169,13 @@ class Process:
             write_text(place / _MACHINE, json.dumps(here) + "\n")
         (place / FIGURES).unlink(missing_ok=True)
 
-    def _write_settings(self, folder: Path) -> None:
-        cell, start = self.cell, self.cell.start
+    def _settings(self, folder: Path) -> Config:
+        """What the process is to do."""
+        start = self.cell.start
         weights = "" if start is None else str(folder / start.place / WEIGHTS)
         where = {"resume": "auto", "output_dir": str(self._place)}
-        more = {"eval": True} if cell.phase == FREE else where
-        settings = cell.config.replace(finetune=weights, **more)
-        write_text(self._place / SETTINGS, settings.to_yaml())
+        more = {"eval": True} if self.cell.phase == FREE else where
+        return self.cell.config.replace(finetune=weights, **more)
 
 
 def now() -> str:

@@ -25,6 +25,7 @@ from tests.experiments.made import (
 )
 
 CELLS = 8  # two dense models; each then tuned, with fusion, and tuned with fusion
+SLOW = pytest.mark.timeout(900)  # each starts a dozen processes
 PROC = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes")
 
 
@@ -36,6 +37,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
+@SLOW
 @PROC
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_grid_leaves_no_process_and_goes_on(whole, tmp_path, blow):
@@ -58,6 +60,7 @@ def test_a_killed_grid_leaves_no_process_and_goes_on(whole, tmp_path, blow):
 
 
 @pytest.mark.slow
+@SLOW
 @PROC
 def test_processes_of_a_killed_grid_do_not_finish_their_cells(tmp_path):
     folder = tmp_path / "out"
@@ -71,6 +74,7 @@ def test_processes_of_a_killed_grid_do_not_finish_their_cells(tmp_path):
 
 
 @pytest.mark.slow
+@SLOW
 @PROC
 def test_a_process_that_dies_fails_its_cell_alone(tmp_path):
     folder = tmp_path / "out"
@@ -78,7 +82,7 @@ def test_a_process_that_dies_fails_its_cell_alone(tmp_path):
     until(lambda: at_work(process.pid))
     (pid, begun), *_ = at_work(process.pid)
     os.kill(pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 2
     record = json.loads((begun / "result.json").read_text())
     assert record["error"].startswith("process ended with status -9, expected a result")
@@ -87,6 +91,7 @@ def test_a_process_that_dies_fails_its_cell_alone(tmp_path):
 
 
 @pytest.mark.slow
+@SLOW
 def test_a_grid_that_is_killed_in_the_middle_of_a_cell_goes_on_with_the_same_numbers(tmp_path):
     path = written(tmp_path, SCRATCH, epochs=12)
     whole = go(path, tmp_path / "whole")
