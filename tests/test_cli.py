@@ -288,7 +288,7 @@ def test_predict_prints_the_guesses_of_each_image(capsys, monkeypatch):
 
 
 def test_table_compares_runs(capsys, tmp_path):
-    from tests.test_comparison import epoch, made
+    from tests.experiments.test_runs import epoch, made
 
     runs = [str(made(tmp_path / name, [epoch(0)] * 3)) for name in ("one", "two")]
     assert console(["table", *runs]) == 0

@@ -237,10 +237,12 @@ def test_convolutions_of_tokens_that_form_a_grid_run_on_that(top_row, monkeypatc
 def test_a_method_of_unknown_cost_is_counted_without_and_named(top_row):
     report = costs.count(reduce(built("vim_micro"), "top-row", "list:0,2"))
     assert report.reduction == FREE
-    assert "what choosing costs top-row is not known, and not counted" in report.text()
+    assert "what choosing costs top-row is not known, and not counted" in report.table().render(
+        "text"
+    )
     assert report.total.literature < report.dense.literature
     known = costs.count(reduce(built("vim_micro"), "random", "list:0,2"))
-    assert "not known" not in known.text()
+    assert "not known" not in known.table().render("text")
 
 
 def test_the_parts_add_up_to_the_total():
@@ -286,7 +288,7 @@ def test_alignment_is_paid_by_every_layer_behind_the_first_tokens_that_went():
     report = costs.count(model)
     whole = total(*(row.own for row in report.rows), report.reduction, report.alignment)
     assert report.total == whole
-    assert "alignment" in report.text()
+    assert "alignment" in report.table().render("text")
     model = reduce(built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap="none")
     assert costs.count(model).alignment == FREE
 
@@ -308,7 +310,7 @@ def test_without_gaps_nothing_is_aligned():
 def test_the_table_joins_equal_layers_and_shows_shares():
     flags = "--model vim_tiny --data-set CIFAR --fusion-strategy upper --fusion-layer 23"
     report = costs.configured(config.parse([*flags.split(), "--fusion-token", "9"]))
-    title, _, head, *body = report.text().splitlines()
+    title, _, head, *body = report.table().render("text").splitlines()
     assert title == (
         "vim_tiny, 224 x 224 pixels, 100 classes: 197 tokens, famba-v removes 18, compact scan"
     )
@@ -332,15 +334,19 @@ def test_the_table_joins_equal_layers_and_shows_shares():
 
 
 def test_small_models_are_shown_in_millions():
-    text = costs.count(built("vim_micro")).text()
+    text = costs.count(built("vim_micro")).table().render("text")
     assert "in M (1e6) operations" in text
     assert "reduction" not in text
 
 
 def test_markdown_has_the_cells_of_the_table():
     report = costs.count(built("vim_micro", fusion_strategy="all", fusion_token=3))
-    lines = [line for line in report.markdown().splitlines() if line.startswith("|")]
-    text = [line for line in report.text().splitlines()[2:] if line][: len(lines) - 1]
+    lines = [
+        line for line in report.table().render("markdown").splitlines() if line.startswith("|")
+    ]
+    text = [line for line in report.table().render("text").splitlines()[2:] if line][
+        : len(lines) - 1
+    ]
     for shown, line in zip([lines[0], *lines[2:]], text, strict=True):
         assert shown.replace("|", " ").split() == line.split()
 

@@ -25,4 +25,5 @@ def run(words: list[str]) -> None:
     from fambav import costs
 
     report = costs.configured(found)
-    show(report.markdown() if given.markdown else report.text(), report.json(), given.json)
+    form = "markdown" if given.markdown else "text"
+    show(report.table().render(form), report.json(), given.json)

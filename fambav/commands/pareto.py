@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from fambav.commands.parser import Parser
@@ -14,26 +13,19 @@ def run(words: list[str]) -> None:
     given = _parser().parse_args(words)
     from fambav import experiments, pictures
 
-    points = experiments.points(given.folder, phase=given.phase)
-    title, kinds = _told(given.folder)
+    points = experiments.read_points(given.folder, phase=given.phase)
+    title, kinds = experiments.read_title(given.folder)
+    metric = experiments.PRIMARY
     if points:
-        title = f"{title}: top-1 accuracy against cost, {points[0].phase}"
-    figure = pictures.pareto(points, title=title, detail=f"memory: {kinds}" if kinds else "")
+        title = f"{title}: {metric.title} against cost, {points[0].phase}"
+    detail = f"memory: {kinds}" if kinds else ""
+    figure = pictures.pareto(points, metric=metric, title=title, detail=detail)
     folder = given.output_dir or given.folder
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         path = folder / f"pareto.{kind}"
         pictures.write(figure, path)
         print(f"{path}  {title}")
-
-
-def _told(folder: Path) -> tuple[str, str]:
-    """Return the title of a grid, and what its memory counts."""
-    from fambav.experiments.archive import JSON
-
-    told = json.loads((folder / JSON).read_text(encoding="utf-8"))
-    known = (cell["figures"].get("memory_kind") for cell in told["cells"])
-    return told["title"] or told["grid"], "; ".join(sorted({kind for kind in known if kind}))
 
 
 def _parser() -> argparse.ArgumentParser:

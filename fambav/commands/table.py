@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fambav import registry
 from fambav.commands.parser import Parser
-from fambav.comparison.tables import FORMATS
 from fambav.config import ConfigError
+from fambav.table import FORMATS
 
 _LOG, _RESULTS = "log.txt", "results.json"  # what makes a folder a run's, and a grid's
 _ENDINGS = (".yaml", ".yml")
@@ -38,10 +38,10 @@ def run(words: list[str]) -> None:
     for name in ("output_dir", "jobs", "seeds", "data_path", "keep"):
         if getattr(given, name) not in (None, False):
             raise ConfigError(f"--{name} has no meaning without a grid")
-    from fambav import comparison
+    from fambav import experiments
 
-    rows = [comparison.read(Path(folder)) for folder in given.what]
-    print(comparison.table(rows, form=given.format, mixed=given.mixed))
+    runs = [experiments.read_run(Path(folder)) for folder in given.what]
+    print(experiments.compare(runs, mixed=given.mixed).render(given.format))
 
 
 def _grid_flags(group: argparse._ArgumentGroup) -> None:
@@ -93,14 +93,15 @@ def _table_of_grid(given: argparse.Namespace, path: Path) -> None:
             raise ConfigError(f"--{name} is {number}, expected at least 1")
     folder = Path("output", path.stem) if given.output_dir is None else given.output_dir
     from fambav import experiments
+    from fambav.experiments import process, sweep
 
     said = sys.stdout if given.format == FORMATS[0] else sys.stderr  # the table stands alone there
 
     def say(line: str) -> None:
         print(line, file=said, flush=True)
 
-    grid = experiments.read(path, seeds=given.seeds, data_path=given.data_path)
-    jobs = given.jobs or max(1, len(experiments.gpus()))
-    found = experiments.run(grid, folder, jobs=jobs, keep=given.keep, say=say, mixed=given.mixed)
-    print(experiments.rendered(grid, found, given.format, mixed=given.mixed))
-    experiments.refuse_failures(grid, found, folder)
+    grid = experiments.read_grid(path, seeds=given.seeds, data_path=given.data_path)
+    jobs = given.jobs or max(1, len(process.gpus()))
+    results = sweep.run(grid, folder, jobs=jobs, keep=given.keep, say=say, mixed=given.mixed)
+    print(experiments.table(results, mixed=given.mixed).render(given.format))
+    sweep.refuse_failures(results, folder)

@@ -1,4 +1,4 @@
-"""The cost of an image, part by part, as a table, as Markdown and as JSON."""
+"""The cost of an image, part by part, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from fambav.models.flops import CONVENTIONS, FREE, Cost, total
+from fambav.table import Table
 
 Cells = tuple[str, ...]
 
@@ -79,18 +80,10 @@ class Report:
         """Cost of everything."""
         return total(*(row.own for row in self.rows), self.reduction, self.alignment)
 
-    def text(self) -> str:
-        """Return a table to read."""
-        table = [_HEAD, *self._lines()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ("  ".join(map(str.rjust, row, widths)) for row in table)
-        return "\n".join([self._title(), "", *lines, "", *self._notes()])
-
-    def markdown(self) -> str:
-        """Return the table in Markdown."""
-        lines = [f"| {' | '.join(row)} |" for row in (_HEAD, *self._lines())]
-        lines.insert(1, "|---" + "|---:" * (len(_HEAD) - 1) + "|")
-        return "\n".join([self._title(), "", *lines, "", *(f"- {n}" for n in self._notes())])
+    def table(self) -> Table:
+        """Return the parts as a table; neighbouring layers that are equal share a line."""
+        rows, notes = list(self._lines()), self._notes()
+        return Table(head=_HEAD, rows=rows, names=1, title=self._title(), notes=notes)
 
     def json(self) -> str:
         """Return everything as JSON, counts as whole numbers under the conventions' names."""
@@ -122,7 +115,6 @@ class Report:
         return ("G (1e9)", 1e9) if self.dense.literature >= 1e9 else ("M (1e6)", 1e6)
 
     def _lines(self) -> Iterator[Cells]:
-        """Cells of the table below its head; neighbouring layers that are equal share a line."""
         for (part, tokens, removed), run in groupby(
             self.rows, key=lambda row: (row.part, row.tokens, row.removed)
         ):

@@ -1,41 +1,43 @@
-"""Grids of experiments: settings x seeds, each trained once, and one table of all.
+"""Runs side by side, and grids of experiments: settings x seeds, each trained once, and one table.
 
-grid.yaml -> cells -> workers -> result.json of each cell -> results.csv, results.json, results.md
+grid.yaml -> cells -> a process and result.json of each -> results.csv, results.json, results.md
 
+metrics     which metrics are shown, and which way is better
+provenance  the machine and the recipe of a run, and where two of them differ
+runs        the files of a finished run, and the table of several
 grid_file   what a YAML file asks for
 rows        its rows
 grid        the cells that have to run
 sweep       carries them out, what is finished apart
-workers     the processes, and the GPU of each
-results     one cell, and what it leaves in its folder
-figures     means over seeds
+process     a cell in a process of its own, and what it leaves in its folder
+cell        what that process does
+results     means over seeds, the tables for programs, and what a folder holds, read back
 summary     the table for people
-archive     the tables for programs
-points      what a folder holds, read back
+
+What is offered here loads no torch; `fambav.experiments.sweep` does.
 """
 
-from fambav.experiments.figures import Estimate
-from fambav.experiments.grid import Cell, Grid
-from fambav.experiments.grid_file import read
-from fambav.experiments.points import Point, is_grid, points
-from fambav.experiments.rows import Paper, Row
-from fambav.experiments.summary import rendered, table
-from fambav.experiments.sweep import refuse_failures, run
-from fambav.experiments.workers import gpus
+from fambav.experiments.grid_file import read_grid
+from fambav.experiments.metrics import METRICS, PRIMARY
+from fambav.experiments.results import Estimate, Point, Results, is_grid, read_points, read_title
+from fambav.experiments.runs import Result, compare, read_environment, read_log, read_plan, read_run
+from fambav.experiments.summary import table
 
 __all__ = [
-    "Cell",
+    "METRICS",
+    "PRIMARY",
     "Estimate",
-    "Grid",
-    "Paper",
     "Point",
-    "Row",
-    "gpus",
+    "Result",
+    "Results",
+    "compare",
     "is_grid",
-    "points",
-    "read",
-    "refuse_failures",
-    "rendered",
-    "run",
+    "read_environment",
+    "read_grid",
+    "read_log",
+    "read_plan",
+    "read_points",
+    "read_run",
+    "read_title",
     "table",
 ]

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fambav.config import OPTIONS, Config
+from fambav.config import Config
+from fambav.experiments.provenance import PLACES
 from fambav.experiments.rows import Row
 
 DENSE, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")
-
-_PLACES = {"output_dir", "resume", "finetune", "eval", "data_path", "download", "log_every"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +44,23 @@ class Cell:
     @property
     def settings(self) -> dict[str, Any]:
         """All that its result depends on besides the code: plain data, as JSON reads it back."""
-        return {
-            "config": _lasting(self.config),
-            "start": None if self.start is None else _lasting(self.start.config),
-        }
+        start = None if self.start is None else _settings(self.start.config)
+        return {"config": _settings(self.config), "start": start}
 
-    def agrees(self, settings: Any) -> bool:
-        """Tell whether `settings`, read from a file, are those of this cell.
+    def agrees(self, recorded: Any) -> bool:
+        """Tell whether what was read from a file are the settings of this cell.
 
         A setting that the file does not know counts as the default, so that a result outlives the
         addition of settings.
         """
         now = self.settings
-        if not isinstance(settings, dict) or settings.keys() != now.keys():
+        if not isinstance(recorded, dict) or recorded.keys() != now.keys():
             return False
-        return all(_same(settings[part], wanted) for part, wanted in now.items())
+        return all(
+            known == wanted
+            or (isinstance(known, dict) and wanted is not None and _defaults() | known == wanted)
+            for known, wanted in zip(map(recorded.get, now), now.values(), strict=True)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,19 +116,12 @@ class Grid:
         return [cell for cell in self.cells if cell.row.name == row.name and cell.phase == phase]
 
 
-def _lasting(found: Config) -> dict[str, Any]:
-    return {name: _plain(v) for name, v in found.flat().items() if name not in _PLACES}
+def _settings(found: Config) -> dict[str, Any]:
+    """All settings but the places of files, a tuple as the list that JSON makes of it."""
+    left_out = PLACES | {"finetune"}
+    flat = {name: value for name, value in found.flat().items() if name not in left_out}
+    return {n: list(value) if isinstance(value, tuple) else value for n, value in flat.items()}
 
 
-def _same(recorded: Any, wanted: dict[str, Any] | None) -> bool:
-    if not isinstance(recorded, dict) or wanted is None:
-        return recorded is wanted
-    known = recorded.keys() <= wanted.keys()
-    return known and all(
-        recorded.get(name, _plain(OPTIONS[name].default)) == value for name, value in wanted.items()
-    )
-
-
-def _plain(value: Any) -> Any:
-    """A tuple as the list that JSON makes of it."""
-    return list(value) if isinstance(value, tuple) else value
+def _defaults() -> dict[str, Any]:
+    return _settings(Config())

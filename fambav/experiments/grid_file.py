@@ -27,13 +27,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fambav import config
-from fambav.comparison import likeness
 from fambav.config import OPTIONS, Config, ConfigError, format_value, read_yaml, refuse
 from fambav.experiments.grid import DENSE, FREE, SCRATCH, TUNED, Cell, Grid
-from fambav.experiments.rows import NONE, OWN, Row, read_names, read_rows, read_settings
+from fambav.experiments.provenance import described, differing, fingerprint
+from fambav.experiments.rows import NONE, OWN, Row, read_rows, read_settings
 from fambav.registry import nearest
 
 _KEYS = ("title", "train", "base", "seeds", "finetune", "names", "vary", "paper", "rows")
@@ -41,44 +41,8 @@ _TRAIN = ("from-dense", "scratch")
 _SHOW = ("figures", "differences")
 _LARGEST = OPTIONS["seed"].bounds.high
 
-Content = dict[Any, Any]
 
-
-class Layout(NamedTuple):
-    """What has to run.
-
-    Attributes:
-        rows: The rows in the order of the table.
-        baseline: The one that the others are compared with.
-        cells: The cells in the order in which they run.
-    """
-
-    rows: tuple[Row, ...]
-    baseline: Row
-    cells: tuple[Cell, ...]
-
-
-class Case(NamedTuple):
-    """What a grid's file says beside its rows.
-
-    Attributes:
-        path: The file.
-        given: Its keys and values.
-        names: Heads of the columns that name rows.
-        seeds: The seeds.
-        vary: Settings in which rows may differ besides those of reduction.
-        data_path: Folder of the data set instead of that of the settings.
-    """
-
-    path: Path
-    given: Content
-    names: tuple[str, ...]
-    seeds: tuple[int, ...]
-    vary: tuple[str, ...]
-    data_path: str | None
-
-
-def read(path: Path, *, seeds: int | None = None, data_path: str | None = None) -> Grid:
+def read_grid(path: Path, *, seeds: int | None = None, data_path: str | None = None) -> Grid:
     """Read a grid.
 
     Args:
@@ -89,193 +53,197 @@ def read(path: Path, *, seeds: int | None = None, data_path: str | None = None) 
     Raises:
         ConfigError: If the file or one of its settings cannot be used.
     """
-    given = read_yaml(path)
-    for key in given:
-        if key not in _KEYS:
-            shown, hint = format_value(key), nearest(str(key), _KEYS)
-            raise ConfigError(f"{path}: {shown} is not of a grid; {hint}")
-    scratch = _choice(f"{path}: train", given.get("train", _TRAIN[0]), _TRAIN) == "scratch"
-    listed = _seeds(f"{path}: seeds", given.get("seeds"))
-    names = read_names(path, given.get("names"))
-    case = Case(
-        path=path,
-        given=given,
-        names=names,
-        seeds=listed if seeds is None else tuple(range(seeds)),
-        vary=_vary(path, given.get("vary", [])),
-        data_path=data_path,
-    )
-    taken = () if scratch else (DENSE,)
-    rows = read_rows(path, given.get("rows"), names=len(names), taken=taken)
-    layout = _from_scratch(case, rows) if scratch else _from_dense(case, rows)
-    source, show = _paper(path, given.get("paper"), layout)
-    return Grid(
-        path=path,
-        title=_text(f"{path}: title", given.get("title", "")),
-        scratch=scratch,
-        names=names,
-        rows=layout.rows,
-        baseline=layout.baseline,
-        vary=case.vary,
-        source=source,
-        differences=show == "differences",
-        seeds=case.seeds,
-        cells=layout.cells,
-    )
+    return _File(path, seeds, data_path).grid()
 
 
-def _from_dense(case: Case, rows: Sequence[Row]) -> Layout:
-    """Every row starts from the dense model of its seed."""
-    path, given = case.path, case.given
-    base = _base(case, f"{path}: base", _base_path(path, given.get("base")))
-    tuning = read_settings(f"{path}: finetune", given["finetune"]) if "finetune" in given else None
-    if tuning is not None:
-        _with(base, tuning, f"{path}: finetune")
-    dense = Row(
-        name=DENSE, slug=DENSE, labels=(DENSE, *[NONE] * (len(case.names) - 1)), settings={}
-    )
-    phases: list[tuple[Row, str, Config]] = []
-    if tuning is not None:
-        phases.append((dense, TUNED, _with(base, tuning, f"{path}: finetune")))
-    for row in rows:
-        label = f"{path}: row {row.name!r}"
-        if row.file is not None:
-            raise ConfigError(f"{label} has a config, which has no meaning without train: scratch")
-        if not row.settings:
-            refuse(label, {}, f"settings; row {DENSE!r} is there without asking")
-        phases.append((row, FREE, _with(base, row.settings, label)))
-        if tuning is not None:
-            tuned = _with(base, {**tuning, **row.settings}, label)
-            _refuse_other_recipe(case, row, tuned, phases[0])
-            phases.append((row, TUNED, tuned))
-    starts = [
-        Cell(row=dense, seed=seed, phase=DENSE, config=base.replace(seed=seed))
-        for seed in case.seeds
-    ]
-    cells = starts + [
-        Cell(row=row, seed=s.seed, phase=phase, config=found.replace(seed=s.seed), start=s)
-        for s in starts
-        for row, phase, found in phases
-    ]
-    return Layout((dense, *rows), dense, tuple(cells))
+class _File:
+    """A grid's file while it is read: what it says beside its rows."""
 
+    def __init__(self, path: Path, seeds: int | None, data_path: str | None) -> None:
+        self.path, self.data_path, self.given = path, data_path, read_yaml(path)
+        for key in self.given:
+            if key not in _KEYS:
+                hint = nearest(str(key), _KEYS)
+                raise ConfigError(f"{path}: {format_value(key)} is not of a grid; {hint}")
+        self.scratch = (
+            self._choice("train", self.given.get("train", _TRAIN[0]), _TRAIN) == _TRAIN[1]
+        )
+        listed = self._seeds()
+        self.seeds = listed if seeds is None else tuple(range(seeds))
+        self.names = self._names()
+        self.vary = self._vary()
 
-def _from_scratch(case: Case, rows: Sequence[Row]) -> Layout:
-    """Every row is trained by itself."""
-    path, given = case.path, case.given
-    if "finetune" in given:
-        raise ConfigError(f"{path}: finetune has no meaning with train: scratch")
-    common = None
-    if "base" in given:
-        common = _base(case, f"{path}: base", _base_path(path, given["base"]))
-    configs: list[Config] = []
-    for row in rows:
-        label = f"{path}: row {row.name!r}"
-        own = common if row.file is None else _base(case, f"{label}: config", row.file)
-        if own is None:
-            raise ConfigError(f"{label} has no config, expected one, or a base of the grid")
-        configs.append(_with(own, row.settings, label))
-    dense = next((n for n, found in enumerate(configs) if found == found.dense()), None)
-    if dense is None:
-        refuse(f"{path}: rows", [row.name for row in rows], "a row without reduction among them")
-    plain = configs[dense].flat()
-    for row, found in zip(rows, configs, strict=True):
-        _refuse_other_recipe(case, row, found, (rows[dense], SCRATCH, configs[dense]))
-    told = [
-        replace(row, settings={k: v for k, v in found.flat().items() if v != plain[k]})
-        for row, found in zip(rows, configs, strict=True)
-    ]
-    cells = (
-        Cell(row=row, seed=seed, phase=SCRATCH, config=found.replace(seed=seed))
-        for seed in case.seeds
-        for row, found in zip(told, configs, strict=True)
-    )
-    return Layout(tuple(told), told[dense], tuple(cells))
-
-
-def _refuse_other_recipe(
-    case: Case, row: Row, found: Config, first: tuple[Row, str, Config]
-) -> None:
-    """Refuse a row that would be compared with one that is trained in another way."""
-    recipes = [likeness.recipe(settings) for settings in (first[2], found)]
-    other = likeness.differing(recipes)
-    left = {name: values for name, values in other.items() if name not in case.vary}
-    if left:
-        raise ConfigError(
-            f"{case.path}: row {row.name!r} differs from {first[0].name!r} in "
-            f"{likeness.told(left)}, expected the same recipe; "
-            f"vary: [{', '.join(left)}] in the grid allows it"
+    def grid(self) -> Grid:
+        """Read the rows, and what follows from them."""
+        taken = () if self.scratch else (DENSE,)
+        given = self.given.get("rows")
+        rows = read_rows(self.path, given, names=len(self.names), taken=taken)
+        rows, baseline, cells = self._from_scratch(rows) if self.scratch else self._from_dense(rows)
+        source, show = self._paper(rows, baseline)
+        return Grid(
+            path=self.path,
+            title=self._text("title", self.given.get("title", "")),
+            scratch=self.scratch,
+            names=self.names,
+            rows=tuple(rows),
+            baseline=baseline,
+            vary=self.vary,
+            source=source,
+            differences=show == _SHOW[1],
+            seeds=self.seeds,
+            cells=tuple(cells),
         )
 
+    def _from_dense(self, rows: Sequence[Row]) -> tuple[list[Row], Row, list[Cell]]:
+        """Rows, the baseline and the cells where every row starts from the dense model."""
+        base = self._base(f"{self.path}: base", self._base_path())
+        labels = (DENSE, *[NONE] * (len(self.names) - 1))
+        dense = Row(name=DENSE, slug=DENSE, labels=labels, settings={})
+        phases: list[tuple[Row, str, Config]] = []
+        tuning = None
+        if "finetune" in self.given:
+            label = f"{self.path}: finetune"
+            tuning = read_settings(label, self.given["finetune"])
+            phases.append((dense, TUNED, _with(base, tuning, label)))
+        for row in rows:
+            label = self._label(row)
+            if row.file is not None:
+                hint = "which has no meaning without train: scratch"
+                raise ConfigError(f"{label} has a config, {hint}")
+            if not row.settings:
+                refuse(label, {}, f"settings; row {DENSE!r} is there without asking")
+            phases.append((row, FREE, _with(base, row.settings, label)))
+            if tuning is not None:
+                tuned = _with(base, {**tuning, **row.settings}, label)
+                self._refuse_other_recipe(row, tuned, dense, phases[0][2])
+                phases.append((row, TUNED, tuned))
+        starts = [
+            Cell(row=dense, seed=seed, phase=DENSE, config=base.replace(seed=seed))
+            for seed in self.seeds
+        ]
+        cells = starts + [
+            Cell(row=row, seed=s.seed, phase=phase, config=found.replace(seed=s.seed), start=s)
+            for s in starts
+            for row, phase, found in phases
+        ]
+        return [dense, *rows], dense, cells
 
-def _base_path(path: Path, given: Any) -> Path:
-    if not isinstance(given, str):
-        refuse(f"{path}: base", given, "the path of a YAML file")
-    return path.parent / given
+    def _from_scratch(self, rows: Sequence[Row]) -> tuple[list[Row], Row, list[Cell]]:
+        """Rows, the baseline and the cells where every row is trained by itself."""
+        if "finetune" in self.given:
+            raise ConfigError(f"{self.path}: finetune has no meaning with train: scratch")
+        common = None
+        if "base" in self.given:
+            common = self._base(f"{self.path}: base", self._base_path())
+        configs: list[Config] = []
+        for row in rows:
+            label = self._label(row)
+            own = common if row.file is None else self._base(f"{label}: config", row.file)
+            if own is None:
+                raise ConfigError(f"{label} has no config, expected one, or a base of the grid")
+            configs.append(_with(own, row.settings, label))
+        first = next((n for n, found in enumerate(configs) if found == found.dense()), None)
+        if first is None:
+            names = [row.name for row in rows]
+            refuse(f"{self.path}: rows", names, "a row without reduction among them")
+        for row, found in zip(rows, configs, strict=True):
+            self._refuse_other_recipe(row, found, rows[first], configs[first])
+        plain = configs[first].flat()
+        rows = [
+            replace(row, settings={k: v for k, v in found.flat().items() if v != plain[k]})
+            for row, found in zip(rows, configs, strict=True)
+        ]
+        cells = [
+            Cell(row=row, seed=seed, phase=SCRATCH, config=found.replace(seed=seed))
+            for seed in self.seeds
+            for row, found in zip(rows, configs, strict=True)
+        ]
+        return rows, rows[first], cells
 
+    def _refuse_other_recipe(self, row: Row, found: Config, first: Row, other: Config) -> None:
+        """Refuse a row that would be compared with one that is trained in another way."""
+        every = differing([fingerprint(other), fingerprint(found)])
+        if left := {name: values for name, values in every.items() if name not in self.vary}:
+            raise ConfigError(
+                f"{self._label(row)} differs from {first.name!r} in {described(left)}, expected "
+                f"the same recipe; vary: [{', '.join(left)}] in the grid allows it"
+            )
 
-def _base(case: Case, label: str, file: Path) -> Config:
-    """Settings of a file; a cell that names no number of threads computes with one."""
-    found = config.load(file)
-    for name in OWN:
-        if found.flat()[name] != OPTIONS[name].default:
-            raise ConfigError(f"{label} sets {name}, which the grid sets itself")
-    places = {} if case.data_path is None else {"data_path": case.data_path}
-    threads = {"threads": 1} if found.run.threads is None else {}
-    return _with(found, {**places, **threads}, label)
+    def _label(self, row: Row) -> str:
+        return f"{self.path}: row {row.name!r}"
 
+    def _base_path(self) -> Path:
+        given = self.given.get("base")
+        if not isinstance(given, str):
+            refuse(f"{self.path}: base", given, "the path of a YAML file")
+        return self.path.parent / given
 
-def _seeds(label: str, given: Any) -> tuple[int, ...]:
-    whole = isinstance(given, list) and all(type(seed) is int for seed in given)
-    if not whole or not given or not all(0 <= seed <= _LARGEST for seed in given):
-        refuse(label, given, "a list of seeds such as [0, 1, 2]")
-    if len(set(given)) < len(given):
-        refuse(label, given, "every seed once")
-    return tuple(given)
+    def _base(self, label: str, file: Path) -> Config:
+        """Settings of a file; a cell that names no number of threads computes with one."""
+        found = config.load(file)
+        for name in OWN:
+            if found.flat()[name] != OPTIONS[name].default:
+                raise ConfigError(f"{label} sets {name}, which the grid sets itself")
+        places = {} if self.data_path is None else {"data_path": self.data_path}
+        threads = {"threads": 1} if found.run.threads is None else {}
+        return _with(found, {**places, **threads}, label)
 
+    def _seeds(self) -> tuple[int, ...]:
+        label, given = f"{self.path}: seeds", self.given.get("seeds")
+        whole = isinstance(given, list) and all(type(seed) is int for seed in given)
+        if not whole or not given or not all(0 <= seed <= _LARGEST for seed in given):
+            refuse(label, given, "a list of seeds such as [0, 1, 2]")
+        if len(set(given)) < len(given):
+            refuse(label, given, "every seed once")
+        return tuple(given)
 
-def _vary(path: Path, given: Any) -> tuple[str, ...]:
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        refuse(f"{path}: vary", given, "a list of settings such as [lr]")
-    for name in given:
-        if name not in OPTIONS:
-            raise ConfigError(f"{path}: vary: {name!r} is not a setting; {_near(name)}")
-    return tuple(given)
+    def _names(self) -> tuple[str, ...]:
+        given = self.given.get("names")
+        if given is None:
+            return ("row",)
+        texts = isinstance(given, list) and all(isinstance(name, str) and name for name in given)
+        if not texts or not given:
+            refuse(f"{self.path}: names", given, "a list of columns such as [strategy, method]")
+        return tuple(given)
 
+    def _vary(self) -> tuple[str, ...]:
+        given = self.given.get("vary", [])
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+            refuse(f"{self.path}: vary", given, "a list of settings such as [lr]")
+        for name in given:
+            if name not in OPTIONS:
+                hint = nearest(name, OPTIONS)
+                hint = hint if hint.startswith("did you mean") else "see main.py --help"
+                raise ConfigError(f"{self.path}: vary: {name!r} is not a setting; {hint}")
+        return tuple(given)
 
-def _near(name: str) -> str:
-    hint = nearest(name, OPTIONS)
-    return hint if hint.startswith("did you mean") else "see main.py --help"
+    def _paper(self, rows: Sequence[Row], baseline: Row) -> tuple[str, str]:
+        """Where the papers' figures come from, and whether they or their differences are shown."""
+        label, given = f"{self.path}: paper", self.given.get("paper")
+        if given is None:
+            if any(row.paper for row in rows):
+                hint = "expected {source: ...}, as rows have figures"
+                raise ConfigError(f"{label} is missing, {hint}")
+            return "", _SHOW[0]
+        if not isinstance(given, dict) or not given.keys() <= {"source", "show"}:
+            refuse(label, given, "{source: ..., show: figures}")
+        show = self._choice("paper: show", given.get("show", _SHOW[0]), _SHOW)
+        if show == _SHOW[1] and baseline.paper is None:
+            raise ConfigError(
+                f"{self._label(baseline)} has no figures of the paper, "
+                "expected some, as differences to them are shown"
+            )
+        return self._text("paper: source", given.get("source")), show
 
+    def _choice(self, key: str, given: Any, known: Sequence[str]) -> str:
+        if given not in known:
+            refuse(f"{self.path}: {key}", given, f"one of {', '.join(known)}")
+        return str(given)
 
-def _paper(path: Path, given: Any, layout: Layout) -> tuple[str, str]:
-    """Where the papers' figures come from, and whether they or their differences are shown."""
-    label = f"{path}: paper"
-    if given is None:
-        if any(row.paper for row in layout.rows):
-            raise ConfigError(f"{label} is missing, expected {{source: ...}}, as rows have figures")
-        return "", _SHOW[0]
-    if not isinstance(given, dict) or not given.keys() <= {"source", "show"}:
-        refuse(label, given, "{source: ..., show: figures}")
-    show = _choice(f"{label}: show", given.get("show", _SHOW[0]), _SHOW)
-    if show == "differences" and layout.baseline.paper is None:
-        raise ConfigError(
-            f"{path}: row {layout.baseline.name!r} has no figures of the paper, "
-            "expected some, as differences to them are shown"
-        )
-    return _text(f"{label}: source", given.get("source")), show
-
-
-def _choice(label: str, given: Any, known: Sequence[str]) -> str:
-    if given not in known:
-        refuse(label, given, f"one of {', '.join(known)}")
-    return str(given)
-
-
-def _text(label: str, given: Any) -> str:
-    if not isinstance(given, str):
-        refuse(label, given, "a text")
-    return given
+    def _text(self, key: str, given: Any) -> str:
+        if not isinstance(given, str):
+            refuse(f"{self.path}: {key}", given, "a text")
+        return given
 
 
 def _with(base: Config, settings: dict[str, Any], label: str) -> Config:

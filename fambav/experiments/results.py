@@ -1,217 +1,305 @@
-"""One cell of a grid: carry it out, and what it leaves in its folder.
+"""The figures of a grid: means over seeds, all there is for programs, and what a folder holds.
 
-cell.json      the settings, written first: a folder begun with others is emptied
-machine.json   where it was begun: a folder begun elsewhere is emptied too
-output.txt     what the run printed, and the traceback of a failure
-log.txt, ...   what every run leaves, see engine.record
-result.json    the figures, or the error, written last
+results.csv     one line per cell: row, its settings, seed, phase, the figures, machine, versions
+results.json    the same with every setting of each cell, and the means over seeds of each row
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import time
-import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean, stdev
+from typing import Any
 
-import torch
-
-from fambav import comparison
-from fambav.build.jobs import Job, opened
-from fambav.build.network import model
-from fambav.build.updates import precision
-from fambav.comparison.likeness import differing, machine
-from fambav.config import Config
-from fambav.engine import record
-from fambav.engine.checkpoint import write_text
-from fambav.engine.record import CHECKPOINT, KEPT, WEIGHTS
-from fambav.experiments.grid import DENSE, FREE, Cell
+from fambav.config import Config, Run
+from fambav.experiments.grid import PHASES, Cell, Grid
+from fambav.experiments.metrics import METRICS
+from fambav.experiments.provenance import machine
+from fambav.experiments.rows import Row
+from fambav.registry import METHODS
 
 Record = dict[str, Any]
 
-_BEGUN, _MACHINE, _OUTPUT, _RESULT = "cell.json", "machine.json", "output.txt", "result.json"
-_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
+FLOPS = "flops"
+
+_METRICS = tuple(metric.name for metric in METRICS)
+_COSTS = ("seconds", "seconds_per_epoch", "images_per_second", "memory_mib")
+_MEASURED = (*_METRICS, "token_layers", *_COSTS, FLOPS)
+_FIGURES = (*_METRICS, "token_layers", "epochs", *_COSTS, "memory_kind")
+_MACHINE = ("platform", "cpu", "cpu_count", "threads", "gpu", "jobs")
 
 
-class Task(NamedTuple):
-    """A cell to carry out.
+@dataclass(frozen=True)
+class Estimate:
+    """A figure over seeds.
 
     Attributes:
-        cell: The cell.
-        folder: The grid's folder.
-        keep: Whether checkpoints stay.
-        about: The machine and the versions, for the record.
+        mean: Of the seeds that are finished.
+        std: Sample standard deviation; None with one seed.
+        count: How many seeds are behind it.
     """
 
-    cell: Cell
-    folder: Path
-    keep: bool
-    about: Record
+    mean: float
+    std: float | None
+    count: int
 
 
-def finished(cell: Cell, folder: Path) -> Record | None:
-    """Return what a cell came to, None if it has not been finished with the present settings.
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean and the sample standard deviation of at least one value."""
+    return Estimate(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+class Results:
+    """What the cells of a grid came to.
 
     Args:
-        cell: The cell.
-        folder: The grid's folder.
+        grid: The grid.
+        records: Of finished and failed cells, by the names of cells.
+
+    Attributes:
+        grid, records: The same.
     """
-    place = folder / cell.place
-    if cell.phase == DENSE and not (place / WEIGHTS).is_file():
+
+    def __init__(self, grid: Grid, records: Mapping[str, Record]) -> None:
+        self.grid, self.records = grid, records
+
+    def by_seed(self, row: Row, phases: Iterable[str], name: str) -> dict[int, float]:
+        """Return a figure of a row by seed, from the first of some phases that has it.
+
+        Args:
+            row: The row.
+            phases: Some of PHASES.
+            name: Of a figure of a record, or FLOPS.
+        """
+        for phase in phases:
+            known = (c for c in self.grid.of(row, phase) if self._finished(c))
+            found = {cell.seed: self._figure(cell, name) for cell in known}
+            if values := {seed: float(v) for seed, v in found.items() if v is not None}:
+                return values
+        return {}
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the cells that failed, in the order in which they ran."""
+        names = (cell.name for cell in self.grid.cells if cell.name in self.records)
+        return [name for name in names if self.records[name]["error"] is not None]
+
+    def values(self) -> list[list[Any]]:
+        """Return a head and a line per cell, in the order of the rows; None where there is none."""
+        keys = list(dict.fromkeys(key for row in self.grid.rows for key in row.settings))
+        where = [*_MACHINE, "versions", "commit", "started", "ended"]
+        lines: list[list[Any]] = [["row", *keys, "seed", "phase", *_FIGURES, "error", *where]]
+        for cell, known in self._ordered():
+            about = known["about"]
+            own = map(cell.row.settings.get, keys)
+            line = [cell.row.name, *own, cell.seed, cell.phase]
+            line += map(known["figures"].get, _FIGURES)
+            line += [known["error"], *map(about.get, _MACHINE), described_versions(about)]
+            lines.append([*line, about.get("commit"), *_times(known).values()])
+        return lines
+
+    def document(self) -> dict[str, Any]:
+        """Return all that is known, as JSON holds it."""
+        grid = self.grid
+        return {
+            "grid": grid.name,
+            "title": grid.title or grid.name,
+            "train": "scratch" if grid.scratch else "from-dense",
+            "phase": grid.phase,
+            "names": grid.names,
+            "seeds": grid.seeds,
+            "baseline": grid.baseline.name,
+            "paper": grid.source,
+            "rows": [self._row(row) for row in grid.rows],
+            "cells": [_cell(cell, known) for cell, known in self._ordered()],
+        }
+
+    def _finished(self, cell: Cell) -> bool:
+        return cell.name in self.records and self.records[cell.name]["error"] is None
+
+    def _figure(self, cell: Cell, name: str) -> float | None:
+        if name == FLOPS:
+            return _operations(replace(cell.config, run=Run()))
+        found: float | None = self.records[cell.name]["figures"].get(name)
+        return found
+
+    def _ordered(self) -> list[tuple[Cell, Record]]:
+        rank = {row.slug: number for number, row in enumerate(self.grid.rows)}
+        known = [cell for cell in self.grid.cells if cell.name in self.records]
+        known.sort(key=lambda cell: rank[cell.row.slug])
+        return [(cell, self.records[cell.name]) for cell in known]
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        phases: dict[str, dict[str, Any]] = {}
+        for phase in PHASES:
+            values = {name: self.by_seed(row, [phase], name) for name in _MEASURED}
+            means = {n: asdict(estimate(list(v.values()))) for n, v in values.items() if v}
+            if means:
+                phases[phase] = means
+        return {
+            "name": row.name,
+            "labels": row.labels,
+            "baseline": row.name == self.grid.baseline.name,
+            "method": self._method(row),
+            "settings": row.settings,
+            "paper": row.paper,
+            "phases": phases,
+        }
+
+    def _method(self, row: Row) -> str:
+        """Who removes tokens: one of METHODS, or none."""
+        config = next(cell for phase in PHASES for cell in self.grid.of(row, phase)).config
+        reduction, fusion = config.reduction.reduction, config.fusion
+        if reduction in METHODS:
+            return reduction
+        fused = fusion.fusion_plan is not None or fusion.fusion_strategy != "none"
+        return fusion.fusion_method if fused else "none"
+
+
+@cache
+def _operations(config: Config) -> int | None:
+    """Operations of an image as papers count them; None where only files tell the classes.
+
+    Also None for a model that is not one of ours, whose parts are not known.
+    """
+    from fambav import costs  # loads torch, which tables of runs do without
+    from fambav.costs.network import CLASSES
+
+    unknown = config.model.num_classes is None and config.data.data_set not in CLASSES
+    if unknown or config.model.model.startswith("timm/"):
         return None
-    known = _json(place / _RESULT)
-    if known is None or known.get("error") is not None:
-        return None
-    return known if cell.agrees(known.get("settings")) else None
+    return costs.configured(config).total.literature
 
 
-def perform(task: Task) -> Record:
-    """Carry out a cell and write its result, which names the error if there was one."""
-    place = task.folder / task.cell.place
-    own = {"threads": task.cell.config.run.threads, "gpu": record.gpu()}  # not the grid's process's
-    task = task._replace(about={**task.about, **own})
-    _make(place, task)
-    resumed = (place / CHECKPOINT).is_file()
-    began, start = now(), time.perf_counter()
-    figures: Record = {}
-    failure = None
-    with (
-        (place / _OUTPUT).open("a", encoding="utf-8") as output,
-        redirect_stdout(output),
-        redirect_stderr(output),
-    ):
-        try:
-            figures = _figures(task, place)
-        except _FAILURES as error:
-            traceback.print_exc()
-            failure = " ".join(str(error).split()) or type(error).__name__
-    seconds = round(time.perf_counter() - start, 3)
-    times = {"wall_seconds": seconds, "started": began, "ended": now(), "resumed": resumed}
-    return _write(task, figures, failure, times)
+def described_versions(about: Record) -> str:
+    """Return the versions of what a cell ran with, in one line."""
+    return ", ".join(f"{name} {version}" for name, version in _versions(about).items())
 
 
-def lost(task: Task, status: int | None) -> Record:
-    """Write the result of a cell whose process has ended, and return it.
-
-    Args:
-        task: The cell.
-        status: Exit status of the process.
-    """
-    reason = f"process ended with status {status}, expected a result; see {_OUTPUT}"
-    (task.folder / task.cell.place).mkdir(parents=True, exist_ok=True)
-    return _write(task, {}, reason, {"wall_seconds": None})
+def _versions(about: Record) -> dict[str, str]:
+    return {"fambav": about["fambav"], "python": about["python"], **about["packages"]}
 
 
-def now() -> str:
-    """Return the time as records have it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+def _times(known: Record) -> dict[str, str | None]:
+    """When a cell began and ended; of a record that does not say, when the grid began."""
+    began = known.get("started") or known["about"]["started"]
+    return {"started": began, "ended": known.get("ended")}
 
 
-def _make(place: Path, task: Task) -> None:
-    """Make the folder of a cell; one begun here with the same settings stays as it is."""
-    begun, where = _json(place / _BEGUN), _json(place / _MACHINE)
-    here = machine(task.about)
-    if begun is None or not task.cell.agrees(begun) or differing([where or {}, here]):
-        if place.exists():
-            shutil.rmtree(place)
-        place.mkdir(parents=True)
-        write_text(place / _BEGUN, json.dumps(task.cell.settings) + "\n")
-        write_text(place / _MACHINE, json.dumps(here) + "\n")
-
-
-def _figures(task: Task, place: Path) -> Record:
-    cell, weights = task.cell, ""
-    if cell.start is not None:
-        if finished(cell.start, task.folder) is None:
-            raise ValueError(f"start is {cell.start.name}, expected a cell that is finished")
-        weights = str(task.folder / cell.start.place / WEIGHTS)
-    if cell.phase == FREE:
-        return _evaluated(cell.config.replace(finetune=weights, eval=True))
-    return _trained(
-        cell.config.replace(finetune=weights, resume="auto", output_dir=str(place)), place
-    )
-
-
-def _evaluated(config: Config) -> Record:
-    with opened(config) as job:
-        plan, scores = job.sketch.schedule, job.evaluate()
+def _cell(cell: Cell, known: Record) -> dict[str, Any]:
+    about = known["about"]
     return {
-        "acc1": scores.acc1,
-        "acc5": scores.acc5,
-        "token_layers": plan and plan.share,
-    }
-
-
-def _trained(config: Config, place: Path) -> Record:
-    with opened(config) as job:
-        _warm_up(job)
-        job.train()
-    run, epochs = comparison.read(place), config.optim.epochs
-    return {
-        "acc1": run.acc1,
-        "acc5": run.acc5,
-        "token_layers": run.share,
-        "epochs": epochs,
-        "seconds": round(run.seconds, 3),
-        "seconds_per_epoch": round(run.seconds / epochs, 3),
-        "images_per_second": run.speed,
-        "memory_mib": run.memory_mib,
-        "memory_kind": run.memory_kind,
-    }
-
-
-def _warm_up(job: Job) -> None:
-    """Run a batch through a model of the cell's, so that no row pays for what a process does once.
-
-    Kernels are compiled or loaded when they first run: seconds, which the first cell of each
-    process would show as time of training.
-    """
-    config, device = job.config, job.group.device
-    net = model(config, num_classes=job.data.num_classes).to(device).train()
-    images = torch.zeros(config.optim.batch_size, 3, *job.sketch.input_size, device=device)
-    with precision(config, job.group).autocast():
-        total = net(images).float().sum()
-    total.backward()
-
-
-def _write(task: Task, figures: Record, failure: str | None, times: Record) -> Record:
-    """Write the result, then remove the checkpoints that nothing needs any more."""
-    cell, place = task.cell, task.folder / task.cell.place
-    known = {
         "row": cell.row.name,
         "seed": cell.seed,
         "phase": cell.phase,
-        "figures": figures,
-        "error": failure,
-        **times,
-        "settings": cell.settings,
-        "about": task.about,
+        "folder": str(cell.place),
+        "figures": known["figures"],
+        "error": known["error"],
+        "wall_seconds": known.get("wall_seconds"),
+        "commit": about.get("commit"),
+        "versions": _versions(about),
+        "machine": machine(about),
+        **_times(known),
+        **known.get("settings", cell.settings),
     }
-    write_text(place / _RESULT, json.dumps(known, indent=1) + "\n")
-    if failure is None and not task.keep:
-        for name in (*KEPT, *(() if cell.phase == DENSE else (WEIGHTS,))):
-            (place / name).unlink(missing_ok=True)
-    return known
 
 
-def _json(path: Path) -> Record | None:
-    """What a file of ours holds; None if it is missing or damaged, since it is then made again."""
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One row of a grid, read back.
+
+    Attributes:
+        name: Its name; no other row has the same.
+        labels: What stands in the columns of names.
+        baseline: Whether it is the row without reduction, with which others are compared.
+        phase: The phase that the figures are of.
+        settings: What differs from the row without reduction.
+        method: Who removes tokens; "none" for nobody.
+        figures: What was measured: METRICS after the last epoch; `seconds` of training,
+            `seconds_per_epoch`, `images_per_second`; `memory_mib`, peak memory while training;
+            `token_layers`, tokens summed over the layers as a share of those without reduction;
+            `flops`, operations for one image as papers count them.
+        paper: What the paper reports of the row, as far as the grid says, by rows.PAPER.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    baseline: bool
+    phase: str
+    settings: dict[str, Any]
+    method: str
+    figures: dict[str, Estimate]
+    paper: dict[str, float] | None
+
+
+def is_grid(folder: Path) -> bool:
+    """Tell whether a folder holds the results of a grid."""
+    return (folder / JSON).is_file()
+
+
+def read_points(folder: Path, *, phase: str | None = None) -> list[Point]:
+    """Return the rows of a grid of which a cell is finished, in the grid's order.
+
+    Args:
+        folder: The grid's folder; it may be half finished.
+        phase: One of PHASES, such as "training-free"; None for the one that trains.
+
+    Raises:
+        ValueError: If the folder holds no results, they are damaged, or no row has the phase.
+    """
+    told = _document(folder)
+    wanted = told["phase"] if phase is None else phase
+    points = [point for row in told["rows"] if (point := _point(row, wanted)).figures]
+    known = list(dict.fromkeys(name for row in told["rows"] for name in row["phases"]))
+    if not points and known:
+        raise ValueError(f"phase is {wanted!r}, expected one of {', '.join(known)}")
+    return points
+
+
+def read_title(folder: Path) -> tuple[str, str]:
+    """Return the title of a grid, and what its memory counts.
+
+    Raises:
+        ValueError: If the folder holds no results, or they are damaged.
+    """
+    told = _document(folder)
+    kinds = {cell["figures"].get("memory_kind") for cell in told["cells"]} - {None}
+    return told["title"] or told["grid"], "; ".join(sorted(kinds))
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    """The results of a grid, of which all that is read here is there."""
+    path = folder / JSON
+    if not path.is_file():
+        raise ValueError(f"grid is {str(folder)!r}, expected a folder with {JSON} in it")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        whole = told.keys() >= {"grid", "title", "phase", "rows", "cells"} and all(
+            isinstance(cell["figures"], dict) for cell in told["cells"]
+        )
+        for row in told["rows"]:
+            for phase in (told["phase"], *row["phases"]):
+                _point(row, phase)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged, expected the results of a grid")
+    return told
+
+
+def _point(row: dict[str, Any], phase: str) -> Point:
+    figures, paper = row["phases"].get(phase, {}), row["paper"]
+    return Point(
+        name=row["name"],
+        labels=tuple(row["labels"]),
+        baseline=row["baseline"],
+        phase=phase,
+        settings=row["settings"],
+        method=row["method"],
+        figures={name: Estimate(**known) for name, known in figures.items()},
+        paper=paper and {name: value for name, value in paper.items() if value is not None},
+    )

@@ -6,31 +6,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fambav.config import ConfigError, format_value, refuse
+from fambav.experiments.metrics import METRICS
 from fambav.registry import nearest
 
 OWN = ("seed", "output_dir", "resume", "finetune", "eval")  # settings that the grid itself sets
 NONE = "-"  # a part of a name that says nothing
 
-_NOT_SETTINGS = ("name", "config", "paper")
+_METRICS = tuple(metric.name for metric in METRICS)
+PAPER = (*_METRICS, "seconds", "memory")  # figures of a paper; the file has seconds as `time`
 _CLOCK = re.compile(r"(\d+):([0-5]\d):([0-5]\d)")
-
-
-class Paper(NamedTuple):
-    """What a paper reports of a row.
-
-    Attributes:
-        acc1, acc5: In percent.
-        seconds: Of training.
-        memory: Peak memory, in the paper's own unit.
-    """
-
-    acc1: float | None = None
-    acc5: float | None = None
-    seconds: float | None = None
-    memory: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +30,8 @@ class Row:
         labels: What stands in the columns of names.
         settings: What differs from the row without reduction, by the names of settings.
         file: The YAML file that it is read from instead of the grid's base.
-        paper: What a paper reports of it.
+        paper: What a paper reports of it, by PAPER: metrics in percent, seconds of training, peak
+            memory in the paper's own unit; None where it does not say.
     """
 
     name: str
@@ -51,24 +39,10 @@ class Row:
     labels: tuple[str, ...]
     settings: dict[str, Any]
     file: Path | None = None
-    paper: Paper | None = None
+    paper: dict[str, float | None] | None = None
 
 
-def read_names(path: Path, given: Any) -> tuple[str, ...]:
-    """Return the heads of the columns that name rows.
-
-    Raises:
-        ConfigError: If they are no texts.
-    """
-    if given is None:
-        return ("row",)
-    texts = isinstance(given, list) and all(isinstance(name, str) and name for name in given)
-    if not texts or not given:
-        refuse(f"{path}: names", given, "a list of columns such as [strategy, method]")
-    return tuple(given)
-
-
-def read_rows(path: Path, given: Any, *, names: int, taken: Sequence[str] = ()) -> list[Row]:
+def read_rows(path: Path, given: Any, *, names: int, taken: Sequence[str]) -> list[Row]:
     """Return the rows that a file lists.
 
     Args:
@@ -85,7 +59,7 @@ def read_rows(path: Path, given: Any, *, names: int, taken: Sequence[str] = ()) 
     slugs = {name: name for name in taken}
     rows = []
     for number, entry in enumerate(given, start=1):
-        row = _row(path, number, entry, names)
+        row = _row(path, f"{path}: row {number}", entry, names)
         if row.slug in slugs:
             hint = f"it is too near to {slugs[row.slug]!r}"
             wanted = f"a name that no other row has; {hint}"
@@ -109,8 +83,7 @@ def read_settings(label: str, given: Any) -> dict[str, Any]:
     return dict(given)
 
 
-def _row(path: Path, number: int, entry: Any, names: int) -> Row:
-    label = f"{path}: row {number}"
+def _row(path: Path, label: str, entry: Any, names: int) -> Row:
     labels = _labels(entry.get("name")) if isinstance(entry, dict) else None
     if labels is None:
         refuse(label, entry, "settings and a `name`, which is a text")
@@ -120,17 +93,18 @@ def _row(path: Path, number: int, entry: Any, names: int) -> Row:
     slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
     if not slug:
         refuse(f"{label}: name", name, "a name with a letter or a digit")
-    given = {key: value for key, value in entry.items() if key not in _NOT_SETTINGS}
+    label = f"{path}: row {name!r}"
     file = entry.get("config")
     if file is not None and not isinstance(file, str):
-        refuse(f"{path}: row {name!r}: config", file, "the path of a YAML file")
+        refuse(f"{label}: config", file, "the path of a YAML file")
+    given = {key: value for key, value in entry.items() if key not in ("name", "config", "paper")}
     return Row(
         name=name,
         slug=slug,
         labels=labels,
-        settings=read_settings(f"{path}: row {name!r}", given),
+        settings=read_settings(label, given),
         file=None if file is None else path.parent / file,
-        paper=_paper(f"{path}: row {name!r}: paper", entry.get("paper")),
+        paper=_paper(f"{label}: paper", entry.get("paper")),
     )
 
 
@@ -143,24 +117,26 @@ def _labels(given: Any) -> tuple[str, ...] | None:
     return None
 
 
-def _paper(label: str, given: Any) -> Paper | None:
+def _paper(label: str, given: Any) -> dict[str, float | None] | None:
     if given is None:
         return None
     if not isinstance(given, dict) or not given:
-        refuse(label, given, "figures such as {acc1: 70.5, time: '4:08:40'}")
-    known = ("acc1", "acc5", "time", "memory")
-    found: dict[str, float] = {}
+        example = f"{{{_METRICS[0]}: 70.5, time: '4:08:40'}}"
+        refuse(label, given, f"figures such as {example}")
+    known = (*_METRICS, "time", "memory")
+    found: dict[str, float | None] = dict.fromkeys(PAPER)
     for key, value in given.items():
         if key not in known:
-            shown, hint = format_value(key), nearest(str(key), known)
-            raise ConfigError(f"{label}: {shown} is no figure; {hint}")
+            raise ConfigError(
+                f"{label}: {format_value(key)} is no figure; {nearest(str(key), known)}"
+            )
         if key == "time":
             found["seconds"] = _seconds(f"{label}: time", value)
         elif type(value) not in (int, float):
             refuse(f"{label}: {key}", value, "a number")
         else:
             found[key] = float(value)
-    return Paper(**found)
+    return found
 
 
 def _seconds(label: str, given: Any) -> float:

@@ -2,210 +2,137 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from fambav.comparison.tables import Table
-from fambav.engine.checkpoint import write_text
-from fambav.experiments import archive
-from fambav.experiments.figures import FLOPS, Records, by_seed, estimate, finished
 from fambav.experiments.grid import DENSE, FREE, SCRATCH, TUNED, Grid
-from fambav.experiments.results import Record
-from fambav.experiments.rows import Paper, Row
-
-MARKDOWN = "results.md"
+from fambav.experiments.metrics import METRICS, PRIMARY, difference
+from fambav.experiments.results import FLOPS, Record, Results, described_versions, estimate
+from fambav.experiments.rows import PAPER, Row
+from fambav.table import Table
 
 _HOUR = 3600.0
+_TRAINED = (SCRATCH, TUNED, DENSE)
+_COSTS = ("seconds", "memory")  # of what a paper reports
 
 
-class Column(NamedTuple):
-    """A column of figures.
-
-    Attributes:
-        head: What stands above it.
-        name: The figure.
-        phases: Where it is looked for, the first that has it.
-        change: "points" or "percent" for a difference to the row without reduction.
-        digits: Behind the point.
-        unit: What the figure is divided by.
-        spread: Whether the deviation over seeds is shown.
-        costs: Whether it depends on the machine.
-    """
-
+class _Column(NamedTuple):
     head: str
-    name: str
-    phases: tuple[str, ...]
-    change: str = ""
+    name: str  # of the figure
+    phases: tuple[str, ...]  # where it is looked for, the first that has it
+    compared: bool = True  # whether the difference to the row without reduction is shown
     digits: int = 2
-    unit: float = 1.0
-    spread: bool = True
-    costs: bool = False
+    unit: float = 1.0  # what the figure is divided by
+    spread: bool = True  # whether the deviation over seeds is shown
+    costs: bool = False  # whether it depends on the machine
 
 
-def write(grid: Grid, found: Records, folder: Path, *, mixed: bool) -> None:
-    """Write the table and what programs read.
-
-    Args:
-        grid: The grid.
-        found: Records of finished and failed cells, by the names of cells.
-        folder: Gets the files.
-        mixed: Whether cells may come from several machines.
-    """
-    write_text(folder / archive.CSV, archive.tidy(grid, found))
-    write_text(folder / archive.JSON, f"{archive.document(grid, found)}\n")
-    drawn = table(grid, found, mixed=mixed).drawn("markdown")
-    write_text(folder / MARKDOWN, f"{drawn}\n")
-
-
-def rendered(grid: Grid, found: Records, form: str, *, mixed: bool = False) -> str:
-    """Return a grid in one of comparison.FORMATS.
-
-    Args:
-        grid: The grid.
-        found: Records by the names of cells.
-        form: "csv" has a line for each cell, "json" everything, the others a line for each row.
-        mixed: Whether cells come from several machines; time and memory are then left out of what
-            people read.
-    """
-    if form == "csv":
-        return archive.tidy(grid, found).removesuffix("\n")
-    if form == "json":
-        return archive.document(grid, found)
-    return table(grid, found, mixed=mixed).drawn(form)
-
-
-def table(grid: Grid, found: Records, *, mixed: bool = False) -> Table:
+def table(results: Results, *, mixed: bool = False) -> Table:
     """Return one line per row, and below them how and where the figures were measured.
 
     Args:
-        grid: The grid.
-        found: Records by the names of cells.
-        mixed: Whether time and memory are left out.
+        results: The grid and its records.
+        mixed: Whether cells may be of several machines; time and memory are then left out of what
+            people read.
     """
-    columns = [c for c in _columns(grid, found) if not (mixed and c.costs)]
+    grid = results.grid
+    columns = [column for column in _columns(results) if not (mixed and column.costs)]
     paper = _paper_columns(grid, mixed=mixed)
-    rows = [
-        [
-            *row.labels,
-            *(_cell(grid, row, column, found) for column in columns),
-            *(_reported(grid, row, name) for name in paper),
-        ]
-        for row in grid.rows
-    ]
-    head = [*grid.names, *(column.head for column in columns), *paper.values()]
-    notes = _notes(grid, found, mixed=mixed)
-    return Table(head=head, rows=rows, names=len(grid.names), notes=notes, title=grid.title)
+    return Table(
+        head=[*grid.names, *(column.head for column in columns), *paper.values()],
+        rows=[
+            [
+                *row.labels,
+                *(_cell(results, row, column) for column in columns),
+                *(_reported(grid, row, name) for name in paper),
+            ]
+            for row in grid.rows
+        ],
+        names=len(grid.names),
+        notes=_notes(results, mixed=mixed),
+        title=grid.title,
+        values=results.values(),
+        document=results.document(),
+    )
 
 
-def _columns(grid: Grid, found: Records) -> list[Column]:
-    trained = (SCRATCH, TUNED, DENSE)
+def _columns(results: Results) -> list[_Column]:
+    grid = results.grid
+    phases = (FREE, *_TRAINED)
+    most = max(results.by_seed(grid.baseline, phases, FLOPS).values(), default=0.0)
+    size, head = (1e9, "GFLOPs") if most >= 1e9 else (1e6, "MFLOPs")
     ours = [
-        Column("token-layers", "token_layers", (FREE, *trained), digits=3, spread=False),
-        _operations(grid, found),
+        _Column("token-layers", "token_layers", phases, compared=False, digits=3, spread=False),
+        _Column(head, FLOPS, phases, unit=size, spread=False),
     ]
     if grid.scratch:
+        every = (results.by_seed(row, (SCRATCH,), "seconds").values() for row in grid.rows)
+        long = max((value for values in every for value in values), default=0.0) >= _HOUR
+        head, size, digits = ("train h", _HOUR, 2) if long else ("train s", 1.0, 1)
         ours += [
-            Column("top-1 %", "acc1", (SCRATCH,), "points"),
-            Column("top-5 %", "acc5", (SCRATCH,), "points"),
-            _time(grid, found),
+            *(_Column(metric.head, metric.name, (SCRATCH,)) for metric in METRICS),
+            _Column(head, "seconds", (SCRATCH,), digits=digits, unit=size, costs=True),
         ]
     else:
+        speed = "images_per_second"
         ours += [
-            Column("training-free %", "acc1", (FREE,), "points"),
-            Column("fine-tuned %", "acc1", (TUNED,), "points"),
-            Column("top-5 %", "acc5", (TUNED, FREE), "points"),
-            Column("s per epoch", "seconds_per_epoch", trained, "percent", costs=True),
-            Column("images/s", "images_per_second", trained, digits=0, spread=False, costs=True),
+            *(_Column(f"{p} {PRIMARY.unit}", PRIMARY.name, (p,)) for p in (FREE, TUNED)),
+            *(_Column(metric.head, metric.name, (TUNED, FREE)) for metric in METRICS[1:]),
+            _Column("s per epoch", "seconds_per_epoch", _TRAINED, costs=True),
+            _Column(
+                "images/s", speed, _TRAINED, compared=False, digits=0, spread=False, costs=True
+            ),
         ]
-    memory = Column("memory MiB", "memory_mib", trained, "percent", 1, spread=False, costs=True)
-    return [*ours, memory]
-
-
-def _operations(grid: Grid, found: Records) -> Column:
-    phases = (FREE, SCRATCH, TUNED, DENSE)
-    most = max(_values(grid, grid.baseline, phases, FLOPS, found).values(), default=0.0)
-    unit, head = (1e9, "GFLOPs") if most >= 1e9 else (1e6, "MFLOPs")
-    return Column(head, FLOPS, phases, "percent", unit=unit, spread=False)
-
-
-def _time(grid: Grid, found: Records) -> Column:
-    seconds = [
-        value
-        for row in grid.rows
-        for value in _values(grid, row, (SCRATCH,), "seconds", found).values()
+    return [
+        *ours,
+        _Column("memory MiB", "memory_mib", _TRAINED, digits=1, spread=False, costs=True),
     ]
-    long = max(seconds, default=0.0) >= _HOUR
-    head, unit, digits = ("train h", _HOUR, 2) if long else ("train s", 1.0, 1)
-    return Column(head, "seconds", (SCRATCH,), "percent", digits, unit, costs=True)
 
 
-def _values(
-    grid: Grid, row: Row, phases: tuple[str, ...], name: str, found: Records
-) -> dict[int, float]:
-    """A figure by seed, from the first phase that has it."""
-    for phase in phases:
-        if values := by_seed(grid.of(row, phase), found, name):
-            return values
-    return {}
-
-
-def _cell(grid: Grid, row: Row, column: Column, found: Records) -> str:
+def _cell(results: Results, row: Row, column: _Column) -> str:
     """The mean, its deviation, how many seeds there are if some are missing, and the difference."""
-    values = _values(grid, row, column.phases, column.name, found)
+    values = results.by_seed(row, column.phases, column.name)
     if not values:
         return "-"
-    known = estimate(list(values.values()))
+    known, seeds = estimate(list(values.values())), len(results.grid.seeds)
     text = f"{known.mean / column.unit:.{column.digits}f}"
     if column.spread and known.std is not None:
         text += f" ± {known.std / column.unit:.{column.digits}f}"
-    if column.spread and known.count < len(grid.seeds):
-        text += f" [{known.count} of {len(grid.seeds)}]"
-    if row.name == grid.baseline.name:
+    if column.spread and known.count < seeds:
+        text += f" [{known.count} of {seeds}]"
+    baseline = results.grid.baseline
+    if row.name == baseline.name or not column.compared:
         return text
-    base = _values(grid, grid.baseline, column.phases, column.name, found)
-    return text + _difference(values, base, column)
-
-
-def _difference(values: dict[int, float], base: dict[int, float], column: Column) -> str:
-    """The difference to the row without reduction over the seeds that both have."""
+    base = results.by_seed(baseline, column.phases, column.name)
     common = sorted(values.keys() & base.keys())
-    if not common or not column.change:
-        return ""
-    ours, theirs = (fmean(known[seed] for seed in common) for known in (values, base))
-    return f" ({_change(ours, theirs, column.change, column.digits)})"
-
-
-def _change(value: float, base: float, change: str, digits: int) -> str:
-    if change == "points":
-        return f"{value - base:+.{digits}f}"
-    return f"{100 * (value / base - 1):+.0f}%"
+    if not common:
+        return text
+    ours, theirs = (fmean(found[seed] for seed in common) for found in (values, base))
+    return f"{text} ({difference(column.name, ours, theirs, column.digits)})"
 
 
 def _paper_columns(grid: Grid, *, mixed: bool) -> dict[str, str]:
     """Heads of the columns of what a paper reports, by figure, as far as rows have them."""
     what = "paper's Δ" if grid.differences else "paper:"
-    heads = {"acc1": "top-1", "acc5": "top-5", "seconds": "time", "memory": "memory"}
-    known = {
-        name
-        for row in grid.rows
-        for name, value in (row.paper or Paper())._asdict().items()
-        if value is not None and not (mixed and name in ("seconds", "memory"))
+    labels = {metric.name: metric.label for metric in METRICS} | {"seconds": "time"}
+    return {
+        name: f"{what} {labels.get(name, name)}"
+        for name in PAPER
+        if any(row.paper and row.paper[name] is not None for row in grid.rows)
+        and not (mixed and name in _COSTS)
     }
-    return {name: f"{what} {head}" for name, head in heads.items() if name in known}
 
 
 def _reported(grid: Grid, row: Row, name: str) -> str:
     """What a paper reports of a row, beside it the difference to its row without reduction."""
-    value = getattr(row.paper, name, None)
-    base = getattr(grid.baseline.paper, name, None)
+    value, base = ((r.paper or {}).get(name) for r in (row, grid.baseline))
     if value is None:
         return "-"
     text = _clock(value) if name == "seconds" else f"{value:g}"
     if row.name == grid.baseline.name or base is None:
         return "" if grid.differences else text
-    accuracy = name in ("acc1", "acc5")
-    change = _change(value, base, "points" if accuracy else "percent", 1)
+    change = difference(name, value, base, 1)
     return change if grid.differences else f"{text} ({change})"
 
 
@@ -215,7 +142,8 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _notes(grid: Grid, found: Records, *, mixed: bool) -> list[str]:
+def _notes(results: Results, *, mixed: bool) -> list[str]:
+    grid, records = results.grid, results.records.values()
     seeds = ", ".join(map(str, grid.seeds))
     many = len(grid.seeds) > 1
     what = f"mean ± sample standard deviation over seeds {seeds}" if many else f"seed {seeds} alone"
@@ -229,21 +157,18 @@ def _notes(grid: Grid, found: Records, *, mixed: bool) -> list[str]:
     if grid.vary:
         lines.append(f"rows differ in {', '.join(grid.vary)} too")
     lines.append("FLOPs: one image, multiply-adds and scan terms as papers count them")
-    kinds = _distinct(known["figures"].get("memory_kind") for known in found.values())
-    if kinds and not mixed:
-        lines.append(f"memory: {'; '.join(kinds)}")
-    about = [known["about"] for known in found.values()]
+    about = [known["about"] for known in records]
+    memory = [] if mixed else [known["figures"].get("memory_kind") for known in records]
     for label, texts in {
+        "memory": memory,
         "commit": [entry["commit"] for entry in about],
         "date": [str(entry["started"])[:10] for entry in about],
         "machine": [_machine(entry) for entry in about],
-        "versions": [archive.versions(entry) for entry in about],
+        "versions": [described_versions(entry) for entry in about],
+        "failed": results.failed,
     }.items():
         if named := _distinct(texts):
             lines.append(f"{label}: {'; '.join(named)}")
-    unfinished = [c.name for c in grid.cells if c.name in found and not finished(c, found)]
-    if unfinished:
-        lines.append(f"failed: {'; '.join(unfinished)}")
     return lines
 
 
@@ -255,6 +180,6 @@ def _machine(about: Record) -> str:
     return f"{about['platform']}{cpu}, {about['cpu_count']} cores{gpu}, {processes}"
 
 
-def _distinct(texts: Any) -> list[str]:
+def _distinct(texts: Iterable[Any]) -> list[str]:
     """Each text once, in the order of their first appearance, without None."""
     return list(dict.fromkeys(text for text in texts if text is not None))

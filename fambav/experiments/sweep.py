@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 
-from fambav.comparison.likeness import differing, machine, told
 from fambav.engine import record
+from fambav.engine.checkpoint import write_text
 from fambav.engine.lock import locked
-from fambav.experiments import archive, results, summary
 from fambav.experiments.grid import Cell, Grid
-from fambav.experiments.results import Record, Task
-from fambav.experiments.workers import Workers
+from fambav.experiments.metrics import PRIMARY
+from fambav.experiments.process import Process, finished, seats
+from fambav.experiments.provenance import described, differing, machine
+from fambav.experiments.results import CSV, JSON, MARKDOWN, Record, Results
+from fambav.experiments.summary import table
 
 _NAMED = 6  # failed cells that an error names
+_PAUSE = 0.05  # seconds between two looks at the processes
 
 
 def run(
@@ -26,7 +30,7 @@ def run(
     keep: bool,
     say: Callable[[str], None],
     mixed: bool = False,
-) -> dict[str, Record]:
+) -> Results:
     """Carry out what is missing of a grid.
 
     The tables in `folder` are written anew after each cell.
@@ -40,7 +44,7 @@ def run(
         mixed: Whether cells may come from several machines; the table then has no time and memory.
 
     Returns:
-        The records of all cells, by their names.
+        The records of all cells.
 
     Raises:
         ValueError: If another process works in the folder, or its cells come from another machine.
@@ -49,99 +53,100 @@ def run(
     with locked(folder):
         record.prepare(folder)
         about = record.environment(jobs=jobs)
-        found = {c.name: known for c in grid.cells if (known := results.finished(c, folder))}
-        left = [cell for cell in grid.cells if cell.name not in found]
+        records = {c.name: known for c in grid.cells if (known := finished(c, folder))}
+        left = [cell for cell in grid.cells if cell.name not in records]
         if not mixed:
-            _refuse_mixed(folder, found, about if left else None)
-        say(f"{len(found)} of {len(grid.cells)} cells are finished")
-        summary.write(grid, found, folder, mixed=mixed)
-        pace = Pace(found.values(), left, jobs)
-        with Workers(min(jobs, max(1, len(left)))) as workers:
-            for wave in _waves(left):
-                tasks = [Task(cell, folder, keep, about) for cell in wave]
-                for task, known in workers.perform(tasks):
-                    found[task.cell.name] = known
-                    pace.count(task.cell, known)
-                    summary.write(grid, found, folder, mixed=mixed)
-                    line = _line(task.cell, known)
-                    say(f"[{len(found)}/{len(grid.cells)}] {line}{pace.text()}")
+            _refuse_mixed(folder, records, about if left else None)
+        say(f"{len(records)} of {len(grid.cells)} cells are finished")
+        results = Results(grid, records)
+        _write(results, folder, mixed=mixed)
+        for process in _perform(left, folder, about, jobs):
+            cell, known = process.cell, process.result(keep=keep)
+            records[cell.name] = known
+            _write(results, folder, mixed=mixed)
+            line = f"{_line(cell, known)}{_time_left(results, jobs)}"
+            say(f"[{len(records)}/{len(grid.cells)}] {line}")
         if not mixed:
-            _refuse_mixed(folder, found, None)  # processes may have found GPUs of several kinds
-    return found
+            _refuse_mixed(folder, records, None)  # processes may have had GPUs of several kinds
+    return results
 
 
-def refuse_failures(grid: Grid, found: dict[str, Record], folder: Path) -> None:
+def refuse_failures(results: Results, folder: Path) -> None:
     """Name the cells that failed.
 
     Args:
-        grid: The grid.
-        found: Records by the names of cells.
+        results: The records.
         folder: Where the tables are.
 
     Raises:
         ValueError: If there are any.
     """
-    failed = [name for name, known in found.items() if known["error"] is not None]
-    if failed:
+    if failed := results.failed:
         more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
         raise ValueError(
-            f"{len(failed)} of {len(grid.cells)} cells failed: {'; '.join(failed[:_NAMED])}{more}; "
-            f"{folder / archive.CSV} has the reasons"
+            f"{len(failed)} of {len(results.grid.cells)} cells failed: "
+            f"{'; '.join(failed[:_NAMED])}{more}; {folder / CSV} has the reasons"
         )
 
 
-class Pace:
-    """How long the rest will take, from what cells of the same phase have taken.
+def _perform(left: list[Cell], folder: Path, about: Record, jobs: int) -> Iterator[Process]:
+    """Carry out cells, at most `jobs` at once; yield each process when it has ended.
 
-    Args:
-        done: Records of finished cells.
-        left: Cells to come.
-        jobs: Processes that share them.
+    Cells that start from nothing come first, then, when all of these are done, those that start
+    from one of them.
     """
+    free = seats(jobs)
+    running: list[Process] = []
+    try:
+        for waiting in ([c for c in left if not c.start], [c for c in left if c.start]):
+            while waiting or running:
+                while waiting and free:
+                    running.append(Process(waiting.pop(0), folder, free.pop(0), about))
+                ended = [process for process in running if not process.running]
+                for process in ended:
+                    running.remove(process)
+                    free.append(process.seat)
+                    yield process
+                if not ended:
+                    time.sleep(_PAUSE)
+    finally:
+        for process in running:
+            process.end()
 
-    def __init__(self, done: Iterable[Record], left: Iterable[Cell], jobs: int) -> None:
-        self._seconds: dict[str, list[float]] = defaultdict(list)
-        self._left = [cell.phase for cell in left]
-        self._jobs = jobs
-        for known in done:
-            self._add(known)
 
-    def count(self, cell: Cell, known: Record) -> None:
-        """Take note that a cell is done."""
-        self._left.remove(cell.phase)
-        self._add(known)
+def _time_left(results: Results, jobs: int) -> str:
+    """What is left as the end of a line, from the cells of the same phase.
 
-    def text(self) -> str:
-        """Return what is left as the end of a line, nothing while a phase has not been seen."""
-        if not self._left or not set(self._left) <= self._seconds.keys():
-            return ""
-        seconds = sum(fmean(self._seconds[phase]) for phase in self._left) / self._jobs
-        return f"; {seconds / 60:.1f} min left"
-
-    def _add(self, known: Record) -> None:
+    Empty while a phase has not been seen.
+    """
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for known in results.records.values():
         if known["error"] is None and known["wall_seconds"] is not None:
-            self._seconds[known["phase"]].append(known["wall_seconds"])
+            seconds[known["phase"]].append(known["wall_seconds"])
+    left = [cell.phase for cell in results.grid.cells if cell.name not in results.records]
+    if not left or not set(left) <= seconds.keys():
+        return ""
+    return f"; {sum(fmean(seconds[phase]) for phase in left) / jobs / 60:.1f} min left"
 
 
-def _waves(left: Iterable[Cell]) -> list[list[Cell]]:
-    """Cells that start from nothing, then those that start from one of them."""
-    waves: tuple[list[Cell], list[Cell]] = ([], [])
-    for cell in left:
-        waves[cell.start is not None].append(cell)
-    return [wave for wave in waves if wave]
+def _write(results: Results, folder: Path, *, mixed: bool) -> None:
+    """Write the table, and what programs read."""
+    drawn = table(results, mixed=mixed)
+    for name, form in ((CSV, "csv"), (JSON, "json"), (MARKDOWN, "markdown")):
+        write_text(folder / name, f"{drawn.render(form)}\n")
 
 
-def _refuse_mixed(folder: Path, found: dict[str, Record], here: Record | None) -> None:
+def _refuse_mixed(folder: Path, records: dict[str, Record], here: Record | None) -> None:
     """Refuse cells of several machines, those that are to run here among them.
 
     A cell's number of threads is one of its settings, so that what the grid's own process says of
     it does not count.
     """
-    places = [*(known["about"] for known in found.values()), *([] if here is None else [here])]
+    places = [*(known["about"] for known in records.values()), *([] if here is None else [here])]
     differences = differing(machine(about, without=["threads"]) for about in places)
     if differences:
         raise ValueError(
-            f"cells in {folder} and those to run differ in {told(differences)}, expected one "
+            f"cells in {folder} and those to run differ in {described(differences)}, expected one "
             "machine and one number of jobs; --mixed leaves time and memory out of the table"
         )
 
@@ -149,4 +154,5 @@ def _refuse_mixed(folder: Path, found: dict[str, Record], here: Record | None) -
 def _line(cell: Cell, known: Record) -> str:
     if known["error"] is not None:
         return f"{cell.name}: failed: {known['error']}"
-    return f"{cell.name}: {known['figures']['acc1']:.2f} % in {known['wall_seconds']:.1f} s"
+    value = f"{known['figures'][PRIMARY.name]:.2f} {PRIMARY.unit}"
+    return f"{cell.name}: {value} in {known['wall_seconds']:.1f} s"

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import fambav
-from fambav import comparison
 from fambav.build.entries import fact
 from fambav.build.prediction import Pretrained
 from fambav.config import affecting
+from fambav.experiments import read_environment, read_log
 from fambav.models import Backbone
 
 
@@ -57,11 +57,10 @@ def run_of(model: Pretrained) -> Run:
     if epochs is None:
         if not log.is_file():
             return Run()
-        epochs = comparison.epochs_of(log) if log.stat().st_size else []
+        epochs = read_log(log) if log.stat().st_size else []
     number = state.get("epoch", epochs[-1].get("epoch") if epochs else None)
     record: Mapping[str, Any] = next((e for e in epochs if e.get("epoch") == number), {})
-    about = folder / "env.json"
-    where = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    where = read_environment(folder)
     return Run(
         epoch=None if number is None else int(number) + 1,
         epochs=model.config.optim.epochs,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fambav import comparison, costs, pictures
+from fambav import costs, experiments, pictures
 from fambav.costs import CONVENTIONS
 from fambav.gallery.contrast import contrasted, described, reducing
 from fambav.gallery.subject import FIRST, Source, Subject, subjects
@@ -114,7 +114,7 @@ def read_log(run: Path) -> list[Record]:
     path = run / _LOG
     if not path.is_file():
         raise ValueError(f"run is {str(run)!r}, expected a folder with {_LOG} to draw curves")
-    return list[Record](comparison.epochs_of(path))
+    return list[Record](experiments.read_log(path))
 
 
 def _alone(name: str, subject: Subject, path: Path, *, svg: bool) -> Picture:

@@ -1,6 +1,6 @@
-"""Accuracy against what it costs, over the rows of a grid, and which rows nothing beats.
+"""A metric against what it costs, over the rows of a grid, and which rows nothing beats.
 
-A row is on the front if no other is at least as accurate at no higher cost.
+A row is on the front if no other is at least as good at no higher cost.
 """
 
 from __future__ import annotations
@@ -66,6 +66,26 @@ class Point(Protocol):
         """What was measured, by its key."""
 
 
+class Metric(Protocol):
+    """What rows are compared by, such as `fambav.experiments.PRIMARY`."""
+
+    @property
+    def name(self) -> str:
+        """Its key among the figures of a point."""
+
+    @property
+    def title(self) -> str:
+        """What it is called."""
+
+    @property
+    def unit(self) -> str:
+        """Of its figures."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Which of two figures wins."""
+
+
 class Axis(NamedTuple):
     """A cost.
 
@@ -88,61 +108,63 @@ AXES = (
 )
 
 
-def front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
+def front(
+    costs: Sequence[float], values: Sequence[float], *, higher_is_better: bool = True
+) -> list[int]:
     """Return which of several are on the front, by growing cost; of equals the first."""
-    order = sorted(range(len(costs)), key=lambda n: (costs[n], -values[n], n))
+    gains = values if higher_is_better else [-value for value in values]
+    order = sorted(range(len(costs)), key=lambda n: (costs[n], -gains[n], n))
     found: list[int] = []
     for number in order:
-        if not found or values[number] > values[found[-1]]:
+        if not found or gains[number] > gains[found[-1]]:
             found.append(number)
     return found
 
 
-def pareto(points: Sequence[Point], *, title: str, detail: str = "") -> Figure:
-    """Draw top-1 accuracy against every cost that was measured.
+def pareto(points: Sequence[Point], *, metric: Metric, title: str, detail: str = "") -> Figure:
+    """Draw a metric against every cost that was measured.
 
     Args:
         points: Rows measured on the same hardware.
+        metric: The metric.
         title: What grid they are of.
         detail: Such as what memory counts.
 
     Raises:
-        ValueError: If no row has an accuracy and a cost.
+        ValueError: If no row has the metric and a cost.
     """
-    known = [point for point in points if "acc1" in point.figures]
+    known = [point for point in points if metric.name in point.figures]
     shown = [axis for axis in AXES if any(axis.key in point.figures for point in known)]
     if not shown:
-        raise ValueError(f"points have no figures, expected acc1 and one of {', '.join(_keys())}")
-    names, look = _named(known, shown), _colours(known)
+        costs = ", ".join(axis.key for axis in AXES)
+        raise ValueError(f"points have no figures, expected {metric.name} and one of {costs}")
+    names, look = _named(known, shown, metric), _colours(known)
     columns = min(2, len(shown))
     rows = -(-len(shown) // columns)
     figure = style.figure(5.6 * columns, 4.2 * rows + 1.0 + 0.1 * len(names))
-    seeds = sorted({point.figures["acc1"].count for point in known})
+    seeds = sorted({point.figures[metric.name].count for point in known})
     over = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seeds"
     told = "one seed" if seeds == [1] else f"mean and standard deviation over {over}"
     told += "; line: rows that no other row beats"
     style.headed(figure, title, f"{told}{'; ' if detail else ''}{detail}")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, axis in zip(panels, shown, strict=False):
-        _draw(axes, axis, known, look)
+        _draw(axes, axis, metric, known, look)
     for unused in panels[len(shown) :]:
         unused.remove()
     _key(figure, known, names, look)
     figure.draw_without_rendering()  # only then is it known where points are
     for axes, axis in zip(panels, shown, strict=False):
-        _name(axes, axis, [p for p in known if axis.key in p.figures], names, look)
+        there = [point for point in known if axis.key in point.figures]
+        _name(axes, axis, metric, there, names, look)
     return figure
 
 
-def _keys() -> list[str]:
-    return [axis.key for axis in AXES]
+def _xy(point: Point, axis: Axis, metric: Metric) -> tuple[float, float]:
+    return point.figures[axis.key].mean / axis.unit, point.figures[metric.name].mean
 
 
-def _xy(point: Point, axis: Axis) -> tuple[float, float]:
-    return point.figures[axis.key].mean / axis.unit, point.figures["acc1"].mean
-
-
-def _named(points: Sequence[Point], shown: Sequence[Axis]) -> dict[str, str]:
+def _named(points: Sequence[Point], shown: Sequence[Axis], metric: Metric) -> dict[str, str]:
     """Return what is written beside the rows that have something beside them."""
     if len(points) <= _SPELLED:
         return {point.name: point.name for point in points}
@@ -151,8 +173,9 @@ def _named(points: Sequence[Point], shown: Sequence[Axis]) -> dict[str, str]:
     chosen = {point.name for point in points if point.baseline}
     for axis in shown:
         there = [point for point in points if axis.key in point.figures]
-        x, y = zip(*(_xy(point, axis) for point in there), strict=True)
-        chosen |= {there[number].name for number in front(x, y)}
+        x, y = zip(*(_xy(point, axis, metric) for point in there), strict=True)
+        best = front(x, y, higher_is_better=metric.higher_is_better)
+        chosen |= {there[number].name for number in best}
     names = [point.name for point in points if point.name in chosen]
     return {name: str(number) for number, name in enumerate(names, start=1)}
 
@@ -169,17 +192,17 @@ def _colours(points: Sequence[Point]) -> Look:
     return look | {point.name: (style.INK, "*") for point in points if point.baseline}
 
 
-def _draw(axes: Axes, axis: Axis, points: Sequence[Point], look: Look) -> None:
+def _draw(axes: Axes, axis: Axis, metric: Metric, points: Sequence[Point], look: Look) -> None:
     there = [point for point in points if axis.key in point.figures]
-    x, y = zip(*(_xy(point, axis) for point in there), strict=True)
-    best = front(x, y)
+    x, y = zip(*(_xy(point, axis, metric) for point in there), strict=True)
+    best = front(x, y, higher_is_better=metric.higher_is_better)
     corners = [(x[n], y[before]) for before, n in pairwise(best)]
     ends = [(x[n], y[n]) for n in best]
     way = [ends[0], *chain.from_iterable(zip(corners, ends[1:], strict=True))]
     axes.plot(*zip(*way, strict=True), color=style.GREY, lw=1.2, zorder=1, gid=_FRONT)
     for point, across, up in zip(there, x, y, strict=True):
         colour, mark = look[point.name]
-        wide, high = point.figures[axis.key].std, point.figures["acc1"].std
+        wide, high = point.figures[axis.key].std, point.figures[metric.name].std
         axes.errorbar(
             across,
             up,
@@ -191,18 +214,23 @@ def _draw(axes: Axes, axis: Axis, points: Sequence[Point], look: Look) -> None:
             elinewidth=0.9,
             alpha=0.9,
         )
-    axes.set(xlabel=axis.label, ylabel="top-1 accuracy (%)")
+    axes.set(xlabel=axis.label, ylabel=f"{metric.title} ({metric.unit})")
     axes.margins(0.12)
     style.plain(axes, grid="both")
 
 
 def _name(
-    axes: Axes, axis: Axis, points: Sequence[Point], names: Mapping[str, str], look: Look
+    axes: Axes,
+    axis: Axis,
+    metric: Metric,
+    points: Sequence[Point],
+    names: Mapping[str, str],
+    look: Look,
 ) -> None:
     """Write names beside points, with a thin line of its colour to a point that is not near."""
     ordered = sorted(points, key=lambda point: point.name not in names)
     named = [point for point in ordered if point.name in names]
-    at = np.array([_xy(point, axis) for point in ordered])
+    at = np.array([_xy(point, axis, metric) for point in ordered])
     size, dpi = style.type_size(style.of(axes)), style.of(axes).dpi
     pixel = size * dpi / 72
     sizes = np.array([(pixel * (0.56 * len(names[p.name]) + 0.3), 1.1 * pixel) for p in named])

@@ -5,15 +5,15 @@ Source of the numbers: log.txt, config.yaml, plan.json and env.json of each run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fambav import config
-from fambav.comparison import Result, Table
 from fambav.config import OPTIONS
+from fambav.experiments import PRIMARY, Result, read_environment, read_plan
 from fambav.report.page import Picture, Section
+from fambav.table import Table
 
 _UNKNOWN = "unknown"
 
@@ -35,25 +35,25 @@ def section(name: str, folder: Path, result: Result, pictures: Sequence[Picture]
         name=name,
         summary=_summary(result),
         pictures=pictures,
-        plan=_plan(folder / "plan.json"),
+        plan=_plan(read_plan(folder)),
         changed=_changed(config.load(settings).flat()),
         settings=settings.read_text(encoding="utf-8"),
-        environment=_environment(folder / "env.json"),
+        environment=_environment(read_environment(folder)),
     )
 
 
 def _summary(result: Result) -> str:
     share = "" if result.share is None else f", {100 * result.share:.1f}% of the token-layers"
     return (
-        f"{result.model}, reduction: {result.reduction}{share}; top-1 {result.acc1:.2f}% after "
+        f"{result.model}, reduction: {result.reduction}{share}; "
+        f"{PRIMARY.label} {result.metrics[PRIMARY.name]:.2f}{PRIMARY.unit} after "
         f"{result.seconds:.1f} s of training, {result.memory_mib:.1f} MiB {result.memory_kind}."
     )
 
 
-def _plan(path: Path) -> Table | None:
-    if not path.is_file():
+def _plan(plan: Mapping[str, Any] | None) -> Table | None:
+    if plan is None:
         return None
-    plan = _read(path)
     after = plan["after"]
     rows = [
         [
@@ -84,8 +84,7 @@ def _changed(flat: Mapping[str, Any]) -> Table:
     return Table(head=("setting", "value", "default"), rows=rows, names=3)
 
 
-def _environment(path: Path) -> Table:
-    found = _read(path) if path.is_file() else {}
+def _environment(found: Mapping[str, Any]) -> Table:
     return Table(head=("what", "value"), rows=[list(pair) for pair in _pairs(found)], names=2)
 
 
@@ -101,10 +100,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return "-" if value is None else str(value)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged, expected a JSON object") from None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fambav.comparison import Table
+from fambav.table import Table
 
 _KINDS = {".png": "png", ".gif": "gif"}
 _TEMPLATE = Path(__file__).with_name("page.html")

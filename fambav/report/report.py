@@ -7,18 +7,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fambav import comparison, experiments, gallery, pictures
-from fambav.comparison import Table
+from fambav import experiments, gallery, pictures
 from fambav.engine.checkpoint import write_text
 from fambav.engine.record import environment
-from fambav.experiments import Estimate, Point
+from fambav.experiments import METRICS, PRIMARY, Estimate, Point
 from fambav.report import contents
 from fambav.report.page import Page, Picture, Section, drawn, picture
+from fambav.table import Table
 
 _CURVES = "curves"
 _COLUMNS = {  # of a grid: what it is called, and its digits
-    "acc1": ("top-1 %", 2),
-    "acc5": ("top-5 %", 2),
+    **{metric.name: (metric.head, 2) for metric in METRICS},
     "token_layers": ("token-layers", 3),
     "seconds": ("train s", 1),
     "memory_mib": ("memory MiB", 2),
@@ -50,9 +49,9 @@ def report(
     """
     grids = [folder for folder in folders if experiments.is_grid(folder)]
     runs = [folder for folder in folders if folder not in grids]
-    results = [comparison.read(folder) for folder in runs]
-    tables = [comparison.tabulated(results, mixed=mixed)] if results else []
-    points = {folder: experiments.points(folder) for folder in grids}
+    results = [experiments.read_run(folder) for folder in runs]
+    tables = [experiments.compare(results, mixed=mixed)] if results else []
+    points = {folder: experiments.read_points(folder) for folder in grids}
     tables += [_tabulated(folder, found) for folder, found in points.items()]
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
@@ -96,9 +95,9 @@ def _own(run: str, shown: dict[str, Picture], *, alone: bool) -> list[Picture]:
 
 def _front(place: Path, folder: Path, points: Sequence[Point]) -> Picture:
     """Draw accuracy against cost over the rows of a grid."""
-    title = f"{folder.resolve().name}: top-1 accuracy against cost"
+    title = f"{folder.resolve().name}: {PRIMARY.title} against cost"
     path = place / f"pareto_{folder.resolve().name}.png"
-    pictures.write(pictures.pareto(points, title=title), path)
+    pictures.write(pictures.pareto(points, metric=PRIMARY, title=title), path)
     return picture(path, title)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
+from fambav.experiments import PRIMARY
 from fambav.pictures import pareto, write
 from fambav.pictures.labels import placed
 from fambav.pictures.pareto import front
@@ -55,6 +56,22 @@ def test_the_front_is_what_nothing_beats():
             for n in range(len(costs))
         )
         assert (number in front(costs, values)) == (not beaten)
+    assert front(costs, [-value for value in values], higher_is_better=False) == [0, 2, 4]
+
+
+def test_a_metric_may_be_one_of_which_less_is_better():
+    error = PRIMARY._replace(name="mse", title="mean squared error", unit="m²")
+    rows = points(5, keys=("seconds",))
+    for row, value in zip(rows, (3.0, 1.0, 2.0, 4.0, 5.0), strict=True):
+        row.figures["mse"] = Estimate(value, None, 1)
+        row.figures["seconds"] = Estimate(value * 10, None, 1)
+    fronts = []
+    for higher in (True, False):
+        figure = pareto(rows, metric=error._replace(higher_is_better=higher), title="made up")
+        (line,) = (line for line in figure.axes[0].lines if line.get_gid() == "front")
+        fronts.append(sorted(set(line.get_ydata())))
+        assert figure.axes[0].get_ylabel() == "mean squared error (m²)"
+    assert fronts == [[1.0, 2.0, 3.0, 4.0, 5.0], [1.0]]
 
 
 def boxes_of(figure):
@@ -68,7 +85,7 @@ def boxes_of(figure):
 
 @pytest.mark.parametrize("count", [5, 9, 14, 40])
 def test_names_do_not_cover_each_other(count):
-    figure = pareto(points(count), title="made up")
+    figure = pareto(points(count), metric=PRIMARY, title="made up")
     named = boxes_of(figure)
     assert len(named) == 4
     for boxes in named:
@@ -81,7 +98,7 @@ def test_names_do_not_cover_each_other(count):
 
 
 def test_few_rows_are_named_and_many_have_numbers_with_a_key():
-    few, many = (pareto(points(count), title="made up") for count in (5, 12))
+    few, many = (pareto(points(count), metric=PRIMARY, title="made up") for count in (5, 12))
     names = [f"row {number}" if number else "without fusion" for number in range(12)]
     assert sorted(t.get_text() for t in few.axes[0].texts) == sorted(names[:5])
     assert {t.get_text() for t in few.legends[0].texts} == {"none", "famba-v", "ordered"}
@@ -98,7 +115,7 @@ def test_a_line_leads_from_every_name_that_is_not_near_to_its_own_point(count):
             k: Estimate(e.mean if row.baseline else 0.3 * size, e.std, e.count)
             for (k, e), size in zip(row.figures.items(), (100, 60, 20, 2e7, 1), strict=True)
         }
-    figure = pareto(rows, title="made up")
+    figure = pareto(rows, metric=PRIMARY, title="made up")
     led = 0
     for axes, boxes in zip(figure.axes, boxes_of(figure), strict=True):
         centre = axes.transData.transform(axes.containers[1].lines[0].get_xydata()[0])
@@ -122,7 +139,7 @@ def test_a_name_has_the_colour_of_its_point_where_others_were_not_measured():
         if not row.baseline:
             row.figures = {key: Estimate(30.0, None, 1) for key in row.figures}
     del rows[1].figures["seconds"]
-    axes = pareto(rows, title="made up").axes[0]
+    axes = pareto(rows, metric=PRIMARY, title="made up").axes[0]
     drawn = [bars.lines[0].get_color() for bars in axes.containers]
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
     led = [line.get_color() for line in lines if line.get_gid() != "front"]
@@ -132,7 +149,7 @@ def test_a_name_has_the_colour_of_its_point_where_others_were_not_measured():
 
 def test_of_many_rows_those_on_a_front_are_named():
     rows = points(30)
-    figure = pareto(rows, title="made up")
+    figure = pareto(rows, metric=PRIMARY, title="made up")
     best = set()
     for key in ("seconds", "memory_mib", "flops", "token_layers"):
         chosen = front([r.figures[key].mean for r in rows], [r.figures["acc1"].mean for r in rows])
@@ -144,7 +161,7 @@ def test_of_many_rows_those_on_a_front_are_named():
 
 def test_points_stand_where_they_were_measured_with_their_spread():
     rows = points(3, keys=("token_layers",))
-    (axes,) = pareto(rows, title="made up").axes
+    (axes,) = pareto(rows, metric=PRIMARY, title="made up").axes
     assert axes.get_xlabel() == "token-layers left (%)"
     for row, bars in zip(rows, axes.containers, strict=True):
         (line, _, (across, up)) = bars.lines
@@ -158,7 +175,7 @@ def test_the_front_is_a_line_of_steps():
     rows = points(3, keys=("seconds",), seeds=1)
     for row, (cost, value) in zip(rows, [(3, 9), (1, 5), (2, 7)], strict=True):
         row.figures = {"seconds": Estimate(cost, None, 1), "acc1": Estimate(value, None, 1)}
-    figure = pareto(rows, title="made up")
+    figure = pareto(rows, metric=PRIMARY, title="made up")
     (line,) = [line for line in figure.axes[0].lines if line.get_gid() == "front"]
     assert line.get_xydata().tolist() == [[1, 5], [2, 5], [2, 7], [3, 7], [3, 9]]
     assert "one seed;" in figure.get_suptitle()
@@ -167,17 +184,17 @@ def test_the_front_is_a_line_of_steps():
 def test_only_what_was_measured_is_drawn():
     rows = points(4, keys=("seconds", "token_layers"))
     del rows[2].figures["seconds"]
-    figure = pareto(rows, title="made up")
+    figure = pareto(rows, metric=PRIMARY, title="made up")
     assert [len(axes.containers) for axes in figure.axes] == [3, 4]
     with pytest.raises(
         ValueError, match="points have no figures, expected acc1 and one of seconds"
     ):
-        pareto([Point("a", "none", True, {})], title="made up")
+        pareto([Point("a", "none", True, {})], metric=PRIMARY, title="made up")
 
 
 def test_axes_and_rows_stand_in_the_svg_as_text(tmp_path):
     path = tmp_path / "pareto.svg"
-    write(pareto(points(5), title="made up"), path)
+    write(pareto(points(5), metric=PRIMARY, title="made up"), path)
     text = path.read_text()
     for label in ("training time (s)", "peak memory in training (MiB)", "token-layers left (%)"):
         assert label in text
@@ -186,7 +203,7 @@ def test_axes_and_rows_stand_in_the_svg_as_text(tmp_path):
 
 
 def test_type_can_be_read_at_half_size():
-    figure = pareto(points(12), title="made up")
+    figure = pareto(points(12), metric=PRIMARY, title="made up")
     figure.draw_without_rendering()
     least = max(11, 0.018 * 72 * figure.get_figwidth())
     shown = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]

@@ -13,9 +13,9 @@ from PIL import Image
 
 from fambav import experiments
 from fambav.cli import console, main
-from fambav.comparison import Table
 from fambav.experiments import Estimate, Point
 from fambav.report import page, report
+from fambav.table import Table
 from tests.conftest import BROWSERS
 from tests.data.made import made_cifar
 
@@ -153,7 +153,7 @@ def test_a_grid_stands_as_a_table_and_its_front(tmp_path, monkeypatch):
         for name, accuracy, seconds, share in (("none", 97.0, 30.0, 1.0), ("all", 90.5, 20.0, 0.5))
     ]
     monkeypatch.setattr(experiments, "is_grid", lambda folder: True)
-    monkeypatch.setattr(experiments, "points", lambda folder: points)
+    monkeypatch.setattr(experiments, "read_points", lambda folder: points)
     report([tmp_path / "grid"], tmp_path / "grid.html", title="A grid")
     found = seen(tmp_path / "grid.html")
     assert found.cells[-4:] == ["all", "90.50 ± 0.25", "0.500", "20.0 ± 1.0"]

@@ -9,11 +9,10 @@ import pytest
 
 import fambav
 from fambav import experiments
-from fambav.comparison import Table
 from fambav.config import ConfigError
-from fambav.experiments import archive, sweep
-from fambav.experiments.summary import table
+from fambav.experiments import Results
 from fambav.registry import grids
+from fambav.table import Table
 
 ROOT = Path(fambav.__file__).parents[1]
 BASE = "model: vim_micro\nclass_token: none\ndata_set: DIGITS\nepochs: 4\n"
@@ -38,6 +37,12 @@ rows:
     fusion_token: 12
     fusion_method: ordered
 """
+TUNED = """base: base.yaml
+seeds: [0, 1]
+finetune: {epochs: 2, lr: 5.0e-4}
+rows:
+  - {name: ordered, fusion_strategy: upper, fusion_layer: 4, fusion_token: 3}
+"""
 ABOUT = dict(
     commit="abc",
     started="2026-11-21T03:37:04+0000",
@@ -57,14 +62,13 @@ ABOUT = dict(
 def grid(tmp_path):
     """Reads a grid, some of its text replaced."""
 
-    def made(*changes):
-        text = GRID
+    def made(*changes, text=GRID):
         for old, new in changes:
             assert old in text
             text = text.replace(old, new)
         (tmp_path / "base.yaml").write_text(BASE)
         (tmp_path / "grid.yaml").write_text(text)
-        return experiments.read(tmp_path / "grid.yaml")
+        return experiments.read_grid(tmp_path / "grid.yaml")
 
     return made
 
@@ -93,6 +97,10 @@ def found(unit=1.0):
     }
 
 
+def table(grid, records, **given):
+    return experiments.table(Results(grid, records), **given)
+
+
 def cells(drawn, row):
     return dict(zip(drawn.head, drawn.rows[row], strict=True))
 
@@ -109,6 +117,49 @@ def test_a_row_has_means_deviations_and_differences_to_the_row_without_reduction
     share = float(upper["MFLOPs"].split()[0]) / float(none["MFLOPs"])
     assert upper["MFLOPs"].endswith(f"({100 * (share - 1):+.0f}%)")
     assert -0.5 < share - 1 < -0.1
+
+
+def tuned(acc1, seconds=4.0):
+    """The record of a cell of a grid whose rows start from the dense model."""
+    known = record(acc1, 9.0, 10.0, commit="abc+", cpu=None)
+    known["figures"] |= {"seconds_per_epoch": seconds, "images_per_second": 100.0}
+    return known
+
+
+def test_rows_that_start_from_the_dense_model_are_evaluated_and_fine_tuned(grid):
+    known = {
+        "dense, seed 0, dense": tuned(90.0),
+        "dense, seed 1, dense": tuned(92.0),
+        "ordered, seed 0, training-free": tuned(50.0),
+        "ordered, seed 0, fine-tuned": tuned(80.0, 3.0),
+        "ordered, seed 1, fine-tuned": tuned(83.0, 5.0),
+    }
+    text = table(grid(text=TUNED), known).render("markdown")
+    dense, ordered = (
+        line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| [do]", line)
+    )
+    assert dense[:2] == ["dense", "0.500"]
+    assert dense[3:] == ["91.00 ± 1.41", "-", "99.00 ± 0.00", "4.00 ± 0.00", "100", "10.0"]
+    assert ordered[3:] == [
+        "50.00 [1 of 2] (-40.00)",
+        "81.50 ± 2.12",
+        "99.00 ± 0.00 (+0.00)",
+        "4.00 ± 1.41 (+0%)",
+        "100",
+        "10.0 (+0%)",
+    ]
+    assert "mean ± sample standard deviation over seeds 0, 1" in text
+    assert "commit: abc+\n\ndate: 2026-11-21\n\nmachine: Linux, 2 cores, 2 processes" in text
+    assert "versions: fambav 0.1.0, python 3.11.7, torch 2.13.0" in text
+    assert "failed" not in text
+
+
+def test_a_failed_cell_is_below_the_table(grid):
+    failed = {**tuned(0.0), "figures": {}, "error": "no"}
+    known = {"ordered, seed 0, fine-tuned": failed}
+    text = table(grid(text=TUNED), known).render("text")
+    assert text.endswith("failed: ordered, seed 0, fine-tuned")
+    assert re.search(r"^ordered( +-){8}$", text, re.MULTILINE)
 
 
 def test_a_missing_seed_is_told_and_differences_are_over_the_seeds_that_both_have(grid):
@@ -157,18 +208,18 @@ def test_cells_of_several_machines_have_a_table_without_time_and_memory(grid):
 def test_text_does_not_repeat_a_name_and_markdown_does(grid):
     shown = grid(('[none, "-"]', '[a none, "-"]'), ("[upper, famba-v]", "[none, famba-v]"))
     swapped = Table(head=["a", "b", "c"], rows=[["x", "y", "1"], ["x", "y", "2"]], names=2)
-    assert swapped.drawn("text").splitlines()[1:3] == ["x  y  1", "   y  2"]
-    assert swapped.drawn("markdown").splitlines()[2:4] == ["| x | y | 1 |", "| x | y | 2 |"]
+    assert swapped.render("text").splitlines()[1:3] == ["x  y  1", "   y  2"]
+    assert swapped.render("markdown").splitlines()[2:4] == ["| x | y | 1 |", "| x | y | 2 |"]
     assert shown.baseline.name == "a none"
 
 
 def test_a_bar_in_a_name_ends_no_cell_of_markdown():
-    drawn = Table(head=["a"], rows=[["x | y"]], names=1).drawn("markdown")
+    drawn = Table(head=["a"], rows=[["x | y"]], names=1).render("markdown")
     assert drawn.splitlines()[2] == "| x \\| y |"
 
 
 def test_latex_is_a_booktabs_table_with_everything_escaped(grid):
-    text = experiments.rendered(grid(), found(), "latex")
+    text = table(grid(), found()).render("latex")
     lines = text.splitlines()
     rules = [line for line in lines if line.endswith("rule")]
     assert rules == ["\\toprule", "\\midrule", "\\bottomrule"]
@@ -187,12 +238,12 @@ def test_latex_is_a_booktabs_table_with_everything_escaped(grid):
 
 
 def test_a_row_of_latex_does_not_begin_with_an_argument_of_the_line_before():
-    drawn = Table(head=["a"], rows=[["[x]"]], names=1).drawn("latex")
+    drawn = Table(head=["a"], rows=[["[x]"]], names=1).render("latex")
     assert "\n{[}x] \\\\\n" in drawn
 
 
 def test_every_special_character_is_escaped_in_latex():
-    drawn = Table(head=["a"], rows=[["\\&%$#_{}~^<>±Δ"]], names=1).drawn("latex")
+    drawn = Table(head=["a"], rows=[["\\&%$#_{}~^<>±Δ"]], names=1).render("latex")
     row = drawn.splitlines()[-4]
     assert row == (
         "\\textbackslash{}\\&\\%\\$\\#\\_\\{\\}\\textasciitilde{}\\textasciicircum{}"
@@ -201,7 +252,7 @@ def test_every_special_character_is_escaped_in_latex():
 
 
 def test_csv_has_a_line_for_each_cell_with_its_settings_and_where_it_comes_from(grid):
-    text = experiments.rendered(grid(), found(), "csv")
+    text = table(grid(), found()).render("csv")
     lines = list(csv.DictReader(text.splitlines()))
     assert [line["row"] for line in lines] == [
         *["upper, famba-v"] * 2,
@@ -217,8 +268,15 @@ def test_csv_has_a_line_for_each_cell_with_its_settings_and_where_it_comes_from(
     assert (last["commit"], last["ended"]) == ("abc", "2026-11-21T04:00:30+0000")
 
 
+@pytest.mark.parametrize("name", ["digits-table1", "digits-table2", "digits-table3"])
+def test_committed_results_have_the_columns_that_are_written_today(name):
+    committed = (ROOT / "benchmarks" / f"{name.replace('-', '_')}.csv").read_text()
+    drawn = table(experiments.read_grid(grids()[name]), {})
+    assert drawn.render("csv") == committed.splitlines()[0]
+
+
 def test_json_has_every_setting_of_every_cell_and_the_means_of_every_row(grid):
-    told = json.loads(experiments.rendered(grid(), found(), "json"))
+    told = json.loads(table(grid(), found()).render("json"))
     cell = next(known for known in told["cells"] if known["row"] == "upper, ordered")
     assert (cell["seed"], cell["commit"], cell["machine"]["cpu"]) == (1, "abc", "EPYC")
     assert (cell["config"]["fusion_method"], cell["config"]["epochs"]) == ("ordered", 4)
@@ -233,9 +291,9 @@ def test_points_are_the_rows_of_a_folder(grid, tmp_path):
     shown = grid()
     assert not experiments.is_grid(tmp_path / "out")
     few = {name: known for name, known in found().items() if "ordered" not in name}
-    (tmp_path / "out" / archive.JSON).write_text(archive.document(shown, few))
+    (tmp_path / "out" / "results.json").write_text(table(shown, few).render("json"))
     assert experiments.is_grid(tmp_path / "out")
-    upper, none = experiments.points(tmp_path / "out")
+    upper, none = experiments.read_points(tmp_path / "out")
     assert (upper.name, upper.labels, upper.method) == (
         "upper, famba-v",
         ("upper", "famba-v"),
@@ -261,44 +319,21 @@ def test_points_are_the_rows_of_a_folder(grid, tmp_path):
 )
 def test_a_folder_without_results_is_refused_in_one_line(grid, tmp_path, text, phase, message):
     if text is not None:
-        told = archive.document(grid(), found()) if text == "whole" else text
-        (tmp_path / archive.JSON).write_text(told)
+        told = table(grid(), found()).render("json") if text == "whole" else text
+        (tmp_path / "results.json").write_text(told)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        experiments.points(tmp_path, phase=phase)
+        experiments.read_points(tmp_path, phase=phase)
     assert "\n" not in str(caught.value)
 
 
 def test_a_grid_without_a_finished_cell_has_no_points(grid, tmp_path):
-    (tmp_path / archive.JSON).write_text(archive.document(grid(), {}))
-    assert experiments.points(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("about", "message"),
-    [
-        ({"cpu": "Xeon"}, "differ in cpu (EPYC, Xeon), expected one machine"),
-        ({"gpu": "H200", "jobs": 1}, "differ in gpu (none, H200), jobs (2, 1)"),
-        ({"platform": "Darwin"}, "differ in platform (Linux, Darwin)"),
-    ],
-)
-def test_cells_of_another_machine_are_refused_in_one_line(tmp_path, about, message):
-    known = {"one": record(90.0, 1.0), "two": record(90.0, 1.0, **about)}
-    for places in ((known, None), ({"one": known["one"]}, known["two"]["about"])):
-        with pytest.raises(ValueError, match=re.escape(message)) as caught:
-            sweep._refuse_mixed(tmp_path, *places)
-        assert "\n" not in str(caught.value)
-        assert "--mixed leaves time and memory out" in str(caught.value)
-
-
-def test_threads_of_the_grids_own_process_and_what_an_old_record_lacks_do_not_count(tmp_path):
-    old = record(90.0, 1.0, threads=2)
-    del old["about"]["cpu"]
-    sweep._refuse_mixed(tmp_path, {"one": record(90.0, 1.0), "two": old}, ABOUT)
+    (tmp_path / "results.json").write_text(table(grid(), {}).render("json"))
+    assert experiments.read_points(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", sorted(name for name in grids() if "-table" in name))
 def test_every_shipped_grid_compares_rows_of_one_recipe(name):
-    read = experiments.read(grids()[name])
+    read = experiments.read_grid(grids()[name])
     assert read.baseline is read.rows[0]
     assert read.seeds == (0, 1, 2)
     methods = [row.labels[-1] for row in read.rows[1:]]
@@ -311,27 +346,28 @@ def test_every_shipped_grid_compares_rows_of_one_recipe(name):
 
 @pytest.mark.parametrize("name", [name for name in grids() if name.startswith("cifar100")])
 def test_rows_of_the_papers_tables_have_its_figures(name):
-    read = experiments.read(grids()[name])
+    read = experiments.read_grid(grids()[name])
     assert not read.differences
-    assert all(None not in row.paper for row in (read.rows[0], *read.rows[1::2]))
-    first = read.rows[0].paper
-    assert first == (
-        (76.9, 93.6, 27976.0, 16439.0) if "small" in name else (70.1, 90.6, 16382.0, 8302.0)
+    assert all(None not in row.paper.values() for row in (read.rows[0], *read.rows[1::2]))
+    small = [76.9, 93.6, 27976.0, 16439.0]
+    assert list(read.rows[0].paper) == ["acc1", "acc5", "seconds", "memory"]
+    assert list(read.rows[0].paper.values()) == (
+        small if "small" in name else [70.1, 90.6, 16382.0, 8302.0]
     )
 
 
 def test_figures_in_grids_are_those_in_the_configs_they_come_from():
     for name in ("cifar100-table1-tiny", "cifar100-table1-small"):
-        for row in experiments.read(grids()[name]).rows:
+        for row in experiments.read_grid(grids()[name]).rows:
             if row.paper is None:
                 continue
             told = re.search(
                 r"top-1 ([\d.]+), top-5 ([\d.]+), .*memory (\d+)", row.file.read_text()
             )
             assert [float(value) for value in told.groups()] == [
-                row.paper.acc1,
-                row.paper.acc5,
-                row.paper.memory,
+                row.paper["acc1"],
+                row.paper["acc5"],
+                row.paper["memory"],
             ]
 
 
@@ -349,7 +385,7 @@ def test_figures_in_grids_are_those_in_the_configs_they_come_from():
 def test_rows_that_are_compared_lose_about_the_same_number_of_tokens(name, least, most):
     from fambav.build import schedule
 
-    read = experiments.read(grids()[name], seeds=1)
+    read = experiments.read_grid(grids()[name], seeds=1)
     removed = [schedule(cell.config).removed for cell in read.cells]
     assert removed[0] == 0
     assert (min(removed[1:]), max(removed)) == (least, most)
@@ -358,15 +394,15 @@ def test_rows_that_are_compared_lose_about_the_same_number_of_tokens(name, least
 def test_papers_rows_beside_table_3_of_digits_lose_about_as_large_a_part_of_their_tokens():
     from fambav.build import schedule
 
-    paper = {cell.row.paper: schedule(cell.config) for cell in cells_of("cifar100-table3")}
+    paper = {str(c.row.paper): schedule(c.config) for c in cells_of("cifar100-table3")}
     for cell in cells_of("digits-table3"):
         ours = schedule(cell.config)
-        theirs = paper[cell.row.paper]
+        theirs = paper[str(cell.row.paper)]
         assert ours.removed / 64 == pytest.approx(theirs.removed / 197, abs=0.04)
 
 
 def cells_of(name):
-    read = experiments.read(grids()[name], seeds=1)
+    read = experiments.read_grid(grids()[name], seeds=1)
     return [cell for cell in read.cells if cell.row.paper is not None]
 
 
@@ -429,14 +465,14 @@ def test_a_row_may_be_a_config_of_its_own(grid, tmp_path):
     assert (fusion.fusion_strategy, fusion.fusion_token) == ("upper", 12)
     text = GRID[: GRID.index("  - name: [upper, ordered]")]
     (tmp_path / "grid.yaml").write_text(f"{text}  - {{name: [all, famba-v], config: own.yaml}}\n")
-    row = experiments.read(tmp_path / "grid.yaml").rows[-1]
+    row = experiments.read_grid(tmp_path / "grid.yaml").rows[-1]
     assert row.settings == {"fusion_strategy": "all", "fusion_token": 8}
 
 
 def test_seeds_and_the_place_of_the_data_may_be_others_than_the_files(grid, tmp_path):
     path = grid().path
-    read = experiments.read(path, seeds=4)
+    read = experiments.read_grid(path, seeds=4)
     assert read.seeds == (0, 1, 2, 3)
     assert len(read.cells) == 12
-    cifar = experiments.read(grids()["cifar100-table2"], seeds=1, data_path=str(tmp_path))
+    cifar = experiments.read_grid(grids()["cifar100-table2"], seeds=1, data_path=str(tmp_path))
     assert {cell.config.data.data_path for cell in cifar.cells} == {str(tmp_path)}

@@ -6,11 +6,17 @@ import re
 
 import pytest
 
-from fambav.comparison import FORMATS, read, table
 from fambav.config import parse
+from fambav.experiments import compare
+from fambav.experiments import read_run as read
+from fambav.table import FORMATS
 
 RUN = ["--model", "vim_micro"]
 FUSED = [*RUN, "--fusion-strategy", "upper", "--fusion-layer", "3", "--fusion-token", "12"]
+
+
+def table(results, form="text", **given):
+    return compare(results, **given).render(form)
 
 
 def epoch(number, **changes):
@@ -67,7 +73,7 @@ def plain(tmp_path):
 def test_a_run_is_its_last_accuracy_and_its_whole_training(fused):
     found = read(fused)
     assert (found.name, found.model, found.reduction) == ("fused", "vim_micro", "upper 3, r = 12")
-    assert (found.acc1, found.ema_acc1) == (92.0, 91.0)
+    assert (found.metrics, found.ema) == ({"acc1": 92.0, "acc5": 99.0}, 91.0)
     assert (found.seconds, found.speed) == (6.0, 101.0)
     assert (found.memory_mib, found.memory_kind) == (50.0, "saved for backward")
     assert (found.tokens, found.share) == (17, 0.692)
@@ -111,7 +117,7 @@ def test_what_a_run_does_not_have_is_a_dash(tmp_path):
     record = epoch(0, tokens=[])
     del record["test_ema_acc1"]
     found = read(made(tmp_path / "run", [record] * 3, RUN, share=None))
-    assert (found.ema_acc1, found.tokens, found.share) == (None, None, None)
+    assert (found.ema, found.tokens, found.share) == (None, None, None)
     row = table([found], form="text").splitlines()[1].split()
     assert (row[5], row[-2:]) == ("-", ["-", "-"])
 
@@ -230,7 +236,7 @@ def test_a_reduction_is_told_in_short(tmp_path, words, text):
 def test_a_line_that_a_crash_cut_short_is_no_epoch(fused):
     with (fused / "log.txt").open("a") as log:
         log.write('{"epoch": 3, "tra')
-    assert read(fused).acc1 == 92.0
+    assert read(fused).metrics["acc1"] == 92.0
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
-"""Whether figures may stand in one column: the machine, and the recipe, that they come from.
+"""Where figures come from: the machine, and the training recipe.
 
 Two runs may be compared in time and memory if they differ in nothing but tokens and seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from fambav.config import Config, Fusion, Reduction
+from fambav.config import Config, Fusion, Reduction, affecting
 
 Facts = Mapping[str, Any]
 
@@ -18,24 +18,25 @@ MACHINE = (
     "unfused",
 )
 REDUCTION = frozenset(item.name for group in (Fusion, Reduction) for item in fields(group))
-_PLACES = {"output_dir", "resume", "eval", "data_path", "download", "log_every"}
 _FILES = {"finetune", "teacher_path"}  # whether there is one is of the recipe, its name is not
+PLACES = affecting("nothing") - _FILES
 _NAMED = 8  # settings that an error names
 
 
-def machine(about: Facts, *, without: Iterable[str] = ()) -> dict[str, Any]:
+def machine(environment: Facts, *, without: Collection[str] = ()) -> dict[str, Any]:
     """Return where something was measured.
 
     Args:
-        about: What `engine.record.environment` says.
+        environment: What `engine.record.environment` says.
         without: Entries to leave out.
     """
-    return {name: about[name] for name in MACHINE if name in about and name not in set(without)}
+    names = (name for name in MACHINE if name in environment and name not in without)
+    return {name: environment[name] for name in names}
 
 
-def recipe(config: Config) -> dict[str, Any]:
+def fingerprint(config: Config) -> dict[str, Any]:
     """Return all that a run is made with but its reduction, its seed and the places of files."""
-    left_out = REDUCTION | _PLACES | {"seed"}
+    left_out = REDUCTION | PLACES | {"seed"}
     return {
         name: bool(value) if name in _FILES else value
         for name, value in config.flat().items()
@@ -58,7 +59,7 @@ def differing(facts: Iterable[Facts]) -> dict[str, list[Any]]:
     return {name: known for name, known in values.items() if len(known) > 1}
 
 
-def told(differences: Mapping[str, list[Any]]) -> str:
+def described(differences: Mapping[str, list[Any]]) -> str:
     """Return differences in one line: `lr (0.001, 0.002), gpu (none, H200)`."""
     shown = [
         f"{name} ({', '.join(_short(value) for value in values)})"

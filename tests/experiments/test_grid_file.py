@@ -9,7 +9,7 @@ import pytest
 import fambav
 from fambav.build import schedule
 from fambav.config import ConfigError
-from fambav.experiments import grid, grid_file
+from fambav.experiments import read_grid
 
 BASE = "model: vim_micro\nclass_token: none\nepochs: 4\nlr: 3.0e-3\nunscale_lr: true\n"
 GRID = """base: base.yaml
@@ -40,11 +40,11 @@ def made(tmp_path):
 
 @pytest.fixture
 def cells(made):
-    return {cell.name: cell for cell in grid_file.read(made()).cells}
+    return {cell.name: cell for cell in read_grid(made()).cells}
 
 
 def test_dense_models_come_first_and_then_seed_by_seed(made):
-    names = [cell.name for cell in grid_file.read(made()).cells]
+    names = [cell.name for cell in read_grid(made()).cells]
     rows = ("ordered, 12", "Famba-V")
     assert names == [
         "dense, seed 3, dense",
@@ -84,15 +84,15 @@ def test_a_cell_starts_from_its_seeds_dense_model_and_has_a_folder_of_its_own(ce
 
 
 def test_without_fine_tuning_nothing_is_trained_but_dense_models(made):
-    found = grid_file.read(made(("finetune: {epochs: 2, lr: 1.0e-3}\n", "")))
+    found = read_grid(made(("finetune: {epochs: 2, lr: 1.0e-3}\n", "")))
     assert {cell.phase for cell in found.cells} == {"dense", "training-free"}
     assert not [cell for cell in found.cells if not cell.row.settings and cell.start]
 
 
 def test_a_cell_computes_with_one_thread_unless_its_settings_say_more(made):
-    assert {cell.config.run.threads for cell in grid_file.read(made()).cells} == {1}
+    assert {cell.config.run.threads for cell in read_grid(made()).cells} == {1}
     path = made(base=f"{BASE}threads: 2\n")
-    assert {cell.config.run.threads for cell in grid_file.read(path).cells} == {2}
+    assert {cell.config.run.threads for cell in read_grid(path).cells} == {2}
 
 
 def recorded(cell):
@@ -106,27 +106,27 @@ def test_a_cell_agrees_with_what_it_wrote_and_with_no_other(cells):
 
 
 def test_a_changed_row_is_a_change_of_its_cells_only(made):
-    before = {cell.name: recorded(cell) for cell in grid_file.read(made()).cells}
-    after = grid_file.read(made(("fusion_token: 2", "fusion_token: 3"))).cells
+    before = {cell.name: recorded(cell) for cell in read_grid(made()).cells}
+    after = read_grid(made(("fusion_token: 2", "fusion_token: 3"))).cells
     changed = {cell.name for cell in after if not cell.agrees(before[cell.name])}
     assert changed == {name for name in before if name.startswith("Famba-V")}
 
 
 def test_a_changed_dense_model_is_a_change_of_every_cell(made):
-    before = {cell.name: recorded(cell) for cell in grid_file.read(made()).cells}
-    after = grid_file.read(made(base=f"{BASE}smoothing: 0.2\n")).cells
+    before = {cell.name: recorded(cell) for cell in read_grid(made()).cells}
+    after = read_grid(made(base=f"{BASE}smoothing: 0.2\n")).cells
     assert not any(cell.agrees(before[cell.name]) for cell in after)
 
 
 def test_other_epochs_of_the_dense_model_change_what_is_fine_tuned_from_it(made):
-    before = {cell.name: recorded(cell) for cell in grid_file.read(made()).cells}
-    after = grid_file.read(made(base=BASE.replace("epochs: 4", "epochs: 5"))).cells
+    before = {cell.name: recorded(cell) for cell in read_grid(made()).cells}
+    after = read_grid(made(base=BASE.replace("epochs: 4", "epochs: 5"))).cells
     assert not any(cell.agrees(before[cell.name]) for cell in after)
 
 
 def test_where_files_are_is_no_change(made):
-    before = {cell.name: recorded(cell) for cell in grid_file.read(made()).cells}
-    after = grid_file.read(made(base=f"{BASE}log_every: 3\n")).cells
+    before = {cell.name: recorded(cell) for cell in read_grid(made()).cells}
+    after = read_grid(made(base=f"{BASE}log_every: 3\n")).cells
     assert all(cell.agrees(before[cell.name]) for cell in after)
 
 
@@ -173,7 +173,7 @@ def test_a_setting_that_came_later_counts_as_its_default(cells):
 )
 def test_a_bad_grid_is_refused_in_one_line_that_names_the_place(made, old, new, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
-        grid_file.read(made((old, new)))
+        read_grid(made((old, new)))
     assert ".yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -181,7 +181,7 @@ def test_a_bad_grid_is_refused_in_one_line_that_names_the_place(made, old, new, 
 @pytest.mark.parametrize("line", ["output_dir: x", "resume: x.pth", "finetune: x.pth", "seed: 1"])
 def test_a_base_does_not_set_what_the_grid_sets(made, line):
     with pytest.raises(ConfigError, match="which the grid sets itself"):
-        grid_file.read(made(base=f"{BASE}{line}\n"))
+        read_grid(made(base=f"{BASE}{line}\n"))
 
 
 SHIPPED = Path(fambav.__file__).parents[1] / "configs/grids/digits-reductions.yaml"
@@ -189,11 +189,11 @@ SHIPPED = Path(fambav.__file__).parents[1] / "configs/grids/digits-reductions.ya
 
 @pytest.fixture(scope="module")
 def shipped():
-    return grid_file.read(SHIPPED)
+    return read_grid(SHIPPED)
 
 
 def test_the_shipped_grid_leaves_the_share_of_tokens_that_each_name_says(shipped):
-    found = {cell.row.name: cell.config for cell in shipped.cells if cell.phase == grid.FREE}
+    found = {cell.row.name: cell.config for cell in shipped.cells if cell.phase == "training-free"}
     for name, config in found.items():
         assert schedule(config).share == pytest.approx(float(name.split(", ")[-1]), abs=0.01), name
 

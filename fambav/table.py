@@ -1,10 +1,14 @@
-"""A table of texts, drawn for a terminal, in Markdown and in LaTeX."""
+"""A table as text, Markdown and LaTeX for people, as CSV and JSON for programs."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Cells = Sequence[str]
 
@@ -25,7 +29,7 @@ _LATEX = {
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Cells, and what stands above and below them.
+    """Cells, what stands above and below them, and the same as plain values.
 
     Attributes:
         head: Names of the columns.
@@ -34,6 +38,8 @@ class Table:
             its left do, is left empty where people read it.
         notes: Lines below the table.
         title: Line above it; may be empty.
+        values: Rows of plain values for CSV, the first of them its head; None is an empty cell.
+        document: What JSON holds.
     """
 
     head: Cells
@@ -41,14 +47,18 @@ class Table:
     names: int
     notes: Sequence[str] = ()
     title: str = ""
+    values: Sequence[Sequence[Any]] = ()
+    document: Any = None
 
-    def drawn(self, form: str) -> str:
-        """Return the table as text.
-
-        Args:
-            form: "text", "markdown" or "latex".
-        """
-        return {"text": self._text, "markdown": self._markdown, "latex": self._latex}[form]()
+    def render(self, form: str) -> str:
+        """Return the table in one of FORMATS, without a line break at the end."""
+        return {
+            "text": self._text,
+            "markdown": self._markdown,
+            "latex": self._latex,
+            "csv": self._csv,
+            "json": self._json,
+        }[form]()
 
     def _text(self) -> str:
         rows = [self.head, *self._grouped()]
@@ -58,7 +68,7 @@ class Table:
         return "\n".join([*title, *lines, "", *self.notes])
 
     def _markdown(self) -> str:
-        rows = [[_barred(cell) for cell in row] for row in (self.head, *self.rows)]
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]
         lines = [f"| {' | '.join(row)} |" for row in rows]
         lines.insert(1, "|---" * self.names + "|---:" * (len(self.head) - self.names) + "|")
         notes = [line for note in self.notes for line in ("", note)]
@@ -68,22 +78,33 @@ class Table:
     def _latex(self) -> str:
         """A float for a document that loads booktabs; the notes are comments below it."""
         columns = "l" * self.names + "r" * (len(self.head) - self.names)
-        caption = [rf"\caption{{{escaped(self.title)}}}"] if self.title else []
+        caption = [rf"\caption{{{_escaped(self.title)}}}"] if self.title else []
+        head, *body = (
+            rf"{' & '.join(map(_escaped, row))} \\" for row in (self.head, *self._grouped())
+        )
         lines = [
+            r"% needs \usepackage{booktabs}",
             r"\begin{table}",
             r"\centering",
             *caption,
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
-            _row(self.head),
+            head,
             r"\midrule",
-            *map(_row, self._grouped()),
+            *body,
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
         ]
-        notes = [f"% {' '.join(note.split())}" for note in self.notes]
-        return "\n".join([r"% needs \usepackage{booktabs}", *lines, *notes])
+        return "\n".join([*lines, *(f"% {' '.join(note.split())}" for note in self.notes)])
+
+    def _csv(self) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(self.values)
+        return text.getvalue().removesuffix("\n")
+
+    def _json(self) -> str:
+        return json.dumps(self.document, indent=1)
 
     def _grouped(self) -> list[Cells]:
         """The rows, without names that only repeat what stands above them."""
@@ -98,18 +119,10 @@ class Table:
         return found
 
 
-def escaped(text: str) -> str:
-    """Return text as LaTeX takes it; a difference in brackets gets a true minus sign."""
+def _escaped(text: str) -> str:
+    """Text as LaTeX takes it; a difference in brackets gets a true minus sign."""
     plain = "".join(_LATEX.get(sign, sign) for sign in text)
     return re.sub(r"(?<![\w$])([+-])(?=[0-9])", r"$\1$", plain)
-
-
-def _row(cells: Cells) -> str:
-    return rf"{' & '.join(map(escaped, cells))} \\"
-
-
-def _barred(cell: str) -> str:
-    return cell.replace("|", "\\|")
 
 
 def _padded(row: Cells, widths: Sequence[int], names: int) -> Cells:

@@ -1,0 +1,95 @@
+"""What the process of a cell does: main.py's work on FOLDER/cell.yaml, after a warm-up.
+
+FOLDER/figures.json gets the figures, or the error, whose traceback is in FOLDER/output.txt.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fambav import config
+from fambav.build.jobs import Job, opened
+from fambav.build.network import model
+from fambav.build.updates import precision
+from fambav.engine.checkpoint import write_text
+from fambav.experiments.metrics import METRICS
+from fambav.experiments.runs import read_run
+
+SETTINGS, OUTPUT, FIGURES = "cell.yaml", "output.txt", "figures.json"
+
+
+def perform(folder: Path, variables: Mapping[str, str]) -> None:
+    """Be the process of a cell, which ends with its parent, and leaves interruptions to it.
+
+    Args:
+        folder: Of the cell.
+        variables: Added to the environment before CUDA is asked for anything.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    os.environ.update(variables)
+    with (folder / OUTPUT).open("ab") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    try:
+        _write(folder, {"figures": figures(folder)})
+    except Exception as error:
+        _write(folder, {"error": " ".join(str(error).split()) or type(error).__name__})
+        raise
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """Carry out a cell and return what it came to."""
+    asked = config.load(folder / SETTINGS)
+    with opened(asked) as job:
+        if asked.run.eval:
+            plan, scores = job.sketch.schedule, job.evaluate()._asdict()
+            metrics = {metric.name: scores[metric.name] for metric in METRICS}
+            return {**metrics, "token_layers": plan and plan.share}
+        _warm_up(job)
+        job.train()
+    found, epochs = read_run(folder), asked.optim.epochs
+    return {
+        **found.metrics,
+        "token_layers": found.share,
+        "epochs": epochs,
+        "seconds": round(found.seconds, 3),
+        "seconds_per_epoch": round(found.seconds / epochs, 3),
+        "images_per_second": found.speed,
+        "memory_mib": found.memory_mib,
+        "memory_kind": found.memory_kind,
+    }
+
+
+def _warm_up(job: Job) -> None:
+    """Run a batch through a model of the cell's, so that no row pays for what a process does once.
+
+    Kernels are compiled or loaded when they first run: seconds, which the first epoch would show as
+    time of training.
+    """
+    asked, device = job.config, job.group.device
+    net = model(asked, num_classes=job.data.num_classes).to(device).train()
+    images = torch.zeros(asked.optim.batch_size, 3, *job.sketch.input_size, device=device)
+    with precision(asked, job.group).autocast():
+        total = net(images).float().sum()
+    total.backward()
+
+
+def _write(folder: Path, found: dict[str, Any]) -> None:
+    write_text(folder / FIGURES, json.dumps(found) + "\n")
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # a thread cannot end its process otherwise; files are written atomically

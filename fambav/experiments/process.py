@@ -1,0 +1,192 @@
+"""A cell in a process of its own, and what it leaves in its folder.
+
+cell.json      the settings, written first: a folder begun with others is emptied
+machine.json   where it was begun: a folder begun elsewhere is emptied too
+cell.yaml      what the process is to do, as `main.py --config` takes it
+output.txt     what it printed, and the traceback of a failure
+log.txt, ...   what every run leaves, see engine.record
+figures.json   the figures, or the error, as the process wrote them
+result.json    the same with settings, machine and times, written last
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from fambav.config import Config, ConfigError
+from fambav.engine import record
+from fambav.engine.checkpoint import write_text
+from fambav.engine.record import CHECKPOINT, KEPT, WEIGHTS
+from fambav.experiments.cell import FIGURES, OUTPUT, SETTINGS, perform
+from fambav.experiments.grid import DENSE, FREE, Cell
+from fambav.experiments.provenance import differing, machine
+from fambav.experiments.results import Record
+
+_BEGUN, _MACHINE, _RESULT = "cell.json", "machine.json", "result.json"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+Seat = tuple[dict[str, str], str | None]  # of a process: see `seats`
+
+# Importing torch takes seconds: one process does it, computes nothing, and is forked for each cell.
+# What cannot be imported, such as kernels whose compiler is not installed, it leaves to the cells.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload([perform.__module__, "fambav.ops.numba_kernels"])
+
+
+def gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count, named = torch.cuda.device_count(), os.environ.get(_VISIBLE)
+    if not count or named is None:
+        return [str(number) for number in range(count)]
+    return [name.strip() for name in named.split(",")][:count]
+
+
+def seats(jobs: int) -> list[Seat]:
+    """Return what each of several processes has: its own GPU, if there are several.
+
+    More processes than GPUs share them in turn; one alone sees what this process sees.
+
+    Returns:
+        Variables that it finds in its environment besides what is in ours, and the name of the GPU
+        it computes on, None without one.
+    """
+    names = gpus()
+    if jobs == 1 or len(names) < 2:
+        return [({}, record.gpu())] * jobs
+    numbers = [job % len(names) for job in range(jobs)]
+    return [({_VISIBLE: names[n]}, torch.cuda.get_device_name(n)) for n in numbers]
+
+
+def finished(cell: Cell, folder: Path) -> Record | None:
+    """Return what a cell came to, None if it has not been finished with the present settings.
+
+    Args:
+        cell: The cell.
+        folder: The grid's folder.
+    """
+    place = folder / cell.place
+    if cell.phase == DENSE and not (place / WEIGHTS).is_file():
+        return None
+    known = _json(place / _RESULT)
+    if known is None or known.get("error") is not None:
+        return None
+    return known if cell.agrees(known.get("settings")) else None
+
+
+class Process:
+    """A process that carries out a cell; it does not outlive this one, however that ends.
+
+    Args:
+        cell: The cell.
+        folder: The grid's folder.
+        seat: Where it works.
+        about: The machine and the versions, for the record.
+
+    Attributes:
+        cell, seat: The same.
+    """
+
+    def __init__(self, cell: Cell, folder: Path, seat: Seat, about: Record) -> None:
+        self.cell, self.seat, self._place = cell, seat, folder / cell.place
+        variables, gpu = seat
+        own = {"threads": cell.config.run.threads, "gpu": gpu}  # not the grid's process's
+        self._about = {**about, **own}
+        self._prepare()
+        self._resumed = (self._place / CHECKPOINT).is_file()
+        self._began, self._start = now(), time.perf_counter()
+        self._process = _CONTEXT.Process(target=perform, args=(self._place, variables))
+        self._refusal: str | None = None  # why there is nothing to start
+        if cell.start is not None and finished(cell.start, folder) is None:
+            self._refusal = f"start is {cell.start.name}, expected a cell that is finished"
+            return
+        try:
+            settings = self._settings(folder)
+        except ConfigError as error:
+            self._refusal = str(error)
+            return
+        write_text(self._place / SETTINGS, settings.to_yaml())
+        self._process.start()
+
+    @property
+    def running(self) -> bool:
+        """Whether it still works."""
+        return self._refusal is None and self._process.is_alive()
+
+    def end(self) -> None:
+        """End the process, whatever it works on."""
+        if self._refusal is None:
+            self._process.terminate()
+            self._process.join()
+
+    def result(self, *, keep: bool) -> Record:
+        """Write the result of a process that has ended, and return it.
+
+        Args:
+            keep: Whether its checkpoints stay, though nothing needs them any more.
+        """
+        found = _json(self._place / FIGURES)
+        if self._refusal is not None:
+            found = {"error": self._refusal}
+        elif found is None:
+            status, hint = self._process.exitcode, f"expected a result; see {OUTPUT}"
+            found = {"error": f"process ended with status {status}, {hint}"}
+        error = found.get("error")
+        known = {
+            "row": self.cell.row.name,
+            "seed": self.cell.seed,
+            "phase": self.cell.phase,
+            "figures": found.get("figures", {}),
+            "error": error,
+            "wall_seconds": round(time.perf_counter() - self._start, 3),
+            "started": self._began,
+            "ended": now(),
+            "resumed": self._resumed,
+            "settings": self.cell.settings,
+            "about": self._about,
+        }
+        write_text(self._place / _RESULT, json.dumps(known, indent=1) + "\n")
+        if error is None and not keep:
+            for name in (*KEPT, *(() if self.cell.phase == DENSE else (WEIGHTS,))):
+                (self._place / name).unlink(missing_ok=True)
+        return known
+
+    def _prepare(self) -> None:
+        """Make the folder; one begun here with the same settings stays as it is."""
+        place, here = self._place, machine(self._about)
+        begun, where = _json(place / _BEGUN), _json(place / _MACHINE)
+        if begun is None or not self.cell.agrees(begun) or differing([where or {}, here]):
+            if place.exists():
+                shutil.rmtree(place)
+            place.mkdir(parents=True)
+            write_text(place / _BEGUN, json.dumps(self.cell.settings) + "\n")
+            write_text(place / _MACHINE, json.dumps(here) + "\n")
+        (place / FIGURES).unlink(missing_ok=True)
+
+    def _settings(self, folder: Path) -> Config:
+        """What the process is to do."""
+        start = self.cell.start
+        weights = "" if start is None else str(folder / start.place / WEIGHTS)
+        where = {"resume": "auto", "output_dir": str(self._place)}
+        more = {"eval": True} if self.cell.phase == FREE else where
+        return self.cell.config.replace(finetune=weights, **more)
+
+
+def now() -> str:
+    """Return the time as records have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _json(path: Path) -> Record | None:
+    """What a file of ours holds; None if it is missing or damaged, since it is then made again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
