@@ -12,18 +12,19 @@ from fambav.commands.parser import Parser
 def run(words: list[str]) -> None:
     """Draw accuracy against time, memory, operations and tokens over the rows of a grid."""
     given = _parser().parse_args(words)
-    from fambav import experiments, pictures
+    from fambav import experiments, viz
+    from fambav.experiments.metrics import PRIMARY
 
     points = experiments.points(given.folder, phase=given.phase)
     title, kinds = _told(given.folder)
     if points:
-        title = f"{title}: top-1 accuracy against cost, {points[0].phase}"
-    figure = pictures.pareto(points, title=title, detail=f"memory: {kinds}" if kinds else "")
+        title = f"{title}: {PRIMARY.title} against cost, {points[0].phase}"
+    figure = viz.pareto(points, title=title, detail=f"memory: {kinds}" if kinds else "")
     folder = given.output_dir or given.folder
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         path = folder / f"pareto.{kind}"
-        pictures.write(figure, path)
+        viz.save(figure, path)
         print(f"{path}  {title}")
 
 
