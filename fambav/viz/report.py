@@ -73,17 +73,17 @@ def write_report(
     grids = [folder for folder in folders if experiments.is_grid(folder)]
     runs = [folder for folder in folders if folder not in grids]
     results = [comparison.read(folder) for folder in runs]
-    points = {folder.resolve().name: experiments.points(folder) for folder in grids}
+    points = [(folder.resolve().name, experiments.points(folder)) for folder in grids]
     tables = [comparison.tabulated(results, mixed=mixed)] if results else []
-    tables += [_grid_table(name, rows) for name, rows in points.items()]
+    tables += [_grid_table(name, rows) for name, rows in points]
     names = names_of(runs) if runs else []
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        together = [_front(place, name, rows) for name, rows in points.items()]
+        together = [_front(place, name, rows) for name, rows in points]
         drawn = dict(render(runs, place, source=source)) if runs else {}
         shown = {name: _shown(entry.path, entry.title) for name, entry in drawn.items()}
     together += [shown.pop(_CURVES)] if _CURVES in shown and len(runs) > 1 else []
-    sentences = [*_of_runs(results, mixed=mixed), *map(_of_grid, points, points.values())]
+    sentences = [*_of_runs(results, mixed=mixed), *(_of_grid(name, rows) for name, rows in points)]
     about, when = environment(), time.strftime("%Y-%m-%d %H:%M")
     commit = "" if about["commit"] is None else f", commit {about['commit']}"
     page = _template().render(
