@@ -39,7 +39,7 @@ def groups(
     """Draw which patches each token stands for, at the start and behind layers.
 
     Args:
-        model: One of ours.
+        model: One of ours; it stays as it is.
         image: As the model takes it, (3, height, width), or a trace of it.
         title: Model and reduction by default.
         layers: Which layers, from 1; all, or 11 of them spread evenly, if not given.
@@ -63,13 +63,7 @@ def groups(
 
 
 def strategies(model: Isotropic, image: Tensor | TokenTrace, *, title: str | None = None) -> Figure:
-    """Draw the tokens under every strategy and under the model's own plan, one below the other.
-
-    Args:
-        model: One of ours; it stays as it is.
-        image: As the model takes it, (3, height, width), or a trace of it.
-        title: By default, model and method.
-    """
+    """Draw the tokens under every strategy and the model's own plan; arguments as of `groups`."""
     image = image.image if isinstance(image, TokenTrace) else image
     method, reductions = compare_strategies(model)
     chosen = spread(model.depth, _STRATEGY_LAYERS)
@@ -101,15 +95,10 @@ def strategies(model: Isotropic, image: Tensor | TokenTrace, *, title: str | Non
 def animation(
     model: nn.Module, image: Tensor | TokenTrace, *, title: str | None = None
 ) -> list[Figure]:
-    """Draw the tokens at the start and behind every layer, as figures of one size.
-
-    Args:
-        model: One of ours.
-        image: As the model takes it, (3, height, width), or a trace of it.
-        title: Model and reduction by default.
+    """Draw the tokens at the start and behind every layer; arguments as of `groups`.
 
     Returns:
-        depth + 1 figures, which `save` makes a GIF of.
+        depth + 1 figures of one size, which `save` makes a GIF of.
     """
     trace = trace_tokens(model, image)
     over = patches.depths(trace)

@@ -35,12 +35,9 @@ _CONVENTION = "all-directions"  # of counting operations
 
 
 def similarity(model: nn.Module, image: Tensor | TokenTrace, *, title: str | None = None) -> Figure:
-    """Draw the cosine of every two tokens that a mixer reads, at each layer or 12 of them.
+    """Draw the cosine of every two tokens that a mixer reads; arguments as of `groups`.
 
-    Args:
-        model: One of ours.
-        image: As the model takes it, (3, height, width), or a trace of it.
-        title: Model and reduction by default.
+    It is drawn at each layer, or at 12 spread evenly.
     """
     steps = trace_tokens(model, image).steps
     found = {layer: cosines(steps[layer - 1].features) for layer in spread(len(steps), _MAPS)}
@@ -69,26 +66,18 @@ def similarity(model: nn.Module, image: Tensor | TokenTrace, *, title: str | Non
 
 
 def likeness(model: Isotropic, image: Tensor | TokenTrace, *, title: str | None = None) -> Figure:
-    """Draw mean cosines over depth; of a model that reduces tokens, without reduction too.
-
-    Args:
-        model: One of ours; it stays as it is.
-        image: As the model takes it, (3, height, width), or a trace of it.
-        title: Model and reduction by default.
-    """
+    """Draw mean cosines over depth, also without reduction; arguments as of `groups`."""
     trace = trace_tokens(model, image)
     found = {described(model.reduction): mean_cosines(trace)}
     if model.schedule.removed:
         with reducing(model, no_reduction(model.body)):
             found["no reduction, same weights"] = mean_cosines(trace_tokens(model, trace.image))
     figure = style.figure(8, 4.6)
-    style.headed(
-        figure, title_of(model, title), "mean cosine of the tokens that a layer's mixer reads"
-    )
+    detail = "mean cosine of the tokens that a layer's mixer reads"
+    style.headed(figure, title_of(model, title), detail)
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, name, part in zip(
-        panels, ("neighbours in the sequence", "all pairs"), (0, 1), strict=True
-    ):
+    for part, name in enumerate(("neighbours in the sequence", "all pairs")):
+        axes = panels[part]
         for number, (label, means) in enumerate(found.items()):
             layers = range(1, len(means[part]) + 1)
             axes.plot(layers, means[part], label=label, **style.line_style(number))
@@ -163,12 +152,8 @@ def scan(
 ) -> Figure:
     """Draw the path of the first direction's scan over the patches that are kept.
 
-    Args:
-        model: One of ours.
-        image: As the model takes it, (3, height, width), or a trace of it.
-        title: Model and reduction by default.
-        layers: Which layers, 0 for the whole image; if not given, that one and those whose mixer
-            reads fewer tokens than the one before, or 9 of them spread evenly.
+    Arguments are as of `groups`, with layer 0 for the whole image; by default that one and layers
+    whose mixer reads fewer tokens than the one before, or 9 of them spread evenly.
     """
     trace = trace_tokens(model, image)
     chosen = _shorter(trace) if layers is None else list(layers)
@@ -194,10 +179,6 @@ def scan(
 
 def layers(model: Isotropic, *, title: str | None = None) -> Figure:
     """Draw how many tokens each layer works on, and how much it computes for one image.
-
-    Args:
-        model: One of ours; it stays as it is.
-        title: Model and reduction by default.
 
     Raises:
         ValueError: If nothing is known of what the model, or its method of reduction, costs.

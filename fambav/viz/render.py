@@ -164,7 +164,7 @@ def render(
             for kind in kinds:
                 label = f"{name}/{kind}" if len(runs) > 1 else kind
                 label += f"/{number}" if source.several() else ""
-                drawn, title = _KINDS[kind](model, trace, model_name, about)
+                drawn, title = _draw(kind, model, trace, model_name, about)
                 yield label, _write(drawn, f"{PICTURES[kind]}: {title}", folder, label, svg=svg)
     if "curves" in wanted:
         logs = {name: read_log(run) for name, run in zip(names, runs, strict=True)}
@@ -197,37 +197,28 @@ def names_of(runs: Sequence[Path]) -> list[str]:
     raise ValueError(f"run is {str(runs[0])!r} more than once, expected every run once")
 
 
-def _of_image(draw: Callable[..., Any]) -> Callable[..., tuple[Any, str]]:
-    """Give a function of model and image the title of both."""
-
-    def drawn(model: Isotropic, trace: TokenTrace, name: str, about: str) -> tuple[Any, str]:
-        title = f"{name}, {described(model.reduction)}: {about}"
-        return draw(model, trace, title=title), title
-
-    return drawn
-
-
-def _strategies(model: Isotropic, trace: TokenTrace, name: str, about: str) -> tuple[Figure, str]:
-    method, _ = compare_strategies(model)
-    title = f"{name} with each strategy of {method}: {about.rpartition(', seen as')[0]}"
-    return figures.strategies(model, trace, title=title), title
-
-
-def _layers(model: Isotropic, trace: TokenTrace, name: str, about: str) -> tuple[Figure, str]:
-    del trace, about
-    title = f"{name}, {described(model.reduction)}"
-    return measures.layers(model, title=title), title
-
-
-_KINDS: dict[str, Callable[..., tuple[Any, str]]] = {
-    "groups": _of_image(figures.groups),
-    "strategies": _strategies,
-    "animation": _of_image(figures.animation),
-    "similarity": _of_image(measures.similarity),
-    "likeness": _of_image(measures.likeness),
-    "layers": _layers,
-    "scan": _of_image(measures.scan),
+_KINDS: dict[str, Callable[..., Figure | list[Figure]]] = {
+    "groups": figures.groups,
+    "strategies": figures.strategies,
+    "animation": figures.animation,
+    "similarity": measures.similarity,
+    "likeness": measures.likeness,
+    "scan": measures.scan,
 }
+
+
+def _draw(
+    kind: str, model: Isotropic, trace: TokenTrace, name: str, about: str
+) -> tuple[Figure | list[Figure], str]:
+    """Draw a kind of figure; return its title too."""
+    title = f"{name}, {described(model.reduction)}"
+    if kind == "layers":
+        return measures.layers(model, title=title), title
+    title = f"{title}: {about}"
+    if kind == "strategies":
+        method, _ = compare_strategies(model)
+        title = f"{name} with each strategy of {method}: {about.rpartition(', seen as')[0]}"
+    return _KINDS[kind](model, trace, title=title), title
 
 
 def _wanted(runs: Sequence[Path], what: Sequence[str] | None) -> list[str]:
