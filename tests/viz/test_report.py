@@ -50,6 +50,16 @@ def made(runs, tmp_path_factory):
     return target
 
 
+@pytest.fixture(scope="module")
+def one(runs, tmp_path_factory):
+    """The page of one run, without its data."""
+    target, image = (tmp_path_factory.mktemp("one") / name for name in ("page.html", "image.png"))
+    Image.new("RGB", (16, 16)).save(image)
+    words = ["--image", str(image), "--no-class-accuracy", "--output", str(target)]
+    assert console(["report", str(runs[1]), *words]) == 0
+    return target
+
+
 class Seen(HTMLParser):
     """What a page is made of."""
 
@@ -108,9 +118,8 @@ def test_tables_hold_results_plans_settings_and_the_machine(made):
     assert any("vim_micro" in cell for cell in cells)
 
 
-def test_the_plan_is_that_of_the_run(runs, tmp_path):
-    viz.write_report([runs[1]], tmp_path / "one.html")
-    cells = seen(tmp_path / "one.html").cells
+def test_the_plan_is_that_of_the_run(one):
+    cells = seen(one).cells
     at = cells.index("tokens its mixer sees")
     rows = [cells[at + 1 + 4 * n : at + 5 + 4 * n] for n in range(6)]
     assert [row[0] for row in rows] == list("123456")
@@ -160,13 +169,12 @@ def test_accuracy_by_class_adds_up_to_what_an_evaluation_finds(runs, made):
         assert f"best_checkpoint.pth on CIFAR: {expected:.2f}% of 8 held-out" in made.read_text()
 
 
-def test_without_data_the_page_says_so_and_a_flag_leaves_the_classes_out(runs, tmp_path):
+def test_without_data_the_page_says_so_and_a_flag_leaves_the_classes_out(runs, one, tmp_path):
+    assert "Accuracy by class" not in one.read_text()
     place, image = tmp_path / "run", tmp_path / "image.png"
     shutil.copytree(runs[1], place)
     Image.new("RGB", (16, 16)).save(image)
     words = ["report", str(place), "--image", str(image), "--output", str(tmp_path / "page.html")]
-    assert console([*words, "--no-class-accuracy"]) == 0
-    assert "Accuracy by class" not in (tmp_path / "page.html").read_text()
     settings = (place / "config.yaml").read_text()
     for file in ("checkpoint.pth", "best_checkpoint.pth"):
         state = torch.load(place / file, weights_only=True)
@@ -181,7 +189,7 @@ def result(page):
     return re.search(r'<p class="result">(.*)</p>', page.read_text())[1]
 
 
-def test_the_result_stands_on_top_in_a_sentence(runs, made, tmp_path):
+def test_the_result_stands_on_top_in_a_sentence(runs, made, one):
     logs = [json.loads((run / "log.txt").read_text()) for run in runs]
     values, seconds = ([log[key] for log in logs] for key in ("test_acc1", "train_seconds"))
     change = values[1] - values[0]
@@ -193,8 +201,7 @@ def test_the_result_stands_on_top_in_a_sentence(runs, made, tmp_path):
         f"{100 * share:.0f}% of token-layers."
     )
     assert made.read_text().index('class="result"') < made.read_text().index("<table")
-    viz.write_report([runs[1]], tmp_path / "one.html", by_class=False)
-    assert result(tmp_path / "one.html").startswith(
+    assert result(one).startswith(
         f"upper reaches a held-out top-1 accuracy of {values[1]:.2f}% after 1 epochs and "
     )
 
