@@ -119,6 +119,7 @@ def test_every_point_looks_as_the_entry_of_the_legend_that_stands_for_it(count, 
     entries = legend(figure)
     assert len(entries) == len({text for _, text in entries})
     named = {text.split("  ")[-1]: look for look, text in entries}
+    assert len({look for look, _ in entries}) == methods + 1
     for row, bars in zip(rows, figure.axes[0].containers, strict=True):
         look = bars.lines[0].get_color(), bars.lines[0].get_marker()
         if count == 5:
