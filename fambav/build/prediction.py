@@ -74,6 +74,11 @@ def from_pretrained(path: str | Path, **settings: Any) -> nn.Module:
     Warns:
         UserWarning: If the head is new.
     """
+    return load_run(path, **settings).net
+
+
+def load_run(path: str | Path, **settings: Any) -> Pretrained:
+    """Do what `from_pretrained` does; also return what the file says."""
     for name, value in read_settings(settings).items():
         if name not in _OPEN:
             refuse(name, value, "no such setting here, where it would change nothing")
@@ -81,11 +86,11 @@ def from_pretrained(path: str | Path, **settings: Any) -> nn.Module:
     small = found.net.pretrained_cfg["crop_mode"] == "squash"  # type: ignore[index]
     if small and "eval_crop_ratio" in settings:
         refuse("eval_crop_ratio", settings["eval_crop_ratio"], "none: images so small are not cut")
-    return found.net
+    return found
 
 
 def opened(path: str | Path, **settings: Any) -> Pretrained:
-    """Do what `from_pretrained` does; also return what the file says."""
+    """Do what `load_run` does, without a look at the settings."""
     source = saved.weights_of(Path(path))
     state = saved.read(source)
     asked = Config.from_flat(settings) if "model" in settings else None
@@ -187,7 +192,7 @@ def _loaded(source: Path, state: State, config: Config, *, classes: int | None =
         warnings.warn(
             f"num_classes is {classes} and {source} has {there}: the head is new, with weights"
             " drawn at random",
-            stacklevel=4,
+            stacklevel=5,
         )
     return net.eval()
 

@@ -11,20 +11,18 @@ from fambav.commands.parser import Parser
 def run(words: list[str]) -> None:
     """Draw accuracy against time, memory, operations and tokens over the rows of a grid."""
     given = _parser().parse_args(words)
-    from fambav import experiments, pictures
+    from fambav import experiments, viz
 
     points = experiments.read_points(given.folder, phase=given.phase)
     title, kinds = experiments.read_title(given.folder)
-    metric = experiments.PRIMARY
     if points:
-        title = f"{title}: {metric.title} against cost, {points[0].phase}"
-    detail = f"memory: {kinds}" if kinds else ""
-    figure = pictures.pareto(points, metric=metric, title=title, detail=detail)
+        title = f"{title}: {experiments.PRIMARY.title} against cost, {points[0].phase}"
+    figure = viz.pareto(points, title=title, detail=f"memory: {kinds}" if kinds else "")
     folder = given.output_dir or given.folder
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         path = folder / f"pareto.{kind}"
-        pictures.write(figure, path)
+        viz.save(figure, path)
         print(f"{path}  {title}")
 
 

@@ -28,13 +28,23 @@ def run(words: list[str]) -> None:
         action="store_true",
         help="runs of several machines or recipes, without time and memory",
     )
+    parser.add_argument(
+        "--no-class-accuracy",
+        action="store_true",
+        help="without accuracy by class, which evaluates the weights on all held-out images",
+    )
     given = parser.parse_args(words)
     target = given.output or given.folders[0] / "report.html"
     if target.suffix not in _ENDINGS:
         raise ConfigError(f"--output is {str(target)!r}, expected a file ending in .html")
-    from fambav import gallery
-    from fambav.report import report
+    from fambav import viz
 
-    source = gallery.Source(images=tuple(given.image))
-    report(given.folders, target, title=given.title, mixed=given.mixed, source=source)
+    viz.write_report(
+        given.folders,
+        target,
+        title=given.title,
+        mixed=given.mixed,
+        source=viz.Source(images=tuple(given.image)),
+        by_class=not given.no_class_accuracy,
+    )
     print(f"{target}  {target.stat().st_size / 2**20:.1f} MiB")

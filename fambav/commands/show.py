@@ -20,9 +20,9 @@ def run(words: list[str]) -> None:
         raise ConfigError("run is missing, expected fambav show RUN ...")
     what = None if given.what is None else _names(given.what)
     settings = read_flags(rest)
-    from fambav import gallery
+    from fambav import viz
 
-    source = gallery.Source(
+    source = viz.Source(
         images=tuple(given.image),
         data_set=given.data_set,
         data_path=given.data_path,
@@ -30,7 +30,7 @@ def run(words: list[str]) -> None:
     )
     runs = [Path(word) for word in words[:flags]]
     folder = given.output_dir or (runs[0] if runs[0].is_dir() else runs[0].parent) / _PLACE
-    for _, picture in gallery.drawn(
+    for _, picture in viz.render(
         runs, folder, what=what, source=source, settings=settings, svg=given.svg
     ):
         print(f"{picture.path}  {picture.title}", flush=True)

@@ -7,8 +7,8 @@ import torch
 
 import fambav
 import fambav.models
-from fambav.pictures import follow, style
-from fambav.pictures.groups import (
+from fambav.viz import style, trace_tokens
+from fambav.viz.patches import (
     COLOURS,
     borders,
     colours,
@@ -52,15 +52,15 @@ def test_a_source_map_of_another_grid_is_refused():
 def test_every_patch_is_in_one_token_or_dropped(method, place):
     model = timm.create_model("vim_micro", class_token=place, **SMALL)
     fambav.reduce(model, method, METHODS[method])
-    walk = follow(model, IMAGE)
-    over = depths(walk)
+    trace = trace_tokens(model, IMAGE)
+    over = depths(trace)
     assert over.shape == (4, 4, 4)
     assert over[0].ravel().tolist() == list(range(16))
-    for at, left in zip(over, walk.left, strict=True):
+    for at, left in zip(over, trace.kept, strict=True):
         alive = at[at >= 0]
-        assert sorted(set(alive.tolist())) == list(range(left - len(walk.class_places)))
+        assert sorted(set(alive.tolist())) == list(range(left - len(trace.cls_index)))
         assert (at >= -1).all()
-    assert walk.left[-1] == model.schedule.final
+    assert trace.kept[-1] == model.schedule.final
     dropping = method in ("prune-aligned", "evit", "random")  # utrc folds what it silences
     assert (over[-1] == -1).any() == dropping
 

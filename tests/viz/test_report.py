@@ -2,20 +2,22 @@
 
 import base64
 import io
+import json
 import re
 import shutil
 import subprocess
+from contextlib import redirect_stdout
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fambav import experiments
+from fambav import experiments, viz
 from fambav.cli import console, main
+from fambav.engine import checkpoint
 from fambav.experiments import Estimate, Point
-from fambav.report import page, report
-from fambav.table import Table
 from tests.conftest import BROWSERS
 from tests.data.made import made_cifar
 
@@ -45,6 +47,16 @@ def runs(tmp_path_factory):
 def made(runs, tmp_path_factory):
     target = tmp_path_factory.mktemp("page") / "page.html"
     assert console(["report", *map(str, runs), "--output", str(target)]) == 0
+    return target
+
+
+@pytest.fixture(scope="module")
+def one(runs, tmp_path_factory):
+    """The page of one run, without its data."""
+    target, image = (tmp_path_factory.mktemp("one") / name for name in ("page.html", "image.png"))
+    Image.new("RGB", (16, 16)).save(image)
+    words = ["--image", str(image), "--no-class-accuracy", "--output", str(target)]
+    assert console(["report", str(runs[1]), *words]) == 0
     return target
 
 
@@ -106,9 +118,8 @@ def test_tables_hold_results_plans_settings_and_the_machine(made):
     assert any("vim_micro" in cell for cell in cells)
 
 
-def test_the_plan_is_that_of_the_run(runs, tmp_path):
-    report([runs[1]], tmp_path / "one.html")
-    cells = seen(tmp_path / "one.html").cells
+def test_the_plan_is_that_of_the_run(one):
+    cells = seen(one).cells
     at = cells.index("tokens its mixer sees")
     rows = [cells[at + 1 + 4 * n : at + 5 + 4 * n] for n in range(6)]
     assert [row[0] for row in rows] == list("123456")
@@ -121,7 +132,7 @@ def test_runs_of_one_name_keep_their_own_pictures(runs, tmp_path):
     places = [tmp_path / parent / "run" for parent in "ab"]
     for place in places:
         shutil.copytree(runs[1], place)
-    report(places, tmp_path / "two.html")
+    viz.write_report(places, tmp_path / "two.html")
     text = (tmp_path / "two.html").read_text()
     for name, after in (("a-run", "b-run"), ("b-run", "</main>")):
         part = text.split(f"<h2>{name}</h2>")[1].split(f"<h2>{after}</h2>")[0]
@@ -134,7 +145,68 @@ def test_names_are_texts_and_never_markup(made):
     assert "&lt;b&gt;plain &amp; whole" in text
 
 
-def test_a_grid_stands_as_a_table_and_its_front(tmp_path, monkeypatch):
+def scores(*words):
+    """Top-1 of an evaluation, as main.py prints it."""
+    with redirect_stdout(io.StringIO()) as out:
+        assert main(["--eval", "--num_workers", "0", *map(str, words)]) == 0
+    return float(re.search(r"Acc@1 ([\d.]+)", out.getvalue())[1])
+
+
+def test_accuracy_by_class_adds_up_to_what_an_evaluation_finds(runs, made):
+    cells = seen(made).cells
+    for run in runs:
+        at = cells.index("most often taken for") + 3
+        cells = cells[at:]
+        rows = [cells[n : n + 4] for n in range(0, 4 * 8, 4)]
+        rows = rows[: next((n for n, row in enumerate(rows) if row[0] == "layer"), 8)]
+        images, right = ([float(row[column]) for row in rows] for column in (2, 3))
+        assert right == sorted(right), "the weakest class first"
+        assert all(row[1].endswith(" x)") == (float(row[3]) < 100) for row in rows)
+        assert sum(images) == 8
+        mean = sum(n * share for n, share in zip(images, right, strict=True)) / 8
+        expected = scores("--resume", run / "best_checkpoint.pth")
+        assert mean == pytest.approx(expected, abs=0.1)
+        assert f"best_checkpoint.pth on CIFAR: {expected:.2f}% of 8 held-out" in made.read_text()
+
+
+def test_without_data_the_page_says_so_and_a_flag_leaves_the_classes_out(runs, one, tmp_path):
+    assert "Accuracy by class" not in one.read_text()
+    place, image = tmp_path / "run", tmp_path / "image.png"
+    shutil.copytree(runs[1], place)
+    Image.new("RGB", (16, 16)).save(image)
+    words = ["report", str(place), "--image", str(image), "--output", str(tmp_path / "page.html")]
+    settings = (place / "config.yaml").read_text()
+    for file in ("checkpoint.pth", "best_checkpoint.pth"):
+        state = torch.load(place / file, weights_only=True)
+        (place / file).unlink()
+        checkpoint.save(place / file, state | {"config": state["config"] | {"data_path": "gone"}})
+    assert console(words) == 0
+    assert "not measured: " in (tmp_path / "page.html").read_text()
+    assert (place / "config.yaml").read_text() == settings
+
+
+def result(page):
+    return re.search(r'<p class="result">(.*)</p>', page.read_text())[1]
+
+
+def test_the_result_stands_on_top_in_a_sentence(runs, made, one):
+    logs = [json.loads((run / "log.txt").read_text()) for run in runs]
+    values, seconds = ([log[key] for log in logs] for key in ("test_acc1", "train_seconds"))
+    change = values[1] - values[0]
+    apart = f"{abs(change):.2f} points {'more' if change > 0 else 'less'} than" if change else "as"
+    share = json.loads((runs[1] / "plan.json").read_text())["share"]
+    assert result(made) == (
+        f"upper reaches a held-out top-1 accuracy of {values[1]:.2f}%, {apart} &lt;b&gt;plain "
+        f"&amp; whole, in {100 * seconds[1] / seconds[0]:.0f}% of its training time; tokens kept: "
+        f"{100 * share:.0f}% of token-layers."
+    )
+    assert made.read_text().index('class="result"') < made.read_text().index("<table")
+    assert result(one).startswith(
+        f"upper reaches a held-out top-1 accuracy of {values[1]:.2f}% after 1 epochs and "
+    )
+
+
+def test_a_grid_stands_as_a_sentence_a_table_and_its_front(tmp_path, monkeypatch):
     points = [
         Point(
             name=name,
@@ -150,16 +222,40 @@ def test_a_grid_stands_as_a_table_and_its_front(tmp_path, monkeypatch):
             },
             paper=None,
         )
-        for name, accuracy, seconds, share in (("none", 97.0, 30.0, 1.0), ("all", 90.5, 20.0, 0.5))
+        for name, accuracy, seconds, share in (
+            ("none", 97.0, 30.0, 1.0),
+            ("lower", 80.0, 15.0, 0.4),
+            ("all < 7", 90.5, 20.0, 0.5),
+        )
     ]
     monkeypatch.setattr(experiments, "is_grid", lambda folder: True)
     monkeypatch.setattr(experiments, "read_points", lambda folder: points)
-    report([tmp_path / "grid"], tmp_path / "grid.html", title="A grid")
-    found = seen(tmp_path / "grid.html")
-    assert found.cells[-4:] == ["all", "90.50 ± 0.25", "0.500", "20.0 ± 1.0"]
+    viz.write_report([tmp_path / "a & b"], tmp_path / "grid.html", title="A grid")
+    found, text = seen(tmp_path / "grid.html"), (tmp_path / "grid.html").read_text()
+    assert found.cells[-4:] == ["all < 7", "90.50 ± 0.25", "0.500", "20.0 ± 1.0"]
     assert "memory MiB" not in found.cells
     assert len(found.sources) == 1
-    assert "<h1>A grid</h1>" in (tmp_path / "grid.html").read_text()
+    assert "<h1>A grid</h1>" in text
+    assert "<caption>a &amp; b</caption>" in text
+    assert '<td class="figure">20.0 ± 1.0</td>' in text
+    assert '<p class="note">mean ± sample standard deviation over seeds</p>' in text
+    assert result(tmp_path / "grid.html") == (
+        "a &amp; b: all &lt; 7 reaches the best top-1 accuracy of the rows with reduction, "
+        "90.50 ± 0.25%, 6.50 points less than none, in 67% of its training time."
+    )
+
+
+def test_on_a_phone_wide_things_scroll_in_boxes_of_their_own(made):
+    text = made.read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    for tag in ("table", "img"):
+        assert 0 < text.count(f"<{tag}") == text.count(f'<div class="scroll"><{tag}')
+    style = re.search(r"<style>(.*)</style>", text, re.DOTALL)[1]
+    rules = dict(line.split(" { ", 1) for line in style.splitlines()[::-1] if " { " in line)
+    assert "overflow-x: auto" in rules[".scroll"]
+    assert "overflow-x: auto" in rules["pre"]
+    assert "overflow-wrap: anywhere" in rules["body"]
+    assert not re.search(r"(?<!max-)width: \d", style)
 
 
 @pytest.mark.parametrize(
@@ -188,14 +284,6 @@ def test_a_damaged_plan_is_named_and_leaves_no_page(runs, tmp_path, capsys):
     assert not (tmp_path / "page.html").exists()
 
 
-def test_a_table_with_a_title_has_a_caption():
-    table = Table(title="T", head=("a", "b"), rows=[("x", "1 < 2")], names=1, notes=["n & m"])
-    text = page.drawn(page.Page("t", "", [table], [], []))
-    assert "<caption>T</caption>" in text
-    assert '<td class="figure">1 &lt; 2</td>' in text
-    assert '<p class="note">n &amp; m</p>' in text
-
-
 @pytest.mark.browser
 def test_a_browser_shows_the_page(made, tmp_path):
     browser = next(name for name in BROWSERS if shutil.which(name))
@@ -218,3 +306,28 @@ def test_a_browser_shows_the_page(made, tmp_path):
     lower = pixels[700:]  # below the tables are pictures: many colours
     assert len(np.unique(lower.reshape(-1, 3), axis=0)) > 500
     assert (pixels[:, -4:] > 240).all(), "nothing is cut off at the right"
+
+
+@pytest.mark.browser
+def test_a_browser_as_wide_as_a_phone_need_not_scroll_the_page_sideways(made, tmp_path):
+    frame = f'<iframe width="390" height="800" src="{made.as_uri()}"></iframe>'
+    script = "const e = f.contentDocument.documentElement;"
+    script += "document.title = e.scrollWidth - e.clientWidth;"
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(
+        f"<!DOCTYPE html>{frame}<script>const f = document.querySelector('iframe');"
+        f"f.onload = () => {{ {script} }};</script>"
+    )
+    browser = next(name for name in BROWSERS if shutil.which(name))
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    done = subprocess.run(
+        [
+            *(browser, *words, f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--virtual-time-budget=20000", "--dump-dom", wrapper.as_uri()),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert re.search(r"<title>(\d+)</title>", done.stdout)[1] == "0"

@@ -1,14 +1,18 @@
-"""How every picture looks: sizes, type, colours; and the one place that asks for matplotlib.
+"""How every figure looks, and how it becomes a file; the one module that asks for matplotlib.
 
-Type is never smaller than 11 points, nor than 1.8% of a picture's width, so that it can be read at
-half size.  Colours are those of `groups.COLOURS`, and cividis for numbers.
+Type is never smaller than 11 points, nor than 1.8% of a figure's width, so that it can be read at
+half size.  Colours are those of `patches.COLOURS`, and cividis for numbers.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -16,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-MAP = "cividis"
 INK, GREY, PALE = "#222222", "#767676", "#d9d9d9"
 ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
     "#e69f00",
@@ -33,15 +36,16 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X")
 _LEAST, _SHARE = 11.0, 0.018
 _LETTER = 0.54  # mean width of a letter, in units of its size
 _NARROWEST = 6.3  # inches
+_SECONDS = 0.9  # that a picture of a GIF is shown
+# What matplotlib would write beside the picture: its version, and the time.
+_METADATA: dict[str, dict[str, Any]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+}
 
 
 def figure(width: float, height: float, *, pad: float = 0.05) -> Figure:
-    """Return an empty picture.
-
-    Args:
-        width: In inches.
-        height: In inches.
-        pad: Room around axes, in inches.
+    """Return an empty figure; sizes and the room around axes are in inches.
 
     Raises:
         ValueError: If matplotlib is not installed.
@@ -63,10 +67,9 @@ def type_size(figure: Figure) -> float:
     return float(max(_LEAST, _SHARE * 72 * figure.get_figwidth()))
 
 
-def of(axes: Axes) -> Figure:
-    """Return the picture that axes are part of."""
-    found: Any = axes.get_figure(root=True)
-    return cast("Figure", found)
+def figure_of(axes: Axes) -> Figure:
+    """Return the figure that axes are part of."""
+    return cast("Figure", cast(Any, axes).get_figure(root=True))
 
 
 def panels(
@@ -79,7 +82,7 @@ def panels(
     lines: int = 1,
     more: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Figure, list[Axes]]:
-    """Return a picture of equal squares below a title, and its axes in reading order.
+    """Return a figure of equal squares below a title, and their axes in reading order.
 
     Args:
         count: Squares.
@@ -99,25 +102,28 @@ def panels(
     height = head * line + rows * (side + lines * line + 0.05) + more[1]
     made = figure(width, height, pad=0.04)
     headed(made, title, detail)
-    found = list(made.subplots(rows, columns, squeeze=False).flat)
+    return made, grid_of(made, count, columns)
+
+
+def grid_of(on: Figure, count: int, columns: int) -> list[Axes]:
+    """Return `count` axes of a figure in reading order, at most `columns` in a row."""
+    columns = min(columns, count)
+    found = list(on.subplots(-(-count // columns), columns, squeeze=False).flat)
     for unused in found[count:]:
         unused.remove()
-    for axes in found[:count]:
-        plain(axes, grid="")
-    return made, found[:count]
+    return found[:count]
 
 
 def headed(on: Figure, title: str, detail: str = "") -> None:
-    """Write a title, and details below it, wrapped to the width of the picture."""
-    size = type_size(on)
-    width = on.get_figwidth()
+    """Write a title, and details below it, wrapped to the width of the figure."""
+    size, width = type_size(on), on.get_figwidth()
     lines = [*_wrapped(title, width, size), *_wrapped(detail, width, size)]
     on.suptitle("\n".join(lines), fontsize=size, x=0.01, ha="left", color=INK)
 
 
-def plain(axes: Axes, *, grid: str = "y") -> None:
-    """Give axes ticks that can be read, light lines along `grid`, and no box."""
-    size = type_size(of(axes))
+def plain(axes: Axes, *, grid: str = "") -> None:
+    """Give axes ticks that can be read, light lines along `grid` (x, y or both), and no box."""
+    size = type_size(figure_of(axes))
     axes.tick_params(labelsize=size, colors=INK)
     powers = (axes.xaxis.get_offset_text(), axes.yaxis.get_offset_text())
     for label in (axes.xaxis.label, axes.yaxis.label, axes.title, *powers):
@@ -126,20 +132,14 @@ def plain(axes: Axes, *, grid: str = "y") -> None:
         axes.spines[side].set_visible(False)
     axes.set_axisbelow(True)
     if grid:
-        axes.grid(axis=grid, color=PALE, linewidth=0.8)  # type: ignore[arg-type]  # x, y or both
+        axes.grid(axis=grid, color=PALE, linewidth=0.8)  # type: ignore[arg-type]
 
 
-def name(axes: Axes, text: str) -> None:
-    """Write a title above axes."""
-    axes.set_title(text, fontsize=type_size(of(axes)), color=INK)
-
-
-def empty(axes: Axes) -> None:
-    """Take ticks and box from axes that hold an image."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+def picture(axes: Axes, title: str) -> None:
+    """Give axes that hold an image a title, and neither ticks nor a box."""
+    axes.set(xticks=[], yticks=[], title=title)
+    axes.spines[:].set_visible(False)
+    plain(axes)
 
 
 def whole_ticks(axes: Axes) -> None:
@@ -150,26 +150,26 @@ def whole_ticks(axes: Axes) -> None:
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Return colour, dashes and mark of curve `number`; no two of the first 84 are the same."""
+    """Return colour, dashes and mark of curve `number`; no two of the first 28 are the same."""
     return {
         "color": LINES[number % len(LINES)],
         "linestyle": DASHES[number % len(DASHES)],
         "marker": MARKS[number % len(MARKS)],
+        "markersize": 5,
     }
 
 
 def legend(on: Figure, marks: Sequence[Artist]) -> None:
-    """Explain marks with labels below the picture, in as many columns as there is room for."""
+    """Explain marks with labels below the figure, in as many columns as there is room for."""
     if not marks:
         return
     size = type_size(on)
     longest = max(len(str(mark.get_label())) for mark in marks)
     letters = on.get_figwidth() * 72 / (size * _LETTER)
-    columns = max(1, min(len(marks), int(letters / (longest + 5))))
     on.legend(
         handles=list(marks),
         loc="outside lower left",
-        ncols=columns,
+        ncols=max(1, min(len(marks), int(letters / (longest + 5)))),
         fontsize=size,
         frameon=False,
         columnspacing=1.2,
@@ -177,10 +177,60 @@ def legend(on: Figure, marks: Sequence[Artist]) -> None:
     )
 
 
+def key(on: Figure, looks: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """Explain lines or marks, each with its label, below the figure."""
+    from matplotlib.lines import Line2D
+
+    legend(on, [Line2D([], [], label=label, **look) for label, look in looks])
+
+
 def labelled(axes: Axes) -> list[Artist]:
     """Return the marks of axes that have a label, if there are several."""
     marks: list[Artist] = list(axes.get_legend_handles_labels()[0])
     return marks if len(marks) > 1 else []
+
+
+def save(drawn: Figure | Sequence[Figure], path: Path) -> None:
+    """Write a figure, or several of one size as an animation; equal ones give equal bytes.
+
+    Args:
+        drawn: The figure, or those of an animation, which begins again; its last one stays longer.
+        path: Ends in .png or .svg, and of an animation in .gif; text in SVG is text.
+
+    Raises:
+        ValueError: If the path ends otherwise.
+        OSError: If it cannot be written.
+    """
+    if isinstance(drawn, Sequence):
+        _save_gif(drawn, path)
+        return
+    if path.suffix not in _METADATA:
+        raise ValueError(f"path is {str(path)!r}, expected one that ends in .png or .svg")
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fambav"}):
+        drawn.savefig(path, metadata=_METADATA[path.suffix])
+
+
+def _save_gif(drawn: Sequence[Figure], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if path.suffix != ".gif":
+        raise ValueError(f"path is {str(path)!r}, expected one that ends in .gif")
+    frames = []
+    for each in drawn:
+        canvas = FigureCanvasAgg(each)
+        canvas.draw()
+        pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+        frames.append(pixels.quantize(256, dither=Image.Dither.NONE))
+    time = int(1000 * _SECONDS)
+    frames[0].save(
+        path,
+        save_all=True,
+        append_images=frames[1:],
+        duration=[time] * (len(frames) - 1) + [3 * time],
+        loop=0,
+    )
 
 
 def _wrapped(text: str, width: float, size: float) -> list[str]:

@@ -16,13 +16,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fambav
 import fambav.models
-from fambav import cli, gallery
+from fambav import cli, viz
 from fambav.build import pictured
 from fambav.commands import pareto, show
 from fambav.config import parse
 from fambav.data import load
-from fambav.gallery.contrast import contrasted, described, reducing
 from fambav.registry import PICTURES
+from fambav.viz.compare import compare_strategies, described, reducing
+from fambav.viz.render import traced
 from tests.data.made import made_cifar
 
 RUN = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 8
@@ -85,7 +86,9 @@ def test_every_picture_of_a_run_is_written_and_named_in_a_line(runs, tmp_path):
 
 def test_the_same_pictures_have_the_same_bytes(runs, tmp_path):
     what = ["groups", "layers", "animation"]
-    first, second = (gallery.every([runs.fused], tmp_path / name, what=what) for name in ("a", "b"))
+    first, second = (
+        dict(viz.render([runs.fused], tmp_path / name, what=what)) for name in ("a", "b")
+    )
     assert list(first) == what
     for name, picture in first.items():
         assert picture.path.read_bytes() == second[name].path.read_bytes()
@@ -93,15 +96,15 @@ def test_the_same_pictures_have_the_same_bytes(runs, tmp_path):
 
 
 def test_several_runs_share_their_curves_and_have_the_rest_each(runs, tmp_path):
-    found = gallery.every([runs.pruned, runs.dense], tmp_path, what=["groups", "curves"])
+    found = dict(viz.render([runs.pruned, runs.dense], tmp_path, what=["groups", "curves"]))
     assert list(found) == ["pruned/groups", "dense/groups", "curves"]
     assert found["dense/groups"].path == tmp_path / "dense_groups.png"
     assert found["curves"].title == "training of pruned, dense"
 
 
 def test_several_images_have_numbers(runs, tmp_path):
-    source = gallery.Source(index=(0, 8))
-    found = gallery.every([runs.dense], tmp_path, what=["scan"], source=source)
+    source = viz.Source(index=(0, 8))
+    found = dict(viz.render([runs.dense], tmp_path, what=["scan"], source=source))
     assert list(found) == ["scan/0", "scan/1"]
     assert "held-out image 8" in found["scan/1"].title
 
@@ -128,12 +131,12 @@ def test_another_reduction_can_be_tried_on_the_same_weights(runs, tmp_path):
 
 
 def test_pixels_are_the_image_as_the_model_sees_it(runs):
-    (subject,) = gallery.subjects(runs.dense)
+    ((_, trace, *_),) = traced(runs.dense)
     data = load("CIFAR", runs.dense.parent / "data")
     picture = np.asarray(data.val[0][0].resize((16, 16), Image.Resampling.BICUBIC)) / 255
-    assert subject.pixels.shape == (16, 16, 3)
-    assert np.abs(subject.pixels - picture).max() < 0.02
-    assert len(subject.classes) == 100
+    assert trace.pixels.shape == (16, 16, 3)
+    assert np.abs(trace.pixels - picture).max() < 0.02
+    assert len(trace.logits) == 100
 
 
 @pytest.mark.parametrize(
@@ -148,8 +151,8 @@ def test_pixels_are_the_image_as_the_model_sees_it(runs):
         (("{dense}", "--index", "x"), "argument --index: invalid int value: 'x'"),
         (("{dense}", "--image", "{dense}/log.txt"), "log.txt is damaged, expected an image"),
         (("{dense}", "--image", "{dense}/no.png"), "no.png is missing, expected an image"),
-        (("{dense}/nowhere",), "nowhere', expected a file of weights or a folder with best_check"),
-        (("{dense}/..",), "expected a file of weights or a folder with best_checkpoint.pth, check"),
+        (("{dense}/nowhere",), "nowhere, expected a file that exists"),
+        (("{dense}/..",), "holds no best_checkpoint.pth, expected a run folder or one exported as"),
         (("{dense}/log.txt",), "log.txt"),
         (("{dense}", "{dense}"), "more than once, expected every run once"),
         (("{dense}", "--lenght", "3"), "--lenght is not a flag"),
@@ -196,9 +199,12 @@ def test_strategies_remove_about_as_many_tokens_and_leave_the_model_as_it_was(me
     model = timm.create_model("vim_micro", num_classes=3)
     fambav.reduce(model, method, "r:10@2-5")
     own = model.reduction
-    name, found = contrasted(model)
+    name, found = compare_strategies(model)
+    found = {label.split("\n")[0]: reduction for label, reduction in found.items()}
     assert name == ("famba-v" if method == "none" else method)
-    assert list(found) == ["none", "all", "interleaved", "lower", "upper"]
+    names = ["none", "all", "interleaved", "lower", "upper"]
+    assert list(found) == names + ["this run"] * (method != "none")
+    assert found["none" if method == "none" else "this run"] is own
     wanted = own.schedule.removed or 0.75 * 65
     for strategy, reduction in found.items():
         if strategy != "none":
@@ -213,10 +219,11 @@ def test_strategies_remove_about_as_many_tokens_and_leave_the_model_as_it_was(me
 def test_a_method_that_cannot_do_every_strategy_gives_way_to_one_that_can():
     model = timm.create_model("vim_micro", num_classes=3)
     fambav.reduce(model, "storm", "tokens:50,43@2,3")
-    name, found = contrasted(model)
-    assert name in ("storm", "famba-v")
-    assert all(reduction.name in (name, "none") for reduction in found.values())
-    assert len(found) == 5
+    name, found = compare_strategies(model)
+    assert name == "famba-v (storm cannot do them all)"
+    *strategies, own = found.values()
+    assert [each.name for each in strategies] == ["none"] + 4 * ["famba-v"]
+    assert own is model.reduction
 
 
 def test_reductions_are_described_in_a_few_words():

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from fambav.experiments import PRIMARY
-from fambav.pictures import pareto, write
-from fambav.pictures.labels import placed
-from fambav.pictures.pareto import front
+from fambav.experiments.metrics import PRIMARY
+from fambav.viz import pareto, save
+from fambav.viz.front import front, place_names
 
 
 class Estimate(NamedTuple):
@@ -63,15 +62,12 @@ def test_a_metric_may_be_one_of_which_less_is_better():
     error = PRIMARY._replace(name="mse", title="mean squared error", unit="m²")
     rows = points(5, keys=("seconds",))
     for row, value in zip(rows, (3.0, 1.0, 2.0, 4.0, 5.0), strict=True):
-        row.figures["mse"] = Estimate(value, None, 1)
-        row.figures["seconds"] = Estimate(value * 10, None, 1)
-    fronts = []
-    for higher in (True, False):
-        figure = pareto(rows, metric=error._replace(higher_is_better=higher), title="made up")
-        (line,) = (line for line in figure.axes[0].lines if line.get_gid() == "front")
-        fronts.append(sorted(set(line.get_ydata())))
-        assert figure.axes[0].get_ylabel() == "mean squared error (m²)"
-    assert fronts == [[1.0, 2.0, 3.0, 4.0, 5.0], [1.0]]
+        row.figures |= {"mse": Estimate(value, None, 1), "seconds": Estimate(value, None, 1)}
+    for higher, best in ((True, [1.0, 2.0, 3.0, 4.0, 5.0]), (False, [1.0])):
+        (axes,) = pareto(rows, metric=error._replace(higher_is_better=higher), title="made up").axes
+        (line,) = (line for line in axes.lines if line.get_gid() == "front")
+        assert sorted(set(line.get_ydata())) == best
+        assert axes.get_ylabel() == "mean squared error (m²)"
 
 
 def boxes_of(figure):
@@ -107,6 +103,34 @@ def test_few_rows_are_named_and_many_have_numbers_with_a_key():
     assert key == [f"{number}  {name}" for number, name in enumerate(names, start=1)]
 
 
+def legend(figure):
+    """Colour, mark and text of each entry."""
+    (key,) = figure.legends
+    looks = [(h.get_color(), h.get_marker()) for h in key.legend_handles]
+    return list(zip(looks, (text.get_text() for text in key.texts), strict=True))
+
+
+@pytest.mark.parametrize(("count", "methods"), [(5, 1), (5, 2), (14, 1), (14, 2), (40, 1), (40, 2)])
+def test_every_point_looks_as_the_entry_of_the_legend_that_stands_for_it(count, methods):
+    rows = points(count, keys=("seconds",))
+    for row in rows:
+        row.method = row.method if row.baseline or methods == 2 else "ordered"
+    figure = pareto(rows, title="made up")
+    entries = legend(figure)
+    assert len(entries) == len({text for _, text in entries})
+    named = {text.split("  ")[-1]: look for look, text in entries}
+    assert len({look for look, _ in entries}) == methods + 1
+    for row, bars in zip(rows, figure.axes[0].containers, strict=True):
+        look = bars.lines[0].get_color(), bars.lines[0].get_marker()
+        if count == 5:
+            assert named[row.method] == look
+        else:
+            assert named.get(row.name) or named[f"other rows of {row.method}"] == look
+            assert named.get(row.name, look) == look
+    if count == 14:
+        assert named.keys() == {row.name for row in rows}
+
+
 @pytest.mark.parametrize("count", [5, 16])
 def test_a_line_leads_from_every_name_that_is_not_near_to_its_own_point(count):
     rows = points(count, seed=3)
@@ -115,7 +139,7 @@ def test_a_line_leads_from_every_name_that_is_not_near_to_its_own_point(count):
             k: Estimate(e.mean if row.baseline else 0.3 * size, e.std, e.count)
             for (k, e), size in zip(row.figures.items(), (100, 60, 20, 2e7, 1), strict=True)
         }
-    figure = pareto(rows, metric=PRIMARY, title="made up")
+    figure = pareto(rows, title="made up")
     led = 0
     for axes, boxes in zip(figure.axes, boxes_of(figure), strict=True):
         centre = axes.transData.transform(axes.containers[1].lines[0].get_xydata()[0])
@@ -134,22 +158,21 @@ def test_a_line_leads_from_every_name_that_is_not_near_to_its_own_point(count):
 
 def test_a_name_has_the_colour_of_its_point_where_others_were_not_measured():
     rows = points(16)
-    for row in rows:  # of one method rows have colours of their own; all but the first coincide
-        row.method = "none" if row.baseline else "ordered"
+    for row in rows:  # all but the first coincide
         if not row.baseline:
             row.figures = {key: Estimate(30.0, None, 1) for key in row.figures}
     del rows[1].figures["seconds"]
-    axes = pareto(rows, metric=PRIMARY, title="made up").axes[0]
+    axes = pareto(rows, title="made up").axes[0]
     drawn = [bars.lines[0].get_color() for bars in axes.containers]
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
-    led = [line.get_color() for line in lines if line.get_gid() != "front"]
+    led = [line.get_color() for line in lines if np.allclose(line.get_xdata()[0], 30.0)]
     assert len(led) >= 3, "the last rows find no room beside their points"
     assert led == drawn[-len(led) :]
 
 
 def test_of_many_rows_those_on_a_front_are_named():
     rows = points(30)
-    figure = pareto(rows, metric=PRIMARY, title="made up")
+    figure = pareto(rows, title="made up")
     best = set()
     for key in ("seconds", "memory_mib", "flops", "token_layers"):
         chosen = front([r.figures[key].mean for r in rows], [r.figures["acc1"].mean for r in rows])
@@ -161,8 +184,8 @@ def test_of_many_rows_those_on_a_front_are_named():
 
 def test_points_stand_where_they_were_measured_with_their_spread():
     rows = points(3, keys=("token_layers",))
-    (axes,) = pareto(rows, metric=PRIMARY, title="made up").axes
-    assert axes.get_xlabel() == "token-layers left (%)"
+    (axes,) = pareto(rows, title="made up").axes
+    assert axes.get_xlabel() == "tokens kept (% of token-layers)"
     for row, bars in zip(rows, axes.containers, strict=True):
         (line, _, (across, up)) = bars.lines
         x, y = 100 * row.figures["token_layers"].mean, row.figures["acc1"].mean
@@ -175,7 +198,7 @@ def test_the_front_is_a_line_of_steps():
     rows = points(3, keys=("seconds",), seeds=1)
     for row, (cost, value) in zip(rows, [(3, 9), (1, 5), (2, 7)], strict=True):
         row.figures = {"seconds": Estimate(cost, None, 1), "acc1": Estimate(value, None, 1)}
-    figure = pareto(rows, metric=PRIMARY, title="made up")
+    figure = pareto(rows, title="made up")
     (line,) = [line for line in figure.axes[0].lines if line.get_gid() == "front"]
     assert line.get_xydata().tolist() == [[1, 5], [2, 5], [2, 7], [3, 7], [3, 9]]
     assert "one seed;" in figure.get_suptitle()
@@ -184,7 +207,7 @@ def test_the_front_is_a_line_of_steps():
 def test_only_what_was_measured_is_drawn():
     rows = points(4, keys=("seconds", "token_layers"))
     del rows[2].figures["seconds"]
-    figure = pareto(rows, metric=PRIMARY, title="made up")
+    figure = pareto(rows, title="made up")
     assert [len(axes.containers) for axes in figure.axes] == [3, 4]
     with pytest.raises(
         ValueError, match="points have no figures, expected acc1 and one of seconds"
@@ -194,9 +217,13 @@ def test_only_what_was_measured_is_drawn():
 
 def test_axes_and_rows_stand_in_the_svg_as_text(tmp_path):
     path = tmp_path / "pareto.svg"
-    write(pareto(points(5), metric=PRIMARY, title="made up"), path)
+    save(pareto(points(5), title="made up"), path)
     text = path.read_text()
-    for label in ("training time (s)", "peak memory in training (MiB)", "token-layers left (%)"):
+    for label in (
+        "training time (s)",
+        "peak memory in training (MiB)",
+        "tokens kept (% of token-layers)",
+    ):
         assert label in text
     assert "forward pass of one image (MFLOPs)" in text
     assert text.count(">row 3<") == 4
@@ -212,7 +239,7 @@ def test_type_can_be_read_at_half_size():
 
 def test_names_find_room_around_points_that_coincide():
     at = np.full((10, 2), 50.0)
-    boxes = placed(at, np.full((10, 2), (12.0, 6.0)), area=(0, 0, 100, 100), mark=4)
+    boxes = place_names(at, np.full((10, 2), (12.0, 6.0)), area=(0, 0, 100, 100), mark=4)
     assert (boxes >= 0).all()
     assert (boxes <= 100).all()
     for number, one in enumerate(boxes):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fambav.pictures import style
+from fambav.experiments.metrics import PRIMARY
+from fambav.viz import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,18 +14,18 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 
-_ACCURACY = "top-1 accuracy (%)"
+_METRIC = f"{PRIMARY.title} ({PRIMARY.unit})"
 PANELS = {  # key of a log: title, label of the axis
-    "test_acc1": ("held-out", _ACCURACY),
-    "test_ema_acc1": ("held-out, moving average", _ACCURACY),
-    "train_loss": ("training", "loss"),
-    "test_loss": ("held-out", "loss"),
-    "train_lr": ("training, epoch's mean", "learning rate"),
+    f"test_{PRIMARY.name}": (f"held-out {PRIMARY.title}", _METRIC),
+    f"test_ema_{PRIMARY.name}": (f"held-out {PRIMARY.label}, EMA weights", _METRIC),
+    "train_loss": ("training loss", "loss"),
+    "test_loss": ("held-out loss", "loss"),
+    "train_lr": ("mean learning rate", "learning rate"),
 }
 
 
 def curves(runs: Mapping[str, Sequence[Record]], *, title: str) -> Figure:
-    """Draw the logs of runs into one picture.
+    """Draw the logs of runs into one figure.
 
     Args:
         runs: Records of their epochs, as log.txt holds them, by the names of the runs.
@@ -37,27 +38,23 @@ def curves(runs: Mapping[str, Sequence[Record]], *, title: str) -> Figure:
     if not keys:
         raise ValueError(f"logs have none of {', '.join(PANELS)}, expected those of runs")
     columns = min(3, len(keys))
-    rows = -(-len(keys) // columns)
-    figure = style.figure(4 * columns, 3.3 * rows + 1.0)
-    style.headed(figure, title)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for key, panel in zip(keys, axes, strict=False):
+    figure = style.figure(4 * columns, 3.3 * -(-len(keys) // columns) + 1.2)
+    style.headed(figure, title, "epochs count from 1 here, from 0 in log.txt")
+    axes = style.grid_of(figure, len(keys), columns)
+    for key, panel in zip(keys, axes, strict=True):
         _draw(panel, runs, key)
-    for unused in axes[len(keys) :]:
-        unused.remove()
     style.legend(figure, style.labelled(axes[0]))
     return figure
 
 
 def _draw(axes: Axes, runs: Mapping[str, Sequence[Record]], key: str) -> None:
-    """Draw one figure of every run that has it; epochs count from 1."""
+    """Draw one figure of every run that has it."""
     for number, (name, records) in enumerate(runs.items()):
         known = [record for record in records if key in record]
         epochs, values = [r["epoch"] + 1 for r in known], [r[key] for r in known]
         few = max(1, len(known) // 8)  # marks on a long curve
-        look = style.line_style(number)
-        axes.plot(epochs, values, label=name, markevery=few, markersize=5, **look)
+        axes.plot(epochs, values, label=name, markevery=few, **style.line_style(number))
     title, label = PANELS[key]
-    axes.set(title=title, ylabel=label, xlabel="epoch")
+    axes.set(title=title, ylabel=label, xlabel="epoch, from 1")
     style.whole_ticks(axes)
     style.plain(axes, grid="both")

@@ -1,7 +1,4 @@
-"""Which patches a token stands for, as arrays and as pixels.
-
-source of each token of the start -> label of each patch -> colour of each patch -> pixels
-"""
+"""Which patches a token stands for, as labels, colours and pixels; needs no drawing library."""
 
 from __future__ import annotations
 
@@ -11,15 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fambav.pictures.walk import Ints, Walk
-
-Pixels = NDArray[np.float64]
+from fambav.viz.trace import Ints, Pixels, TokenTrace
 
 DROPPED = -1
 _TINT = 0.65  # share of the colour where a patch is coloured
 _LIFT = 0.25  # what black is raised to there, so that colours stay apart
 _DARK = 0.25  # share of the image where a patch was dropped
 _INK = (0.13, 0.13, 0.16)
+_STRIP = 11  # layers in a strip, the last one among them
 
 # Okabe and Ito's colours, which people with any common kind of colour blindness tell apart; then
 # the same lighter and darker.
@@ -37,14 +33,14 @@ _HUES = np.array(
 COLOURS: Pixels = np.concatenate([_HUES, 0.5 + 0.5 * _HUES, 0.55 * _HUES])
 
 
-def labels(source: Ints, grid: tuple[int, int], class_places: Sequence[int]) -> Ints:
+def labels(source: Ints, grid: tuple[int, int], cls_index: Sequence[int]) -> Ints:
     """Say which token each patch is part of.
 
     Args:
         source: Place now of the token that each token of the start is part of, -1 if it was
             dropped, (start length,).
         grid: Height and width of the grid of patches.
-        class_places: Where the class tokens stood at the start.
+        cls_index: Where the class tokens stood at the start.
 
     Returns:
         Numbers 0, 1, ... of the tokens in the order of their first patch, -1 where a patch was
@@ -53,19 +49,22 @@ def labels(source: Ints, grid: tuple[int, int], class_places: Sequence[int]) -> 
     Raises:
         ValueError: If there are not as many patches as the grid has places.
     """
-    patches = np.delete(source, list(class_places))
+    patches = np.delete(source, list(cls_index))
     if len(patches) != grid[0] * grid[1]:
         raise ValueError(
             f"source has {len(patches)} patches, expected the {grid[0]} x {grid[1]} of the grid"
         )
-    return _numbered(patches).reshape(grid)
+    values, first, inverse = np.unique(patches, return_index=True, return_inverse=True)
+    there = values >= 0
+    number = np.full(len(values), DROPPED)
+    number[np.flatnonzero(there)[np.argsort(first[there])]] = np.arange(there.sum())
+    return number[inverse].reshape(grid)
 
 
-def depths(walk: Walk) -> Ints:
+def depths(trace: TokenTrace) -> Ints:
     """Return the labels at the start and behind each layer, (depth + 1, height, width)."""
-    start = np.arange(walk.start)
-    sources = (start, *(step.source for step in walk.steps))
-    return np.stack([labels(source, walk.grid, walk.class_places) for source in sources])
+    sources = (np.arange(trace.start), *(step.source for step in trace.steps))
+    return np.stack([labels(source, trace.grid, trace.cls_index) for source in sources])
 
 
 def colours(over: Ints) -> Ints:
@@ -80,14 +79,13 @@ def colours(over: Ints) -> Ints:
     Returns:
         Rows of `COLOURS`, -1 for a patch that was always alone, (height, width).
     """
-    final = _ends(over)
-    names, sizes = np.unique(final, return_counts=True)
-    found = np.full(final.shape, -1)
+    last = (over >= 0).sum(axis=0) - 1  # a patch that was dropped stays so
+    ends = last * (over.max() + 1) + np.take_along_axis(over, last[None], axis=0)[0]
+    names, sizes = np.unique(ends, return_counts=True)
+    found = np.full(ends.shape, -1)
     used = np.zeros(len(COLOURS), dtype=np.int64)
-    for name in names[np.argsort(-sizes, kind="stable")]:
-        mine = final == name
-        if mine.sum() < 2:
-            continue
+    for name in names[sizes > 1][np.argsort(-sizes[sizes > 1], kind="stable")]:
+        mine = ends == name
         beside = np.bincount(found[_around(mine) & (found >= 0)], minlength=len(COLOURS))
         chosen = int(np.lexsort((np.arange(len(COLOURS)), used, beside))[0])
         found[mine] = chosen
@@ -106,12 +104,10 @@ def painted(image: Pixels, at: Ints, colour: Ints) -> Pixels:
     Returns:
         Pixels shaped like the image.
     """
-    alone = np.bincount(at[at >= 0], minlength=1) < 2
-    grouped = (at >= 0) & ~alone[at]
+    grouped = (at >= 0) & (np.bincount(at[at >= 0], minlength=1) > 1)[at]
     share = np.where(grouped, _TINT, np.where(at == DROPPED, 1 - _DARK, 0.0))
     paint = np.where(grouped[..., None], COLOURS[colour], _INK)
-    down, right = (_cells(side, cells) for side, cells in zip(image.shape, at.shape, strict=False))
-    where = np.ix_(down, right)
+    where = _patch_of(image.shape, at)
     lifted = np.where(grouped[where][..., None], _LIFT + (1 - _LIFT) * image, image)
     part = share[where][..., None]
     mixed: Pixels = lifted * (1 - part) + paint[where] * part
@@ -128,12 +124,9 @@ def borders(at: Ints) -> NDArray[np.float64]:
         Ends (x, y) of segments in units of patches from the upper left corner, (segments, 2, 2).
     """
     framed = np.pad(at, 1, constant_values=-2)
-    apart = framed != np.roll(framed, 1, axis=1)
-    rows, columns = np.nonzero(apart[1:-1, 1:])
-    upright = [((x, y), (x, y + 1)) for y, x in zip(rows, columns, strict=True)]
-    apart = framed != np.roll(framed, 1, axis=0)
-    rows, columns = np.nonzero(apart[1:, 1:-1])
-    level = [((x, y), (x + 1, y)) for y, x in zip(rows, columns, strict=True)]
+    down, right = (framed != np.roll(framed, 1, axis=axis) for axis in (0, 1))
+    upright = [((x, y), (x, y + 1)) for y, x in np.argwhere(right[1:-1, 1:])]
+    level = [((x, y), (x + 1, y)) for y, x in np.argwhere(down[1:, 1:-1])]
     return np.array(upright + level, dtype=np.float64)
 
 
@@ -161,15 +154,7 @@ def links(at: Ints) -> NDArray[np.float64]:
 
 
 def fitted(image: Pixels, grid: tuple[int, ...]) -> Pixels:
-    """Repeat pixels until each patch has several and patches end between pixels.
-
-    Args:
-        image: (height, width, 3).
-        grid: Height and width of the grid of patches.
-
-    Returns:
-        The image, each side a multiple of the grid's, at least 8 pixels for a patch.
-    """
+    """Repeat pixels, (height, width, 3), until patches end between them and have 8 a side."""
     for axis, (side, cells) in enumerate(zip(image.shape[:2], grid, strict=True)):
         whole = math.lcm(side, cells)
         times = -(-8 * cells // whole) * (whole // side)
@@ -178,7 +163,7 @@ def fitted(image: Pixels, grid: tuple[int, ...]) -> Pixels:
 
 
 def tile(image: Pixels, at: Ints, colour: Ints, *, side: int = 160) -> NDArray[np.uint8]:
-    """Paint groups with their borders at a size to look at, without a drawing library.
+    """Paint groups with their borders at a size to look at.
 
     Args:
         image: Pixels from 0 to 1, (height, width, 3).
@@ -191,34 +176,32 @@ def tile(image: Pixels, at: Ints, colour: Ints, *, side: int = 160) -> NDArray[n
     """
     times = -(-side // min(image.shape[:2]))
     large = painted(image.repeat(times, axis=0).repeat(times, axis=1), at, colour)
-    height, width = large.shape[:2]
-    whose = at[np.ix_(_cells(height, at.shape[0]), _cells(width, at.shape[1]))]
-    edge = np.zeros(whose.shape, dtype=bool)
-    for axis in (0, 1):
-        apart = np.diff(whose, axis=axis) != 0
-        edge |= np.pad(apart, [(0, 1) if axis == n else (0, 0) for n in (0, 1)])
-        edge |= np.pad(apart, [(1, 0) if axis == n else (0, 0) for n in (0, 1)])
-    large[edge] = 1.0
-    found: NDArray[np.uint8] = np.rint(255 * large.clip(0, 1)).astype(np.uint8)
-    channels_first: NDArray[np.uint8] = found.transpose(2, 0, 1)
-    return channels_first
+    token = at[_patch_of(large.shape, at)]
+    down, right = np.diff(token, axis=0) != 0, np.diff(token, axis=1) != 0
+    large[:-1][down] = large[1:][down] = 1.0
+    large[:, :-1][right] = large[:, 1:][right] = 1.0
+    found: NDArray[np.uint8] = np.rint(255 * large.clip(0, 1)).astype(np.uint8).transpose(2, 0, 1)
+    return found
 
 
-def _numbered(patches: Ints) -> Ints:
-    """Number values from 0 in the order of their first appearance; -1 stays."""
-    values, first, inverse = np.unique(patches, return_index=True, return_inverse=True)
-    alive = values >= 0
-    rank = np.full(len(values), DROPPED)
-    rank[np.flatnonzero(alive)[np.argsort(first[alive])]] = np.arange(alive.sum())
-    return rank[inverse]
+def strip(trace: TokenTrace) -> NDArray[np.uint8]:
+    """Paint the tokens at the start and behind each layer, or 11 of them, side by side.
+
+    Returns:
+        Pixels, (3, height, width).
+    """
+    over = depths(trace)
+    colour = colours(over)
+    chosen = (0, *spread(len(over) - 1, _STRIP))
+    tiles = [tile(trace.pixels, over[layer], colour) for layer in chosen]
+    room = np.full((3, tiles[0].shape[1], tiles[0].shape[2] // 20), 255, dtype=np.uint8)
+    return np.concatenate([part for each in tiles for part in (each, room)][:-1], axis=2)
 
 
-def _ends(over: Ints) -> Ints:
-    """Number the tokens in which patches end, or from which they were dropped."""
-    last = (over >= 0).sum(axis=0) - 1  # a patch that was dropped stays so
-    there = np.take_along_axis(over, last[None], axis=0)[0]
-    ends: Ints = last * (over.max() + 1) + there
-    return ends
+def spread(depth: int, most: int) -> list[int]:
+    """Return all layers from 1, or `most` of them spread evenly, the last one among them."""
+    chosen = min(depth, most)
+    return [int(layer) for layer in np.linspace(depth / chosen, depth, chosen).round()]
 
 
 def _parts(mine: NDArray[np.bool_]) -> list[Ints]:
@@ -239,15 +222,16 @@ def _parts(mine: NDArray[np.bool_]) -> list[Ints]:
 
 def _around(mine: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return the patches next to some, corners included."""
-    wide = np.pad(mine, 1)
-    near = np.zeros_like(mine)
     height, width = mine.shape
-    for down in range(3):
-        for right in range(3):
-            near |= wide[down : down + height, right : right + width]
-    return near & ~mine
+    wide = np.pad(mine, 1)
+    near = [wide[y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    around: NDArray[np.bool_] = np.any(near, axis=0) & ~mine
+    return around
 
 
-def _cells(side: int, cells: int) -> Ints:
-    """Return the patch that each of `side` pixels is in."""
-    return np.arange(side) * cells // side
+def _patch_of(shape: tuple[int, ...], at: Ints) -> tuple[Ints, ...]:
+    """Return the index into patches, (grid height, grid width), of every pixel of an image."""
+    down, right = (
+        np.arange(side) * cells // side for side, cells in zip(shape, at.shape, strict=False)
+    )
+    return np.ix_(down, right)

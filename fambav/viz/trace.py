@@ -1,10 +1,10 @@
-"""One image on its way through a model: what each layer reads, and where its tokens went."""
+"""One image on its way through a model: what each mixer reads, and where each token goes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from fambav.ops.scan_order import among, snakes
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Pixels = NDArray[np.float64]
+Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 class Step(NamedTuple):
@@ -38,20 +40,24 @@ class Step(NamedTuple):
     source: Ints
 
 
-class Walk(NamedTuple):
-    """The way of one image.
+class TokenTrace(NamedTuple):
+    """The way of one image through a model.
 
     Attributes:
+        image: As the model takes it, normalised, (3, height, width).
+        pixels: The image as the model sees it, from 0 to 1, (height, width, 3).
         grid: Height and width of the grid of patches.
-        class_places: Where the class tokens stand at the start.
+        cls_index: Where the class tokens stand at the start.
         rank: Step at which the first direction's scan of the whole image meets each patch, row by
             row, (patches,).
         steps: One for each layer.
         logits: What the model says, (classes,).
     """
 
+    image: Tensor
+    pixels: Pixels
     grid: tuple[int, int]
-    class_places: tuple[int, ...]
+    cls_index: tuple[int, ...]
     rank: Ints
     steps: tuple[Step, ...]
     logits: Floats
@@ -59,27 +65,36 @@ class Walk(NamedTuple):
     @property
     def start(self) -> int:
         """Tokens before the first layer, class tokens included."""
-        return self.grid[0] * self.grid[1] + len(self.class_places)
+        return self.grid[0] * self.grid[1] + len(self.cls_index)
 
     @property
-    def left(self) -> tuple[int, ...]:
+    def kept(self) -> tuple[int, ...]:
         """Tokens at the start and behind each layer, class tokens included."""
         return self.start, *(len(np.unique(s.source[s.source >= 0])) for s in self.steps)
 
+    @property
+    def share(self) -> float:
+        """Tokens that mixers read, as a share of those without reduction."""
+        lengths = [len(step.position) for step in self.steps]
+        return sum(lengths) / (self.start * len(lengths))
 
-def follow(model: nn.Module, image: Tensor) -> Walk:
+
+def trace_tokens(
+    model: nn.Module, image: Tensor | TokenTrace, *, statistics: Statistics | None = None
+) -> TokenTrace:
     """Send one image through a model as in evaluation; the model and all randomness stay as is.
 
     Args:
         model: One of ours.
-        image: As the model takes it, (in_chans, height, width).
-
-    Returns:
-        What was seen on the way.
+        image: As the model takes it, normalised, (3, height, width); a trace is returned as it is.
+        statistics: Mean and standard deviation of the channels that it was normalised with; those
+            of the model's `pretrained_cfg` by default.
 
     Raises:
         ValueError: If the model is not one of ours, or takes no such image.
     """
+    if isinstance(image, TokenTrace):
+        return image
     if not isinstance(model, Backbone):
         raise ValueError(
             f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
@@ -96,15 +111,23 @@ def follow(model: nn.Module, image: Tensor) -> Walk:
                 Step(
                     features=_array(at_mixer.x[0].float()),
                     position=_array(at_mixer.position[0]),
-                    order=_array(_scanned(model, at_mixer.position)),
-                    source=_array(_known(tokens.source)[0]),
+                    order=_array(_scan_order(model, at_mixer.position)),
+                    source=_array(cast(Tensor, tokens.source)[0]),
                 )
             )
-        logits = model.classify(tokens)
+        logits = model.forward_head(model.pool(tokens))
     info = model.info
     whole = torch.arange(info.grid[0] * info.grid[1], device=device)[None]
-    rank = _array(_scanned(model, whole).argsort())
-    return Walk(info.grid, info.cls_index, rank, tuple(steps), _array(logits[0].float()))
+    cfg = model.pretrained_cfg
+    return TokenTrace(
+        image=image,
+        pixels=_pixels(image, statistics or (cfg["mean"], cfg["std"])),
+        grid=info.grid,
+        cls_index=info.cls_index,
+        rank=_array(_scan_order(model, whole).argsort()),
+        steps=tuple(steps),
+        logits=_array(logits[0].float()),
+    )
 
 
 @contextmanager
@@ -131,17 +154,18 @@ def _noting(between: Hook, seen: list[Tokens]) -> Hook:
     return hook
 
 
-def _scanned(model: Backbone, position: Tensor) -> Tensor:
+def _scan_order(model: Backbone, position: Tensor) -> Tensor:
     """Return the tokens in the order of the first direction's scan, (length,)."""
     if not model.info.needs_positions:  # a sequence is scanned as it stands
         return torch.arange(position.shape[1])
     return among(snakes(model.info.grid, position.device), position).order[0, 0]
 
 
-def _known(source: Tensor | None) -> Tensor:
-    if source is None:
-        raise ValueError("tokens have no source, expected a model that traces them")
-    return source
+def _pixels(image: Tensor, statistics: Statistics) -> Pixels:
+    """Undo the normalisation of an image, (3, height, width) -> (height, width, 3)."""
+    mean, std = (torch.tensor(each)[:, None, None] for each in statistics)
+    pixels: Pixels = (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).double().numpy()
+    return pixels
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

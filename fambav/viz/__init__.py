@@ -1,0 +1,46 @@
+"""Figures of token reduction and of what runs came to, and one page of all of it.
+
+    figure = fambav.viz.groups(model, image)    # a matplotlib Figure; named as `fambav show --what`
+
+trace      one image on its way through a model
+patches    which patches each token stands for, as labels and pixels
+compare    the strategies set up side by side on the same weights
+figures    tokens drawn on the image: groups, strategies, animation
+measures   what layers read and compute: similarity, likeness, scan, layers
+logs       curves of training
+front      accuracy against cost over a grid: pareto
+style      sizes, type, colours and files
+render     every figure of a run, as files
+report     the page
+
+matplotlib is imported when something is drawn.
+"""
+
+from fambav.viz.figures import animation, groups, strategies
+from fambav.viz.front import pareto
+from fambav.viz.logs import curves
+from fambav.viz.measures import layers, likeness, scan, similarity
+from fambav.viz.render import Picture, Source, render
+from fambav.viz.report import class_accuracy, write_report
+from fambav.viz.style import save
+from fambav.viz.trace import TokenTrace, trace_tokens
+
+__all__ = [
+    "Picture",
+    "Source",
+    "TokenTrace",
+    "animation",
+    "class_accuracy",
+    "curves",
+    "groups",
+    "layers",
+    "likeness",
+    "pareto",
+    "render",
+    "save",
+    "scan",
+    "similarity",
+    "strategies",
+    "trace_tokens",
+    "write_report",
+]

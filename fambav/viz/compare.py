@@ -1,0 +1,137 @@
+"""The strategies of Famba-V side by side on the same weights, with about as many tokens removed.
+
+Lower and upper fuse in 19 of 24 layers, as in the paper, or in that share of another depth.
+Source: Shen et al., "Famba-V", arXiv:2409.09808, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+from fambav.models import Backbone
+from fambav.reduction import Reducer, Reduction, Schedule, fusion, make_reducer, no_reduction
+from fambav.registry import METHODS, STRATEGIES
+
+OWN = "this run"
+_SHARE = 19 / 24  # of the layers that lower and upper fuse in
+_REMOVED = 0.75  # of the tokens, where the model itself removes none
+_GENERAL = METHODS[0]  # can be done anywhere
+
+
+def described(reduction: Reduction) -> str:
+    """Say in a few words which tokens go where."""
+    if not reduction.schedule.removed:
+        return "no reduction"
+    scan = "" if reduction.scan == "compact" else f", {reduction.scan} scan"
+    return f"{reduction.name}, {removal(reduction)}{scan}"
+
+
+def removal(reduction: Reduction) -> str:
+    """Say how many tokens go where, of a reduction that removes some."""
+    counts = reduction.schedule.counts
+    layers = [n for n, count in enumerate(counts, start=1) if count]
+    sizes = sorted({counts[n - 1] for n in layers}, reverse=True)
+    each = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    return f"{each} tokens at {_listed(layers)}"
+
+
+def compare_strategies(model: Backbone) -> tuple[str, dict[str, Reduction]]:
+    """Set every strategy up for a model, beside the model's own plan.
+
+    Args:
+        model: If it reduces tokens, its method is taken, and about as many tokens go.
+
+    Returns:
+        The name of the method, and a reduction for each strategy that the model's depth and length
+        allow, by a label with its L and r.  The label of the model's own says so; it is one more,
+        the last, if no strategy is the same.  Where the model's own method cannot do one of them,
+        the method is famba-v instead.
+    """
+    own = model.reduction
+    method, made = own.name, _strategies(own, own.method or make_reducer(_GENERAL))
+    if own.method is None:
+        method = _GENERAL
+    elif not all(made.values()):
+        method, made = (
+            f"{_GENERAL} ({method} cannot do them all)",
+            _strategies(own, make_reducer(_GENERAL)),
+        )
+    found = {}
+    for name, reduction in made.items():
+        if reduction is not None:
+            same = reduction.name == own.name or not own.schedule.removed
+            is_own = same and reduction.schedule.counts == own.schedule.counts
+            label = _label(name, reduction)
+            found[f"{label}\n({OWN})" if is_own else label] = own if is_own else reduction
+    if own not in found.values():
+        found["\nat".join((OWN + "\n" + removal(own)).split(" at"))] = own
+    return method, found
+
+
+@contextmanager
+def reducing(model: Backbone, reduction: Reduction) -> Iterator[None]:
+    """Let a model reduce its tokens so, and as before at the end."""
+    before = model.reduction
+    model.reduction = reduction.train(model.training)
+    try:
+        yield
+    finally:
+        model.reduction = before
+
+
+def _strategies(own: Reduction, method: Reducer) -> dict[str, Reduction | None]:
+    """Set up every strategy that the depth allows, by name; None where the method cannot do it."""
+    names = [name for name in STRATEGIES if own.info.depth > 1 or name != "interleaved"]
+    return {name: _strategy(name, method, own) for name in names}
+
+
+def _strategy(name: str, method: Reducer, like: Reduction) -> Reduction | None:
+    """Set a strategy up, with as many tokens as `like` removes, or as fit; None if none do."""
+    info = like.info
+    if name == "none":
+        return no_reduction(info)
+    many = max(1, round(_SHARE * info.depth))
+    layer = {"lower": many, "upper": info.depth - many + 1}.get(name)
+    layers = {"all": info.depth, "interleaved": info.depth // 2}.get(name, many)
+    wanted = like.schedule.removed or round(_REMOVED * info.tokens)
+    for count in range(max(1, round(wanted / layers)), 0, -1):
+        try:
+            plan = fusion(name, info=info, reducer=method, count=count, layer=layer)
+            if like.method is not method:
+                return Reduction(info, method, plan)
+            return Reduction(
+                info,
+                method,
+                Schedule.of(plan.start, plan.counts, after=like.hook == "after"),
+                hook=like.hook,
+                scan=like.scan,
+                gap=None if like.gap == "none" else like.gap,
+                class_policy=like.class_policy,
+            )
+        except ValueError:
+            continue
+    return None
+
+
+def _label(name: str, reduction: Reduction) -> str:
+    """Write a strategy with its L, the first or last layer that fuses, and its r tokens."""
+    counts = reduction.schedule.counts
+    layers = [n for n, count in enumerate(counts, start=1) if count]
+    if not layers:
+        return name
+    layer = {"lower": f"L = {layers[-1]}, ", "upper": f"L = {layers[0]}, "}.get(name, "")
+    return f"{name}\n{layer}r = {counts[layers[0] - 1]}"
+
+
+def _listed(layers: list[int]) -> str:
+    """Write "layer 3", "layers 3-6", "every 2nd layer from 2 to 6" or "layers 2, 3, 5"."""
+    steps = {b - a for a, b in pairwise(layers)}
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if steps == {1}:
+        return f"layers {layers[0]}-{layers[-1]}"
+    if steps == {2} and len(layers) > 2:
+        return f"every 2nd layer from {layers[0]} to {layers[-1]}"
+    return f"layers {', '.join(map(str, layers))}"

@@ -1,0 +1,246 @@
+"""From run folders to files: which figures a run gets, of which images.
+
+run -> model and images -> figures -> PNG, SVG, GIF
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from PIL import Image
+
+from fambav import data, experiments
+from fambav.build.prediction import Pretrained, load_run
+from fambav.data import DataSet
+from fambav.engine.finite import check_logits
+from fambav.models import Backbone
+from fambav.registry import PICTURES, nearest
+from fambav.viz import figures, measures
+from fambav.viz.compare import compare_strategies, described
+from fambav.viz.logs import Record, curves
+from fambav.viz.style import save
+from fambav.viz.trace import TokenTrace, trace_tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from.
+
+    Attributes:
+        images: Files; if there are any, the rest does not matter.
+        data_set: Name of a data set; None for the run's own.
+        data_path: Folder of the data; None for the run's own.
+        index: Which of its held-out images, from 0.
+    """
+
+    images: tuple[Path, ...] = ()
+    data_set: str | None = None
+    data_path: Path | None = None
+    index: tuple[int, ...] = (0,)
+
+    def several(self) -> bool:
+        """Tell whether there is more than one image."""
+        return len(self.images or self.index) > 1
+
+    def read(self, run: Pretrained) -> Iterator[tuple[Image.Image, str]]:
+        """Yield images, and what each is.
+
+        Raises:
+            ValueError: If there is none of that number, or it cannot be read.
+        """
+        if self.images:
+            yield from ((data.read_image(path), path.name) for path in self.images)
+            return
+        found = held_out(run, self)
+        for index in self.index:
+            if not 0 <= index < len(found.val):
+                last = len(found.val) - 1
+                raise ValueError(
+                    f"index is {index}, expected 0 to {last}, held-out images of {found.name}"
+                )
+            image, label = found.val[index]
+            truth = found.class_names[label] if found.class_names else f"class {label}"
+            yield image, f"{found.name}, held-out image {index}, labelled {truth}"
+
+
+class Picture(NamedTuple):
+    """A file: what it shows, in one line, and where it is."""
+
+    title: str
+    path: Path
+
+
+def held_out(run: Pretrained, source: Source | None = None) -> DataSet:
+    """Open the data set of a run, or the one that images are to come from.
+
+    Raises:
+        DataError: If the data is missing or damaged.
+    """
+    wanted, classes, source = run.config.data, run.config.model.num_classes, source or Source()
+    return data.load(
+        source.data_set or wanted.data_set,
+        source.data_path or wanted.data_path,
+        inat_category=wanted.inat_category,
+        classes=1000 if classes is None else classes,
+        image_size=cast(Any, run.net.pretrained_cfg)["input_size"][1:],
+        seed=run.config.run.seed,
+    )
+
+
+def traced(
+    path: Path, source: Source | None = None, settings: Mapping[str, Any] | None = None
+) -> Iterator[tuple[Backbone, TokenTrace, str, str]]:
+    """Open a run or a file of weights, and send images through its model.
+
+    Args:
+        path: A run folder, a checkpoint, a `.safetensors` file or an exported folder.
+        source: Where images come from; the first held-out one of the run's own data by default.
+        settings: Settings by the names of main.py's flags that differ from those of the run; of a
+            file that is not ours, what it is of.
+
+    Yields:
+        The model, what an image does in it, the model's name, and what the image is.
+
+    Raises:
+        ValueError: If the weights are missing or cannot be used, or an image is not there.
+        NotFiniteError: If a logit is not finite.
+    """
+    run = load_run(path, **dict(settings or {}))
+    name, net = run.config.model.model, run.net
+    if not isinstance(net, Backbone):
+        raise ValueError(f"model is {name!r}, expected one whose tokens can be reduced")
+    for image, about in (source or Source()).read(run):
+        trace = trace_tokens(net, run.transform(image), statistics=(run.mean, run.std))
+        check_logits(net, trace.image[None], torch.from_numpy(trace.logits), about)
+        seen = int(trace.logits.argmax())
+        truth = run.class_names[seen] if run.class_names else f"{seen}"
+        yield net, trace, name, f"{about}, seen as {truth}"
+
+
+def render(
+    runs: Sequence[Path],
+    folder: Path,
+    *,
+    what: Sequence[str] | None = None,
+    source: Source | None = None,
+    settings: Mapping[str, Any] | None = None,
+    svg: bool = False,
+) -> Iterator[tuple[str, Picture]]:
+    """Draw figures of runs into a folder.
+
+    Args:
+        runs: Run folders, or files of weights.
+        folder: Gets the files; made if need be.
+        what: Names of `PICTURES`; all by default, without curves where a run has no log.
+        source: As in `traced`.
+        settings: As in `traced`.
+        svg: Write figures as SVG too.
+
+    Yields:
+        Name and picture, as soon as its file is written.  The name is one of `PICTURES`, after the
+        run's name and a slash if there are several runs, and before a slash and the image's number
+        if there are several.
+
+    Raises:
+        ValueError: If a name is unknown, a run has no weights, an image cannot be read, or
+            matplotlib is not installed.
+        OSError: If the folder cannot be written.
+    """
+    source = source or Source()
+    wanted, names = _wanted(runs, what), names_of(runs)
+    kinds = [kind for kind in wanted if kind != "curves"]
+    for run, name in zip(runs, names, strict=True):
+        images = traced(run, source, settings) if kinds else iter(())
+        for number, (model, trace, model_name, about) in enumerate(images):
+            for kind in kinds:
+                label = f"{name}/{kind}" if len(runs) > 1 else kind
+                label += f"/{number}" if source.several() else ""
+                drawn, title = _draw(kind, model, trace, model_name, about)
+                yield label, _write(drawn, f"{PICTURES[kind]}: {title}", folder, label, svg=svg)
+    if "curves" in wanted:
+        logs = {name: read_log(run) for name, run in zip(names, runs, strict=True)}
+        title = f"training of {', '.join(names)}" if len(names) < 4 else f"{len(names)} runs"
+        yield "curves", _write(curves(logs, title=title), title, folder, "curves", svg=svg)
+
+
+def read_log(run: Path) -> list[Record]:
+    """Return the records of a run's epochs.
+
+    Raises:
+        ValueError: If the folder has no log, or a line of it is damaged.
+    """
+    path = run / _LOG
+    if not path.is_file():
+        raise ValueError(f"run is {str(run)!r}, expected a folder with {_LOG} to draw curves")
+    return list[Record](experiments.read_log(path))
+
+
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """Call each run by as many last parts of its path as tell it from the others."""
+    parts = [
+        run.resolve().with_suffix("").parts if run.is_file() else run.resolve().parts
+        for run in runs
+    ]
+    for many in range(1, max(map(len, parts))):
+        names = ["-".join(part[-many:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"run is {str(runs[0])!r} more than once, expected every run once")
+
+
+_KINDS: dict[str, Callable[..., Figure | list[Figure]]] = {
+    "groups": figures.groups,
+    "strategies": figures.strategies,
+    "animation": figures.animation,
+    "similarity": measures.similarity,
+    "likeness": measures.likeness,
+    "scan": measures.scan,
+}
+
+
+def _draw(
+    kind: str, model: Backbone, trace: TokenTrace, name: str, about: str
+) -> tuple[Figure | list[Figure], str]:
+    """Draw a kind of figure; return its title too."""
+    title = f"{name}, {described(model.reduction)}"
+    if kind == "layers":
+        return measures.layers(model, title=title), title
+    title = f"{title}: {about}"
+    if kind == "strategies":
+        method, _ = compare_strategies(model)
+        title = f"{name} with each strategy of {method}: {about.rpartition(', seen as')[0]}"
+    return _KINDS[kind](model, trace, title=title), title
+
+
+def _wanted(runs: Sequence[Path], what: Sequence[str] | None) -> list[str]:
+    """Return the kinds asked for, or all that there can be."""
+    if what is None:
+        logged = all((run / _LOG).is_file() for run in runs)
+        return [name for name in PICTURES if logged or name != "curves"]
+    for name in what:
+        if name not in PICTURES:
+            raise ValueError(
+                f"what is {name!r}, expected names of pictures; {nearest(name, PICTURES)}"
+            )
+    return list(dict.fromkeys(what))
+
+
+def _write(
+    drawn: Figure | list[Figure], title: str, folder: Path, label: str, *, svg: bool
+) -> Picture:
+    ending = ".gif" if isinstance(drawn, list) else ".png"
+    folder.mkdir(parents=True, exist_ok=True)  # not before there is something to write
+    path = folder / f"{label.replace('/', '_')}{ending}"
+    save(drawn, path)
+    if svg and not isinstance(drawn, list):
+        save(drawn, path.with_suffix(".svg"))
+    return Picture(title, path)

@@ -1,0 +1,327 @@
+"""One HTML page of finished runs and grids: tables, figures, plans, settings and machines.
+
+Source of the numbers: log.txt, config.yaml, plan.json and env.json of each run, results.json of
+each grid; accuracy by class is measured anew, with the run's weights on its held-out images.
+"""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fambav import config, experiments
+from fambav.build.prediction import Pretrained, load_run
+from fambav.config import OPTIONS
+from fambav.data import DataError, DataSet
+from fambav.engine.checkpoint import write_text
+from fambav.engine.finite import check_logits
+from fambav.engine.record import environment
+from fambav.engine.runtime import processes
+from fambav.experiments import Estimate, Point, Result
+from fambav.experiments.metrics import METRICS, PRIMARY
+from fambav.table import Table
+from fambav.viz.front import pareto
+from fambav.viz.render import Source, held_out, names_of, render
+from fambav.viz.style import save
+
+Shown = tuple[str, str]  # what a picture shows, and the picture itself as a data address
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+_CURVES = "curves"
+_BATCH = 64
+_COLUMNS = {  # of a grid: what it is called, and its digits
+    **{metric.name: (metric.head, 2) for metric in METRICS},
+    "token_layers": ("token-layers", 3),
+    "seconds": ("train s", 1),
+    "memory_mib": ("memory MiB", 2),
+}
+
+
+def write_report(
+    folders: Sequence[Path],
+    target: Path,
+    *,
+    title: str | None = None,
+    mixed: bool = False,
+    source: Source | None = None,
+    by_class: bool = True,
+) -> None:
+    """Write a page of runs and grids, one file that needs no other and no network.
+
+    Args:
+        folders: Of finished runs and of grids.
+        target: The file.
+        title: Of the page; names of the folders by default.
+        mixed: Whether the runs are of several machines or recipes: then their table has no time,
+            memory and differences.
+        source: Images to draw; the first held-out one of each run's data by default.
+        by_class: Evaluate each run's weights on its held-out images, if they are at hand.
+
+    Raises:
+        ValueError: If a folder is neither a run nor a grid, something in it is damaged, runs are
+            mixed without `mixed`, or matplotlib or Jinja2 is missing.
+        OSError: If the file cannot be written.
+    """
+    grids = [folder for folder in folders if experiments.is_grid(folder)]
+    runs = [folder for folder in folders if folder not in grids]
+    results = [experiments.read_run(folder) for folder in runs]
+    points = [(folder.resolve().name, experiments.read_points(folder)) for folder in grids]
+    tables = [experiments.compare(results, mixed=mixed)] if results else []
+    tables += [_grid_table(name, rows) for name, rows in points]
+    names = names_of(runs) if runs else []
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        together = [_front(place, name, rows) for name, rows in points]
+        drawn = dict(render(runs, place, source=source)) if runs else {}
+        shown = {name: _shown(entry.path, entry.title) for name, entry in drawn.items()}
+    together += [shown.pop(_CURVES)] if _CURVES in shown and len(runs) > 1 else []
+    sentences = [*_of_runs(results, mixed=mixed), *(_of_grid(name, rows) for name, rows in points)]
+    about, when = environment(), time.strftime("%Y-%m-%d %H:%M")
+    commit = "" if about["commit"] is None else f", commit {about['commit']}"
+    page = _template().render(
+        title=title or f"fambav: {', '.join(folder.resolve().name for folder in folders)}",
+        result=" ".join(sentences),
+        made=f"Made on {when} by fambav {about['fambav']}{commit}.",
+        tables=tables,
+        pictures=together,
+        runs=[
+            {
+                **_section(name, folder, result, by_class=by_class),
+                "pictures": [
+                    entry
+                    for label, entry in shown.items()
+                    if len(runs) == 1 or label.startswith(f"{name}/")
+                ],
+            }
+            for name, folder, result in zip(names, runs, results, strict=True)
+        ],
+    )
+    write_text(target, page + "\n")
+
+
+def class_accuracy(run: Pretrained, found: DataSet) -> Table:
+    """Measure the accuracy of every class on the held-out images, the weakest class first.
+
+    Args:
+        run: The model; it computes on a GPU if there is one.
+        found: Its data.
+
+    Raises:
+        NotFiniteError: If a logit is not finite.
+    """
+    guesses = Counter[tuple[int, int]]()
+    with processes(None) as group, torch.no_grad():
+        net = run.net.to(group.device)
+        for first in range(0, len(found.val), _BATCH):
+            numbers = range(first, min(first + _BATCH, len(found.val)))
+            samples = [found.val[number] for number in numbers]
+            batch = torch.stack([run.transform(image) for image, _ in samples]).to(group.device)
+            logits = net(batch)
+            check_logits(net, batch, logits, f"held-out images {numbers[0]} to {numbers[-1]}")
+            labels = (label for _, label in samples)
+            guesses.update(zip(labels, logits.argmax(1).tolist(), strict=True))
+        net.to("cpu")
+    names = found.class_names or [f"class {number}" for number in range(found.num_classes)]
+    images = Counter(label for label, _ in guesses.elements())
+    rows = []
+    for label in sorted(images, key=lambda label: (guesses[label, label] / images[label], label)):
+        share = 100 * guesses[label, label] / images[label]
+        wrong = {guess: n for (true, guess), n in guesses.items() if true == label != guess}
+        most = max(wrong, key=lambda guess: wrong[guess], default=None)
+        taken = "-" if most is None else f"{names[most]} ({wrong[most]} x)"
+        rows.append([names[label], taken, str(images[label]), f"{share:.1f}"])
+    right = sum(guesses[label, label] for label in images)
+    overall = f"{100 * right / len(found.val):.2f}% of {len(found.val)} held-out images"
+    return Table(
+        head=("class", "most often taken for", "images", "right %"),
+        rows=rows,
+        names=2,
+        notes=[f"{run.source.name} on {found.name}: {overall} right"],
+    )
+
+
+def _of_runs(results: Sequence[Result], *, mixed: bool) -> Iterator[str]:
+    """Say what runs came to: one, or the best of the others against the first."""
+    if not results:
+        return
+    first, *others = results
+    best = _best(others, _value) if others else first
+    told = f"{best.name} reaches a held-out {PRIMARY.title} of {_value(best):.2f}{_unit(' ')}"
+    if others:
+        told += f", {_difference(_value(best) - _value(first))} {first.name}"
+        if not mixed and best.epochs == first.epochs:
+            told += f", in {100 * best.seconds / first.seconds:.0f}% of its training time"
+    else:
+        told += f" after {best.epochs} epochs and {best.seconds:.1f} s of training"
+    kept = "" if best.share is None else f"; tokens kept: {100 * best.share:.0f}% of token-layers"
+    several = f"Best of the {len(others)} runs beside the first: " if len(others) > 1 else ""
+    yield f"{several}{told}{kept}."
+
+
+def _of_grid(grid: str, points: Sequence[Point]) -> str:
+    """Say which row of a grid is the best, and how far it is from the row without reduction."""
+    known = [point for point in points if PRIMARY.name in point.figures]
+    reduced = [point for point in known if not point.baseline]
+    if not known:
+        return f"{grid} has no row with a {PRIMARY.title} yet."
+    best = _best(reduced or known, lambda point: point.figures[PRIMARY.name].mean)
+    value = best.figures[PRIMARY.name]
+    among = " of the rows with reduction" if reduced else ""
+    told = f"{grid}: {best.name} reaches the best {PRIMARY.title}{among}"
+    told += f", {_text(value, 2)}{_unit(' ')}"
+    for base in (point for point in known if point.baseline and point is not best):
+        told += f", {_difference(value.mean - base.figures[PRIMARY.name].mean)} {base.name}"
+        if "seconds" in best.figures and "seconds" in base.figures:
+            share = best.figures["seconds"].mean / base.figures["seconds"].mean
+            told += f", in {100 * share:.0f}% of its training time"
+    return f"{told}."
+
+
+def _best(found: Sequence[Any], value: Any) -> Any:
+    return (max if PRIMARY.higher_is_better else min)(found, key=value)
+
+
+def _value(result: Result) -> float:
+    return float(result.metrics[PRIMARY.name])
+
+
+def _unit(space: str) -> str:
+    return PRIMARY.unit if PRIMARY.unit == "%" else f"{space}{PRIMARY.unit}"
+
+
+def _difference(change: float) -> str:
+    """Say how far a value is from another: `0.52 points less than`."""
+    unit = "points" if PRIMARY.unit == "%" else PRIMARY.unit
+    if round(change, 2) == 0:
+        return "as"
+    return f"{abs(change):.2f} {unit} {'more' if change > 0 else 'less'} than"
+
+
+def _section(name: str, folder: Path, result: Result, *, by_class: bool) -> dict[str, Any]:
+    """Describe a run for the template."""
+    settings = folder / "config.yaml"
+    tables = [("Accuracy by class", _classes(folder))] if by_class else []
+    tables += [("Plan", plan) for plan in _plan(folder)]
+    changed = _changed(config.load(settings).flat())
+    share = "" if result.share is None else f", {100 * result.share:.1f}% of token-layers kept"
+    return {
+        "name": name,
+        "summary": f"{result.model}, reduction: {result.reduction}{share}; {PRIMARY.label} "
+        f"{_value(result):.2f}{_unit(' ')} after {result.seconds:.1f} s of training, "
+        f"{result.memory_mib:.1f} MiB {result.memory_kind}.",
+        "tables": [*tables, ("Settings that are not the defaults", changed)],
+        "settings": settings.read_text(encoding="utf-8"),
+        "environment": Table(
+            head=("what", "value"),
+            rows=list(map(list, _pairs(experiments.read_environment(folder)))),
+            names=2,
+        ),
+    }
+
+
+def _classes(folder: Path) -> Table:
+    run = load_run(folder)
+    try:
+        return class_accuracy(run, held_out(run))
+    except DataError as error:
+        return Table(head=(), rows=(), names=0, notes=[f"not measured: {error}"])
+
+
+def _plan(folder: Path) -> Iterator[Table]:
+    """Yield the tokens of each layer, of a model that has a plan."""
+    plan = experiments.read_plan(folder)
+    if not plan:
+        return
+    after, pairs = plan["after"], zip(plan["counts"], plan["lengths"], strict=True)
+    yield Table(
+        head=("layer", "tokens in", "removed", "tokens its mixer sees"),
+        rows=[
+            [str(layer), str(seen if after else seen + count), str(count or "-"), str(seen)]
+            for layer, (count, seen) in enumerate(pairs, start=1)
+        ],
+        names=1,
+        notes=[f"tokens go {'after' if after else 'before'} the mixer of their layer"],
+    )
+
+
+def _changed(flat: Mapping[str, Any]) -> Table:
+    rows = [
+        [name, _plain(value), _plain(OPTIONS[name].default)]
+        for name, value in flat.items()
+        if value != OPTIONS[name].default
+    ]
+    return Table(head=("setting", "value", "default"), rows=rows, names=3)
+
+
+def _pairs(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _pairs(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return "-" if value is None else str(value)
+
+
+def _grid_table(name: str, points: Sequence[Point]) -> Table:
+    columns = {k: v for k, v in _COLUMNS.items() if any(k in p.figures for p in points)}
+    return Table(
+        title=name,
+        head=("row", *(head for head, _ in columns.values())),
+        rows=[
+            [
+                point.name,
+                *(_text(point.figures.get(k), digits) for k, (_, digits) in columns.items()),
+            ]
+            for point in points
+        ],
+        names=1,
+        notes=["mean ± sample standard deviation over seeds"],
+    )
+
+
+def _text(found: Estimate | None, digits: int) -> str:
+    if found is None:
+        return "-"
+    spread = "" if found.std is None else f" ± {found.std:.{digits}f}"
+    return f"{found.mean:.{digits}f}{spread}"
+
+
+def _front(place: Path, name: str, points: Sequence[Point]) -> Shown:
+    title = f"{name}: {PRIMARY.title} against cost"
+    path = place / f"pareto_{name}.png"
+    save(pareto(points, title=title), path)
+    return _shown(path, title)
+
+
+def _shown(path: Path, text: str) -> Shown:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return text, f"data:image/{path.suffix.removeprefix('.')};base64,{data}"
+
+
+def _template() -> Any:
+    """Return the page's template; every text put into it is escaped.
+
+    Raises:
+        ValueError: If Jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise ValueError(
+            'jinja2 is not installed, expected it for reports; pip install "fambav[viz]"'
+        ) from None
+    return jinja2.Environment(
+        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    ).from_string(_TEMPLATE.read_text(encoding="utf-8"))

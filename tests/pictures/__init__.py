@@ -1,1 +1,0 @@
-"""Pictures of token reduction, and which of them a run gets."""
