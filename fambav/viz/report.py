@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -189,7 +189,7 @@ def _best(found: Sequence[Any], value: Any) -> Any:
 
 
 def _value(result: Result) -> float:
-    return float(result.metrics[PRIMARY.name])
+    return cast(float, result.metrics[PRIMARY.name])  # every log has it
 
 
 def _unit(space: str) -> str:
