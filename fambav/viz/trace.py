@@ -115,7 +115,7 @@ def trace_tokens(
                     source=_array(cast(Tensor, tokens.source)[0]),
                 )
             )
-        logits = model.forward_head(model.pool(tokens))
+        logits = model.classify(tokens)
     info = model.info
     whole = torch.arange(info.grid[0] * info.grid[1], device=device)[None]
     cfg = model.pretrained_cfg
