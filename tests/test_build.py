@@ -50,6 +50,13 @@ def test_a_plan_that_cannot_be_done_is_refused_with_the_arithmetic():
         schedule(config("--fusion-strategy all --fusion-token 9"))
 
 
+def test_a_share_to_keep_is_refused_where_images_are_taken_whole(tmp_path):
+    where = f"--data-set DIGITS --output_dir {tmp_path / 'run'}"
+    with pytest.raises(ValueError, match=r"^eval_crop_ratio is 0\.5, expected 0\.875, its default"):
+        run(config("--eval-crop-ratio 0.5", where))
+    assert not list(tmp_path.iterdir())
+
+
 def test_models_of_timms_have_no_plan():
     foreign = parse(["--model", "timm/resnet18"])
     assert sketch(foreign) == ((224, 224), None)

@@ -33,6 +33,7 @@ def _body(words, output, prepare, fresh):
     if not fresh:
         torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of loader processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may ignore it
     with Path(output).open("a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

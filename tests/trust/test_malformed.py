@@ -44,7 +44,6 @@ FLAGS = {
     "--download": "which is not fetched",
     "--data-stats mine": "mine",
     "--eval-crop-ratio 0": "more than 0",
-    "--model vim_micro --eval-crop-ratio 0.5": "32 x 32 pixels are taken whole",
     "--aa none --color-jitter -1": "-1",
     "--aa rand-m9-foo": "in place of 'foo'",
     "--aa rand-m9-mstdX": "in place of 'mstdX'",
