@@ -41,8 +41,8 @@ def test_a_trace_is_the_forward_pass_itself(name, method, how):
     assert torch.equal(torch.get_rng_state(), before)
     model.eval()
     with torch.no_grad():
-        feature, whole = model.forward_features(IMAGE[None], trace=True)
-        logits = model.forward_head(feature)[0]
+        _, whole = model.forward_features(IMAGE[None], trace=True)
+        logits = model(IMAGE[None])[0]
     np.testing.assert_array_equal(trace.logits, logits.numpy())
     for step, source in zip(trace.steps, whole.sources, strict=True):
         np.testing.assert_array_equal(step.source, source[0].numpy())
