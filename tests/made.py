@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import torch
 
 from fambav import build, cli
-from fambav.build import saved
 from fambav.config import Config
 from fambav.data import load
 from fambav.engine import checkpoint
 from fambav.randomness import seed_all
+from fambav.training import saved
 
 SMALL = dict(model="vim_micro", data_set="DIGITS", data_stats="own", patch_size=8, num_workers=0)
 

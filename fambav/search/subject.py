@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from fambav import build
-from fambav.build import batches, entries, saved
-from fambav.build.updates import precision
 from fambav.config import Config
 from fambav.data import DataSet
 from fambav.engine.checkpoint import CheckpointError
@@ -24,6 +22,8 @@ from fambav.models import Backbone
 from fambav.ops import force, set_backend
 from fambav.randomness import key
 from fambav.reduction import Reduction
+from fambav.training import batches, entries, saved
+from fambav.training.updates import precision
 
 # What may be said of a file that knows its own settings: where and how fast, not what.
 FREE = {

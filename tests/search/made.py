@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from fambav import build
-from fambav.build import saved
 from fambav.config import Config
 from fambav.data import load
 from fambav.engine import checkpoint
 from fambav.randomness import seed_all
 from fambav.search.space import Problem
+from fambav.training import saved
 
 
 def problem(weights, *, length=9, share=0.6, power=1.5, savings=None, seen=None):
