@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fambav import build
+from fambav import training
 from fambav.config import Config
 from fambav.data import DataSet
 from fambav.engine.checkpoint import CheckpointError
@@ -132,9 +132,9 @@ def opened(
             raise ValueError(
                 f"model is {config.model.model!r}, expected one whose tokens can be reduced"
             )
-        size = build.network.sketch(config).input_size
+        size = training.network.sketch(config).input_size
         found = batches.data_set(config, group, input_size=size)
-        net = build.model(config, num_classes=found.num_classes)
+        net = training.model(config, num_classes=found.num_classes)
         saved.put(source, state, net)
         yield Subject(
             path=source,
