@@ -10,7 +10,7 @@ from fambav.config import Config
 from fambav.experiments.provenance import PLACES
 from fambav.experiments.rows import Row
 
-DENSE, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")
+UNREDUCED, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Grid:
         source: Where the papers' figures come from; empty without.
         differences: Whether the paper's differences are shown instead of its figures.
         seeds: The seeds.
-        cells: The cells in the order in which they run: all dense models, then seed by seed.
+        cells: The cells in the order in which they run: all unreduced models, then seed by seed.
     """
 
     path: Path
@@ -108,11 +108,11 @@ class Grid:
         """Return the cells of a row, one for each seed.
 
         Args:
-            row: The row; training-free figures of the dense model's are its own.
+            row: The row; training-free figures of the unreduced model's are its own.
             phase: One of PHASES.
         """
-        if phase == FREE and row.name == DENSE and not self.scratch:
-            phase = DENSE
+        if phase == FREE and row.name == UNREDUCED and not self.scratch:
+            phase = UNREDUCED
         return [cell for cell in self.cells if cell.row.name == row.name and cell.phase == phase]
 
 

@@ -1,12 +1,12 @@
 """The YAML file of a grid.
 
-    base: vim_micro.yaml           # settings of the dense model, a file beside this one
+    base: vim_micro.yaml           # settings of the unreduced model, a file beside this one
     seeds: [0, 1, 2]
     finetune: {epochs: 2, ...}     # what differs while fine-tuning; may be left out
     rows:
       - {name: ordered 12, fusion_strategy: all, fusion_token: 12, fusion_method: ordered}
 
-For each seed one dense model is trained, as `base` says.  For each row and seed its weights are
+For each seed one unreduced model is trained, as `base` says.  For each row and seed its weights are
 evaluated with the row's settings, and fine-tuned with them.  The first row, `dense`, has no
 settings of its own: what the others gain by more epochs, it gains too.
 
@@ -31,7 +31,7 @@ from typing import Any
 
 from fambav import config
 from fambav.config import OPTIONS, Config, ConfigError, format_value, read_yaml, refuse
-from fambav.experiments.grid import DENSE, FREE, SCRATCH, TUNED, Cell, Grid
+from fambav.experiments.grid import FREE, SCRATCH, TUNED, UNREDUCED, Cell, Grid
 from fambav.experiments.provenance import described, differing, fingerprint
 from fambav.experiments.rows import NONE, OWN, Row, read_rows, read_settings
 from fambav.registry import nearest
@@ -75,10 +75,12 @@ class _File:
 
     def grid(self) -> Grid:
         """Read the rows, and what follows from them."""
-        taken = () if self.scratch else (DENSE,)
+        taken = () if self.scratch else (UNREDUCED,)
         given = self.given.get("rows")
         rows = read_rows(self.path, given, names=len(self.names), taken=taken)
-        rows, baseline, cells = self._from_scratch(rows) if self.scratch else self._from_dense(rows)
+        rows, baseline, cells = (
+            self._from_scratch(rows) if self.scratch else self._from_unreduced(rows)
+        )
         source, show = self._paper(rows, baseline)
         return Grid(
             path=self.path,
@@ -94,31 +96,31 @@ class _File:
             cells=tuple(cells),
         )
 
-    def _from_dense(self, rows: Sequence[Row]) -> tuple[list[Row], Row, list[Cell]]:
-        """Rows, the baseline and the cells where every row starts from the dense model."""
+    def _from_unreduced(self, rows: Sequence[Row]) -> tuple[list[Row], Row, list[Cell]]:
+        """Rows, the baseline and the cells where every row starts from the unreduced model."""
         base = self._base(f"{self.path}: base", self._base_path())
-        labels = (DENSE, *[NONE] * (len(self.names) - 1))
-        dense = Row(name=DENSE, slug=DENSE, labels=labels, settings={})
+        labels = (UNREDUCED, *[NONE] * (len(self.names) - 1))
+        unreduced = Row(name=UNREDUCED, slug=UNREDUCED, labels=labels, settings={})
         phases: list[tuple[Row, str, Config]] = []
         tuning = None
         if "finetune" in self.given:
             label = f"{self.path}: finetune"
             tuning = read_settings(label, self.given["finetune"])
-            phases.append((dense, TUNED, _with(base, tuning, label)))
+            phases.append((unreduced, TUNED, _with(base, tuning, label)))
         for row in rows:
             label = self._label(row)
             if row.file is not None:
                 hint = "which has no meaning without train: scratch"
                 raise ConfigError(f"{label} has a config, {hint}")
             if not row.settings:
-                refuse(label, {}, f"settings; row {DENSE!r} is there without asking")
+                refuse(label, {}, f"settings; row {UNREDUCED!r} is there without asking")
             phases.append((row, FREE, _with(base, row.settings, label)))
             if tuning is not None:
                 tuned = _with(base, {**tuning, **row.settings}, label)
-                self._refuse_other_recipe(row, tuned, dense, phases[0][2])
+                self._refuse_other_recipe(row, tuned, unreduced, phases[0][2])
                 phases.append((row, TUNED, tuned))
         starts = [
-            Cell(row=dense, seed=seed, phase=DENSE, config=base.replace(seed=seed))
+            Cell(row=unreduced, seed=seed, phase=UNREDUCED, config=base.replace(seed=seed))
             for seed in self.seeds
         ]
         cells = starts + [
@@ -126,7 +128,7 @@ class _File:
             for s in starts
             for row, phase, found in phases
         ]
-        return [dense, *rows], dense, cells
+        return [unreduced, *rows], unreduced, cells
 
     def _from_scratch(self, rows: Sequence[Row]) -> tuple[list[Row], Row, list[Cell]]:
         """Rows, the baseline and the cells where every row is trained by itself."""
