@@ -3,7 +3,7 @@
     python benchmarks/aot.py --against benchmarks/aot.json     nothing may be worse than recorded
     python benchmarks/aot.py --json benchmarks/aot.json        record anew
 
-Every form that a module of `fambav.ops.triton_kernels` yields through `variants()` is compiled;
+Every form that a module of `fambav.ops.triton` yields through `variants()` is compiled;
 registers, spilled bytes and the instructions of each innermost loop are counted.
 """
 
@@ -33,10 +33,10 @@ from fambav.commands.output import show
 from fambav.commands.parser import Parser
 
 if TYPE_CHECKING:
-    from fambav.ops.triton_kernels.variant import Variant
+    from fambav.ops.triton.variant import Variant
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that Triton compiles for
-KERNELS = "fambav.ops.triton_kernels"
+KERNELS = "fambav.ops.triton"
 COMMAND = "python benchmarks/aot.py --json FILE"
 SLACK = 1.1  # of a loop's instructions
 UNIT = 8  # registers of a thread are given out in eights
@@ -302,7 +302,7 @@ def _compile(variant: Variant, arch: int) -> Any:
     from triton.compiler import ASTSource
     from triton.errors import TritonError
 
-    from fambav.ops.triton_kernels.launch import OPTIONS
+    from fambav.ops.triton.launch import OPTIONS
 
     constants = {**variant.constants, **dict.fromkeys(variant.ones, 1)}
     places = {name: (place,) for place, name in enumerate(variant.kernel.arg_names)}

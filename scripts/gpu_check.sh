@@ -93,7 +93,7 @@ target.write_text(json.dumps(told, indent=1))' "$out/$name" "$out/$name.json"
 }
 
 declare -A files=(
-    [norm]=tests/ops/test_norm.py [conv]=tests/ops/test_triton_conv.py [gate]=tests/ops/test_triton_gate.py
+    [norm]=tests/ops/test_add_rms_norm.py [conv]=tests/ops/test_triton_conv.py [gate]=tests/ops/test_triton_gate.py
     [match]=tests/ops/test_match.py [pool]=tests/ops/test_pool.py [scan]=tests/ops/test_triton_scan.py
     [mixer]=tests/ops/test_bimamba.py [training]=tests/engine/test_determinism.py
 )

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fambav.bench.candidates import relative, use_backend
 from fambav.bench.report import Report, positive, settings, training_dtype
-from fambav.ecosystem import timm
 from fambav.engine.memory import MIB
 from fambav.engine.runtime import Precision
 from fambav.engine.timing import Run, interleave, peak_mib, spread, with_replays
@@ -20,6 +19,7 @@ from fambav.layers import Block, Tokens
 from fambav.models import Vim
 from fambav.ops import BackendError, selective_scan
 from fambav.ops.kernels import interpreted, kernel_set
+from fambav.timm_compat import timm
 
 LENGTHS = (197, 130, 65, 29)
 BATCH = {"cuda": 128, "cpu": 8}
@@ -261,7 +261,7 @@ class Inputs(NamedTuple):
             BackendError: If this set of kernels cannot run here.
         """
         offered = kernel_set(kernels)
-        reason = offered.missing() or offered.refuses(self.u)
+        reason = offered.unavailable() or offered.unsupported(self.u)
         if reason is not None:
             raise BackendError(reason)
         run = offered.load()

@@ -292,7 +292,7 @@ def _ranges(net: nn.Module) -> Iterator[None]:
     """Let the profiler see our kernels inside of one operation, and where a reduction begins."""
     with ExitStack() as undone:
         for kernels in (TRITON, NUMBA):
-            if kernels.missing() is None:
+            if kernels.unavailable() is None:
                 loaded = kernels.load()
                 for name in KERNELS:
                     kernel = getattr(loaded, name)

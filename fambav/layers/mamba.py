@@ -22,9 +22,9 @@ from torch.utils.module_tracker import ModuleTracker
 
 from fambav.layers.tokens import Ask, Signals
 from fambav.ops import Direction, bimamba_scan
-from fambav.ops.aligned_scan import aligned_scan, skipped, steps_between
 from fambav.ops.bimamba import ScanInputs, directed_scan, scan_inputs
 from fambav.ops.dispatch import without_autocast
+from fambav.ops.scan_aligned import aligned_scan, count_skipped, estimate_skipped_dt
 from fambav.registry import BIMAMBA, nearest
 
 SIGNALS = frozenset(Signals._fields) - {"order"}  # all that it can tell when asked
@@ -249,9 +249,11 @@ class Mamba(nn.Module):
             return None
         if ask.gap == "cached":
             return None if tokens.gap is None else tokens.gap[:, end]
-        absent = skipped(tokens.position, reverse=bool(end))
+        absent = count_skipped(tokens.position, reverse=bool(end))
         bias = wide(bias_of(self._part("dt_proj", self._ends[end % len(self._ends)])))
-        return steps_between(ask.gap, delta=delta, skipped=absent, bias=bias, reverse=bool(end))
+        return estimate_skipped_dt(
+            ask.gap, delta=delta, skipped=absent, bias=bias, reverse=bool(end)
+        )
 
 
 def _order(hidden: Tensor, directions: int) -> Tensor:

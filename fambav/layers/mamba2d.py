@@ -30,19 +30,19 @@ from fambav.layers.mamba import (
 )
 from fambav.layers.tokens import Ask, Signals, Tokens
 from fambav.ops import selective_scan
-from fambav.ops.aligned_scan import aligned_scan, steps_between
 from fambav.ops.bimamba import ScanInputs
-from fambav.ops.scan_order import (
+from fambav.ops.cross_scan import (
     MOVES,
-    Orders,
-    among,
-    by_step,
-    by_token,
-    collect,
-    rows,
-    snakes,
-    spread,
+    ScanOrder,
+    cross_merge,
+    cross_scan,
+    kept_order,
+    snake_order,
+    take_rows,
+    to_scan_order,
+    to_token_order,
 )
+from fambav.ops.scan_aligned import aligned_scan, estimate_skipped_dt
 from fambav.registry import PARAM_ORDERS, nearest
 
 Grid = tuple[int, int]
@@ -67,7 +67,7 @@ class Places(NamedTuple):
 
     grid: Grid
     position: Tensor | None
-    orders: Orders
+    orders: ScanOrder
 
 
 class Mamba2D(nn.Module):
@@ -151,12 +151,12 @@ class Mamba2D(nn.Module):
         else:
             inputs, y = self._aged_scan(inputs, places, ask)
         y = y.unflatten(0, (hidden.shape[0], -1))
-        out: Tensor = self.out_proj(collect(y, places.orders) * F.silu(z))
+        out: Tensor = self.out_proj(cross_merge(y, places.orders) * F.silu(z))
         if ask is None:
             return out
         told = dict(zip(("u", "delta", "B", "C", "y"), (*inputs, y), strict=True))
         stacked = {
-            name: by_token(tensor.view(*y.shape[:3], -1), places.orders)
+            name: to_token_order(tensor.view(*y.shape[:3], -1), places.orders)
             for name, tensor in told.items()
             if name in ask.needs
         }
@@ -166,9 +166,9 @@ class Mamba2D(nn.Module):
     def _places(self, hidden: Tensor, ask: Ask | None) -> Places:
         """Say where the tokens are: on a whole grid, or on some places of the start's."""
         grid, position = (self.grid, None) if ask is None else standing(ask.tokens, self.grid)
-        whole = snakes(grid, hidden.device)
+        whole = snake_order(grid, hidden.device)
         if position is not None:
-            return Places(grid, position, among(whole, position))
+            return Places(grid, position, kept_order(whole, position))
         if hidden.shape[1] != grid[0] * grid[1]:
             raise ValueError(
                 f"hidden has {hidden.shape[1]} tokens, expected {grid[0] * grid[1]} for a grid of"
@@ -176,7 +176,7 @@ class Mamba2D(nn.Module):
             )
         return Places(grid, None, whole)
 
-    def _scan_inputs(self, u: Tensor, orders: Orders) -> ScanInputs:
+    def _scan_inputs(self, u: Tensor, orders: ScanOrder) -> ScanInputs:
         """Return u, delta, B and C of each step, all (batch * directions, length, their width).
 
         The step size is before softplus and before the bias that the scan adds.
@@ -190,12 +190,12 @@ class Mamba2D(nn.Module):
             delta = step_sizes_of(self.dt_proj, dt)
         own = delta, B, C
         if self.param_order == "permuted":
-            delta, B, C = (spread(x, orders) for x in own)
+            delta, B, C = (cross_scan(x, orders) for x in own)
         else:
-            raster = own if orders.raster is None else [rows(x, orders.raster) for x in own]
+            raster = own if orders.raster is None else [take_rows(x, orders.raster) for x in own]
             delta, B, C = (x[:, None].expand(-1, orders.directions, -1, -1) for x in raster)
         B = B + self.direction_Bs[orders.move]
-        u, delta, B, C = (x.flatten(0, 1) for x in (spread(u, orders), delta, B, C))
+        u, delta, B, C = (x.flatten(0, 1) for x in (cross_scan(u, orders), delta, B, C))
         return u, delta, B, C
 
     @property
@@ -239,7 +239,7 @@ class Mamba2D(nn.Module):
             raise ValueError(f"gap policy is {ask.gap!r}, expected none, since {UNALIGNED}")
         if ask.gap == "cached":
             carried = ask.tokens.gap
-            return None if carried is None else by_step(carried, places.orders).flatten(0, 1)
+            return None if carried is None else to_scan_order(carried, places.orders).flatten(0, 1)
         if places.orders.skipped is None:
             if places.grid != self.grid:
                 raise ValueError(
@@ -248,7 +248,7 @@ class Mamba2D(nn.Module):
             return None
         bias = wide(bias_of(self.dt_proj)) * (1 + self.dt_bias_twice)
         skipped = places.orders.skipped.flatten(0, 1)
-        return steps_between(ask.gap, delta=delta, skipped=skipped, bias=bias)
+        return estimate_skipped_dt(ask.gap, delta=delta, skipped=skipped, bias=bias)
 
 
 def standing(tokens: Tokens, grid: Grid) -> tuple[Grid, Tensor | None]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fambav.layers import Tokens
-from fambav.ops.aligned_scan import hand_over
 from fambav.ops.match import Selection, others
 from fambav.ops.pool import pool
+from fambav.ops.scan_aligned import carry_skipped_dt
 
 
 def merge(tokens: Tokens, selection: Selection, weight: Tensor, *, summed: bool = False) -> Tokens:
@@ -187,7 +187,7 @@ def aged(tokens: Tokens, keep: Tensor) -> Tensor:
         raise ValueError("signals have no delta, expected it from the mixer before the reduction")
     delta, order = signals.delta, signals.order
     found = [
-        hand_over(
+        carry_skipped_dt(
             delta[:, end],
             None if tokens.gap is None else tokens.gap[:, end],
             keep,

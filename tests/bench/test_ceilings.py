@@ -37,7 +37,7 @@ def test_a_backward_pass_is_counted():
     assert traffic(lambda: (x * x).sum().backward()) > 2 * forward
 
 
-@pytest.mark.skipif(NUMBA.missing() is not None, reason="needs numba")
+@pytest.mark.skipif(NUMBA.unavailable() is not None, reason="needs numba")
 def test_inside_the_fused_mixer_kernels_and_products_are_counted():
     net = Candidate("vim_micro", backend="numba").network(CPU).eval()
     x = torch.ones(1, net.length, net.dim)

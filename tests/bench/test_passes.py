@@ -15,7 +15,7 @@ from fambav.cli import console
 from fambav.ops.kernels import NUMBA
 
 CPU = torch.device("cpu")
-NAMES = ("cpu", "numba") if NUMBA.missing() is None else ("cpu",)
+NAMES = ("cpu", "numba") if NUMBA.unavailable() is None else ("cpu",)
 PEER = "deit_tiny_patch16_224"
 QUICK = dict(model="vim_micro", rounds=3, warmup=0, device=CPU)
 
@@ -119,7 +119,7 @@ def test_a_step_compares_dtypes_and_peers():
     json.loads(found.json())
 
 
-@pytest.mark.skipif(NUMBA.missing() is not None, reason="needs numba")
+@pytest.mark.skipif(NUMBA.unavailable() is not None, reason="needs numba")
 def test_what_no_candidate_can_run_is_refused():
     bf16 = dict(names=("numba",), dtypes=(torch.bfloat16,), batch=1)
     for kind in (infer, step):

@@ -233,7 +233,7 @@ KERNELS = """
 import triton
 import triton.language as tl
 
-from fambav.ops.triton_kernels.variant import Variant
+from fambav.ops.triton.variant import Variant
 
 
 @triton.jit

@@ -178,7 +178,7 @@ def test_the_clock_is_that_of_this_gpu_or_none(monkeypatch, told, mhz):
         assert module.highest_clock_hz(CPU) == 1e6 * mhz
 
 
-@pytest.mark.skipif(TRITON.missing() is not None, reason="needs triton")
+@pytest.mark.skipif(TRITON.unavailable() is not None, reason="needs triton")
 def test_every_kernel_that_is_counted_is_timed(monkeypatch):
     monkeypatch.setattr("roofline.captured", lambda run: run)
     small = Shape(batch=1, length=2, dim=16, inner=32, state=4, rank=2, itemsize=4)

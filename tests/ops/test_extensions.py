@@ -6,8 +6,8 @@ from types import ModuleType
 
 import pytest
 
-from fambav.ops import BackendError, backends, extensions
-from fambav.ops.extensions import Extension
+from fambav.ops import BackendError, backends, kernels
+from fambav.ops.kernels import Extension
 
 NAME = "a_compiled_package"
 
@@ -26,9 +26,9 @@ class Broken:
 
 @pytest.fixture(autouse=True)
 def forget():
-    extensions._load.cache_clear()
+    kernels._module.cache_clear()
     yield
-    extensions._load.cache_clear()
+    kernels._module.cache_clear()
 
 
 @pytest.fixture

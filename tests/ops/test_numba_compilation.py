@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("numba")
 import numba
 
-from fambav.ops import numba_kernels
-from fambav.ops.numba_kernels import compilation
+from fambav.ops import numba as numba_kernels
+from fambav.ops.numba import compilation
 
 
 @pytest.fixture(params=[1, 2, 4])
@@ -83,7 +83,7 @@ CODE = """
 import os, threading
 import numba, torch
 before = {n: getattr(numba.config, n) for n in dir(numba.config) if n.isupper()}
-import fambav.ops.numba_kernels as kernels
+import fambav.ops.numba as kernels
 assert before == {n: getattr(numba.config, n) for n in before}
 assert torch.get_num_threads() == 2
 assert sum(kernels.gate._gate_backward_kernel.stats.cache_hits.values()) == 1

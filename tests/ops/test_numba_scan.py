@@ -7,7 +7,7 @@ from fambav.ops import force, selective_scan
 from tests.ops.agreement import agree, draw, expected_scans
 
 pytest.importorskip("numba")
-from fambav.ops import numba_kernels
+from fambav.ops import numba as numba_kernels
 
 FULL = dict(D=True, bias=True, softplus=True, dlast=True)
 BOTH = (False, True)

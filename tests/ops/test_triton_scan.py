@@ -19,11 +19,9 @@ from tests.ops.places import close, like, place, unwritten_around
 pytest.importorskip("triton")
 import triton.language as tl
 
-from fambav.ops import triton_kernels
+from fambav.ops import triton as triton_kernels
 
-MODULES = [
-    import_module(f"fambav.ops.triton_kernels.scan_{way}") for way in ("forward", "backward")
-]
+MODULES = [import_module(f"fambav.ops.triton.scan_{way}") for way in ("forward", "backward")]
 DEVICE = device_of("triton")
 FULL = dict(D=True, bias=True, softplus=True, dlast=True)
 BOTH, ONE = (False, True), (False,)
