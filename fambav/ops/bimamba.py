@@ -290,7 +290,7 @@ def _forward_shapes(xz: Tensor, *rest: Any, **options: Any) -> Any:
     if not keep:
         return out, xz.new_empty(0), xz.new_empty(0), xz.new_empty(0, dtype=torch.float32)
     projected = xz.new_empty(2, batch, length, _row(rank, state))
-    shape = kernel_set(options["kernels"]).load().kept_shape(2, batch, length, dim, state)
+    shape = kernel_set(options["kernels"]).kept_shape(2, batch, length, dim, state)
     total, kept = xz.new_empty(batch, length, dim), xz.new_empty(shape, dtype=torch.float32)
     return out, projected, total, kept
 

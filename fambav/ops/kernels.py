@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fambav.ops import kept_states
 from fambav.ops.dispatch import BackendError
 
 
@@ -29,6 +30,8 @@ class KernelSet(NamedTuple):
         device: Device type of the tensors it takes.
         dtypes: Of the tokens it takes.
         hint: How to install the compiler.
+        kept_shape: Takes directions, batch, length, dim and state; returns the shape of the states
+            that its scan keeps for the backward pass.
         installed: Whether the compiler is installed; a field, since `torch.compile` cannot trace
             `find_spec`.
     """
@@ -37,6 +40,7 @@ class KernelSet(NamedTuple):
     device: str
     dtypes: tuple[torch.dtype, ...]
     hint: str
+    kept_shape: Callable[..., tuple[int, ...]]
     installed: bool
 
     def load(self) -> ModuleType:
@@ -94,6 +98,7 @@ TRITON = KernelSet(
     device="cuda",
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
     hint="it comes with CUDA builds of torch, or with pip install 'fambav[triton]'",
+    kept_shape=kept_states.triton_shape,
     installed=find_spec("triton") is not None,
 )
 NUMBA = KernelSet(
@@ -101,6 +106,7 @@ NUMBA = KernelSet(
     device="cpu",
     dtypes=(torch.float32,),
     hint="it comes with pip install 'fambav[cpu]'",
+    kept_shape=kept_states.numba_shape,
     installed=find_spec("numba") is not None,
 )
 _sets = {kernels.name: kernels for kernels in (TRITON, NUMBA)}

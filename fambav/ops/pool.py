@@ -92,7 +92,7 @@ def _reference(
     both = groups.total(torch.stack((weight, size), dim=-1).flatten(0, 1))
     total, size = both.unflatten(0, (batch, kept)).unbind(-1)
     share = weight.to(torch.promote_types(x.dtype, weight.dtype)) / total.gather(1, place)
-    arguments = share.flatten(), _rows(place, kept), *groups
+    arguments = kept, share.flatten(), _rows(place, kept), *groups
     x_mean: Tensor = _Mean.apply(x, *arguments)
     residual_mean = None if residual is None else cast(Tensor, _Mean.apply(residual, *arguments))
     return Pooled(x_mean, residual_mean, size, place)
@@ -124,6 +124,7 @@ class _Mean(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        kept: int,
         share: Tensor,
         place: Tensor,
         keep: Tensor,
@@ -131,18 +132,19 @@ class _Mean(torch.autograd.Function):
         into: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(share, place)
+        ctx.shape = x.shape
         rows = x.flatten(0, 1)
         out = _scaled(rows.index_select(0, keep), share.index_select(0, keep))
         moved = _scaled(rows.index_select(0, source), share.index_select(0, source))
         out.index_put_((into,), moved, accumulate=True)
-        return out.to(x.dtype).view(x.shape[0], -1, x.shape[2])
+        return out.to(x.dtype).view(x.shape[0], kept, x.shape[2])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         share, place = ctx.saved_tensors
         rows = _scaled(grad.flatten(0, 1).index_select(0, place), share)
-        return (rows.to(grad.dtype).view(grad.shape[0], -1, grad.shape[2]), *(None,) * 5)
+        return (rows.to(grad.dtype).view(ctx.shape), *(None,) * 6)
 
 
 def _scaled(rows: Tensor, share: Tensor) -> Tensor:

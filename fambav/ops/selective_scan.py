@@ -262,7 +262,7 @@ def _forward_shapes(*tensors: Any, **options: Any) -> Any:
     (batch, dim, length), state = u.shape, A.shape[1]
     out = torch.empty_like(u, dtype=options["out_dtype"])
     keep = options["keep"]
-    shape = kernel_set(options["kernels"]).load().kept_shape(1, batch, length, dim, state)
+    shape = kernel_set(options["kernels"]).kept_shape(1, batch, length, dim, state)
     kept = u.new_empty(shape if keep else 0, dtype=torch.float32)
     before = torch.empty_like(out) if keep and z is not None else out.new_empty(0)
     return out, u.new_empty(batch, dim, state, dtype=torch.float32), kept, before

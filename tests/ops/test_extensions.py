@@ -58,7 +58,7 @@ def test_whatever_an_import_raises_is_kept_and_told(monkeypatch, extension, erro
         reason = extension.broken()
         assert reason.startswith(f"import of {NAME} fails: {told}")
         assert "\n" not in reason
-        assert reason in extension.missing()
+        assert reason in extension.unavailable()
 
 
 def test_a_module_without_the_function_is_refused(monkeypatch, extension):

@@ -2,7 +2,7 @@
 
 from fambav.ops.numba.backward_scan import scan_backward
 from fambav.ops.numba.conv import conv_backward, conv_forward
-from fambav.ops.numba.forward_scan import kept_shape, scan_forward
+from fambav.ops.numba.forward_scan import scan_forward
 from fambav.ops.numba.gate import gate_backward, gate_forward
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "conv_forward",
     "gate_backward",
     "gate_forward",
-    "kept_shape",
     "scan_backward",
     "scan_forward",
 ]

@@ -16,6 +16,7 @@ import torch
 from numba import types
 from torch import Tensor
 
+from fambav.ops.kept_states import NUMBA_CHUNK as CHUNK
 from fambav.ops.numba import functions
 from fambav.ops.numba.compilation import (
     COUNTER,
@@ -25,7 +26,7 @@ from fambav.ops.numba.compilation import (
     launch,
     next_task,
 )
-from fambav.ops.numba.forward_scan import CHUNK, per_channel
+from fambav.ops.numba.forward_scan import per_channel
 from fambav.ops.numba.functions import LN_2, LOG2_E, ZERO, exp2
 from fambav.ops.numba.lanes import WIDTH, spread, total
 from fambav.ops.numba.memory import get, number, put, read, vectors, write

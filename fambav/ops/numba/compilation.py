@@ -27,18 +27,20 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from fambav.ops import kept_states
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def digest(folder: Path) -> str:
-    """Return eight hexadecimal digits that depend on every Python file of a folder."""
-    sources = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
+def digest(*sources: Path) -> str:
+    """Return eight hexadecimal digits that depend on the content of every file."""
+    content = [path.read_bytes() for path in sources]
+    return hashlib.sha256(b"".join(content)).hexdigest()[:8]
 
 
-# Part of the names under which machine code is kept: numba itself looks for changes in the file of
-# a kernel only, not in those of the functions that became part of it.
-_SOURCES = digest(Path(__file__).parent)
+# Part of the names in numba's cache, which checks the file of a kernel for changes, but not those
+# of the functions and constants inlined into it.
+_SOURCES = digest(*sorted(Path(__file__).parent.glob("*.py")), Path(kept_states.__file__))
 
 _NOTHING = np.empty((0, 0, 0, 0), np.float32)
 

@@ -14,13 +14,13 @@ import torch
 from numba import types
 from torch import Tensor
 
+from fambav.ops.kept_states import NUMBA_CHUNK as CHUNK
+from fambav.ops.kept_states import numba_shape
 from fambav.ops.numba import functions
 from fambav.ops.numba.compilation import COUNTER, floats, kernel, launch, next_task
 from fambav.ops.numba.functions import LOG2_E, ZERO, exp2
 from fambav.ops.numba.lanes import WIDTH, spread
 from fambav.ops.numba.memory import get, number_at, put, read, vectors, write
-
-CHUNK = 32  # tokens from one kept state to the next
 
 
 @kernel(
@@ -85,13 +85,6 @@ def _scan_forward_kernel(
             write(last, k, b, n, channel, count, get(h, n))
 
 
-def kept_shape(
-    directions: int, batch: int, length: int, dim: int, state: int
-) -> tuple[int, int, int, int]:
-    """Return the shape of the states that the backward pass starts from."""
-    return directions, batch, -(-length // CHUNK) * state, dim
-
-
 def per_channel(parameters: Sequence[Tensor] | None) -> Tensor | None:
     """Put what each direction has for every channel together.
 
@@ -139,12 +132,12 @@ def scan_forward(
 
     Returns:
         The state after the last step, (directions, batch, dim, state), and the states before each
-        chunk, of shape `kept_shape`, or with no numbers.
+        chunk, of shape `kept_states.numba_shape`, or empty.
     """
     directions, batch, length, dim = u.shape
     groups, state = B.shape[3:]
     last = u.new_empty(directions, batch, dim, state, dtype=torch.float32)
-    shape = kept_shape(directions, batch, length, dim, state)
+    shape = numba_shape(directions, batch, length, dim, state)
     kept = u.new_empty(shape, dtype=torch.float32) if keep else None
     launch(
         _scan_forward_kernel,

@@ -4,7 +4,7 @@ from fambav.ops.triton.conv import conv_backward, conv_forward
 from fambav.ops.triton.gate import gate_backward, gate_forward
 from fambav.ops.triton.norm import add_rms_norm_backward, add_rms_norm_forward
 from fambav.ops.triton.scan_backward import scan_backward
-from fambav.ops.triton.scan_forward import kept_shape, scan_forward
+from fambav.ops.triton.scan_forward import scan_forward
 
 __all__ = [
     "add_rms_norm_backward",
@@ -13,7 +13,6 @@ __all__ = [
     "conv_forward",
     "gate_backward",
     "gate_forward",
-    "kept_shape",
     "scan_backward",
     "scan_forward",
 ]

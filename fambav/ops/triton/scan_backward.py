@@ -38,9 +38,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fambav.ops.kept_states import TRITON_CHUNK as CHUNK
 from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.scan_forward import (
-    CHUNK,
     LANES,
     LN_2,
     LOG2_E,

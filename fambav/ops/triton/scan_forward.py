@@ -31,10 +31,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fambav.ops.kept_states import TRITON_CHUNK as CHUNK
+from fambav.ops.kept_states import state_parts, triton_shape
 from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.variant import Variant
 
-CHUNK = 16  # tokens from one kept state to the next
 LANES = 32  # threads of a warp, each of which owns one channel of a tensor
 ENOUGH_PROGRAMS = 1024  # eight warps for each multiprocessor of a large GPU
 
@@ -233,14 +234,6 @@ def _scan_forward_kernel(
             tl.store(to, h[r * PARTS + p], mask=heres[r] & (state_number < STATE))
 
 
-def kept_shape(
-    directions: int, batch: int, length: int, dim: int, state: int, *, chunk: int = CHUNK
-) -> tuple[int, ...]:
-    """Return the shape of the kept states: one for every `chunk` tokens, but none for the first."""
-    form = state_form(state)
-    return directions, batch, (length - 1) // chunk, form["PARTS"], dim, form["PART"]
-
-
 def scan_forward(
     u: Tensor,
     delta: Tensor,
@@ -279,12 +272,12 @@ def scan_forward(
 
     Returns:
         The state after the last step, (directions, batch, dim, state), and the kept states, of
-        `kept_shape`, or an empty tensor; both float32.
+        `kept_states.triton_shape`, or an empty tensor; both float32.
     """
     directions, batch, length, dim = u.shape
     groups, state = B.shape[3:]
     last = u.new_empty(directions, batch, dim, state, dtype=torch.float32)
-    shape = kept_shape(directions, batch, length, dim, state, chunk=chunk) if keep else (0,)
+    shape = triton_shape(directions, batch, length, dim, state, chunk=chunk) if keep else (0,)
     kept = u.new_empty(shape, dtype=torch.float32)
     warps = warps or 1
     block = block or fast_block(batch * directions * groups, dim // groups, state)
@@ -338,9 +331,8 @@ def directions_back(reverse: Sequence[bool]) -> int:
 
 def state_form(state: int) -> dict[str, Any]:
     """Return the constants that say how state numbers are cut into parts."""
-    padded = triton.next_power_of_2(state)
-    part = min(padded, 4)
-    return dict(STATE=state, PART=part, PARTS=padded // part)
+    part, parts = state_parts(state)
+    return dict(STATE=state, PART=part, PARTS=parts)
 
 
 def index_type(length: int, *tensors: Tensor) -> Any:
