@@ -1,4 +1,4 @@
-"""Kernels for CPUs, compiled by numba: the convolution, the scan and the gate of a Mamba block."""
+"""Numba kernels for CPUs: the convolution, the scan and the gate of a Mamba block."""
 
 from fambav.ops.numba.backward_scan import scan_backward
 from fambav.ops.numba.conv import conv_backward, conv_forward

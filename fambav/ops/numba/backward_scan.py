@@ -1,9 +1,10 @@
-"""Selective scan backward: a task walks back along all tokens with a few vectors of channels.
+"""Selective scan backward: a task goes back along all tokens with a few vectors of channels.
 
-Each chunk of tokens is scanned again from its kept state, for one number of the state after the
-other, so that all that a pass over the chunk touches stays in the nearest cache.  What belongs to a
-token is in one row of the work, because a loop over many buffers runs out of registers for their
-addresses.
+Each chunk of tokens is rescanned from its kept state, one element of the state after the other, so
+that a pass over the chunk stays in the L1 cache.  The values of a token are one row of the work
+buffer, because a loop over many buffers runs out of registers for their addresses.
+
+Source: as `forward_scan`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from fambav.ops.numba.compilation import (
 )
 from fambav.ops.numba.forward_scan import per_channel
 from fambav.ops.numba.functions import LN_2, LOG2_E, ZERO, exp2
-from fambav.ops.numba.lanes import WIDTH, spread, total
+from fambav.ops.numba.lanes import WIDTH, broadcast, total
 from fambav.ops.numba.memory import get, number, put, read, vectors, write
 
-MOST_BLOCKS = 8  # vectors of channels in a task
-ENOUGH_TASKS = 16  # for any number of threads that share a small batch
+MOST_BLOCKS = 8  # vectors of channels of a task
+ENOUGH_TASKS = 16  # for threads to share a small batch
 
-# What a row of the work holds of a token.  DX and DDELTA are sums over the state; the second is
-# what the decay alone passes to delta.
+# The columns of a row of the work buffer.  DX and DDELTA are sums over the state; DDELTA is the
+# part through the decay alone.
 DELTA, SLOPE, X, DY, DX, DDELTA, DECAY, DECAYED = range(8)
 ROW = 8
 
@@ -44,7 +45,7 @@ ROW = 8
 def _load_chunk(
     work: Any, u: Any, delta: Any, dy: Any, shift: Any, place: Any, tokens: Any, softplus: Any
 ) -> None:
-    """Fill the rows of the work from the inputs."""
+    """Fill the work buffer from the inputs."""
     k, b, channel, count = place
     first, stride, steps = tokens
     for i in range(steps):
@@ -56,15 +57,15 @@ def _load_chunk(
         put(work, row + DELTA, delta_t)
         put(work, row + X, delta_t * read(u, k, b, t, channel, count))
         put(work, row + DY, read(dy, k, b, t, channel, count))
-        put(work, row + DX, spread(ZERO))
-        put(work, row + DDELTA, spread(ZERO))
+        put(work, row + DX, broadcast(ZERO))
+        put(work, row + DDELTA, broadcast(ZERO))
 
 
 @inlined
 def _scan_again(
     work: Any, sums: Any, weights: Any, first: int, steps: int, rate: Any, h: Any
 ) -> None:
-    """Scan one number of the state along a chunk; add up the gradient of C."""
+    """Scan one element of the state along a chunk; accumulate the gradient of C."""
     for i in range(steps):
         row, pair = i * ROW, 2 * (first + i)
         decay = exp2(get(work, row + DELTA) * rate)
@@ -79,7 +80,7 @@ def _scan_again(
 def _scan_back(
     work: Any, sums: Any, weights: Any, first: int, steps: int, rate: Any, dh: Any, dA: Any
 ) -> Any:
-    """Take the gradient of one number of the state back along a chunk; add up that of B."""
+    """Backpropagate one element of the state along a chunk; accumulate the gradient of B."""
     for i in range(steps - 1, -1, -1):
         row, pair = i * ROW, 2 * (first + i)
         dh = dh + get(work, row + DY) * number(weights, pair + 1)
@@ -96,10 +97,10 @@ def _scan_back(
 def _store_chunk(
     work: Any, u: Any, du: Any, ddelta: Any, skip: Any, place: Any, tokens: Any, softplus: Any
 ) -> Any:
-    """Write the gradients of u and delta; return what a chunk adds to those of D and bias."""
+    """Write the gradients of u and delta; return those of D and bias of this chunk."""
     k, b, channel, count = place
     first, stride, steps = tokens
-    dD, dbias = spread(ZERO), spread(ZERO)
+    dD, dbias = broadcast(ZERO), broadcast(ZERO)
     for i in range(steps):
         t, row = first + i * stride, i * ROW
         u_t = read(u, k, b, t, channel, count)
@@ -146,7 +147,7 @@ def _scan_backward_kernel(
     groups, state = B.shape[3:]
     width = dim // groups
     parts = len(dB)
-    rates, dh, dA = vectors(most * state), vectors(most * state), vectors(most * state)
+    A_log2e, dh, dA = vectors(most * state), vectors(most * state), vectors(most * state)
     dD, dbias = vectors(most), vectors(most)
     work = vectors(CHUNK * ROW)
     weights, sums = np.empty(2 * state * CHUNK, np.float32), vectors(2 * state * CHUNK)
@@ -165,12 +166,12 @@ def _scan_backward_kernel(
             count = min(WIDTH, end - channel)
             for n in range(state):
                 at = block * state + n
-                put(rates, at, read(A, k, 0, n, channel, count) * LOG2_E)
-                later = read(dlast, k, b, n, channel, count) if dlast.size else spread(ZERO)
+                put(A_log2e, at, read(A, k, 0, n, channel, count) * LOG2_E)
+                later = read(dlast, k, b, n, channel, count) if dlast.size else broadcast(ZERO)
                 put(dh, at, later)
-                put(dA, at, spread(ZERO))
-            put(dD, block, spread(ZERO))
-            put(dbias, block, spread(ZERO))
+                put(dA, at, broadcast(ZERO))
+            put(dD, block, broadcast(ZERO))
+            put(dbias, block, broadcast(ZERO))
 
         for chunk in range(-(-length // CHUNK) - 1, -1, -1):
             steps = min(CHUNK, length - chunk * CHUNK)
@@ -180,19 +181,19 @@ def _scan_backward_kernel(
                 for i in range(steps):
                     t, pair = first + i * tokens[1], 2 * (n * CHUNK + i)
                     weights[pair], weights[pair + 1] = B[k, b, t, group, n], C[k, b, t, group, n]
-                    put(sums, pair, spread(ZERO))
-                    put(sums, pair + 1, spread(ZERO))
+                    put(sums, pair, broadcast(ZERO))
+                    put(sums, pair + 1, broadcast(ZERO))
 
             for block in range(blocks):
                 channel = start + block * WIDTH
                 count = min(WIDTH, end - channel)
                 place = (k, b, channel, count)
-                shift = read(bias, k, 0, 0, channel, count) if bias.size else spread(ZERO)
-                skip = read(D, k, 0, 0, channel, count) if D.size else spread(ZERO)
+                shift = read(bias, k, 0, 0, channel, count) if bias.size else broadcast(ZERO)
+                skip = read(D, k, 0, 0, channel, count) if D.size else broadcast(ZERO)
                 _load_chunk(work, u, delta, dy, shift, place, tokens, softplus)
                 for n in range(state):
                     at, row = block * state + n, n * CHUNK
-                    rate = get(rates, at)
+                    rate = get(A_log2e, at)
                     h = read(kept, k, b, chunk * state + n, channel, count)
                     _scan_again(work, sums, weights, row, steps, rate, h)
                     earlier, more = _scan_back(
@@ -221,18 +222,15 @@ def _scan_backward_kernel(
             write(dparameters, b, k, state + 1, channel, count, get(dbias, block))
 
 
-def add_up(parts: Tensor, out: Tensor) -> Tensor:
-    """Write the sum over the first axis to `out`, in order for any number of threads.
-
-    The first part is overwritten.
-    """
+def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
+    """Write the sum over the first axis to `out`, in a fixed order; overwrites the first part."""
     for part in parts[1:]:
         parts[0].add_(part)
     return out.copy_(parts[0])
 
 
 def _division(blocks: int, rows: int) -> tuple[int, int]:
-    """Return how many of a row's blocks a task has at most, and how many tasks share a row."""
+    """Return the most blocks of a task, and the tasks that share a row."""
     most = min(MOST_BLOCKS, -(-rows * blocks // ENOUGH_TASKS))
     return most, -(-blocks // most)
 
@@ -256,16 +254,16 @@ def scan_backward(
     softplus: bool,
     reverse: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Write the gradients of u, delta, B and C, and return those of A, D and bias.
+    """Write the gradients of u, delta, B and C; return those of A, D and bias.
 
     Tensors have any strides; those of another dtype than float32 are copied.
 
     Args:
         dy: Gradient of y, (directions, batch, length, dim).
         dlast: Gradient of the state after the last step, (directions, batch, dim, state).
-        kept: What `scan_forward` kept.
+        kept: As returned by `scan_forward`.
         u, delta, A, B, C, D, bias, softplus, reverse: As in `scan_forward`.
-        du, ddelta, dB, dC: Where to write the gradients of u, delta, B and C.
+        du, ddelta, dB, dC: Outputs for the gradients of u, delta, B and C.
 
     Returns:
         The gradients of A, (directions, dim, state), and of D and bias, (directions, dim) or None.
@@ -275,19 +273,19 @@ def scan_backward(
     most, parts = _division(-(-dim // groups // WIDTH), directions * batch * groups)
     dB_parts, dC_parts = (B.new_empty(parts, *B.shape, dtype=torch.float32) for _ in range(2))
     dparameters = u.new_empty(batch, directions, state + 2, dim, dtype=torch.float32)
-    given = (u, delta, per_channel(A), B, C, per_channel(D), per_channel(bias))
+    inputs = (u, delta, per_channel(A), B, C, per_channel(D), per_channel(bias))
     launch(
         _scan_backward_kernel,
         directions * batch * groups * parts,
-        (dy, None if dlast is None else dlast.mT, kept, *given),
+        (dy, None if dlast is None else dlast.mT, kept, *inputs),
         (du, ddelta, dB_parts, dC_parts, dparameters),
         softplus,
         np.array(reverse, dtype=np.bool_),
         most,
     )
-    add_up(dB_parts, dB)
-    add_up(dC_parts, dC)
-    sums = add_up(dparameters, torch.empty_like(dparameters[0]))
+    sum_parts(dB_parts, dB)
+    sum_parts(dC_parts, dC)
+    sums = sum_parts(dparameters, torch.empty_like(dparameters[0]))
     dD = None if D is None else sums[:, state].clone()
     dbias = None if bias is None else sums[:, state + 1].clone()
     return sums[:, :state].mT.contiguous(), dD, dbias

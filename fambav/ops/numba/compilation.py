@@ -1,11 +1,11 @@
-"""How the kernels are compiled, kept on disk and started.
+"""Compilation, caching and launching of the kernels.
 
-A kernel is compiled for one list of types when its module is imported.  Its machine code is kept in
-the folder of the source or, if nothing can be written there, in the user's cache.
+A kernel is compiled for one signature when its module is imported.  Its machine code is cached in
+the folder of the source or, if that is not writable, in the user's cache.
 
-A kernel takes tasks until none is left, without Python's lock, in as many threads as PyTorch uses.
-They are Python's and not numba's: numba's come from whichever library it finds, and depending on
-that end a process that was forked, or one that starts two kernels at once.
+A kernel takes tasks from a counter, without the GIL, in as many threads as PyTorch uses.  They are
+Python threads, not numba's: depending on its threading layer, numba aborts a forked process or one
+that launches two kernels concurrently.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def floats(axes: int) -> Any:
 
 
 def kernel(*takes: Any) -> Callable[[_F], _F]:
-    """Compile a function for the types that it takes, or load what another process compiled."""
+    """Compile a function for this signature, or load it from the cache."""
 
     def decorate(function: _F) -> _F:
         function.__qualname__ = f"{function.__qualname__}_{_SOURCES}"
         compile_for = functools.partial(numba.njit, types.void(*takes), nogil=True)
         try:
             compiled = compile_for(cache=True)(function)
-        except RuntimeError as error:  # there is no folder to write to
+        except RuntimeError as error:  # no cache folder is writable
             warnings.warn(f"every process compiles it anew: {error}", stacklevel=2)
             compiled = compile_for()(function)
         return cast(_F, compiled)
@@ -69,29 +69,29 @@ def kernel(*takes: Any) -> Callable[[_F], _F]:
 
 
 def inlined(function: _F) -> _F:
-    """Make a function part of each kernel that calls it."""
+    """Inline a function into each kernel that calls it."""
     return cast(_F, numba.njit(forceinline=True)(function))
 
 
 def called(function: _F) -> _F:
-    """Make a function that kernels call, for what they seldom do."""
+    """Compile a function that kernels call on rare paths."""
     return cast(_F, numba.njit(function))
 
 
 def emitted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function from one that returns its signature and what emits its instructions."""
+    """Make a function from one that returns its signature and its LLVM code generator."""
     made: Callable[..., Any] = intrinsic(function)
     return made
 
 
 @emitted
 def next_task(typing: Any, counter: Any) -> Any:
-    """Take the number of a task that no other thread has."""
+    """Take the next task, atomically."""
     del typing
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+        pointer = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(counter), emit
 
@@ -106,18 +106,18 @@ def launch(
     """Run a kernel in as many threads as PyTorch uses.
 
     Args:
-        function: The kernel.  It takes the counter that gives out tasks, then what follows here; a
-            tensor becomes an array of float32, over the same memory if it is float32, and None an
-            array of four axes with no numbers.
-        tasks: How many there are.
-        inputs: What the kernel reads.
-        outputs: What the kernel writes.
+        function: The kernel.  It takes the counter of tasks, then what follows here; a tensor
+            becomes a float32 array, which shares its memory if it is float32, and None an empty
+            array of four axes.
+        tasks: Their number.
+        inputs: Tensors that the kernel reads.
+        outputs: Tensors that the kernel writes.
         options: Its other arguments.
     """
     counter = np.zeros(1, np.int64)
-    places = [None if x is None else x.detach().float() for x in outputs]
+    written = [None if x is None else x.detach().float() for x in outputs]
     read = [None if x is None else x.detach().float() for x in inputs]
-    arrays = [_NOTHING if x is None else x.numpy() for x in (*read, *places)]
+    arrays = [_NOTHING if x is None else x.numpy() for x in (*read, *written)]
     threads = torch.get_num_threads()
     running = []
     if threads > 1:
@@ -126,14 +126,14 @@ def launch(
             running.append(others.submit(function, counter, *arrays, *options))
     function(counter, *arrays, *options)
     for run in running:
-        if not run.cancel():  # what has not begun by now would find no task
+        if not run.cancel():  # a thread that has not started yet would get no task
             run.result()
-    for output, place in zip(outputs, places, strict=True):
-        if output is not None and place is not None and output.dtype != place.dtype:
-            output.copy_(place)
+    for output, array in zip(outputs, written, strict=True):
+        if output is not None and array is not None and output.dtype != array.dtype:
+            output.copy_(array)
 
 
 @functools.cache
 def _others(process: int, count: int) -> ThreadPoolExecutor:
-    """Return threads that wait for work; a forked process has none of its parent's."""
+    """Return a thread pool of this process; a fork inherits no threads."""
     return ThreadPoolExecutor(count, thread_name_prefix=f"fambav-{process}")

@@ -1,7 +1,7 @@
 """Depthwise convolution along the tokens in both directions, with silu.
 
-A task has one vector of channels of one image.  Its tokens are copied between rows of zeros, so
-that no step asks whether a token exists.
+A task has one vector of channels of one sample.  Its tokens are copied into a zero-padded buffer,
+so that no step needs a bounds check.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from numba import types
 from torch import Tensor
 
-from fambav.ops.numba.backward_scan import add_up
+from fambav.ops.numba.backward_scan import sum_parts
 from fambav.ops.numba.compilation import (
     COUNTER,
     floats,
@@ -25,7 +25,7 @@ from fambav.ops.numba.compilation import (
 )
 from fambav.ops.numba.forward_scan import per_channel
 from fambav.ops.numba.functions import ZERO, sigmoid, silu_slope
-from fambav.ops.numba.lanes import WIDTH, spread
+from fambav.ops.numba.lanes import WIDTH, broadcast
 from fambav.ops.numba.memory import get, put, read, vectors, write
 
 
@@ -33,23 +33,23 @@ from fambav.ops.numba.memory import get, put, read, vectors, write
 def _load(
     rows: Any, taps: Any, x: Any, weight: Any, bias: Any, b: int, channel: int, count: int
 ) -> None:
-    """Copy the tokens between zeros, and the taps of each direction followed by its bias."""
+    """Copy the tokens with zero padding, and the taps of each direction followed by its bias."""
     directions, width, length = weight.shape[0], weight.shape[2], x.shape[2]
     for i in range(width - 1):
-        put(rows, i, spread(ZERO))
-        put(rows, width - 1 + length + i, spread(ZERO))
+        put(rows, i, broadcast(ZERO))
+        put(rows, width - 1 + length + i, broadcast(ZERO))
     for t in range(length):
         put(rows, width - 1 + t, read(x, 0, b, t, channel, count))
     for k in range(directions):
         for tap in range(width):
             put(taps, k * (width + 1) + tap, read(weight, k, 0, tap, channel, count))
-        shift = read(bias, k, 0, 0, channel, count) if bias.size else spread(ZERO)
+        shift = read(bias, k, 0, 0, channel, count) if bias.size else broadcast(ZERO)
         put(taps, k * (width + 1) + width, shift)
 
 
 @inlined
 def _seen(tap: int, width: int, reverse: bool) -> int:
-    """Return how many rows after its own number the token lies that a tap meets."""
+    """Return the row offset of the token that a tap multiplies."""
     return 2 * (width - 1) - tap if reverse else tap
 
 
@@ -135,14 +135,14 @@ def _conv_backward_kernel(
         count = min(WIDTH, dim - channel)
         _load(rows, taps, x, weight, bias, b, channel, count)
         for t in range(length):
-            put(sums, t, spread(ZERO))
+            put(sums, t, broadcast(ZERO))
         for i in range(width - 1):
-            put(dout, i, spread(ZERO))
-            put(dout, width - 1 + length + i, spread(ZERO))
+            put(dout, i, broadcast(ZERO))
+            put(dout, width - 1 + length + i, broadcast(ZERO))
 
         for k in range(directions):
             for tap in range(width + 1):
-                put(dtaps, tap, spread(ZERO))
+                put(dtaps, tap, broadcast(ZERO))
             for t in range(length):
                 change = read(du, k, b, t, channel, count)
                 if silu:
@@ -180,11 +180,11 @@ def conv_forward(
 
     Args:
         x: Input, (batch, length, dim).
-        weight: Taps of each direction, (dim, width); the last one meets the present token.
+        weight: Taps of each direction, (dim, width); the last one multiplies the present token.
         bias: Added in each direction, (dim,).
-        u: Where to write the result, (directions, batch, length, dim).
+        u: Output for the result, (directions, batch, length, dim).
         silu: Whether silu follows.
-        reverse: For each direction, whether a token sees those after it and not those before.
+        reverse: Of each direction, whether it convolves over following tokens.
     """
     _, batch, _, dim = u.shape
     launch(
@@ -214,7 +214,7 @@ def conv_backward(
         x: As in `conv_forward`.
         weight: As in `conv_forward`.
         bias: As in `conv_forward`.
-        dx: Where to write the gradient of x, (batch, length, dim).
+        dx: Output for the gradient of x, (batch, length, dim).
         silu: As in `conv_forward`.
         reverse: As in `conv_forward`.
 
@@ -232,5 +232,5 @@ def conv_backward(
         silu,
         np.array(reverse, dtype=np.bool_),
     )
-    sums = add_up(dparameters, torch.empty_like(dparameters[0]))
+    sums = sum_parts(dparameters, torch.empty_like(dparameters[0]))
     return sums[:, :width].mT.contiguous(), None if bias is None else sums[:, width].clone()

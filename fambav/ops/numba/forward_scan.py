@@ -1,7 +1,7 @@
-"""Selective scan forward: a task walks along all tokens with the state of one vector of channels.
+"""Selective scan forward: a task loops over all tokens with the state of one vector of channels.
 
 Source: the recurrence of Gu and Dao, "Mamba", arXiv:2312.00752, algorithm 2, and the recomputation
-of its section 3.3.2, here from the states that are kept between chunks of tokens.
+of its section 3.3.2, here from the states kept between chunks of tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fambav.ops.kept_states import numba_shape
 from fambav.ops.numba import functions
 from fambav.ops.numba.compilation import COUNTER, floats, kernel, launch, next_task
 from fambav.ops.numba.functions import LOG2_E, ZERO, exp2
-from fambav.ops.numba.lanes import WIDTH, spread
+from fambav.ops.numba.lanes import WIDTH, broadcast
 from fambav.ops.numba.memory import get, number_at, put, read, vectors, write
 
 
@@ -47,7 +47,7 @@ def _scan_forward_kernel(
     groups, state = B.shape[3:]
     width = dim // groups
     blocks = -(-width // WIDTH)
-    rate, h = vectors(state), vectors(state)
+    A_log2e, h = vectors(state), vectors(state)
     while True:
         task = next_task(counter)
         if task >= directions * batch * groups * blocks:
@@ -57,11 +57,11 @@ def _scan_forward_kernel(
         channel = group * width + block * WIDTH
         count = min(WIDTH, width - block * WIDTH)
 
-        shift = read(bias, k, 0, 0, channel, count) if bias.size else spread(ZERO)
-        skip = read(D, k, 0, 0, channel, count) if D.size else spread(ZERO)
+        shift = read(bias, k, 0, 0, channel, count) if bias.size else broadcast(ZERO)
+        skip = read(D, k, 0, 0, channel, count) if D.size else broadcast(ZERO)
         for n in range(state):
-            put(rate, n, read(A, k, 0, n, channel, count) * LOG2_E)
-            put(h, n, spread(ZERO))
+            put(A_log2e, n, read(A, k, 0, n, channel, count) * LOG2_E)
+            put(h, n, broadcast(ZERO))
 
         for step in range(length):
             if kept.size and step % CHUNK == 0:
@@ -73,9 +73,9 @@ def _scan_forward_kernel(
             if softplus:
                 delta_t = functions.softplus(delta_t)[0]
             x = delta_t * u_t
-            out = skip * u_t if D.size else spread(ZERO)
+            out = skip * u_t if D.size else broadcast(ZERO)
             for n in range(state):
-                decay = exp2(delta_t * get(rate, n))
+                decay = exp2(delta_t * get(A_log2e, n))
                 h_n = decay * get(h, n) + x * number_at(B, k, b, t, group, n)
                 put(h, n, h_n)
                 out = out + h_n * number_at(C, k, b, t, group, n)
@@ -86,7 +86,7 @@ def _scan_forward_kernel(
 
 
 def per_channel(parameters: Sequence[Tensor] | None) -> Tensor | None:
-    """Put what each direction has for every channel together.
+    """Stack a parameter of each direction, channels last.
 
     Args:
         parameters: For each direction (dim,) or (dim, n); or None.
@@ -121,11 +121,11 @@ def scan_forward(
         u: Input, (directions, batch, length, dim).
         delta: Step size before bias and softplus, shaped like u.
         A: Decay rate of each direction, (dim, state).
-        B: Input weight, (directions, batch, length, groups, state).
-        C: Output weight, shaped like B.
+        B: Input matrix, (directions, batch, length, groups, state).
+        C: Output matrix, shaped like B.
         D: Skip weight of each direction, (dim,).
         bias: Added to delta in each direction, (dim,).
-        y: Where to write the result, shaped like u.
+        y: Output for the result, shaped like u.
         softplus: Whether delta goes through softplus.
         reverse: For each direction, whether it goes from the last token to the first.
         keep: Whether to keep the states that `scan_backward` needs.

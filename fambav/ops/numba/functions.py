@@ -1,8 +1,8 @@
-"""Exponentials and what is made of them, on vectors.
+"""Vectorized exp2, sigmoid, silu and softplus.
 
-Relative errors are below 1e-6; where a result is too small for that in float32, it may be 0.  NaN
-gives NaN.  Coefficients are minimax fits of ours whose constant is held at 1, so that a state which
-hardly decays is multiplied by a number with hardly an error.
+Relative errors are below 1e-6; results below the normal float32 range may be flushed to 0.  NaN
+propagates.  Coefficients are minimax fits of ours with the constant term fixed at 1, so that the
+decay of a state is exact as the step size goes to 0.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fambav.ops.numba.lanes import exponent, largest, smallest, where_less
 ZERO, ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 LOG2_E, LN_2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
 
-# ln 2 in two parts; a whole number below 2**9 times the first is exact.
+# ln 2 in two parts; the product of the first and an integer below 2**9 is exact.
 _LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(-2.121944400546906e-4)
 
-# Rounds what it is added to, and leaves in the lowest bits that whole number as an exponent.
+# Adding it rounds to an integer, whose biased exponent is left in the lowest bits.
 _ROUND = np.float32(1.5 * 2**23 + 127)
 
-# Where the exponent becomes 0 and infinite, and the first of them for e in place of 2.
+# Range of the exponent for base 2, and its lower limit for base e.
 _LEAST, _MOST, _LEAST_OF_E = np.float32(-127), np.float32(128), np.float32(-88)
 
 # 2**f for |f| <= 1/2, to 2.6e-9.

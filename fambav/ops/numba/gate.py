@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fambav.ops.numba.compilation import COUNTER, floats, kernel, launch, next_task
 from fambav.ops.numba.functions import ZERO, sigmoid, silu_slope
-from fambav.ops.numba.lanes import WIDTH, spread
+from fambav.ops.numba.lanes import WIDTH, broadcast
 from fambav.ops.numba.memory import read, write
 
 TOKENS = 16  # in a task
@@ -27,7 +27,7 @@ def _gate_forward_kernel(counter: Any, y: Any, z: Any, out: Any, total: Any, sca
         for t in range(first, min(first + TOKENS, length)):
             for channel in range(0, dim, WIDTH):
                 count = min(WIDTH, dim - channel)
-                y_t, z_t = spread(ZERO), read(z, 0, b, t, channel, count)
+                y_t, z_t = broadcast(ZERO), read(z, 0, b, t, channel, count)
                 for k in range(directions):
                     y_t = y_t + read(y, k, b, t, channel, count)
                 if total.size:
@@ -67,13 +67,13 @@ def gate_forward(y: Tensor, z: Tensor, out: Tensor, total: Tensor | None, *, sca
     Args:
         y: (directions, batch, length, dim).
         z: The gate, (batch, length, dim).
-        out: Where to write the result, (batch, length, dim).
-        total: Where to write the sum, which `gate_backward` needs, (batch, length, dim), or None.
-        scale: A factor.
+        out: Output for the result, (batch, length, dim).
+        total: Output for the sum, which `gate_backward` needs, (batch, length, dim), or None.
+        scale: Factor of the result.
     """
     tasks = z.shape[0] * -(-z.shape[1] // TOKENS)
-    places = (out[None], None if total is None else total[None])
-    launch(_gate_forward_kernel, tasks, (y, z[None]), places, scale)
+    outputs = (out[None], None if total is None else total[None])
+    launch(_gate_forward_kernel, tasks, (y, z[None]), outputs, scale)
 
 
 def gate_backward(
@@ -90,14 +90,14 @@ def gate_backward(
 
     Args:
         grad: Gradient of the result, (batch, length, dim).
-        total: What `gate_forward` wrote there.
+        total: As written by `gate_forward`.
         z: As in `gate_forward`.
-        dy: Where to write the gradient of y, (batch, length, dim).
-        dz: Where to write the gradient of z, (batch, length, dim).
-        out: Where to write what `gate_forward` wrote, (batch, length, dim), or None.
+        dy: Output for the gradient of y, (batch, length, dim).
+        dz: Output for the gradient of z, (batch, length, dim).
+        out: Output for the recomputed result, (batch, length, dim), or None.
         scale: As in `gate_forward`.
     """
     tasks = z.shape[0] * -(-z.shape[1] // TOKENS)
-    given = [x[None] for x in (grad, total, z)]
-    places = (dy[None], dz[None], None if out is None else out[None])
-    launch(_gate_backward_kernel, tasks, given, places, scale)
+    inputs = [x[None] for x in (grad, total, z)]
+    outputs = (dy[None], dz[None], None if out is None else out[None])
+    launch(_gate_backward_kernel, tasks, inputs, outputs, scale)

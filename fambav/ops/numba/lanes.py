@@ -1,8 +1,8 @@
-"""Vectors for numba: one number of each of 16 neighbouring channels, handled by one instruction.
+"""SIMD vectors for numba: one float32 of each of 16 neighbouring channels.
 
-numba leaves vectors to a pass of its compiler, which must first prove that no two arrays overlap.
-Here they are a type, so that a kernel is written for a vector as it would be for a number.  Where
-registers are narrower, the compiler takes several of them for a vector.
+numba leaves vectorization to LLVM, which must first prove that no two arrays alias.  Here vectors
+are a type, so that a kernel for vectors reads like one for scalars.  Where registers are narrower,
+LLVM splits a vector over several of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numba.extending import lower_builtin, models, register_model
 
 from fambav.ops.numba.compilation import emitted
 
-WIDTH = 16  # numbers in a vector
+WIDTH = 16  # lanes of a vector
 
 _INT = ir.IntType(32)
 _INTS = ir.VectorType(_INT, WIDTH)
@@ -41,8 +41,8 @@ class _LanesModel(models.PrimitiveModel):
 LANES = LanesType()
 
 
-def _spread(builder: Any, x: Any) -> Any:
-    """Repeat a number in all lanes; a vector stays as it is."""
+def _broadcast(builder: Any, x: Any) -> Any:
+    """Broadcast a scalar to all lanes; return a vector unchanged."""
     if x.type == VECTOR:
         return x
     first = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), x, ir.Constant(_INT, 0))
@@ -50,10 +50,9 @@ def _spread(builder: Any, x: Any) -> Any:
 
 
 def _let_operator_take_vectors(function: Callable[..., Any], instruction: str) -> None:
-    """Define an operator for two vectors, and for a vector and a number.
+    """Define an operator for two vectors, and for a vector and a scalar.
 
-    A product and a sum may become one instruction, rounded once.  Nothing else may be assumed: sums
-    keep their order, and NaN is a number like others.
+    Contraction to FMA is allowed, but no other fast-math flag: no reassociation, and NaN counts.
     """
     pairs = [(LANES, LANES), (LANES, types.float32), (types.float32, LANES)]
     cases = [LANES(*pair) for pair in pairs]
@@ -61,7 +60,7 @@ def _let_operator_take_vectors(function: Callable[..., Any], instruction: str) -
 
     def emit(context: Any, builder: Any, taken: Any, args: Any) -> Any:
         del context, taken
-        operands = [_spread(builder, x) for x in args]
+        operands = [_broadcast(builder, x) for x in args]
         return getattr(builder, instruction)(*operands, flags=("contract",))
 
     for pair in pairs:
@@ -75,21 +74,21 @@ _let_operator_take_vectors(operator.truediv, "fdiv")
 
 
 @emitted
-def spread(typing: Any, x: Any) -> Any:
-    """Repeat a number in all lanes."""
+def broadcast(typing: Any, x: Any) -> Any:
+    """Broadcast a scalar to all lanes."""
     del typing, x
-    return LANES(types.float32), lambda context, builder, taken, args: _spread(builder, args[0])
+    return LANES(types.float32), lambda context, builder, taken, args: _broadcast(builder, args[0])
 
 
 def _choice(comparison: str, then: int, otherwise: int) -> Callable[..., Any]:
-    """Compare the first two arguments; where that holds take one, elsewhere, as with NaN, another.
+    """Select between two arguments, given by index, by an ordered comparison of the first two.
 
-    The numbers are the places of those two among the arguments.
+    NaN compares false, so that the second is selected.
     """
 
     def emit(context: Any, builder: Any, taken: Any, args: Any) -> Any:
         del context, taken
-        values = [_spread(builder, x) for x in args]
+        values = [_broadcast(builder, x) for x in args]
         holds = builder.fcmp_ordered(comparison, values[0], values[1])
         return builder.select(holds, values[then], values[otherwise])
 
@@ -132,7 +131,7 @@ def exponent(typing: Any, x: Any) -> Any:
 
 @emitted
 def total(typing: Any, x: Any) -> Any:
-    """Add the lanes, the upper half to the lower half until one is left."""
+    """Sum the lanes pairwise, the upper half onto the lower half."""
     del typing
 
     def emit(context: Any, builder: Any, taken: Any, args: Any) -> Any:
@@ -151,7 +150,7 @@ def total(typing: Any, x: Any) -> Any:
 
 @emitted
 def lane(typing: Any, x: Any, index: Any) -> Any:
-    """Return one number of a vector."""
+    """Return one lane of a vector."""
     del typing, index
 
     def emit(context: Any, builder: Any, taken: Any, args: Any) -> Any:
@@ -163,7 +162,7 @@ def lane(typing: Any, x: Any, index: Any) -> Any:
 
 @emitted
 def with_lane(typing: Any, x: Any, index: Any, value: Any) -> Any:
-    """Return a vector with one number replaced."""
+    """Return a vector with one lane replaced."""
     del typing, index, value
 
     def emit(context: Any, builder: Any, taken: Any, args: Any) -> Any:

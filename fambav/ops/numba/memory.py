@@ -1,6 +1,6 @@
-"""Where vectors come from and go to: tensors with any strides, and buffers of a thread.
+"""Loads and stores of vectors: from tensors with any strides, and from buffers of a thread.
 
-Indices are taken as they are: none is checked and none counts from the end.
+Indices are neither checked nor wrapped.
 """
 
 from __future__ import annotations
@@ -12,43 +12,43 @@ from numba import types
 from numba.core import cgutils
 
 from fambav.ops.numba.compilation import called, emitted, inlined
-from fambav.ops.numba.lanes import LANES, VECTOR, WIDTH, lane, spread, with_lane
+from fambav.ops.numba.lanes import LANES, VECTOR, WIDTH, broadcast, lane, with_lane
 
-_BYTES = 4  # of a number
+_BYTES = 4  # of a float32
 
 
-def _place(context: Any, builder: Any, array_type: Any, array: Any, indices: Any) -> Any:
-    """Point at a number of an array."""
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, indices: Any) -> Any:
+    """Return the address of an element of an array."""
     view = context.make_array(array_type)(context, builder, array)
     return cgutils.get_item_pointer(context, builder, array_type, view, indices)
 
 
 def _emit_number(context: Any, builder: Any, taken: Any, args: Any) -> Any:
-    return builder.load(_place(context, builder, taken.args[0], args[0], args[1:]))
+    return builder.load(_pointer(context, builder, taken.args[0], args[0], args[1:]))
 
 
 @emitted
 def number(typing: Any, buffer: Any, index: Any) -> Any:
-    """Read one number of a buffer."""
+    """Load one element of a buffer."""
     del typing, index
     return types.float32(buffer, types.int64), _emit_number
 
 
 @emitted
 def number_at(typing: Any, x: Any, k: Any, b: Any, t: Any, group: Any, n: Any) -> Any:
-    """Read one number of a tensor of five axes."""
+    """Load one element of a tensor of five axes."""
     del typing, k, b, t, group, n
     return types.float32(x, *[types.int64] * 5), _emit_number
 
 
 def _emit_read(context: Any, builder: Any, taken: Any, args: Any) -> Any:
-    place = _place(context, builder, taken.args[0], args[0], args[1:])
-    return builder.load(builder.bitcast(place, VECTOR.as_pointer()), align=_BYTES)
+    pointer = _pointer(context, builder, taken.args[0], args[0], args[1:])
+    return builder.load(builder.bitcast(pointer, VECTOR.as_pointer()), align=_BYTES)
 
 
 def _emit_write(context: Any, builder: Any, taken: Any, args: Any) -> Any:
-    place = _place(context, builder, taken.args[0], args[0], args[1:-1])
-    builder.store(args[-1], builder.bitcast(place, VECTOR.as_pointer()), align=_BYTES)
+    pointer = _pointer(context, builder, taken.args[0], args[0], args[1:-1])
+    builder.store(args[-1], builder.bitcast(pointer, VECTOR.as_pointer()), align=_BYTES)
     return context.get_dummy_value()
 
 
@@ -78,19 +78,19 @@ def _write_row(typing: Any, x: Any, i: Any, j: Any, k: Any, channel: Any, value:
 
 @inlined
 def get(buffer: Any, index: int) -> Any:
-    """Read a vector of a buffer; the index counts vectors."""
+    """Load a vector of a buffer; the index counts vectors."""
     return _read_buffer(buffer, index * WIDTH)
 
 
 @inlined
 def put(buffer: Any, index: int, x: Any) -> None:
-    """Write a vector of a buffer; the index counts vectors."""
+    """Store a vector of a buffer; the index counts vectors."""
     _write_buffer(buffer, index * WIDTH, x)
 
 
 @inlined
 def vectors(count: int) -> Any:
-    """Return a buffer for vectors, with one cache line for each; nothing is written to it."""
+    """Return an uninitialized buffer of vectors, each aligned to a cache line."""
     memory = np.empty((count + 1) * WIDTH, np.float32)
     start = -(memory.ctypes.data // _BYTES) % WIDTH
     return memory[start : start + count * WIDTH]
@@ -98,7 +98,7 @@ def vectors(count: int) -> Any:
 
 @inlined
 def read(x: Any, i: int, j: int, k: int, channel: int, count: int) -> Any:
-    """Read neighbouring channels of a tensor of four axes; lanes from `count` on are 0."""
+    """Load neighbouring channels of a tensor of four axes; lanes from `count` on are 0."""
     if count == WIDTH and x.strides[3] == _BYTES:
         return _read_row(x, i, j, k, channel)
     return _gather(x, i, j, k, channel, count)
@@ -106,7 +106,7 @@ def read(x: Any, i: int, j: int, k: int, channel: int, count: int) -> Any:
 
 @inlined
 def write(x: Any, i: int, j: int, k: int, channel: int, count: int, value: Any) -> None:
-    """Write the first `count` lanes to neighbouring channels of a tensor of four axes."""
+    """Store the first `count` lanes to neighbouring channels of a tensor of four axes."""
     if count == WIDTH and x.strides[3] == _BYTES:
         _write_row(x, i, j, k, channel, value)
     else:
@@ -115,7 +115,7 @@ def write(x: Any, i: int, j: int, k: int, channel: int, count: int, value: Any) 
 
 @called
 def _gather(x: Any, i: int, j: int, k: int, channel: int, count: int) -> Any:
-    value = spread(np.float32(0))
+    value = broadcast(np.float32(0))
     for index in range(count):
         value = with_lane(value, index, x[i, j, k, channel + index])
     return value

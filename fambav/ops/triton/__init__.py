@@ -1,4 +1,4 @@
-"""Triton kernels, imported only when they are used."""
+"""Triton kernels, imported at first use; `triton` below is the library."""
 
 from fambav.ops.triton.conv import conv_backward, conv_forward
 from fambav.ops.triton.gate import gate_backward, gate_forward

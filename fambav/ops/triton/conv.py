@@ -3,18 +3,18 @@
     forward   u[t] = act(bias + sum over k of w[k] x[t - width + 1 + k])
     reverse   u[t] = act(bias + sum over k of w[k] x[t + width - 1 - k])
 
-A program walks along a stretch of tokens for a block of channels, with the last tokens in
-registers.  The `width` tokens up to token s are what the forward direction needs at s and what the
-reverse one needs at s - width + 1, so one window serves both and x is read once.  The backward
-kernel keeps the gradients of what precedes the activation in the same way: each of them is made
-once from the same window, not once for every tap.
+A program loops over a stretch of tokens for a block of channels, with a sliding window of tokens in
+registers.  The `width` tokens up to token s are the receptive field of the forward direction at s
+and of the reverse one at s - width + 1, so one window serves both and x is loaded once.  The
+backward kernel keeps a window of pre-activation gradients in the same way: each is computed once,
+not once per tap.
 
-Instructions in the loop of the sm_90 machine code (Triton 3.7) for one number of x at width 4, both
-directions, silu, bfloat16: about 29 forward and 65 backward.
+SASS instructions of the loop (sm_90, Triton 3.7) per element of x at width 4, both directions,
+silu, bfloat16: about 29 forward and 65 backward.
 """
 
 # mypy: disable-error-code="assignment"
-# (a tuple that grows has another type after every assignment)
+# (the type of a tuple changes with every assignment that extends it)
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from fambav.ops.triton.gate import sigmoid
 from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.variant import Variant
 
-ROWS = 4  # tokens whose numbers are asked for at once
+ROWS = 4  # tokens whose loads are issued together
 MOST_STEPS, FEWEST_STEPS = 256, 16  # of a stretch
 WARPS = 1  # of a program
-ENOUGH_PROGRAMS = 1024  # stretches are halved until a large GPU has this many, if they can be
+ENOUGH_PROGRAMS = 1024  # to fill a large GPU; stretches are halved down to FEWEST_STEPS for it
 
 
 @triton.jit
@@ -44,10 +44,10 @@ def _place(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Number of this stretch among all, image, first step, end and channels.
+    """Index of the stretch, sample, first step, end, and channels.
 
-    Step s is where the newest token of the window is s; the reverse direction needs width - 1
-    steps after the last token.
+    At step s the newest token of the window is s; the reverse direction takes width - 1 more steps
+    after the last token.
     """
     steps = length + WIDTH - 1
     blocks = tl.cdiv(dim, BLOCK)
@@ -62,16 +62,16 @@ def _place(
 
 @triton.jit
 def _exists(token, length, inside):
-    """Mask of the channels `inside`, or of none if there is no such token.
+    """Mask of the channels `inside`, empty unless 0 <= token < length.
 
-    A block and a number under `&` are too much for the interpreter of Triton 3.9.
+    The interpreter of Triton 3.9 does not support `&` of a block and a scalar.
     """
     return tl.where((token >= 0) & (token < length), x=inside, y=False)
 
 
 @triton.jit
 def _token(place, token, length, inside):
-    """The numbers of one token; those of tokens that do not exist are 0."""
+    """Load one token; zeros outside of the sequence."""
     here = _exists(token, length, inside)
     return tl.load(place, mask=here, other=0.0).to(tl.float32)
 
@@ -84,7 +84,7 @@ def _taps(
     WIDTH: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """A direction's weights in the order of the tokens that they meet."""
+    """Load the weights of a direction in token order."""
     taps = ()
     for i in tl.static_range(WIDTH):
         k = WIDTH - 1 - i if REVERSE else i
@@ -104,7 +104,7 @@ def _shift(bias, channel, inside, BLOCK: tl.constexpr):
 
 @triton.jit
 def _before(shift, taps, seen):
-    """What precedes the activation: `shift` + `taps` . `seen`."""
+    """Pre-activation: `shift` + `taps` . `seen`."""
     for j in tl.static_range(len(taps)):
         shift += taps[j] * seen[j]
     return shift
@@ -118,7 +118,7 @@ def _pull(
     seen,
     SILU: tl.constexpr,
 ):
-    """Gradient of what precedes the activation."""
+    """Gradient of the pre-activation."""
     if SILU:
         before = _before(shift, taps, seen)
         gate = sigmoid(before)
@@ -230,7 +230,7 @@ def _conv_backward_kernel(
     du += batch * du_batch + first.to(tl.int64) * du_token + channel * du_channel
     x += batch * x_batch + first.to(tl.int64) * x_token + channel * x_channel
     dx += batch * dx_batch + first.to(tl.int64) * dx_token + channel * dx_channel
-    # What the first step needs of those before it, which another program counts in its sums.
+    # The window before the first step: another program accumulates its part of the sums.
     seen = ()
     for i in tl.static_range(2 - 2 * WIDTH, 0):
         seen = seen + (_token(x + i * x_token, first + i, length, inside),)
@@ -292,9 +292,9 @@ def conv_forward(
         x: Input, (batch, length, dim), any strides.
         weight: Kernels of each direction, (dim, width).
         bias: Of each direction, (dim,), or None.
-        u: Place of the result, (directions, batch, length, dim), any strides.
+        u: Output for the result, (directions, batch, length, dim), any strides.
         silu: Apply silu to the result.
-        reverse: Whether each direction sees the tokens after instead of those before.
+        reverse: Of each direction, whether it convolves over following tokens.
     """
     form = _form(x.shape[2], weight[0].shape[1], reverse, silu=silu, channels=128)
     stretch, rows = _stretches(x.shape, form)
@@ -317,20 +317,20 @@ def conv_backward(
     silu: bool,
     reverse: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the weights and biases, and write that of x.
+    """Return the gradients of the weights and biases; write that of x.
 
     Args:
         du: Gradient of u, (directions, batch, length, dim), any strides.
         x: As in `conv_forward`, like weight, bias, silu and reverse.
         weight: (dim, width) for each direction.
         bias: (dim,) for each direction, or None.
-        dx: Place of the gradient of x, (batch, length, dim), any strides.
+        dx: Output for the gradient of x, (batch, length, dim), any strides.
         silu: Whether silu was applied.
         reverse: Of each direction.
 
     Returns:
-        dweight, (directions, dim, width), and dbias, (directions, dim), or None; both float32 and
-        summed in an order that depends on nothing but shapes.
+        dweight, (directions, dim, width), and dbias, (directions, dim), or None; both float32.  The
+        order of the sums depends on shapes alone.
     """
     directions, _, _, dim = du.shape
     width = weight[0].shape[1]
@@ -352,7 +352,7 @@ def conv_backward(
 def _form(
     dim: int, width: int, reverse: Sequence[bool], *, silu: bool, channels: int
 ) -> dict[str, Any]:
-    """Return the constants of a compiled form; `channels` is the widest block that is fast."""
+    """Return the constants of a specialization; `channels` is the widest block that is fast."""
     return dict(
         WIDTH=width,
         DIRECTIONS=len(reverse),
@@ -364,9 +364,9 @@ def _form(
 
 
 def _stretches(shape: Sequence[int], form: dict[str, Any]) -> tuple[int, int]:
-    """Return the steps of a program and the number of stretches of all images.
+    """Return the steps of a program and the number of stretches of all samples.
 
-    Long ones read their weights and first window for more tokens; short ones fill the GPU.
+    Long stretches amortize loading weights and the first window; short ones fill the GPU.
     """
     batch, length, dim = shape
     steps, blocks = length + form["WIDTH"] - 1, triton.cdiv(dim, form["BLOCK"])
@@ -379,7 +379,7 @@ def _stretches(shape: Sequence[int], form: dict[str, Any]) -> tuple[int, int]:
 
 
 def variants() -> Iterator[Variant]:
-    """Yield the forms that the usual calls compile: channels in sixty-fours and last in memory."""
+    """Yield the usual specializations: dim a multiple of 64, channels contiguous."""
     ways: list[tuple[bool, ...]] = [(False,), (True,), (False, True)]
     cases = [(4, dim, way) for way in ways for dim in (64, 128)]
     cases += [(width, 128, ways[-1]) for width in (2, 3)]
@@ -393,7 +393,7 @@ def variants() -> Iterator[Variant]:
 
 
 def _variant(kernel: Any, dtype: torch.dtype, form: dict[str, Any]) -> Variant:
-    """Describe a form with activations of one type and weights and biases in float32."""
+    """Describe a specialization with float32 weights and biases."""
     arguments = [name for name in kernel.arg_names if name not in form]
     activations = ("x", "u", "du", "dx")
     types = dict.fromkeys(arguments, "i32")

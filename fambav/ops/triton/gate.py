@@ -2,8 +2,7 @@
 
     out = scale * silu(z) * (sum over directions of y)
 
-A program takes a tile of neighbouring tokens by neighbouring channels of one image, and every
-tensor is read and written once.
+A program takes a tile of tokens x channels of one sample; every tensor is loaded and stored once.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ WARPS = 4
 
 @triton.jit
 def sigmoid(x: tl.tensor) -> tl.tensor:
-    """1 / (1 + exp(-x)), without the division's checks: its divisor is at least 1."""
+    """1 / (1 + exp(-x)), without the checks of a division: the divisor is at least 1."""
     root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
     return root * root
 
 
 @triton.jit
 def _tile(length, dim, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Image, tokens, channels and who of them exists; channels vary fastest over programs."""
+    """Sample, tokens, channels and their mask; channels vary fastest over programs."""
     blocks = tl.cdiv(dim, BLOCK)
     tiles = tl.cdiv(length, TOKENS)
     place = tl.program_id(0)
@@ -135,13 +134,13 @@ def _gate_backward_kernel(
 
 
 def gate_forward(y: Tensor, z: Tensor, out: Tensor, total: Tensor | None, *, scale: float) -> None:
-    """Add up the directions and gate them.
+    """Sum the directions and gate the sum.
 
     Args:
         y: Results of the scans, (directions, batch, length, dim), any strides.
         z: Gate before silu, (batch, length, dim), any strides.
-        out: Place of the result, like z.
-        total: Place of the sum of y over directions, like z, or None.
+        out: Output for the result, like z.
+        total: Output for the sum of y over directions, like z, or None.
         scale: Factor of the result.
     """
     form = _form(z.shape[2])
@@ -163,29 +162,29 @@ def gate_backward(
     *,
     scale: float,
 ) -> None:
-    """Write the gradients of every direction's y, which are equal, and of z.
+    """Write the gradients of y, equal for every direction, and of z.
 
     Args:
         grad: Gradient of the result, (batch, length, dim), any strides.
         total: Sum of y over directions, like grad.
         z: Gate before silu, like grad.
-        dy: Place of the gradient of y, like grad.
-        dz: Place of the gradient of z, like grad.
-        out: Place of the result, made again, like grad; None if it is not wanted.
+        dy: Output for the gradient of y, like grad.
+        dz: Output for the gradient of z, like grad.
+        out: Output for the recomputed result, like grad; None for none.
         scale: Factor of the result.
     """
     form = _form(z.shape[2])
-    places = (grad, total, z, dy, dz, out)
-    strides = (dy.stride() if t is None else t.stride() for t in places)
+    tensors = (grad, total, z, dy, dz, out)
+    strides = (dy.stride() if t is None else t.stride() for t in tensors)
     with on_device(z):
         _gate_backward_kernel[_grid(z, form)](
-            *places, *z.shape[1:], scale, *chain.from_iterable(strides),
+            *tensors, *z.shape[1:], scale, *chain.from_iterable(strides),
             **form, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
 
 
 def _form(dim: int) -> dict[str, Any]:
-    """Return the constants of a compiled form."""
+    """Return the constants of a specialization."""
     return dict(TOKENS=TOKENS, BLOCK=64 if dim % 128 else 128)
 
 
@@ -195,7 +194,7 @@ def _grid(z: Tensor, form: dict[str, Any]) -> tuple[int]:
 
 
 def variants() -> Iterator[Variant]:
-    """Yield the forms that the usual calls compile: channels in sixty-fours and last in memory."""
+    """Yield the usual specializations: dim a multiple of 64, channels contiguous."""
     for dtype in POINTERS:
         for dim in (64, 128):
             for directions in (1, 2):
@@ -211,10 +210,10 @@ def _variant(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Vari
     tensors = ("y", "z", "out", "total", "grad", "dy", "dz")
     types = {name: "fp32" if name == "scale" else "i32" for name in arguments}
     types |= {name: POINTERS[dtype] for name in arguments if name in tensors}
-    told = f"K{constants['DIRECTIONS']} " if "DIRECTIONS" in constants else ""
-    told += "".join(f"no {name} " for name in ("total", "out") if name in constants)
+    what = f"K{constants['DIRECTIONS']} " if "DIRECTIONS" in constants else ""
+    what += "".join(f"no {name} " for name in ("total", "out") if name in constants)
     return Variant(
-        name=f"{kernel.__name__.strip('_')} {told}{POINTERS[dtype][1:]} BD{constants['BLOCK']}",
+        name=f"{kernel.__name__.strip('_')} {what}{POINTERS[dtype][1:]} BD{constants['BLOCK']}",
         kernel=kernel,
         types=types,
         constants=constants,

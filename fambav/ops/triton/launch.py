@@ -1,4 +1,4 @@
-"""What every launch of a Triton kernel needs."""
+"""Launch options shared by all Triton kernels."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Element types of pointers, in Triton's words, for the table of ahead-of-time variants.
+# Pointer types by dtype, in Triton's notation, for ahead-of-time variants.
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
-# Contraction to fused multiply-add is asked for, since newer Tritons turn it off by default, and no
-# loop is pipelined through shared memory: scratch that a loop stores is read back by the next one.
+# FMA contraction is enabled explicitly, since newer Tritons disable it by default.  Loops are not
+# software-pipelined through shared memory: scratch that one loop stores is loaded by the next.
 OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 def on_device(tensor: Tensor) -> torch.cuda.device_of:
-    """Make the device of a tensor current: Triton launches on the current one."""
+    """Make the device of a tensor current, on which Triton launches."""
     return torch.cuda.device_of(tensor)

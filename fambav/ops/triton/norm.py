@@ -3,8 +3,8 @@
     total = residual + hidden
     normed = total / sqrt(mean(total^2) + eps) * weight
 
-A program takes a few rows whole, so that each is read once.  In the backward pass it walks over
-more of them, and keeps its sum for the gradient of the weight in registers.
+A program holds a few whole rows in registers, so that each is loaded once.  In the backward pass it
+loops over more rows, accumulating its part of the gradient of the weight in registers.
 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467, equation 4.
 """
@@ -22,8 +22,8 @@ from torch import Tensor
 from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.variant import Variant
 
-NUMBERS = 256  # that a warp holds of its rows; with twice as many some forms spill registers
-MOST_PROGRAMS = 2048  # of the backward pass: rows of partial sums
+NUMBERS = 256  # elements of its rows that a warp holds; with twice as many, registers spill
+MOST_PROGRAMS = 2048  # of the backward pass, each with a row of partial sums
 
 
 @triton.jit
@@ -126,21 +126,21 @@ def add_rms_norm_forward(
     """Add to the residual stream and normalise the sum.
 
     Args:
-        hidden: (rows, dim), a row's numbers next to each other, rows at any distance, as below.
+        hidden: (rows, dim), rows contiguous, with any stride between them, as below.
         residual: (rows, dim), or None for zeros.
         weight: (dim,).
-        normed: Place of the result, (rows, dim).
-        total: Place of the sum, (rows, dim), which is rounded to its dtype before the norm.
+        normed: Output for the result, (rows, dim).
+        total: Output for the sum, (rows, dim), which is rounded to its dtype before the norm.
         eps: Added to the mean square.
 
     Returns:
-        What each row was multiplied by, (rows,), float32.
+        The scale of each row, (rows,), float32.
     """
     rows, dim = hidden.shape
     form, warps = _form(dim)
     scale = hidden.new_empty(rows, dtype=torch.float32)
-    places = (hidden, residual, normed, total)
-    strides = [0 if t is None else t.stride(0) for t in places]
+    tensors = (hidden, residual, normed, total)
+    strides = [0 if t is None else t.stride(0) for t in tensors]
     with on_device(hidden):
         _norm_forward_kernel[(triton.cdiv(rows, form["ROWS"]),)](
             hidden, residual, weight.contiguous(), normed, total, scale, rows, dim, eps, *strides,
@@ -158,28 +158,28 @@ def add_rms_norm_backward(
     dhidden: Tensor,
     dresidual: Tensor | None,
 ) -> Tensor:
-    """Return the gradient of the weight, and write that of the sum to both of its terms.
+    """Return the gradient of the weight; write that of the sum to both of its terms.
 
     Args:
-        grad_normed: Gradient of the result, (rows, dim), a row's numbers next to each other, rows
-            at any distance, as below.
+        grad_normed: Gradient of the result, (rows, dim), rows contiguous, with any stride between
+            them, as below.
         grad_total: Gradient of the sum, (rows, dim), or None for zeros.
         total: The sum, (rows, dim).
         weight: (dim,).
-        scale: What the forward pass returned.
-        dhidden: Place of the gradient of hidden, (rows, dim).
-        dresidual: Place of that of the residual, (rows, dim), or None.
+        scale: As the forward pass returned it.
+        dhidden: Output for the gradient of hidden, (rows, dim).
+        dresidual: Output for that of the residual, (rows, dim), or None.
 
     Returns:
-        dweight, (dim,), float32, summed in an order that depends on nothing but shapes.
+        dweight, (dim,), float32; the order of its sum depends on shapes alone.
     """
     rows, dim = total.shape
     form, warps = _form(dim)
     stretch = triton.cdiv(triton.cdiv(rows, MOST_PROGRAMS), form["ROWS"]) * form["ROWS"]
     programs = triton.cdiv(rows, stretch)
     partial = total.new_empty(programs, dim, dtype=torch.float32)
-    places = (grad_normed, grad_total, total, dhidden, dresidual)
-    strides = [0 if t is None else t.stride(0) for t in places]
+    tensors = (grad_normed, grad_total, total, dhidden, dresidual)
+    strides = [0 if t is None else t.stride(0) for t in tensors]
     with on_device(total):
         _norm_backward_kernel[(programs,)](
             grad_normed, grad_total, total, weight.contiguous(), scale, dhidden, dresidual,
@@ -189,13 +189,13 @@ def add_rms_norm_backward(
 
 
 def _form(dim: int) -> tuple[dict[str, Any], int]:
-    """Return the constants of a compiled form and its warps."""
+    """Return the constants of a specialization, and its warps."""
     block = triton.next_power_of_2(dim)
     return dict(ROWS=max(1, NUMBERS // block), BLOCK=block), min(16, max(1, block // NUMBERS))
 
 
 def variants() -> Iterator[Variant]:
-    """Yield the forms that the usual calls compile: a model's widths and float32 totals."""
+    """Yield the usual specializations: the models' widths and float32 totals."""
     for dtype in POINTERS:
         for dim in (64, 192, 384, 768):
             for left_out in ((), ("residual",)):
@@ -210,12 +210,12 @@ def _variant(kernel: Any, dtype: torch.dtype, dim: int, left_out: tuple[str, ...
     arguments = [name for name in kernel.arg_names if name not in constants]
     types = {name: "fp32" if name == "eps" else "i32" for name in arguments}
     narrow = ("hidden", "normed", "grad_normed", "dhidden")
-    wide = ("residual", "weight", "total", "scale", "grad_total", "dresidual", "partial")
+    upcast = ("residual", "weight", "total", "scale", "grad_total", "dresidual", "partial")
     types |= {name: POINTERS[dtype] for name in arguments if name in narrow}
-    types |= {name: "*fp32" for name in arguments if name in wide}
-    told = "".join(f"no {name} " for name in left_out)
+    types |= {name: "*fp32" for name in arguments if name in upcast}
+    what = "".join(f"no {name} " for name in left_out)
     return Variant(
-        name=f"{kernel.__name__.strip('_')} {told}{POINTERS[dtype][1:]} BD{form['BLOCK']}",
+        name=f"{kernel.__name__.strip('_')} {what}{POINTERS[dtype][1:]} BD{form['BLOCK']}",
         kernel=kernel,
         types=types,
         constants=constants,

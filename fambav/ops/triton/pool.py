@@ -1,8 +1,8 @@
 """Weighted means of groups of tokens, as Triton kernels: one launch for both streams each way.
 
-A program takes one kept token, finds the sources of its group in the list of targets, and adds them
-up in the order of the list.  In the backward pass it takes a few old tokens, each of which reads
-its share of its group's gradient.  There are no atomics: two equal calls give equal bits.
+A program takes one kept token, finds the sources of its group in the list of targets, and sums them
+in the order of the list.  In the backward pass it takes a few input tokens, each of which gathers
+its share of the gradient of its group.  There are no atomics, so results are deterministic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.variant import Variant
 
-LISTED = 128  # pairs that a program looks through at once
+LISTED = 128  # targets that a program compares at once
 WIDEST = 1024  # channels of a program
 ROWS = 4  # tokens of a program in the backward pass
 
@@ -109,7 +109,7 @@ def _pool_forward_kernel(
 
 @triton.jit
 def _spread(grad, out, row, sample, group, part, channel, inside, dim, batch, token, channels):
-    """Give tokens their shares of their groups' gradients."""
+    """Store each token's share of the gradient of its group."""
     at = (sample * batch + group * token)[:, None] + channel[None, :] * channels
     pull = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * part[:, None]
     tl.store(out + row[:, None] * dim + channel[None, :], pull, mask=inside)
@@ -162,26 +162,26 @@ def pool_forward(
         x: (batch, length, dim), any strides.
         residual: Shaped like x, any strides and dtype; None for none.
         weight: Of each token in its group, (batch, length), float32.
-        size: What is added up, (batch, length), float32.
-        keep: Token that each group is named by, (batch, kept), int64.
-        source: Tokens folded into others, (batch, count), int64.
-        target: Kept tokens that they are folded into, (batch, count), int64.
+        size: To be summed, (batch, length), float32.
+        keep: Kept token of each group, (batch, kept), int64.
+        source: Tokens merged into others, (batch, count), int64.
+        target: Kept tokens that they are merged into, (batch, count), int64.
 
     Returns:
         Means of x and of residual (empty without one) and sums of size, (batch, kept, ...), and
-        share, float32, and group, int64, of every old token, (batch, length).
+        share, float32, and group, int64, of every input token, (batch, length).
     """
     (batch, length, dim), kept = x.shape, keep.shape[1]
     mean = x.new_empty(batch, kept, dim)
     other = x.new_empty(0) if residual is None else residual.new_empty(batch, kept, dim)
     sums = size.new_empty(batch, kept)
     share, place = size.new_empty(batch, length), keep.new_empty(batch, length)
-    given = (t.contiguous() for t in (weight, size, keep, source, target))
+    inputs = (t.contiguous() for t in (weight, size, keep, source, target))
     strides = (*x.stride(), *((0, 0, 0) if residual is None else residual.stride()))
     block, warps = _channels(dim)
     with on_device(x):
         _pool_forward_kernel[(batch * kept, triton.cdiv(dim, block))](
-            x, residual, *given, mean, None if residual is None else other, sums, share, place,
+            x, residual, *inputs, mean, None if residual is None else other, sums, share, place,
             length, kept, source.shape[1], dim, *strides,
             LISTED=LISTED, BLOCK=block, num_warps=warps, **OPTIONS,
         )  # fmt: skip
@@ -210,18 +210,18 @@ def pool_backward(grads: list[Tensor], share: Tensor, place: Tensor) -> list[Ten
 
 
 def _channels(dim: int) -> tuple[int, int]:
-    """Return how many channels a program takes, and the warps that share a row of them."""
+    """Return the channels of a program, and the warps per row of them."""
     block = min(triton.next_power_of_2(dim), WIDEST)
     return block, max(1, block // 256)
 
 
 def variants() -> Iterator[Variant]:
-    """Yield every form for 192 and 384 channels, alone or beside a residual in float32."""
+    """Yield the specializations for 192 and 384 channels, with and without a float32 residual."""
     for dim, (dtype, pointer), other in product((192, 384), POINTERS.items(), (None, "*fp32")):
-        told = f"{str(dtype).removeprefix('torch.')} {dim}{' residual' if other else ''}"
+        what = f"{str(dtype).removeprefix('torch.')} {dim}{' residual' if other else ''}"
         yield _variant(
             _pool_forward_kernel,
-            f"pool_forward {told}",
+            f"pool_forward {what}",
             {"x": pointer, "x_mean": pointer, "residual": other, "residual_mean": other},
             dict.fromkeys(("weight", "size", "size_sum", "share"), "*fp32")
             | dict.fromkeys(("keep", "source", "target", "place"), "*i64"),
@@ -230,7 +230,7 @@ def variants() -> Iterator[Variant]:
         )
         yield _variant(
             _pool_backward_kernel,
-            f"pool_backward {told}",
+            f"pool_backward {what}",
             {"first": pointer, "first_out": pointer, "second": other, "second_out": other},
             {"share": "*fp32", "place": "*i64"},
             dim,
@@ -246,13 +246,13 @@ def _variant(
     dim: int,
     **constants: int,
 ) -> Variant:
-    """Describe one form, whose arguments are streams, tables, constants and numbers."""
+    """Describe a specialization by its streams, tables, constants and integers."""
     block, warps = _channels(dim)
     absent = [stream for stream, pointer in streams.items() if pointer is None]
     types = tables | {stream: pointer for stream, pointer in streams.items() if pointer}
     constants |= dict(BLOCK=block)
-    given = {*types, *absent, *constants}
-    numbers = [argument for argument in kernel.arg_names if argument not in given]
+    known = {*types, *absent, *constants}
+    numbers = [argument for argument in kernel.arg_names if argument not in known]
     strides = tuple(n for n in numbers if n == "dim" or n.endswith(("_batch", "_token")))
     return Variant(
         name=name,

@@ -7,21 +7,21 @@ P = g exp(delta[t] A) h[t-1], the gradients are
     dC[t] = sum over channels of dy[t] h[t]             dD = sum over t of dy[t] u[t]
     du[t] = delta[t] (g . B[t]) + D dy[t]               ddelta[t] = u[t] (g . B[t]) + P . A
 
-where delta is what comes out of softplus, whose slope ddelta is multiplied by.
+where delta is after softplus, by whose derivative ddelta is multiplied.
 
-A program walks from the last token to the first, for one block of channels of an image in one
-direction.  Each chunk is walked forwards first, from the state that the forward kernel kept, and
-the state before every second token goes to scratch in global memory, where one chunk of all
-running programs stays in the second-level cache.  Then pair after pair is brought back: its states
-and decays are made again in registers, which hold no more than two tokens' worth.
+A program loops from the last token to the first, for one block of channels of a sample in one
+direction.  Each chunk is first scanned forwards from the state that the forward kernel kept, and
+the state before every second token is stored to scratch in global memory, where one chunk of all
+resident programs fits in the L2 cache.  Then it goes back pair by pair, recomputing states and
+decays of two tokens in registers.
 
-Sums over channels cross the threads, each of which owns one channel and all its state numbers.  As
-a product with a row of ones they are transposed once through shared memory and then added by
-threads that own columns; shuffles would take five steps for every number.  Partial sums of blocks
-are added in the order of the blocks, those of dA, dD and dbias in the order of the images.
+Sums over channels cross threads, each of which owns one channel and its whole state.  As a product
+with a row of ones they are transposed once through shared memory and then summed by threads that
+own columns; warp shuffles would take five steps per element.  Partial sums of blocks are added in
+the order of the blocks, those of dA, dD and dbias in the order of the samples.
 
-Issue slots for 32 state-steps in sm_90 code (Triton 3.7) at 16 states with softplus, bias and D,
-both walks together: 34.6 in bfloat16 and 30.2 in float32.
+Issue slots per 32 state-steps in SASS (sm_90, Triton 3.7) at state 16 with softplus, bias and D,
+both loops together: 34.6 in bfloat16 and 30.2 in float32.
 """
 
 # mypy: disable-error-code="assignment, var-annotated"
@@ -58,11 +58,11 @@ from fambav.ops.triton.scan_forward import (
 )
 from fambav.ops.triton.variant import Variant
 
-STEPS = 2  # tokens brought back at once; must divide CHUNK
+STEPS = 2  # tokens of a pair; must divide CHUNK
 
-# Registers of a thread by the bytes of a token's number: what holds two tokens without spilling.
-# The compiler alone takes 240; with 168 a multiprocessor has twelve warps, with 192 ten.  On sm_90
-# float32 would do with 184 and eleven, which spills on sm_80.
+# Registers per thread (maxnreg) by itemsize: enough for two tokens without spilling.  The compiler
+# alone takes 240; with 168 the occupancy is twelve warps per multiprocessor, with 192 ten.  On
+# sm_90 184 (eleven warps) would do for float32, but spills on sm_80.
 REGISTERS = {2: 168, 4: 192}
 
 
@@ -71,7 +71,7 @@ def channel_sum(parts, LEVELS: tl.constexpr) -> tl.tensor:
     """Sum a power of two of tensors (channels, PART) over channels.
 
     Returns:
-        (1, numbers): column c is number c // tensors of tensor c % tensors.
+        (1, tensors * PART): column c is element c // tensors of tensor c % tensors.
     """
     for _ in tl.static_range(LEVELS):
         joined = ()
@@ -85,16 +85,16 @@ def channel_sum(parts, LEVELS: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _if(condition, mask):
-    """Return the mask, or none of it unless the condition, a number, holds.
+    """Return the mask where the scalar condition holds, else an empty one.
 
-    What the interpreter of Triton 3.9 makes of a block and a number under `&` is no mask yet.
+    In the interpreter of Triton 3.9, `&` of a block and a scalar is not a mask yet.
     """
     return (mask & condition) != 0
 
 
 @triton.jit
 def _advance(h, delta_t, x, decay, B_rows, t, PART: tl.constexpr, STATE: tl.constexpr):
-    """Return the shares of the states that a token leaves, and the states after it."""
+    """Return the decay of the state at a token, and the state after it."""
     share = ()
     after = ()
     for p in tl.static_range(len(decay)):
@@ -105,7 +105,7 @@ def _advance(h, delta_t, x, decay, B_rows, t, PART: tl.constexpr, STATE: tl.cons
 
 @triton.jit
 def _put(scratch, pair, own, h):
-    """Store the states before a pair; `own` are the places of one part's numbers."""
+    """Store the state before a pair; `own` are the offsets of one part."""
     for p in tl.static_range(len(h)):
         tl.store(scratch + (pair * len(h) + p) * own.shape[0] * own.shape[1] + own, h[p])
 
@@ -118,7 +118,7 @@ def _walk(
     PART: tl.constexpr,
     STATE: tl.constexpr,
 ):  # fmt: skip
-    """Walk a chunk forwards and store the states before each pair; none is taken past the end."""
+    """Scan a chunk forwards and store the state before each pair; never past the end."""
     for pair in range(pairs - 1):
         _put(scratch, pair, own, h)
         for s in tl.static_range(STEPS):
@@ -127,7 +127,7 @@ def _walk(
             x = delta_t * of_token(u_rows, t, channel, here)
             _, h = _advance(h, delta_t, x, decay, B_rows, t, PART, STATE)
     _put(scratch, pairs - 1, own, h)
-    tl.debug_barrier()  # then what a thread has stored may be read by others
+    tl.debug_barrier()  # makes the stores of each thread visible to the others
 
 
 @triton.jit
@@ -139,13 +139,13 @@ def _pair_again(
     PART: tl.constexpr,
     STATE: tl.constexpr,
 ):  # fmt: skip
-    """Make again what bringing back a pair of the chunk at `start` needs.
+    """Recompute the forward pass of a pair of the chunk at `start`.
 
-    A token after the end makes no step; in its place the last one is read.
+    A token after the end has step size 0; in its place the last one is loaded.
 
     Returns:
-        The states before each token and after the last one, the shares of them that each token
-        leaves, the step sizes of the tokens and their slopes.
+        The states before each token and after the last one, the decay at each token, the step sizes
+        and their derivatives.
     """
     now = ()
     for p in tl.static_range(len(decay)):
@@ -177,11 +177,11 @@ def _retreat(
     PART: tl.constexpr,
     STATE: tl.constexpr,
 ):  # fmt: skip
-    """Take the gradient of the states back over a token.
+    """Backpropagate the gradient of the state through a token.
 
     Returns:
-        The gradients of the states before it, those of the rates up to it, what is to be summed
-        over channels for dB and dC, and the gradients of x = delta u and of delta in the decay.
+        The gradient of the state before it, the accumulated gradient of A, the terms of dB and dC
+        before their sum over channels, and the gradients of x = delta u and of delta in the decay.
     """
     B_products = ()
     C_products = ()
@@ -200,7 +200,7 @@ def _retreat(
         rates = rates + (rate_sum[p] + P * delta_t,)
         earlier = earlier + (g_p,)
         if p % 2 == 1:
-            tl.debug_barrier()  # or all of B and C would be read ahead, into too many registers
+            tl.debug_barrier()  # or all of B and C would be loaded ahead, which spills
     x_sum = tl.sum(from_B, axis=1, keep_dims=True)
     decay_sum = tl.sum(from_A, axis=1, keep_dims=True) * LN_2
     return earlier, rates, B_products + C_products, x_sum, decay_sum
@@ -309,7 +309,7 @@ def _scan_backward_kernel(
             )  # fmt: skip
             token = start + pair * STEPS
             for s in tl.static_range(STEPS - 1, -1, -1):
-                real = token + s < length  # else it has no gradient
+                real = token + s < length  # else its gradient is 0
                 here_now = _if(real, here)
                 t = tl.minimum(token + s, length - 1) * step
                 u_t = of_token(u_rows, t, channel, here)
@@ -359,12 +359,12 @@ def scan_backward(
     warps: int | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of the parameters of a scan, and write those of the tokens.
+    """Return the gradients of the parameters of a scan; write those of the tokens.
 
     Args:
         dy: Gradient of y, (directions, batch, length, dim), any strides.
         dlast: Gradient of the last state, (directions, batch, dim, state), float32, or None.
-        kept: The states that the forward kept.
+        kept: The states that the forward pass kept.
         u: As in `scan_forward`, like all arguments not named here.
         delta: Shaped like u.
         A: (dim, state) for each direction.
@@ -372,15 +372,15 @@ def scan_backward(
         C: Shaped like B.
         D: (dim,) for each direction, or None.
         bias: (dim,) for each direction, or None.
-        du: Place of the gradient of u, shaped like u, any strides and float dtype.
-        ddelta: Place of the gradient of delta before bias and softplus, shaped like u, the same.
-        dB: Place of the gradient of B, shaped like B, the same.
-        dC: Place of the gradient of C, shaped like B, the same.
+        du: Output for the gradient of u, shaped like u, any strides and float dtype.
+        ddelta: Output for the gradient of delta before bias and softplus, shaped like u, likewise.
+        dB: Output for the gradient of B, shaped like B, likewise.
+        dC: Output for the gradient of C, shaped like B, likewise.
         softplus: Whether delta went through softplus.
         reverse: Of each direction.
         block: Channels of a program, a power of 2, at least 32.
         warps: Warps of a program.
-        chunk: Tokens from one kept state to the next, as in the forward; a multiple of 2.
+        chunk: Tokens from one kept state to the next, as in the forward pass; a multiple of 2.
 
     Returns:
         dA, (directions, dim, state), dD and dbias, (directions, dim), or None; all float32.
@@ -391,14 +391,14 @@ def scan_backward(
     parameters = *each_way(A), *each_way(D), *each_way(bias)
     parts = dBC, dA, dD, dbias = _parts(u, B, D, bias, form)
     _launch(tokens, states, parameters, parts, reverse, form, warps or 1)
-    for place, total in zip((dB, dC), dBC.sum(dim=0).unbind(dim=-2), strict=True):
-        place.copy_(total[..., : form["STATE"]])
+    for output, total in zip((dB, dC), dBC.sum(dim=0).unbind(dim=-2), strict=True):
+        output.copy_(total[..., : form["STATE"]])
     dD, dbias = (None if part is None else part.sum(dim=1) for part in (dD, dbias))
     return dA.sum(dim=1), dD, dbias
 
 
 def _form(state: int, block: int, chunk: int = CHUNK, *, softplus: bool = True) -> dict[str, Any]:
-    """Return the constants of a form, but for the type of its distances."""
+    """Return the constants of a specialization, without the type of its offsets."""
     if chunk % STEPS:
         raise ValueError(f"chunk is {chunk}, expected a multiple of {STEPS}")
     form = state_form(state) | dict(CHUNK=chunk, STEPS=STEPS, BLOCK=block, SOFTPLUS=softplus)
@@ -412,7 +412,7 @@ def _parts(
     bias: Sequence[Tensor] | None,
     form: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return places for what each block adds to dB and dC, and each image to dA, dD and dbias."""
+    """Return buffers for partial sums: dB and dC of each block; dA, dD and dbias of each sample."""
     directions, batch, length, dim = u.shape
     groups, state = B.shape[3:]
     blocks = triton.cdiv(dim // groups, form["BLOCK"])
@@ -438,7 +438,7 @@ def _launch(
         tokens: dy, u, delta, B, C, du and ddelta.
         states: dlast and the kept states.
         parameters: A, D and bias, each of both directions.
-        parts: As `_parts` returns them, to be written.
+        parts: Outputs, as `_parts` returns them.
         reverse: Of each direction.
         form: As `_form` returns it.
         warps: Warps of a program.
@@ -461,15 +461,15 @@ def _launch(
 
 
 def registers(dtype: torch.dtype, state: int) -> int | None:
-    """Return how many registers a thread may have, or None for as many as there are."""
+    """Return the limit of registers per thread (maxnreg), or None for no limit."""
     return REGISTERS[dtype.itemsize] if state <= 16 else None
 
 
 def variants() -> Iterator[Variant]:
-    """Yield the forms that the usual calls compile: channels and states last in memory."""
+    """Yield the usual specializations: channels and state contiguous."""
     for dtype, state in product(POINTERS, (1, 8, 16)):
         form = _form(state, LANES) | dict(INDEX=tl.int32, dlast=None)
         what = f"{POINTERS[dtype][1:]} N{state} BD{LANES}"
         work = (LANES * state * STEPS,) * 2
-        told = variant(f"scan_backward {what}", _scan_backward_kernel, dtype, form, work)
-        yield told._replace(registers=registers(dtype, state))
+        made = variant(f"scan_backward {what}", _scan_backward_kernel, dtype, form, work)
+        yield made._replace(registers=registers(dtype, state))

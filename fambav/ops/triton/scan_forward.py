@@ -3,19 +3,17 @@
     h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]
     y[t] = C[t] h[t] + D u[t]
 
-A program walks along all tokens of an image in one direction, with the states of a block of
-channels in registers.  A thread owns every state number of its channels: nothing that is summed
-over state numbers leaves the thread, delta goes through softplus once, and the token's B and C,
-which all threads need, are read in short vectors.  That is written down as one tensor
-(channels, PART) for every PART state numbers, since the compiler gives a thread as many neighbours
-of a row as a 16-byte load brings.
+A program loops over all tokens of a sample in one direction, with the state of a block of channels
+in registers.  A thread owns the whole state of its channels: reductions over the state stay within
+the thread, softplus is computed once per delta, and B and C of the token, which all threads need,
+are loaded as short vectors.  The state is therefore one tensor (channels, PART) per PART elements,
+since the compiler gives a thread as many neighbours of a row as a 16-byte load brings.
 
-The state is kept for the backward every CHUNK tokens: the scratch of one chunk, of all programs
-that run at once on an H200, is 26 MB and so stays in its second-level cache; with 32 tokens it
-would not.
+The state is kept for the backward pass every CHUNK tokens: the scratch of one chunk, over all
+programs resident on an H200, is 26 MB and fits in its L2 cache; that of 32 tokens would not.
 
-Issue slots for 32 state-steps in sm_90 code (Triton 3.7) at 16 states with softplus, bias and D:
-9.8 in bfloat16 and 8.1 in float32 with two channels for each thread, 11.3 and 9.1 with one.
+Issue slots per 32 state-steps in SASS (sm_90, Triton 3.7) at state 16 with softplus, bias and D:
+9.8 in bfloat16 and 8.1 in float32 with two channels per thread, 11.3 and 9.1 with one.
 """
 
 # mypy: disable-error-code="assignment, var-annotated"
@@ -37,18 +35,18 @@ from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.variant import Variant
 
 LANES = 32  # threads of a warp, each of which owns one channel of a tensor
-ENOUGH_PROGRAMS = 1024  # eight warps for each multiprocessor of a large GPU
+ENOUGH_PROGRAMS = 1024  # eight warps per multiprocessor of a large GPU
 
-SIZES = ("length", "size", "groups", "blocks", "images", "reverse")  # no forms of their own
+SIZES = ("length", "size", "groups", "blocks", "images", "reverse")  # not specialized on
 
-LOG2_E = tl.constexpr(1.4426950216293335)  # the float32 next to it
-LOG2_E_REST = tl.constexpr(1.9259629911266175e-08)  # what it lacks
+LOG2_E = tl.constexpr(1.4426950216293335)  # rounded to float32
+LOG2_E_REST = tl.constexpr(1.9259629911266175e-08)  # its rounding error
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def wide(x) -> tl.tensor:
-    """Turn numbers into float32; a pair of bfloat16 in a word takes one instruction for each."""
+def upcast(x) -> tl.tensor:
+    """Cast to float32; two bfloat16 in a word take one instruction each."""
     if x.dtype == tl.bfloat16:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         return bits.to(tl.float32, bitcast=True)
@@ -57,11 +55,11 @@ def wide(x) -> tl.tensor:
 
 @triton.jit
 def softplus(x) -> tuple[tl.tensor, tl.tensor]:
-    """Return log(1 + exp(x)) and its slope, with small relative errors for all x.
+    """Return log(1 + exp(x)) and its derivative, with small relative errors for all x.
 
-    The polynomial is log(1 + e) / e for e in 0..1, relative error 3.4e-7 in float32.  It has been
-    fitted by iterated weighted least squares.  What rounding takes from |x| log2(e) goes back into
-    e, whose relative error would grow with |x|.
+    The polynomial is log(1 + e) / e for e in 0..1, relative error 3.4e-7 in float32, fitted by
+    iteratively reweighted least squares.  The rounding error of |x| log2(e) is compensated in e,
+    whose relative error would otherwise grow with |x|.
     """
     x_abs = tl.abs(x)
     power = x_abs * LOG2_E
@@ -80,18 +78,18 @@ def softplus(x) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def of_channels(first, second, direction, channel, here) -> tl.tensor:
-    """Read the parameters of the channels in this direction, 0 where there are none."""
+    """Load the parameters of the channels in this direction; 0 outside of the mask."""
     if first is None:
-        found = tl.zeros(channel.shape, tl.float32)
+        value = tl.zeros(channel.shape, tl.float32)
     else:
         own = tl.where(direction == 0, first, second)
-        found = tl.load(own + channel, mask=here, other=0.0)
-    return found
+        value = tl.load(own + channel, mask=here, other=0.0)
+    return value
 
 
 @triton.jit
 def step_size(delta, shift, SOFTPLUS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Return the step size and its slope from delta before bias and softplus."""
+    """Return the step size and its derivative from delta before bias and softplus."""
     delta += shift
     slope = tl.full(delta.shape, 1.0, tl.float32)
     if SOFTPLUS:
@@ -101,34 +99,34 @@ def step_size(delta, shift, SOFTPLUS: tl.constexpr) -> tuple[tl.tensor, tl.tenso
 
 @triton.jit
 def token_part(rows, t, p: tl.constexpr, PART: tl.constexpr, STATE: tl.constexpr) -> tl.tensor:
-    """Read PART state numbers of the B or C of the token t as float32.
+    """Load part p of B or C of the token t, PART elements, as float32.
 
-    The rows are a pointer to token 0, and how far apart tokens and state numbers are.  All threads
-    read the same numbers.  A pointer for each that lived through a loop would be shared among the
-    threads, and the numbers exchanged.
+    The rows are a pointer to token 0 and the strides of tokens and state.  All threads load the
+    same elements; pointers that were live across the loop would be distributed over the threads,
+    and the elements exchanged.
     """
     number = p * PART + tl.arange(0, PART)[None, :]
     at = rows[0] + t * rows[1] + number * rows[2]
     if p * PART + PART <= STATE:
-        return wide(tl.load(at))
-    return wide(tl.load(at, mask=number < STATE, other=0.0))
+        return upcast(tl.load(at))
+    return upcast(tl.load(at, mask=number < STATE, other=0.0))
 
 
 @triton.jit
 def of_token(rows, t, channel, here) -> tl.tensor:
-    """Read the numbers of the channels at the token t as float32.
+    """Load the channels of the token t as float32.
 
-    The rows are a pointer to token 0, and how far apart tokens and channels are.
+    The rows are a pointer to token 0 and the strides of tokens and channels.
     """
     at = rows[0] + t * rows[1] + channel.to(tl.int64) * rows[2]
-    return wide(tl.load(at, mask=here, other=0.0))
+    return upcast(tl.load(at, mask=here, other=0.0))
 
 
 @triton.jit
-def put_token(rows, t, channel, here, found) -> None:
-    """Write what was found for the channels at the token t, in the type of the rows."""
+def put_token(rows, t, channel, here, value) -> None:
+    """Store the channels of the token t in the dtype of the rows."""
     at = rows[0] + t * rows[1] + channel.to(tl.int64) * rows[2]
-    tl.store(at, found.to(rows[0].dtype.element_ty), mask=here)
+    tl.store(at, value.to(rows[0].dtype.element_ty), mask=here)
 
 
 @triton.jit(
@@ -251,21 +249,21 @@ def scan_forward(
     warps: int | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Scan the tokens of every image in one or two directions.
+    """Scan the tokens of every sample in one or two directions.
 
     Args:
         u: Input, (directions, batch, length, dim), any strides.
         delta: Step size before bias and softplus, shaped like u, any strides.
         A: Decay rates of each direction, (dim, state), float32.
-        B: Input weight, (directions, batch, length, groups, state), any strides; fastest if the
-            states are next to each other and all other strides multiples of 16.
-        C: Output weight, shaped like B, any strides.
+        B: Input matrix, (directions, batch, length, groups, state), any strides; fastest if the
+            state is contiguous and all other strides are multiples of 16.
+        C: Output matrix, shaped like B, any strides.
         D: Skip weights of each direction, (dim,), float32, or None.
         bias: Added to delta, of each direction, (dim,), float32, or None.
-        y: Place of the result, shaped like u, any strides and float dtype.
+        y: Output for the result, shaped like u, any strides and float dtype.
         softplus: Whether delta goes through softplus.
         reverse: Whether each direction goes from the last token to the first.
-        keep: Whether to keep the states that the backward needs.
+        keep: Whether to keep the states that the backward pass needs.
         block: Channels of a program, a power of 2, at least 32.
         warps: Warps of a program.
         chunk: Tokens from one kept state to the next.
@@ -297,7 +295,7 @@ def scan_forward(
 def _form(
     state: int, block: int, warps: int, chunk: int = CHUNK, *, softplus: bool = True, keep: bool
 ) -> dict[str, Any]:
-    """Return the constants of a form, but for the type of its distances."""
+    """Return the constants of a specialization, without the type of its offsets."""
     rows = max(block // (LANES * warps), 1)
     form = state_form(state) | dict(CHUNK=chunk, BLOCK=block // rows, ROWS=rows)
     return form | dict(SOFTPLUS=softplus, KEEP=keep)
@@ -306,43 +304,44 @@ def _form(
 def fast_block(walks: int, size: int, state: int) -> int:
     """Return the channels of a forward program.
 
-    Two for each thread share the reading of B and C, if enough programs and registers are left.
+    Two channels per thread share the loads of B and C, if programs still fill the GPU and registers
+    suffice.
 
     Args:
-        walks: Groups of channels of all images in all directions.
+        walks: Groups of channels of all samples in all directions.
         size: Channels of a group.
-        state: State numbers of a channel.
+        state: State size of a channel.
     """
     enough = walks * triton.cdiv(size, 2 * LANES) >= ENOUGH_PROGRAMS
     return 2 * LANES if enough and size > LANES and state <= 16 else LANES
 
 
 def each_way(tensors: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return the contiguous parameters of both directions; a lone direction's come twice."""
+    """Return contiguous parameters of both directions; those of a single direction twice."""
     if tensors is None:
         return None, None
     return tensors[0].contiguous(), tensors[-1].contiguous()
 
 
 def directions_back(reverse: Sequence[bool]) -> int:
-    """Return a number whose bit k says whether direction k goes backwards."""
+    """Return a bit mask of the directions that go backwards."""
     return sum(back << k for k, back in enumerate(reverse))
 
 
 def state_form(state: int) -> dict[str, Any]:
-    """Return the constants that say how state numbers are cut into parts."""
+    """Return the constants of how the state is split into parts."""
     part, parts = state_parts(state)
     return dict(STATE=state, PART=part, PARTS=parts)
 
 
 def index_type(length: int, *tensors: Tensor) -> Any:
-    """Return the type that holds the distance of any two tokens of an image."""
+    """Return the integer type for offsets between any two tokens of a sample."""
     distance = length * max(abs(tensor.stride(2)) for tensor in tensors)
     return tl.int32 if distance < 2**31 else tl.int64
 
 
 def variants() -> Iterator[Variant]:
-    """Yield the forms that the usual calls compile: channels and states last in memory."""
+    """Yield the usual specializations: channels and state contiguous."""
     for dtype, state, rows, keep in product(POINTERS, (1, 8, 16), (1, 2), (True, False)):
         form = _form(state, LANES * rows, 1, keep=keep) | dict(INDEX=tl.int32)
         what = f"{POINTERS[dtype][1:]} N{state} BD{LANES * rows}{' keep' if keep else ''}"
@@ -353,7 +352,7 @@ def variants() -> Iterator[Variant]:
 def variant(
     name: str, kernel: Any, dtype: torch.dtype, form: dict[str, Any], work: tuple[int, ...]
 ) -> Variant:
-    """Describe a form of a scan whose tokens have one type."""
+    """Describe a specialization of a scan whose tokens have one dtype."""
     tokens = ("u", "delta", "B", "C", "y", "dy", "du", "ddelta")
     numbers_of = [name for name in kernel.arg_names if name not in form]
     strided = [name for name in numbers_of if name.rpartition("_")[0] in tokens]

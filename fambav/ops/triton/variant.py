@@ -1,4 +1,4 @@
-"""What the ahead-of-time compiler is told about one compiled form of a kernel."""
+"""Specializations of the kernels, for the ahead-of-time audit."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, NamedTuple
 
 
 class Variant(NamedTuple):
-    """One compiled form of a kernel, as launched on a GPU.
+    """One specialization of a kernel, as launched on a GPU.
 
     Attributes:
-        name: Kernel and what tells this form from the others, such as "scan_forward bf16 N16 BD64".
+        name: Kernel and specialization, such as "scan_forward bf16 N16 BD64".
         kernel: The function under `triton.jit`.
-        types: Type of every argument that is no constant, in Triton's words: "*bf16", "*fp32",
-            "i32", "i64", "fp32".
+        types: Type of every argument that is not a constant, in Triton's notation: "*bf16",
+            "*fp32", "i32", "i64", "fp32".
         constants: Value of every `tl.constexpr` argument.
         warps: Warps of a program.
         aligned: Arguments (pointers and integers) known to be multiples of 16.
         ones: Integer arguments known to be 1, which Triton compiles as constants.
-        loop_work: State-steps (one state number of one channel at one token) done by one pass of
-            each innermost loop, in the order of the code; empty if not counted.
-        registers: How many a thread may have, or None for as many as there are.
+        loop_work: State-steps (one element of the state of one channel at one token) per iteration
+            of each innermost loop, in code order; empty if not counted.
+        registers: Limit per thread (maxnreg); None for no limit.
     """
 
     name: str
