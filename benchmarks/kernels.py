@@ -172,7 +172,7 @@ class Calls:
     def scan_forward(self, **form: int) -> object:
         """Scan both ways and keep states; `form` may fix the block and the warps of a program."""
         options: dict[str, Any] = dict(softplus=True, reverse=REVERSE, keep=True)
-        found = self._set.scan_forward(*self._x.scanned(), self._y, **options, **form)
+        found = self._set.scan_forward(*self._x.scan_arguments(), self._y, **options, **form)
         self._kept = found[1]
         return found
 
@@ -180,7 +180,7 @@ class Calls:
         """Return or write all gradients of both scans."""
         x = self._x
         places = self._du, self._ddelta, *x.weights(self._dprojected)
-        given = x.grad.expand_as(x.u), None, self._kept, *x.scanned(), *places
+        given = x.grad.expand_as(x.u), None, self._kept, *x.scan_arguments(), *places
         return self._set.scan_backward(*given, softplus=True, reverse=REVERSE, **form)
 
     def conv_forward(self) -> object:

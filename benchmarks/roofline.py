@@ -10,6 +10,7 @@ faster than its bytes.  Without a GPU the times are counted for one as it is des
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,6 @@ from aot import read
 from kernels import Calls
 
 from fambav.bench.candidates import EAGER, REPLAYED, Candidate
-from fambav.bench.ceilings import STATE_EVERY, Ceilings
 from fambav.bench.operations import Inputs
 from fambav.bench.passes import training
 from fambav.bench.report import (
@@ -34,6 +34,7 @@ from fambav.bench.report import (
     settings,
     training_dtype,
 )
+from fambav.bench.roofline import Roofline
 from fambav.bench.strategies import Merging
 from fambav.cli import guarded
 from fambav.commands.bench import add_flags, measure
@@ -42,6 +43,7 @@ from fambav.engine.runtime import numerics
 from fambav.engine.timing import Run, captured, interleave, spread
 from fambav.layers import Block, Mamba
 from fambav.models import Vim
+from fambav.ops.kept_states import triton_shape
 
 TABLE = Path(__file__).with_name("aot.json")
 WARP = 32  # lanes
@@ -115,7 +117,7 @@ def kernel_work(s: Shape) -> dict[str, Work]:
     wide = s.tokens * s.dim * WIDE
     steps = 2 * channels * s.state
     BC = 2 * s.tokens * 2 * s.state * s.itemsize
-    kept = 2 * s.batch * -(-s.length // STATE_EVERY) * s.inner * s.state * WIDE
+    kept = WIDE * math.prod(triton_shape(2, s.batch, s.length, s.inner, s.state))
     scale = s.tokens * WIDE
     return {
         "scan_forward": Work(6 * inner + BC + kept, steps + 4 * channels, steps),
@@ -214,7 +216,7 @@ def measured(device: torch.device, dtype: torch.dtype, *, clock_hz: float | None
         MeasureError: If nvidia-smi does not tell the clock.
     """
     about = torch.cuda.get_device_properties(device)
-    limits = Ceilings(device, [dtype])
+    limits = Roofline(device, [dtype])
     times = interleave(limits.runs(), rounds=9, warmup=2, device=device)
     return Machine(
         name=device_name(device),

@@ -105,7 +105,7 @@ if [ -n "$dry" ]; then
     scan=(scan "${few[@]}" --length 5 3 --state 4 --backend triton cuda numba cpu reference)
     block=(block "${few[@]}" --model vim_micro --length 5 3)
     step=(step "${few[@]}" --model vim_micro --length 10 5)
-    forward=(--batch 1 --rounds 1 --warmup 0 --model vim_micro --plan none upper:3:9 --peer deit_tiny_patch16_224 --ceilings --split)
+    forward=(--batch 1 --rounds 1 --warmup 0 --model vim_micro --plan none upper:3:9 --peer deit_tiny_patch16_224 --roofline --profile)
     kernels=(kernels "${few[@]}" --length 3 --dim 32 --state 4 --blocks 32 --warps 1)
     for op in norm conv gate match pool scan mixer; do
         check "check_$op" 1 "every_length and 2-torch.float32 or every_length and 5-torch.float32" "${files[$op]}"
@@ -132,7 +132,7 @@ if [ -n "$dry" ]; then
 else
     device=cuda mark=gpu
     small=(--model vim_tiny --batch-size 64 --num_workers 8 --fusion-strategy upper --fusion-layer 6 --fusion-token 9)
-    forward=(--plan none upper:6:9 all:7 --peer deit_tiny_patch16_224 --cuda-graphs --ceilings --split)
+    forward=(--plan none upper:6:9 all:7 --peer deit_tiny_patch16_224 --cuda-graphs --roofline --profile)
     for op in norm conv gate match pool; do
         check "check_$op" 20 every_length "${files[$op]}"
     done

@@ -1,12 +1,15 @@
-"""What a device does at best here and now, and shares of it: a large product and a large copy.
+"""Roofline model: peak compute and memory bandwidth of a device, and shares of them.
 
-Both take their turns in the same rounds as what is set beside them, so that a machine that is slow
-in a round is slow for both.  Products are made as torch is set to: in float32 a GPU may use TF32.
-What they are shares of, operations and bytes, is counted and so exact.
+Peaks are measured by a large matrix product and a large copy, which take turns with the candidates,
+so that a slow round is slow for both.  Products use the matmul precision that torch is set to: in
+float32 a GPU may use TF32.  Operations and bytes are counted, and so exact.
+
+Source: Williams et al., "Roofline", Communications of the ACM 52(4), 2009.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
@@ -22,28 +25,28 @@ from fambav.bench.candidates import Candidate, images
 from fambav.bench.report import Row, dtype_name
 from fambav.engine.memory import MIB
 from fambav.engine.timing import Run, Times, ratio, spread
+from fambav.ops.kernels import kernel_set
 
-SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices multiplied
+SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes
-STATE_EVERY = 64  # tokens from one state that is kept for the backward pass to the next
 META = torch.device("meta")
-COPY = ("ceiling", "copy")
-UNREAD = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_")  # of their first argument
-UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+COPY = ("roofline", "copy")
+NOT_READ = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_")  # first argument
+NOT_WRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 ALIASES = ("detach", "alias", "_unsafe_view", "_reshape_alias", "lift_fresh")
 
 
-class Ceilings:
-    """Large products and a large copy, to be timed beside others.
+class Roofline:
+    """Peak compute and bandwidth of a device, timed beside candidates.
 
     Args:
-        device: Where.
-        dtypes: Of the products; without any there are no ceilings.
+        device: To be measured.
+        dtypes: Of the products; without any, nothing is measured.
     """
 
     def __init__(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
         side, copied = SIDE[device.type], COPIED[device.type]
-        self._operations, self._bytes = 2 * side**3, 2 * copied
+        self._flops, self._bytes = 2 * side**3, 2 * copied
         self._runs: dict[tuple[str, str], Run] = {}
         for dtype in dtypes:
             left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -53,11 +56,11 @@ class Ceilings:
             self._runs[COPY] = partial(torch.empty_like(source).copy_, source)
 
     def runs(self) -> dict[tuple[str, str], Run]:
-        """Return what is to be timed, by keys of its own."""
+        """Return the runs to be timed, by keys of their own."""
         return self._runs
 
     def tables(self, times: Mapping[Any, Times]) -> dict[str, list[Row]]:
-        """Return a table with a row for each ceiling; no table if there are none.
+        """Return a table with a row for each peak; none if nothing was measured.
 
         Args:
             times: Of `runs`, in milliseconds.
@@ -71,75 +74,74 @@ class Ceilings:
             }
             for key in self._runs
         ]
-        return {"ceilings": rows} if rows else {}
+        return {"roofline": rows} if rows else {}
 
     def bytes_per_s(self, times: Mapping[Any, Times]) -> float:
-        """Return what the copy reads and writes in a second."""
+        """Return the memory bandwidth, reads and writes counted."""
         return self._per_s(times, COPY)
 
     def flops_per_s(self, times: Mapping[Any, Times], dtype: torch.dtype) -> float:
-        """Return what the product does in a second, a multiply-add being two operations."""
+        """Return the peak compute, with two operations for a multiply-add."""
         return self._per_s(times, _product(dtype))
 
-    def beside(
+    def row(
         self,
         times: Mapping[Any, Times],
-        own: Hashable,
+        key: Hashable,
         dtype: torch.dtype,
         *,
         batch: int,
         flops: float,
         run: Run,
     ) -> dict[str, Any]:
-        """Return operations in a second and, if there are ceilings, shares of them.
+        """Return the throughput of a candidate and, if peaks were measured, its shares of them.
 
         Args:
-            times: Of `runs` and of a candidate.
-            own: Key of the candidate.
-            dtype: Of the product that it is set beside.
-            batch: Images of one run.
-            flops: Operations for one image.
-            run: Does what the candidate does, and may be watched while it does.
+            times: Of `runs` and of the candidate.
+            key: Of the candidate.
+            dtype: Of the product to compare with.
+            batch: Images per run.
+            flops: Operations per image.
+            run: The candidate, run once more to count its bytes.
 
         Returns:
-            gflop_per_image, gflop_per_s, and with ceilings the bytes of a run as `traffic` counts
-            them, gbyte_per_s, and flops_share and bytes_share of the ceilings, taken within each
-            round.
+            gflop_per_image, gflop_per_s; with peaks also mib_moved per run, as `traffic` counts,
+            gbyte_per_s, and flops_share and bytes_share of the peaks, taken within each round.
         """
-        second = statistics.median(times[own]) / 1000
-        row = {"gflop_per_image": flops / 1e9, "gflop_per_s": batch * flops / second / 1e9}
+        seconds = statistics.median(times[key]) / 1000
+        row = {"gflop_per_image": flops / 1e9, "gflop_per_s": batch * flops / seconds / 1e9}
         if not self._runs:
             return row
         moved = traffic(run)
-        product, copy = (ratio(times[k], times[own]) or 0 for k in (_product(dtype), COPY))
+        product, copy = (ratio(times[k], times[key]) or 0 for k in (_product(dtype), COPY))
         return {
             **row,
             "mib_moved": moved / MIB,
-            "gbyte_per_s": moved / second / 1e9,
-            "flops_share": batch * flops / self._operations * product,
+            "gbyte_per_s": moved / seconds / 1e9,
+            "flops_share": batch * flops / self._flops * product,
             "bytes_share": moved / self._bytes * copy,
         }
 
     def _per_s(self, times: Mapping[Any, Times], key: tuple[str, str]) -> float:
-        amount = self._bytes if key == COPY else self._operations
+        amount = self._bytes if key == COPY else self._flops
         return 1000 * amount / statistics.median(times[key])
 
 
 def _product(dtype: torch.dtype) -> tuple[str, str]:
-    return "ceiling", f"product in {dtype_name(dtype)}"
+    return "roofline", f"product in {dtype_name(dtype)}"
 
 
 def flops(candidate: Candidate) -> float:
-    """Return the operations of a forward pass over one image, a multiply-add being two.
+    """Return the operations of a forward pass over one image, two for a multiply-add.
 
-    Ours are counted as `fambav flops` does, with twice the products and the terms of the scans of
-    all directions; models of timm by torch's counter, which knows products and convolutions.
+    Our models are counted like `fambav flops`, with the scans of all directions; models of timm by
+    torch's FlopCounterMode, which knows products and convolutions.
     """
     net = candidate.network(META).eval()
     if candidate.ours:
         whole = costs.count(net).total
         return float(whole.multiply_adds + whole.all_directions)
-    # It imports triton, and complains if it cannot: only for those who need it.
+    # Imported here, since it imports Triton and warns if it cannot.
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False)
@@ -149,16 +151,16 @@ def flops(candidate: Candidate) -> float:
 
 
 def traffic(run: Run) -> int:
-    """Return the bytes that a run reads and writes at least, weights included.
+    """Return a lower bound of the bytes that a run reads and writes, weights included.
 
-    Every operation reads each of its tensors once and writes each result once, and views cost
-    nothing; inside the fused mixer every kernel does, as `mixer_bytes` counts.  Every other
-    operation of its own, such as a scan alone, is counted from outside.
+    Every operation reads each of its tensors once and writes each result once; views are free.
+    Inside the fused mixer every kernel does, as `mixer_bytes` counts; other operators of ours, such
+    as a scan alone, are counted by their arguments and results.
     """
-    counted = _Traffic()
-    with counted:
+    counter = _Traffic()
+    with counter:
         run()
-    return counted.bytes
+    return counter.bytes
 
 
 class _Traffic(TorchDispatchMode):
@@ -167,49 +169,47 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[-1]
         if func._schema.name == "fambav::bimamba_scan":
             xz, *weights = args
-            self.bytes += _inside(xz, weights, "forward", keep=kwargs["keep"])
-            self.bytes += _sizes(weights)
+            self.bytes += _fused_bytes(xz, weights, kwargs)["forward"] + _nbytes(weights)
         elif func._schema.name == "fambav::bimamba_scan_backward":
             _, _, _, _, xz, *weights = args
-            self.bytes += _inside(xz, weights, "backward", keep=True) + 2 * _sizes(weights)
+            self.bytes += _fused_bytes(xz, weights, kwargs)["backward"] + 2 * _nbytes(weights)
         elif not func.is_view and name not in ALIASES:
-            read = args[1:] if name in UNREAD else args
-            written = () if name in UNWRITTEN else (*_written(func, args), found)
-            self.bytes += _sizes((*read, kwargs)) + _sizes(written)
-        return found
+            read = args[1:] if name in NOT_READ else args
+            written = () if name in NOT_WRITTEN else (*_mutated(func, args), result)
+            self.bytes += _nbytes((*read, kwargs)) + _nbytes(written)
+        return result
 
 
-def _written(func: Any, args: tuple[Any, ...]) -> Iterable[Any]:
+def _mutated(func: Any, args: tuple[Any, ...]) -> Iterable[Any]:
     """Return the arguments that an operation without results writes to."""
-    if func._schema.returns:  # what it changes is what it returns
+    if func._schema.returns:  # it returns what it mutates
         return ()
-    given = zip(func._schema.arguments, args, strict=False)
-    return [value for about, value in given if about.alias_info and about.alias_info.is_write]
+    pairs = zip(func._schema.arguments, args, strict=False)
+    return [value for spec, value in pairs if spec.alias_info and spec.alias_info.is_write]
 
 
-def _sizes(values: object) -> int:
-    """Add up the tensors in nested values."""
+def _nbytes(values: object) -> int:
+    """Sum the bytes of the tensors in nested values; an expanded one counts as stored."""
     if isinstance(values, Tensor):
-        repeated = any(stride == 0 for stride in values.stride()) and values.numel()
-        return min(values.nbytes, values.untyped_storage().nbytes()) if repeated else values.nbytes
+        expanded = any(stride == 0 for stride in values.stride()) and values.numel()
+        return min(values.nbytes, values.untyped_storage().nbytes()) if expanded else values.nbytes
     if isinstance(values, dict):
-        return _sizes(tuple(values.values()))
+        return _nbytes(tuple(values.values()))
     if isinstance(values, tuple | list):
-        return sum(map(_sizes, values))
+        return sum(map(_nbytes, values))
     return 0
 
 
-def _inside(xz: Tensor, weights: Sequence[Any], way: str, *, keep: bool) -> int:
-    """Read the sizes of a block off the arguments of the fused mixer."""
+def _fused_bytes(xz: Tensor, weights: Sequence[Any], options: Mapping[str, Any]) -> dict[str, int]:
     dt_proj, A, out_proj = weights[3], weights[5], weights[14]
     (batch, length, width), (inner, rank) = xz.shape, dt_proj.shape
     sizes = dict(batch=batch, length=length, inner=width // 2, state=A.shape[1], rank=rank)
     sizes |= dict(dim=inner if out_proj is None else len(out_proj), itemsize=xz.element_size())
-    return mixer_bytes(**sizes, keep=keep)[way]
+    return mixer_bytes(**sizes, keep=options.get("keep", True), kernels=options["kernels"])
 
 
 def mixer_bytes(
@@ -222,6 +222,7 @@ def mixer_bytes(
     rank: int,
     itemsize: int,
     keep: bool,
+    kernels: str = "triton",
 ) -> dict[str, int]:
     """Count the bytes of a bidirectional mixer between in_proj and its result, without weights.
 
@@ -232,20 +233,21 @@ def mixer_bytes(
         length: Tokens of each.
         dim: Width of a token outside the mixer.
         inner: Width inside.
-        state: Numbers of state for each channel.
+        state: State size of each channel.
         rank: Width of dt.
-        itemsize: Bytes of a stored number.
+        itemsize: Bytes of an element.
         keep: Whether states and the sum of both scans are written for a backward pass.
+        kernels: "triton" or "numba", which keep states at different intervals.
 
     Returns:
         The bytes "forward" and "backward".
     """
-    number = batch * length * itemsize  # one for every token
-    channels, BC, dt = number * inner, 2 * number * 2 * state, 2 * number * rank
-    states = 2 * batch * -(-length // STATE_EVERY) * inner * state * 4  # float32
+    column = batch * length * itemsize  # one element of every token
+    channels, BC, dt = column * inner, 2 * column * 2 * state, 2 * column * rank
+    states = 4 * math.prod(kernel_set(kernels).kept_shape(2, batch, length, inner, state))
     # scan, conv, gate; then x_proj, dt_proj and out_proj
-    forward = (6 + 3 + 5) * channels + BC + (2 + 2 + 1) * channels + (dt + BC) + dt + number * dim
+    forward = (6 + 3 + 5) * channels + BC + (2 + 2 + 1) * channels + (dt + BC) + dt + column * dim
     # scan, conv twice, gate; two gradients of each product, and dt_proj once more
     backward = (9 + 4 + 3 + 5) * channels + 2 * BC + states
-    backward += (4 + 6 + 2) * channels + 2 * (dt + BC) + 3 * dt + 2 * number * dim
+    backward += (4 + 6 + 2) * channels + 2 * (dt + BC) + 3 * dt + 2 * column * dim
     return {"forward": forward + (states if keep else -channels), "backward": backward}

@@ -1,11 +1,11 @@
-"""Operations and bytes are counted, and set beside what a device does at best."""
+"""Operations and bytes are counted, and compared with the peaks of a device."""
 
 import pytest
 import torch
 
-from fambav.bench import ceilings
+from fambav.bench import roofline
 from fambav.bench.candidates import Candidate, images
-from fambav.bench.ceilings import Ceilings, flops, mixer_bytes, traffic
+from fambav.bench.roofline import Roofline, flops, mixer_bytes, traffic
 from fambav.ops.kernels import NUMBA
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_inside_the_fused_mixer_kernels_and_products_are_counted():
     mixer = net.layers[0].mixer
     rank, state, _ = mixer.splits
     sizes = dict(batch=1, length=net.length, dim=net.dim, inner=2 * net.dim, itemsize=4)
-    counted = mixer_bytes(**sizes, state=state, rank=rank, keep=False)
+    counted = mixer_bytes(**sizes, state=state, rank=rank, keep=False, kernels="numba")
     with torch.no_grad():
         seen = traffic(lambda: mixer(x))
     around = 3 * x.nbytes  # in_proj reads tokens and writes twice the inner width, four times them
@@ -53,6 +53,14 @@ def test_inside_the_fused_mixer_kernels_and_products_are_counted():
     assert least < seen < 1.3 * least
     both = traffic(lambda: mixer(x).sum().backward())
     assert both > seen + counted["backward"] + 2 * weights
+
+
+def test_each_set_of_kernels_keeps_states_at_its_own_interval():
+    sizes = dict(batch=1, length=65, dim=8, inner=16, state=4, rank=1, itemsize=4)
+    ways = {name: mixer_bytes(**sizes, keep=True, kernels=name) for name in ("triton", "numba")}
+    one = 2 * 16 * 4 * 4  # float32 states of both directions
+    assert ways["triton"]["backward"] - ways["numba"]["backward"] == (4 - 3) * one
+    assert ways["triton"]["forward"] - ways["numba"]["forward"] == (4 - 3) * one
 
 
 def test_the_operations_of_a_peer_are_those_of_its_products():
@@ -73,26 +81,24 @@ def test_images_have_the_size_that_the_model_reads():
     assert images(net, 2, CPU).shape == (2, 3, 32, 32)
 
 
-def test_shares_of_ceilings_are_taken_within_each_round(monkeypatch):
-    monkeypatch.setattr(ceilings, "SIDE", {"cpu": 100})
-    monkeypatch.setattr(ceilings, "COPIED", {"cpu": 1000})
-    limits = Ceilings(CPU, [torch.float32])
+def test_shares_of_peaks_are_taken_within_each_round(monkeypatch):
+    monkeypatch.setattr(roofline, "SIDE", {"cpu": 100})
+    monkeypatch.setattr(roofline, "COPIED", {"cpu": 1000})
+    limits = Roofline(CPU, [torch.float32])
     product, copy = limits.runs()
     assert all(run() is not None for run in limits.runs().values())
     # The machine is half as fast in the second round, for all alike.
     times = {"own": [4.0, 8.0], product: [2.0, 4.0], copy: [1.0, 2.0]}
     x = torch.ones(50)
-    row = limits.beside(times, "own", torch.float32, batch=2, flops=5e5, run=lambda: x + 1)
+    row = limits.row(times, "own", torch.float32, batch=2, flops=5e5, run=lambda: x + 1)
     assert row["mib_moved"] == 400 / 2**20
     assert row["flops_share"] == pytest.approx(1e6 / 2e6 * 2 / 4)
     assert row["bytes_share"] == pytest.approx(400 / 2000 * 1 / 4)
     assert row["gflop_per_s"] == pytest.approx(1e6 / 6e-3 / 1e9)
-    rates = {rate["what"]: rate["giga_per_s"] for rate in limits.tables(times)["ceilings"]}
+    rates = {rate["what"]: rate["giga_per_s"] for rate in limits.tables(times)["roofline"]}
     assert rates == pytest.approx({"product in float32": 2e6 / 3e6, "copy": 2000 / 1.5e6})
     assert limits.flops_per_s(times, torch.float32) == pytest.approx(2e6 / 3e-3)
     assert limits.bytes_per_s(times) == pytest.approx(2000 / 1.5e-3)
-    assert Ceilings(CPU, []).tables(times) == {}
-    few = Ceilings(CPU, []).beside(
-        times, "own", torch.float32, batch=2, flops=5e5, run=lambda: 1 / 0
-    )
+    assert Roofline(CPU, []).tables(times) == {}
+    few = Roofline(CPU, []).row(times, "own", torch.float32, batch=2, flops=5e5, run=lambda: 1 / 0)
     assert few.keys() == {"gflop_per_image", "gflop_per_s"}
