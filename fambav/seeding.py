@@ -1,9 +1,9 @@
-"""Random numbers as functions of what they are for, never of what was drawn before.
+"""Stateless seeding: every random draw has a seed that is hashed from its purpose and counters.
 
-    key(seed, "augment", epoch, position) -> 63 bits
+    key(seed, "augment", epoch, index) -> 63 bits
 
-No random state is stored anywhere: a resumed run, another number of workers or another number of
-processes makes the same draws, because each draw is seeded by its own name.
+No generator state is stored: a resumed run, or one with another number of workers or processes,
+makes the same draws.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import SupportsIndex
 
 
 def key(*parts: SupportsIndex | str) -> int:
-    """Hash the name of a draw to a seed.
+    """Derive the seed of a draw.
 
     Args:
         parts: The run's seed, the purpose and the counters of the draw, in a fixed order.
@@ -32,8 +32,8 @@ def key(*parts: SupportsIndex | str) -> int:
 def seed_cpu(*parts: SupportsIndex | str) -> None:
     """Seed Python's, numpy's legacy and torch's CPU generator with a key.
 
-    Cheap enough for every sample: torch.manual_seed looks at every kind of device and takes a
-    hundred times as long.
+    Cheap enough for every sample: torch.manual_seed visits every kind of device and takes a hundred
+    times as long.
 
     Args:
         parts: As for `key`.
@@ -50,7 +50,7 @@ def seed_cpu(*parts: SupportsIndex | str) -> None:
 
 
 def seed_all(*parts: SupportsIndex | str) -> None:
-    """Seed what `seed_cpu` seeds and the generators of every GPU.
+    """Seed the generators of `seed_cpu` and of every GPU.
 
     Args:
         parts: As for `key`.

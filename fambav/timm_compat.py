@@ -1,12 +1,12 @@
-"""The one door through which timm and torchvision come in.
+"""Imports of timm and torchvision, with workarounds; no other module imports them directly.
 
-PyPI's torchvision is linked against CUDA.  Beside a CPU build of torch its native library does not
-load, its operators are never defined, and `import torchvision` fails on the first fake kernel it
-registers for one of them; timm needs torchvision, so it fails as well.  Declaring the two operators
-before the import is all it takes.  Where the native library loads, nothing is touched.
+PyPI's torchvision is linked against CUDA.  With a CPU build of torch its native library does not
+load, its operators are not defined, and `import torchvision` fails on the first fake kernel that it
+registers for one of them, and `import timm` with it.  Declaring the two operators beforehand
+suffices.  Where the native library loads, nothing is changed.
 
-Pillow 13 refuses `posterize` with no bits left, which RandAugment asks for about once in a thousand
-images; the answer of every older version, a black image, is given instead.
+Pillow 13 raises on `posterize` with 0 bits, which RandAugment draws about once in a thousand images;
+it is patched to return a black image, as older versions do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 _POSTERIZE = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
-_kept: list[torch.library.Library] = []  # a Library takes its definitions back when it dies
+_kept: list[torch.library.Library] = []  # a Library removes its definitions when it is collected
 
 
 def prepare_torchvision() -> str:
@@ -59,7 +59,7 @@ def _posterize(original: Callable[..., Any], image: Any, bits: int, **options: A
 
 
 def guard_posterize(operations: dict[str, Any]) -> None:
-    """Let the posterize operations of `operations` give a black image when no bits are left.
+    """Patch the posterize operations to return a black image for 0 bits.
 
     Args:
         operations: timm's table of augmentations; changed in place, once.
