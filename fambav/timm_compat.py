@@ -5,8 +5,8 @@ load, its operators are not defined, and `import torchvision` fails on the first
 registers for one of them, and `import timm` with it.  Declaring the two operators beforehand
 suffices.  Where the native library loads, nothing is changed.
 
-Pillow 13 raises on `posterize` with 0 bits, which RandAugment draws about once in a thousand images;
-it is patched to return a black image, as older versions do.
+Pillow 13 raises on `posterize` with 0 bits, which RandAugment draws about once in a thousand
+images; it is patched to return a black image, as older versions do.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
 #
 #   bash scripts/gpu_check.sh [--more] [--only STEP] [--dry] [FOLDER]
 #
-# FOLDER (default output/gpu_check) receives a JSON file after every step, of tests an XML file, and in
-# steps.jsonl a line for each: an early stop loses nothing.  --more runs the second part, of less that matters; --only
-# runs one step of either; --dry runs each to its end on a CPU, with tiny sizes and Triton's
-# interpreter.
+# FOLDER (default output/gpu_check) receives a JSON file after every step (tests: a JUnit XML file) and a line
+# for each in steps.jsonl, so that an early stop loses nothing.  --more runs the second part, of lower priority; --only
+# runs one step of either; --dry runs each step on a CPU, with tiny sizes and Triton's interpreter.
 # Needs a CUDA build of torch, the packages of pyproject.toml and pytest in $PYTHON (default python3);
 # installs nothing.
 set -uo pipefail
@@ -46,7 +45,7 @@ if [ -z "$dry" ]; then
     "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
         fail "no CUDA device is visible to $python, expected one; --dry needs none"
 fi
-SECONDS=0 # the first import of torch on a new machine takes its own time
+SECONDS=0 # the first import of torch on a new machine is not counted
 
 failed=0
 step() { # NAME SECONDS COMMAND...
@@ -74,7 +73,7 @@ script() { # NAME SECONDS FILE FLAGS...
 check() { # NAME SECONDS EXPRESSION FILES...
     local name=$1 limit=$2 which=$3
     shift 3
-    # Only pytest is needed: a setting of a plugin that is absent is no failure of the kernels.
+    # Only pytest is required: settings of plugins that are not installed are ignored.
     step "$name" "$limit" "$python" -m pytest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning -rP \
         -m "$mark" -k "$which" --junitxml "$out/$name.xml" "$@"
 }
@@ -88,8 +87,8 @@ smoke() { # NAME SECONDS FLAGS...
 import json, pathlib, sys
 run, target = map(pathlib.Path, sys.argv[1:])
 epochs = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
-told = {"environment": json.loads((run / "env.json").read_text()), "epochs": epochs}
-target.write_text(json.dumps(told, indent=1))' "$out/$name" "$out/$name.json"
+summary = {"environment": json.loads((run / "env.json").read_text()), "epochs": epochs}
+target.write_text(json.dumps(summary, indent=1))' "$out/$name" "$out/$name.json"
 }
 
 declare -A files=(

@@ -33,7 +33,7 @@ def add_rms_norm(
     """Add `hidden` to the residual stream and normalise the sum over its last axis.
 
     Args:
-        hidden: Output of the last block, (..., dim).
+        hidden: Output of the last block, (..., dim), of any floating-point dtype.
         residual: Sum of the earlier outputs, shaped like hidden; None before the first block.
         weight: Scale, (dim,).
         eps: Added to the mean square, greater than 0.
@@ -46,6 +46,8 @@ def add_rms_norm(
     Raises:
         ValueError: If a shape, dtype or device does not fit that of hidden.
         BackendError: If a backend is forced that cannot run these tensors.
+
+    Source: Zhang and Sennrich, arXiv:1910.07467, equation 4.
     """
     expect_beside("hidden", hidden, hidden.shape, hidden)
     expect_beside("weight", weight, hidden.shape[-1:], hidden)

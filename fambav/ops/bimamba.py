@@ -67,7 +67,8 @@ def bimamba_scan(
     Nothing is flipped or transposed in memory.  The state is float32, or float64 if xz is.
 
     Args:
-        xz: Input x and gate z, concatenated, (batch, length, 2 dim).
+        xz: Input x and gate z, concatenated, (batch, length, 2 dim), of any floating-point dtype;
+            the batch may be empty.
         forward: Parameters of the scan from the first token to the last.
         backward: Parameters of the scan from the last token to the first.
         out_proj: Applied to the result, (out, dim); None for none.
@@ -80,6 +81,8 @@ def bimamba_scan(
     Raises:
         ValueError: If a shape, dtype or device does not fit the others.
         BackendError: If a backend is forced that cannot run these tensors.
+
+    Source: Zhu et al., "Vision Mamba", arXiv:2401.09417, algorithm 1.
     """
     _check(xz, forward, backward, out_proj)
     if autocasts(xz):

@@ -48,7 +48,7 @@ def causal_conv1d(
     A drop-in for causal-conv1d's `causal_conv1d_fn` without its state arguments, with a direction.
 
     Args:
-        x: Input, (batch, dim, length).
+        x: Input, (batch, dim, length), of any floating-point dtype; the batch may be empty.
         weight: Kernels, (dim, width); the last tap multiplies the present token.
         bias: Added to the result, (dim,).
         activation: None, "silu" or "swish", which are the same function.

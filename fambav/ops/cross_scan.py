@@ -57,6 +57,8 @@ def snake_order(grid: tuple[int, int], device: torch.device) -> ScanOrder:
 
     Returns:
         The order of height * width tokens in raster order, the same for any batch.
+
+    Source: Yang et al., "PlainMamba", arXiv:2403.17695, continuous 2D scanning.
     """
     if torch.compiler.is_compiling():  # a traced tensor must not outlive the trace
         return _snake_order(grid, device)

@@ -61,6 +61,8 @@ def match(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tenso
 
     Raises:
         IndexError: If there are fewer than count even indices, or no odd one.
+
+    Source: Bolya et al., "Token Merging", arXiv:2210.09461, section 3.
     """
     none = x.new_empty(x.shape[0], 0, dtype=torch.int64)
     selection = evens_then_odds(x, count, none if masked is None else masked)

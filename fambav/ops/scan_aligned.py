@@ -62,6 +62,8 @@ def aligned_scan(
     Raises:
         ValueError: If a shape, dtype or device does not fit the others.
         BackendError: If a backend of the scan is forced that cannot run these tensors.
+
+    Source: Zhan et al., arXiv:2409.18962, hidden state alignment.
     """
     _check(u, delta, A, B, C, D, skipped_dt)
     if skipped_dt is None:

@@ -83,10 +83,11 @@ def selective_scan(
     """Scan `u` along its last axis and gate the result.
 
     A drop-in for mamba-ssm's `selective_scan_fn`, with a direction.  Any strides are taken; on a
-    CPU the transpose of a contiguous (batch, length, dim) tensor is fastest.
+    CPU the transpose of a contiguous (batch, length, dim) tensor is fastest.  The batch may be
+    empty.
 
     Args:
-        u: Input, (batch, dim, length).
+        u: Input, (batch, dim, length), of any floating-point dtype.
         delta: Step size before bias and softplus, shaped like u.
         A: Decay rate, (dim, state), real.
         B: Input matrix: (batch, state, length); (batch, groups, state, length), where channel d
@@ -107,6 +108,9 @@ def selective_scan(
     Raises:
         ValueError: If a shape, dtype or device does not fit those of u and A.
         BackendError: If a backend is forced that cannot run these tensors.
+
+    Source: Gu and Dao, "Mamba", arXiv:2312.00752, equations 2 and 4, with delta B for the
+        discretized B, as in the authors' code.
     """
     B, C = (w.unsqueeze(1) if w.dim() == 3 else w for w in (B, C))
     _check(u, A, {"B": B, "C": C}, {"delta": delta, "z": z}, {"D": D, "delta_bias": delta_bias})
