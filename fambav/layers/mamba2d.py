@@ -28,19 +28,18 @@ from fambav.layers.mamba import (
 )
 from fambav.layers.tokens import Intermediates, Tokens, take_rows
 from fambav.ops import selective_scan
-from fambav.ops.aligned_scan import aligned_scan, steps_between
 from fambav.ops.bimamba import ScanInputs
-from fambav.ops.scan_order import (
+from fambav.ops.cross_scan import (
     MOVES,
-    Orders,
-    among,
-    by_step,
-    by_token,
-    collect,
-    rows,
-    snakes,
-    spread,
+    ScanOrder,
+    cross_merge,
+    cross_scan,
+    kept_order,
+    snake_order,
+    to_scan_order,
+    to_token_order,
 )
+from fambav.ops.scan_aligned import aligned_scan, estimate_skipped_dt
 from fambav.registry import PARAM_ORDERS, nearest
 
 Grid = tuple[int, int]
@@ -142,22 +141,26 @@ class Mamba2D(nn.Module):
             skipped_dt = self._skipped_dt(delta, grid, orders, tokens, gap_policy=gap_policy)
             y = aligned_scan(u, delta, A_from_log(self.A_log), B, C, upcast(self.D), skipped_dt)
         y = y.unflatten(0, (hidden.shape[0], -1))  # (batch, directions, length, inner)
-        out: Tensor = self.out_proj(collect(y, orders) * F.silu(z))  # (batch, length, dim)
+        out: Tensor = self.out_proj(cross_merge(y, orders) * F.silu(z))  # (batch, length, dim)
         if tokens is None:
             return out
         scanned = zip(("u", "delta", "B", "C", "y"), (*inputs, y), strict=True)
         found = {
-            name: by_token(x.view(*y.shape[:3], -1), orders) for name, x in scanned if name in want
+            name: to_token_order(x.view(*y.shape[:3], -1), orders)
+            for name, x in scanned
+            if name in want
         }
         found |= {name: x for name, x in (("z", z), ("mixed", out)) if name in want}
         return out, Intermediates(order=orders.order, **found)
 
-    def _layout(self, hidden: Tensor, tokens: Tokens | None) -> tuple[Grid, Tensor | None, Orders]:
+    def _layout(
+        self, hidden: Tensor, tokens: Tokens | None
+    ) -> tuple[Grid, Tensor | None, ScanOrder]:
         """Return the grid, positions on it as from `grid_position`, and the scan orders."""
         grid, position = (self.grid, None) if tokens is None else grid_position(tokens, self.grid)
-        whole = snakes(grid, hidden.device)
+        whole = snake_order(grid, hidden.device)
         if position is not None:
-            return grid, position, among(whole, position)
+            return grid, position, kept_order(whole, position)
         if hidden.shape[1] != grid[0] * grid[1]:
             raise ValueError(
                 f"hidden has {hidden.shape[1]} tokens, expected {grid[0] * grid[1]} for a grid of"
@@ -165,7 +168,7 @@ class Mamba2D(nn.Module):
             )
         return grid, None, whole
 
-    def _scan_inputs(self, u: Tensor, orders: Orders) -> ScanInputs:
+    def _scan_inputs(self, u: Tensor, orders: ScanOrder) -> ScanInputs:
         """Return u, delta, B and C of each step, all (batch * directions, length, their width).
 
         The step size is before softplus and before the bias that the scan adds.
@@ -179,13 +182,13 @@ class Mamba2D(nn.Module):
             delta = apply_dt_proj(self.dt_proj, dt)
         own = delta, B, C  # each (batch, length, its width)
         if self.param_order == "permuted":
-            delta, B, C = (spread(x, orders) for x in own)
+            delta, B, C = (cross_scan(x, orders) for x in own)
         else:
-            raster = own if orders.raster is None else [rows(x, orders.raster) for x in own]
+            raster = own if orders.raster is None else [take_rows(x, orders.raster) for x in own]
             delta, B, C = (x[:, None].expand(-1, orders.directions, -1, -1) for x in raster)
         B = B + self.direction_Bs[orders.move]
         # (batch, directions, length, width) -> (batch * directions, length, width)
-        u, delta, B, C = (x.flatten(0, 1) for x in (spread(u, orders), delta, B, C))
+        u, delta, B, C = (x.flatten(0, 1) for x in (cross_scan(u, orders), delta, B, C))
         return u, delta, B, C
 
     @property
@@ -211,7 +214,7 @@ class Mamba2D(nn.Module):
         self,
         delta: Tensor,
         grid: Grid,
-        orders: Orders,
+        orders: ScanOrder,
         tokens: Tokens | None,
         *,
         gap_policy: str | None,
@@ -223,7 +226,7 @@ class Mamba2D(nn.Module):
             raise ValueError(f"gap policy is {gap_policy!r}, expected none, since {UNALIGNED}")
         if gap_policy == "cached":
             carried = None if tokens is None else tokens.skipped_dt
-            return None if carried is None else by_step(carried, orders).flatten(0, 1)
+            return None if carried is None else to_scan_order(carried, orders).flatten(0, 1)
         if orders.skipped is None:
             if grid != self.grid:
                 raise ValueError(
@@ -233,7 +236,7 @@ class Mamba2D(nn.Module):
             return None
         bias = upcast(bias_of(self.dt_proj)) * (1 + self.dt_bias_twice)
         skipped = orders.skipped.flatten(0, 1)  # (batch * directions, length)
-        return steps_between(gap_policy, delta=delta, skipped=skipped, bias=bias)
+        return estimate_skipped_dt(gap_policy, delta=delta, skipped=skipped, bias=bias)
 
 
 def grid_position(tokens: Tokens, grid: Grid) -> tuple[Grid, Tensor | None]:

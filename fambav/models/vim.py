@@ -140,8 +140,11 @@ class Vim(Backbone):
         """Choose where tokens are fused.  Has no parameters, so any weights fit any choice.
 
         Args:
-            strategy, layer, token, plan: As in `fambav.reduction.from_fusion`.
+            strategy: Layers that fuse, as in `fambav.reduction.from_fusion`.
+            layer: Likewise.
+            token: Likewise.
             method: How, "famba-v" or "ordered".
+            plan: As in `from_fusion`.
 
         Raises:
             ValueError: If that cannot be done or would do nothing.

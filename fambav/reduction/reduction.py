@@ -182,8 +182,11 @@ def fused(
 
     Args:
         info: The model.
-        strategy, layer, token, plan: As in `from_fusion`.
+        strategy: Layers that fuse, as in `from_fusion`.
+        layer: Likewise.
+        token: Likewise.
         method: How tokens are fused, usually "famba-v" or "ordered".
+        plan: As in `from_fusion`.
 
     Raises:
         ValueError: If that cannot be done or would do nothing.
