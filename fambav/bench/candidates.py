@@ -18,6 +18,7 @@ from fambav.models import Backbone, Vim
 from fambav.ops import BackendError, backends, force
 from fambav.ops.dispatch import SCAN
 from fambav.reduction import Reduction, make_reducer, make_schedule, parse_schedule
+from fambav.reduction.schedule import PUBLISHED
 from fambav.registry import MODELS, STRATEGY_ALIASES, nearest
 from fambav.timm_compat import timm
 
@@ -138,7 +139,7 @@ def candidates(
         with torch.device("meta"):
             info = cast(Backbone, timm.create_model(model)).info
         for text in named:
-            if text != NONE:
+            if text not in (NONE, PUBLISHED):
                 parse_schedule(text, info, name="plan")
     for name in (peer for peer in peers if peer not in MODELS):
         with torch.device("meta"):

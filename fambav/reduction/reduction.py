@@ -16,7 +16,7 @@ from torch import nn
 from fambav.layers import BackboneInfo, Hooks, Tokens
 from fambav.reduction.apply import carried_dt, mask, merge, put_class_tokens
 from fambav.reduction.reducer import Reducer, known_name, make_reducer
-from fambav.reduction.schedule import Schedule, from_fusion, make_schedule
+from fambav.reduction.schedule import PUBLISHED, Schedule, from_fusion, make_schedule
 from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, SCAN_POLICIES
 
 _DELTA = frozenset({"delta"})
@@ -202,7 +202,7 @@ def fused(
 def make_reduction(
     info: BackboneInfo,
     method: str,
-    schedule: str | int = "published",
+    schedule: str | int = PUBLISHED,
     *,
     hook: str | None = None,
     scan: str | None = None,
@@ -233,8 +233,6 @@ def make_reduction(
         return no_reduction(info)
     reducer = make_reducer(method, **options)
     text = f"r:{schedule}" if isinstance(schedule, int) else schedule
-    if text == "published":
-        text = _published(reducer, info)
     reduction = Reduction(
         info,
         reducer,
@@ -244,12 +242,13 @@ def make_reduction(
         gap_policy=gap_policy,
         class_policy=class_policy,
     )
-    if schedule == "published" and reducer.presumed(info):
-        reduction.remark = f"schedule {text} is ours: the paper of {method} does not give its own"
+    if text == PUBLISHED and reducer.presumed(info):
+        own = reducer.published(info)
+        reduction.remark = f"schedule {own} is ours: the paper of {method} does not give its own"
     return reduction
 
 
-def reduce(model: Model, method: str, schedule: str | int = "published", **how: Any) -> Model:
+def reduce(model: Model, method: str, schedule: str | int = PUBLISHED, **how: Any) -> Model:
     """Let a model reduce its tokens from now on, with the weights that it has.
 
     Args:
@@ -271,16 +270,6 @@ def reduce(model: Model, method: str, schedule: str | int = "published", **how: 
         )
     reducible.reduction = make_reduction(reducible.info, method, schedule, **how)
     return model
-
-
-def _published(reducer: Reducer, info: BackboneInfo) -> str:
-    text = reducer.published(info)
-    if text is None:
-        raise ValueError(
-            f"reduction_schedule is 'published', expected another such as r:5; {reducer.name} has"
-            f" none for {info.family} of width {info.width} and depth {info.depth}"
-        )
-    return text
 
 
 def _class_policy(info: BackboneInfo, method: Reducer, policy: str | None) -> str:

@@ -35,7 +35,7 @@ Counts = tuple[int, ...]
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:/([1-9]\d*))?)?")
 _PAIRS = re.compile(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*")
-_NAME = "reduction_schedule"
+_NAME, PUBLISHED = "reduction_schedule", "published"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def make_schedule(
     """Read a schedule and check that a method can carry it out, whatever the images.
 
     Args:
-        text: As above.
+        text: As above, or "published" for that of the method's paper.
         info: The model.
         reducer: The method, which knows how many tokens can go at once, and where.
         hook: Where in a block tokens go; the method's own by default.
@@ -116,15 +116,19 @@ def make_schedule(
         given: Name and value of the setting that a refusal is about, if text is made from it.
 
     Raises:
-        ValueError: If the text has another form, or a layer cannot remove its tokens without
-            touching a class token, or lacks the grid of patches that the method needs.
+        ValueError: If the text has another form, the paper has none for such a model, or a layer
+            cannot remove its tokens without touching a class token, or lacks the grid of patches
+            that the method needs.
     """
-    counts = parse_schedule(text, info, name=given[0] if given else _NAME)
+    name = given[0] if given else _NAME
+    if text == PUBLISHED:
+        text = _published(info, reducer, name)
+    counts = parse_schedule(text, info, name=name)
     own = reducer.class_policy if info.cls_index else "exact"
     refused = _misfit(counts, info, reducer, class_policy or own)
     if refused is not None:
         layer, length, limit = refused
-        name, value = given or (_NAME, text)
+        value = given[1] if given else text
         most = f"{limit} at layer {layer}"
         if name == "fusion_token":
             most = str(_most(counts, info, reducer))
@@ -134,6 +138,16 @@ def make_schedule(
             f" {reducer.name} can remove {limit} without touching a class token"
         )
     return Schedule.of(info.tokens, counts, after=(hook or reducer.hook) == "after")
+
+
+def _published(info: BackboneInfo, reducer: Reducer, name: str) -> str:
+    text = reducer.published(info)
+    if text is None:
+        raise ValueError(
+            f"{name} is {PUBLISHED!r}, expected another such as r:5; {reducer.name} has none for"
+            f" {info.family} of width {info.width} and depth {info.depth}"
+        )
+    return text
 
 
 def from_fusion(

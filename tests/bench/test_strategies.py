@@ -59,6 +59,7 @@ def test_none_is_measured_once_under_any_of_its_names():
         ("all:6:9", "plan is 'all:6:9', expected all:tokens"),
         ("all:0", "plan is 'all:0', expected all:tokens"),
         ("all", "plan is 'all', expected all:tokens"),
+        ("published", "plan is 'published', expected another such as r:5; famba-v has none"),
         ("all:40", "plan is 'all:40', expected at most"),
         ("upper:9:2", "plan is 'upper:9:2', expected a layer from 1 to 6"),
     ],

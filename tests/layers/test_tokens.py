@@ -16,7 +16,7 @@ def test_tokens_start_at_their_own_places_with_size_one():
     assert tokens.cls_index.tolist() == [[0, 4]] * 3
 
 
-def test_without_a_class_token_there_are_no_class_places():
+def test_without_a_class_token_cls_index_is_empty():
     places = Tokens.start(torch.randn(3, 5, 2), cls_index=()).cls_index
     assert places.shape == (3, 0)
     assert places.dtype == torch.int64
