@@ -349,10 +349,10 @@ def _layers(text: str, depth: int) -> list[int]:
         found = _RANGE.fullmatch(word.strip())
         if found is None:
             raise ValueError("layers such as 5,10,15 or 3-23/2")
-        first, last, step = found[1], found[2] or found[1], found[3] or "1"
-        layers += range(int(first), int(last) + 1, int(step))
-    if not layers or not all(1 <= layer <= depth for layer in layers):
-        raise ValueError(f"layers from 1 to {depth}")
+        first, last, step = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)
+        if not 1 <= first <= last <= depth:
+            raise ValueError(f"layers from 1 to {depth}")
+        layers += range(first, last + 1, step)
     if any(b <= a for a, b in pairwise(layers)):
         raise ValueError("ascending layers, none twice")
     return layers
