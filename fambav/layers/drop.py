@@ -27,7 +27,7 @@ def shard(index: int | Tensor, count: int) -> Iterator[None]:
 
     Args:
         index: This process's share of the global batch, 0 .. count - 1; or a tensor of that one
-            number, which recorded kernels read each time they run.
+            number, which a CUDA graph reads at each replay.
         count: Number of shards of the same size.
 
     Raises:

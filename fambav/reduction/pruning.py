@@ -408,7 +408,7 @@ def _without(gone: Tensor, length: int) -> Selection:
 def _fixed(patches: Tensor, seed: int) -> Tensor:
     """Return a number for each patch that depends on nothing but how many there are.
 
-    Made by arithmetic alone, since neither a compiler nor recorded kernels can seed a generator.
+    Made by arithmetic alone, since neither a compiler nor a CUDA graph can seed a generator.
     """
     count = patches.shape[1]
     start = _scrambled(_scrambled(seed) + count)
