@@ -115,11 +115,11 @@ def _check_crop(config: Config, plan: Sketch) -> None:
     Raises:
         ValueError: If there is one.
     """
-    asked, default = config.data.eval_crop_ratio, type(config.data).eval_crop_ratio
-    if asked not in (default, eval_words(plan.input_size, asked)["crop_pct"]):
+    ratio, default = config.data.eval_crop_ratio, type(config.data).eval_crop_ratio
+    if ratio not in (default, eval_words(plan.input_size, ratio)["crop_pct"]):
         height, width = plan.input_size
         raise ValueError(
-            f"eval_crop_ratio is {asked:g}, expected {default:g}, its default: images of {height} x"
+            f"eval_crop_ratio is {ratio:g}, expected {default:g}, its default: images of {height} x"
             f" {width} pixels are taken whole"
         )
 
