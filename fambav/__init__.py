@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import what needs torch when it is first asked for, so that `import fambav` stays light."""
     if name == "from_pretrained":
-        from fambav.build import from_pretrained
+        from fambav.training import from_pretrained
 
         return from_pretrained
     if name == "reduce":

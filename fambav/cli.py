@@ -55,16 +55,16 @@ def _train(words: Words) -> int:
             _tell(line, 0)
         elif _speaks():
             print(line, flush=True)
-    from fambav import build
+    from fambav import training
 
-    return int(build.run(run))
+    return int(training.run(run))
 
 
 def _record(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Read what the checkpoint to be evaluated says of its run."""
-    from fambav import build
+    from fambav import training
 
-    return build.record(given)
+    return training.record(given)
 
 
 def _command(words: Words) -> int:

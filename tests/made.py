@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import torch
 
-from fambav import build, cli
-from fambav.build import saved
+from fambav import cli, training
 from fambav.config import Config
 from fambav.data import load
 from fambav.engine import checkpoint
 from fambav.randomness import seed_all
+from fambav.training import saved
 
 SMALL = dict(model="vim_micro", data_set="DIGITS", data_stats="own", patch_size=8, num_workers=0)
 
@@ -25,7 +25,7 @@ def run(path, change=None, **settings):
     found = load("DIGITS")
     config = Config.from_flat({"input_size": 32, "num_classes": found.num_classes, **given})
     seed_all(0)
-    net = build.model(config, num_classes=found.num_classes)
+    net = training.model(config, num_classes=found.num_classes)
     weights = net.state_dict()
     head = next(name for name in ("head.weight", "head.fc.weight") if name in weights)
     weights[head] *= 50  # so that models differ in what they say

@@ -30,7 +30,7 @@ def job(monkeypatch):
     """Replaces the run itself by a function."""
 
     def replace(function):
-        monkeypatch.setattr("fambav.build.run", function)
+        monkeypatch.setattr("fambav.training.run", function)
 
     return replace
 
@@ -272,7 +272,7 @@ def test_predict_prints_the_guesses_of_each_image(capsys, monkeypatch):
         seen.update(rest, checkpoint=checkpoint, images=images)
         return [[("cat", 0.75), ("dog", 0.25)] for _ in images]
 
-    monkeypatch.setattr("fambav.build.predict", predict)
+    monkeypatch.setattr("fambav.training.predict", predict)
     assert console(["predict", "w.pth", "a.png", "b.png", "--topk", "2", "--device", "cpu"]) == 0
     assert seen == {
         "checkpoint": "w.pth",

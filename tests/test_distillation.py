@@ -5,14 +5,14 @@ import itertools
 import pytest
 import torch
 
-from fambav.build import model
-from fambav.build.teacher import teacher
-from fambav.build.updates import update
 from fambav.config import ConfigError, load, parse
 from fambav.engine import checkpoint, train
 from fambav.engine.distill import Teacher
 from fambav.engine.runtime import Processes
 from fambav.models import Vim
+from fambav.training import model
+from fambav.training.teacher import teacher
+from fambav.training.updates import update
 from tests.data.made import made_cifar10
 from tests.identical import lasting, log, same
 from tests.test_runs import Crash, go, launch, refused

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fambav.build import exposure as told
 from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision
 from fambav.reduction import reduce
 from fambav.registry import METHODS
+from fambav.training import exposure as told
 
 CPU = torch.device("cpu")
 PLAIN = Precision(CPU, None)

@@ -21,7 +21,7 @@ RANK = {
     "config": 5,
     "data": 6,
     "engine": 6,
-    "build": 7,
+    "training": 7,
     "comparison": 8,
     "costs": 8,
     "bench": 10,

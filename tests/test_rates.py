@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fambav.build.updates import learning_rate
 from fambav.config import Config, ConfigError, load, parse
 from fambav.engine.runtime import Processes
+from fambav.training.updates import learning_rate
 from tests.made import go
 
 RUN = ["--model", "vim_micro"]

@@ -19,12 +19,12 @@ import yaml
 
 import fambav
 from fambav import cli
-from fambav.build import jobs, model, predict
 from fambav.config import parse
 from fambav.engine import checkpoint, fit, train
 from fambav.engine.evaluate import Scores
 from fambav.engine.record import Recorder
 from fambav.models import Vim
+from fambav.training import jobs, model, predict
 from tests.data.made import made_cifar, made_cifar10
 from tests.identical import assert_identical, lasting, log, same
 

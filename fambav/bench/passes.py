@@ -26,7 +26,6 @@ from fambav.bench.ceilings import Ceilings, flops
 from fambav.bench.operations import LENGTHS
 from fambav.bench.profile import profile
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
-from fambav.build import updates
 from fambav.config import Config
 from fambav.engine.memory import MIB
 from fambav.engine.runtime import Processes, numerics
@@ -44,6 +43,7 @@ from fambav.engine.timing import (
 )
 from fambav.engine.train import Update
 from fambav.models import Backbone
+from fambav.training import updates
 
 FORWARD_BATCH = {"cuda": 128, "cpu": 8}
 STEP_BATCH = {"cuda": 128, "cpu": 2}

@@ -13,6 +13,6 @@ def run(words: list[str]) -> None:
     found = config.parse(words)
     if found.notice:
         print(found.notice)
-    from fambav import build
+    from fambav import training
 
-    print(build.reduction(found).told())
+    print(training.reduction(found).told())

@@ -26,9 +26,9 @@ def run(words: list[str]) -> None:
         raise ConfigError("images are missing, expected fambav predict CHECKPOINT IMAGE ...")
     model = config.parse(rest) if rest else None
     checkpoint, *images = words[:flags]
-    from fambav import build
+    from fambav import training
 
-    found = build.predict(checkpoint, images, config=model, device=given.device, topk=given.topk)
+    found = training.predict(checkpoint, images, config=model, device=given.device, topk=given.topk)
     for image, guesses in zip(images, found, strict=True):
         print(image)
         for name, share in guesses:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from fambav import build
+from fambav import training
 from fambav.config import Config
 from fambav.costs.reduction import OVERHEADS, Overhead, aligned, handed_over
 from fambav.costs.report import Report, Row
@@ -55,7 +55,7 @@ def configured(config: Config) -> Report:
             " classes only its files tell"
         )
     with torch.device("meta"):
-        net = build.model(config, num_classes=classes)
+        net = training.model(config, num_classes=classes)
     return count(net)
 
 

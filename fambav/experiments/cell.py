@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from fambav import config
-from fambav.build.jobs import Job, opened
-from fambav.build.network import model
-from fambav.build.updates import precision
 from fambav.engine.checkpoint import write_text
 from fambav.experiments.metrics import METRICS
 from fambav.experiments.runs import read_run
+from fambav.training.jobs import Job, opened
+from fambav.training.network import model
+from fambav.training.updates import precision
 
 SETTINGS, OUTPUT, FIGURES = "cell.yaml", "output.txt", "figures.json"
 

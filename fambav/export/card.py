@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from fambav import costs
-from fambav.build.prediction import Pretrained
 from fambav.export.description import Run
 from fambav.models import Backbone
+from fambav.training.prediction import Pretrained
 
 UNKNOWN = "not measured"
 

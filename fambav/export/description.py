@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import fambav
-from fambav.build.entries import fact
-from fambav.build.prediction import Pretrained
 from fambav.config import affecting
 from fambav.experiments import read_environment, read_log
 from fambav.models import Backbone
+from fambav.training.entries import fact
+from fambav.training.prediction import Pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

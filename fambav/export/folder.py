@@ -16,9 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fambav.build import batches
-from fambav.build.prediction import Pretrained, opened
-from fambav.build.saved import as_strings
 from fambav.engine import checkpoint
 from fambav.engine.finite import check_logits
 from fambav.engine.record import WEIGHTS
@@ -26,6 +23,9 @@ from fambav.engine.runtime import processes
 from fambav.export import description
 from fambav.export.card import Check, card
 from fambav.registry import nearest
+from fambav.training import batches
+from fambav.training.prediction import Pretrained, opened
+from fambav.training.saved import as_strings
 
 Run = Callable[[Tensor], Tensor]
 

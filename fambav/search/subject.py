@@ -11,9 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fambav import build
-from fambav.build import batches, entries, saved
-from fambav.build.updates import precision
+from fambav import training
 from fambav.config import Config
 from fambav.data import DataSet
 from fambav.engine.checkpoint import CheckpointError
@@ -24,6 +22,8 @@ from fambav.models import Backbone
 from fambav.ops import force, set_backend
 from fambav.randomness import key
 from fambav.reduction import Reduction
+from fambav.training import batches, entries, saved
+from fambav.training.updates import precision
 
 # What may be said of a file that knows its own settings: where and how fast, not what.
 FREE = {
@@ -132,9 +132,9 @@ def opened(
             raise ValueError(
                 f"model is {config.model.model!r}, expected one whose tokens can be reduced"
             )
-        size = build.network.sketch(config).input_size
+        size = training.network.sketch(config).input_size
         found = batches.data_set(config, group, input_size=size)
-        net = build.model(config, num_classes=found.num_classes)
+        net = training.model(config, num_classes=found.num_classes)
         saved.put(source, state, net)
         yield Subject(
             path=source,

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from fambav import data, experiments
-from fambav.build.prediction import Pretrained, load_run
 from fambav.data import DataSet
 from fambav.engine.finite import check_logits
 from fambav.models import Backbone
 from fambav.registry import PICTURES, nearest
+from fambav.training.prediction import Pretrained, load_run
 from fambav.viz import figures, measures
 from fambav.viz.compare import compare_strategies, described
 from fambav.viz.logs import Record, curves

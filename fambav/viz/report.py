@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 
 from fambav import config, experiments
-from fambav.build.prediction import Pretrained, load_run
 from fambav.config import OPTIONS
 from fambav.data import DataError, DataSet
 from fambav.engine.checkpoint import write_text
@@ -27,6 +26,7 @@ from fambav.engine.runtime import processes
 from fambav.experiments import Estimate, Point, Result
 from fambav.experiments.metrics import METRICS, PRIMARY
 from fambav.table import Table
+from fambav.training.prediction import Pretrained, load_run
 from fambav.viz.front import pareto
 from fambav.viz.render import Source, held_out, names_of, render
 from fambav.viz.style import save

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from fambav.build import model
-from fambav.build.updates import update
 from fambav.config import parse
 from fambav.engine.replay import Replayed
 from fambav.engine.runtime import Precision, Processes
 from fambav.layers import DropPath, shard
 from fambav.layers.drop import current
+from fambav.training import model
+from fambav.training.updates import update
 
 CPU = torch.device("cpu")
 SHAPE = (4, 3)

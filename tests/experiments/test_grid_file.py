@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import fambav
-from fambav.build import schedule
 from fambav.config import ConfigError
 from fambav.experiments import read_grid
+from fambav.training import schedule
 
 BASE = "model: vim_micro\nclass_token: none\nepochs: 4\nlr: 3.0e-3\nunscale_lr: true\n"
 GRID = """base: base.yaml

@@ -11,10 +11,10 @@ import sys
 import pytest
 import torch
 
-from fambav.build import jobs
 from fambav.cli import console
 from fambav.experiments import cell, process, sweep
 from fambav.models import Vim
+from fambav.training import jobs
 from tests.experiments.made import DENSE, ROOT, SCRATCH, accuracies, edit, go, losses, written
 
 CELLS = 8  # two dense models; each then tuned, with fusion, and tuned with fusion

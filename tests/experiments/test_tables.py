@@ -383,7 +383,7 @@ def test_figures_in_grids_are_those_in_the_configs_they_come_from():
     ],
 )
 def test_rows_that_are_compared_lose_about_the_same_number_of_tokens(name, least, most):
-    from fambav.build import schedule
+    from fambav.training import schedule
 
     read = experiments.read_grid(grids()[name], seeds=1)
     removed = [schedule(cell.config).removed for cell in read.cells]
@@ -392,7 +392,7 @@ def test_rows_that_are_compared_lose_about_the_same_number_of_tokens(name, least
 
 
 def test_papers_rows_beside_table_3_of_digits_lose_about_as_large_a_part_of_their_tokens():
-    from fambav.build import schedule
+    from fambav.training import schedule
 
     paper = {str(c.row.paper): schedule(c.config) for c in cells_of("cifar100-table3")}
     for cell in cells_of("digits-table3"):

@@ -2,7 +2,7 @@
 
 import torch
 
-from fambav import build
+from fambav import training
 from fambav.config import Config
 from fambav.engine import checkpoint
 
@@ -15,7 +15,7 @@ def weights(path, model="vim_micro", *, classes=10, **settings):
         {"model": model, "data_set": "DIGITS", "num_classes": classes, **settings}
     )
     torch.manual_seed(0)
-    net = build.model(config, num_classes=classes).eval()
+    net = training.model(config, num_classes=classes).eval()
     known = {
         "config": config.flat(),
         "class_token": config.model.class_token,

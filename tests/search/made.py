@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from fambav import build
-from fambav.build import saved
+from fambav import training
 from fambav.config import Config
 from fambav.data import load
 from fambav.engine import checkpoint
 from fambav.randomness import seed_all
 from fambav.search.space import Problem
+from fambav.training import saved
 
 
 def problem(weights, *, length=9, share=0.6, power=1.5, savings=None, seen=None):
@@ -55,7 +55,7 @@ def weights(folder: Path, **settings) -> Path:
     found = load("DIGITS")
     complete = config.replace(num_classes=found.num_classes, input_size=32)
     seed_all(0)
-    net = build.model(complete, num_classes=found.num_classes)
+    net = training.model(complete, num_classes=found.num_classes)
     # Drawn larger than a new head's, so that plans differ in what the model says.
     net.head.weight.data.mul_(50)
     known = saved.facts(complete, found, None, images=64)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fambav import build, config
+from fambav import config, training
 from fambav.cli import main
 from fambav.commands import search_plan, tune
 from fambav.config import Config, ConfigError
@@ -40,7 +40,7 @@ def test_the_plan_found_meets_the_budget_and_runs_as_written(source, tmp_path, c
     found = figures(tmp_path)
     made = config.load(tmp_path / "plan.yaml")
     assert "# fambav search-plan " in (tmp_path / "plan.yaml").read_text()
-    schedule = build.schedule(made)
+    schedule = training.schedule(made)
     assert list(schedule.counts) == found["counts"] and any(found["counts"])
     assert schedule.share == found["cost"] <= 0.7
     assert (made.model.class_token, made.model.patch_size) == ("head", 8)
@@ -85,7 +85,7 @@ def test_of_several_methods_the_best_is_taken_and_written_so_that_it_runs(source
     search_plan.run(words(source, tmp_path, *flags))
     found, made = figures(tmp_path), config.load(tmp_path / "plan.yaml")
     assert made.reduction.reduction == found["method"]
-    assert list(build.schedule(made).counts) == found["counts"]
+    assert list(training.schedule(made).counts) == found["counts"]
     assert {plan["method"] for plan in found["front"]} <= {"random", "prune-aligned"}
 
 
@@ -94,7 +94,7 @@ def test_policies_of_a_method_are_searched_with_and_written(source, tmp_path):
     search_plan.run(words(source, tmp_path, *flags, "--algorithm", "greedy", *SMALL))
     made = config.load(tmp_path / "plan.yaml")
     assert (made.reduction.scan_policy, made.reduction.gap_policy) == ("aligned", "bias")
-    assert build.reduction(made).scan == "aligned"
+    assert training.reduction(made).scan == "aligned"
 
 
 def test_a_budget_in_milliseconds_is_measured(source, tmp_path, monkeypatch, capsys):
@@ -104,7 +104,7 @@ def test_a_budget_in_milliseconds_is_measured(source, tmp_path, monkeypatch, cap
     monkeypatch.setattr("fambav.search.price.Clock.times", times)
     search_plan.run(words(source, tmp_path, "--budget", "ms:80", *SMALL))
     found = figures(tmp_path)
-    share = build.schedule(config.load(tmp_path / "plan.yaml")).share
+    share = training.schedule(config.load(tmp_path / "plan.yaml")).share
     assert found["cost"] == pytest.approx(100 * share + 3) and 70 < found["cost"] <= 80
     assert "noisy" in capsys.readouterr().out
 
@@ -201,7 +201,7 @@ def test_a_file_that_is_not_ours_needs_its_model_and_its_data(source, tmp_path):
     model = ["--model", "vim_micro", "--patch-size", "8", "--input-size", "32"]
     data = ["--data-set", "DIGITS", "--class-token", "head", "--num-workers", "0"]
     search_plan.run(words(bare, tmp_path, *flags, *model, *data))
-    assert build.schedule(config.load(tmp_path / "plan.yaml")).share <= 0.8
+    assert training.schedule(config.load(tmp_path / "plan.yaml")).share <= 0.8
 
 
 def test_a_run_is_known_by_its_folder(source, tmp_path):
@@ -219,7 +219,7 @@ def test_tuning_finds_the_margin_and_writes_what_it_found(source, tmp_path, caps
     assert best["lost"] == pytest.approx(trail[0]["acc1"] - best["acc1"]) and best["lost"] <= 4
     behind = [row for row in trail if row["token_layers"] < best["token_layers"]]
     assert all(row["lost"] > 4 for row in behind)
-    assert list(build.schedule(config.load(tmp_path / "plan.yaml")).counts) == best["counts"]
+    assert list(training.schedule(config.load(tmp_path / "plan.yaml")).counts) == best["counts"]
     said = capsys.readouterr().out
     assert "the held-out images were used to choose" in said
 
@@ -257,5 +257,5 @@ def test_settings_of_a_plan_train_and_evaluate_without_what_the_run_was_told(met
     recipe = Config.from_flat({"model": "vim_micro", "data_set": "DIGITS", "epochs": 7})
     made = answer.settings(recipe, Plan(method, (0, 4, 0, 0, 2, 0)))
     read = Config.from_flat(made.replace(resume="x.pth", eval=True).flat())
-    assert build.schedule(read).counts == (0, 4, 0, 0, 2, 0)
-    assert read.optim.epochs == 7 and build.reduction(read).name == method
+    assert training.schedule(read).counts == (0, 4, 0, 0, 2, 0)
+    assert read.optim.epochs == 7 and training.reduction(read).name == method

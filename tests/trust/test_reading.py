@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from fambav.build import batches
 from fambav.data import loaders
 from fambav.data.arrays import ArraySet
 from fambav.engine import checkpoint
+from fambav.training import batches
 from tests.data.made import made_folder
 from tests.identical import assert_identical, log
 from tests.trust.forked import run, run_two

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fambav.build import folder as run_folder
-from fambav.build import pictured
 from fambav.engine import checkpoint, fit, train
 from fambav.engine.record import Recorder
+from fambav.training import folder as run_folder
+from fambav.training import pictured
 from tests.identical import assert_identical
 from tests.trust.forked import FRESH, run, start
 from tests.trust.test_orphans import family

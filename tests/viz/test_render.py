@@ -17,11 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fambav
 import fambav.models
 from fambav import cli, viz
-from fambav.build import pictured
 from fambav.commands import pareto, show
 from fambav.config import parse
 from fambav.data import load
 from fambav.registry import PICTURES
+from fambav.training import pictured
 from fambav.viz.compare import compare_strategies, described, reducing
 from fambav.viz.render import traced
 from tests.data.made import made_cifar

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from fambav import data
-from fambav.build import batches, entries, saved
-from fambav.build.network import model, sketch
 from fambav.config import Config, affecting, read_settings, refuse
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.finite import check_logits
 from fambav.engine.runtime import processes
 from fambav.models import Backbone, official
+from fambav.training import batches, entries, saved
+from fambav.training.network import model, sketch
 
 Guess = tuple[str, float]
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from torch import nn
 
-from fambav.build import entries, saved
-from fambav.build.network import model
 from fambav.config import Config
 from fambav.engine import distill
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.distill import Teacher
 from fambav.engine.train import Lesson, Loss
 from fambav.models import official
+from fambav.training import entries, saved
+from fambav.training.network import model
 
 
 def teacher(config: Config, *, num_classes: int) -> Teacher | None:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fambav.build.entries import check, fact, load
 from fambav.config import Config, affecting
 from fambav.data import DataSet
 from fambav.engine.checkpoint import CheckpointError, NotFiniteWeightsError, State
@@ -19,6 +18,7 @@ from fambav.engine.finite import NotFiniteError, check_weights
 from fambav.engine.record import BEST, CHECKPOINT, WEIGHTS
 from fambav.models import Backbone, official
 from fambav.reduction import Schedule
+from fambav.training.entries import check, fact, load
 
 # What may differ between a run and its continuation: where and how fast, not what.
 _FREE = affecting("nothing", "speed")

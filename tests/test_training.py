@@ -6,11 +6,6 @@ from functools import partial
 import pytest
 import torch
 
-from fambav.build import entries, model, run, schedule
-from fambav.build.batches import data_set, train_batches
-from fambav.build.network import sketch
-from fambav.build.saved import as_strings, fact, facts, put, same_run, settings
-from fambav.build.updates import learning_rate, precision, update
 from fambav.config import ConfigError, parse
 from fambav.ecosystem import timm
 from fambav.engine import checkpoint
@@ -19,6 +14,11 @@ from fambav.engine.replay import Replayed
 from fambav.engine.runtime import Processes
 from fambav.engine.train import binary_cross_entropy, soft_cross_entropy
 from fambav.layers.drop import current
+from fambav.training import entries, model, run, schedule
+from fambav.training.batches import data_set, train_batches
+from fambav.training.network import sketch
+from fambav.training.saved import as_strings, fact, facts, put, same_run, settings
+from fambav.training.updates import learning_rate, precision, update
 
 CPU = torch.device("cpu")
 ONE, FOUR = Processes(0, 1, CPU), Processes(2, 4, CPU)

@@ -8,8 +8,6 @@ from typing import cast
 import torch
 from torch import nn
 
-from fambav.build.batches import mixing
-from fambav.build.teacher import lesson
 from fambav.config import Config
 from fambav.engine import optim, train
 from fambav.engine.distill import Teacher
@@ -17,6 +15,8 @@ from fambav.engine.replay import Replayed
 from fambav.engine.runtime import Precision, Processes
 from fambav.models import Backbone
 from fambav.randomness import seed_all
+from fambav.training.batches import mixing
+from fambav.training.teacher import lesson
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

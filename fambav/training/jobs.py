@@ -12,11 +12,6 @@ from typing import Any, cast
 
 from torch import nn
 
-from fambav.build import batches, entries, folder, pictured, saved
-from fambav.build.exposure import exposure
-from fambav.build.network import Sketch, model, sketch
-from fambav.build.teacher import described, teacher
-from fambav.build.updates import images_per_update, precision, rate_warning, update
 from fambav.config import Config
 from fambav.data import Batches, DataSet, eval_words
 from fambav.data.resident import ResidentEvaluation
@@ -32,6 +27,11 @@ from fambav.engine.runtime import Console, Processes, numerics, processes
 from fambav.models import Backbone
 from fambav.ops import force, set_backend
 from fambav.randomness import seed_all
+from fambav.training import batches, entries, folder, pictured, saved
+from fambav.training.exposure import exposure
+from fambav.training.network import Sketch, model, sketch
+from fambav.training.teacher import described, teacher
+from fambav.training.updates import images_per_update, precision, rate_warning, update
 
 
 def run(config: Config) -> int:

@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fambav.build import batches
 from fambav.config import Config
 from fambav.data import DataSet
 from fambav.models import Backbone
+from fambav.training import batches
 
 
 def tokens(config: Config, net: nn.Module, found: DataSet) -> NDArray[np.uint8] | None:
