@@ -207,11 +207,11 @@ class TopRow(Reducer):
         raise AssertionError("nothing runs here")
 
     @staticmethod
-    def limit(length, class_places):
+    def limit(length, cls_index):
         return length - 1
 
     @staticmethod
-    def shape(grid, count):
+    def grid_after(grid, count):
         return None if grid is None or count != grid[1] else (grid[0] - 1, grid[1])
 
 
@@ -274,14 +274,18 @@ def test_masked_tokens_save_nothing():
 
 
 def test_alignment_is_paid_by_every_layer_behind_the_first_tokens_that_went():
-    model = reduce(built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap="self")
+    model = reduce(
+        built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap_policy="self"
+    )
     found = rows(costs.count(model))
     assert [row.alignment for row in found] == [
         FREE,
         FREE,
         *(Cost(4 * n * 128, 2 * 4 * n * 128) for n in (60, 60, 57, 57)),
     ]
-    model = reduce(built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap="cached")
+    model = reduce(
+        built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap_policy="cached"
+    )
     kept = rows(costs.count(model))
     assert kept[2].alignment == Cost(3 * 60 * 128, 2 * 3 * 60 * 128)
     assert kept[2].reduction.literature - found[2].reduction.literature == 2 * 5 * 128
@@ -289,7 +293,9 @@ def test_alignment_is_paid_by_every_layer_behind_the_first_tokens_that_went():
     whole = total(*(row.own for row in report.rows), report.reduction, report.alignment)
     assert report.total == whole
     assert "alignment" in report.table().render("text")
-    model = reduce(built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap="none")
+    model = reduce(
+        built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap_policy="none"
+    )
     assert costs.count(model).alignment == FREE
 
 

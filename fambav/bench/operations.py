@@ -118,7 +118,7 @@ def block(
         shape = batch, length, net.dim
         x = torch.randn(shape, device=device).to(dtype).requires_grad_()
         residual = torch.randn(shape, device=device).requires_grad_()
-        tokens = Tokens.start(x, class_places=())._replace(residual=residual)
+        tokens = Tokens.start(x, cls_index=())._replace(residual=residual)
         grads = torch.randn(shape, device=device).to(dtype), torch.randn(shape, device=device)
 
         def forward() -> tuple[Tensor, Tensor]:

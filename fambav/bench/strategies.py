@@ -49,7 +49,7 @@ def strategies(
 
     Args:
         model: One of ours.
-        plans: Which layers fuse how many tokens, as `parse_plan` reads them; none is added.
+        plans: Which layers fuse how many tokens, schedules as for `fambav.reduce`; none is added.
         method: How tokens are merged.
         backend: What operations run by; None for the fastest.
         cuda_graphs: Record the passes of every step.

@@ -15,7 +15,7 @@ from fambav.registry import DATA_SETS, FAMILIES, METHODS, MODELS, SCAN_BACKENDS
 
 VIMS = FAMILIES["vim"].models
 DTYPES = ("float32", "bfloat16", "float16")
-PLAN = "strategy:layer:tokens or strategy:tokens, such as upper:6:9 or all:7, or none"
+PLAN = "a schedule as of --reduction-schedule, such as upper:6:9, all:7 or r:5@3-23/2, or none"
 NUMBER: dict[str, Any] = dict(type=int, metavar="N")
 SWITCH: dict[str, Any] = dict(action="store_true")
 # What may be given to `add_flags`; a flag that is not given is left to the function's own default.

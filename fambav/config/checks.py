@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from fambav.config.setting import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, PROBABILITY, Bounds
-from fambav.registry import FOREIGN, MODELS, SCHEDULES, nearest
+from fambav.registry import FOREIGN, MODELS, SCHEDULE_FORM, SCHEDULES, nearest
 
 # What the number of a key may be: whole or not, and in which range.
 _WHOLE, _COUNT, _SWITCH = (int, NATURAL), (int, COUNT), (int, Bounds(0, 1))
@@ -70,7 +70,7 @@ def filled(text: str) -> None:
 
 def schedule_form(text: str) -> None:
     """Refuse what cannot be a schedule, before a model is there to say more."""
-    if text != "published" and not re.fullmatch(r"(r|ramp|list|keep|tokens):[-\d.,@/]+", text):
+    if text != "published" and not re.fullmatch(SCHEDULE_FORM, text):
         raise ValueError(f"one of {SCHEDULES}")
 
 

@@ -106,12 +106,12 @@ def _reduced(parts: Parts, reduction: Reduction, method: Reducer) -> Iterator[Ro
 
     Convolutions of tokens that form no grid run on the grid of the start, among zeros.
     """
-    schedule, masked, gap = reduction.schedule, reduction.scan == "masked", reduction.gap
+    schedule, masked, gap = reduction.schedule, reduction.scan == "masked", reduction.gap_policy
     info = reduction.info
     left, grid = info.tokens, cast("Grid | None", info.grid)
     for layer, (mixer, gone) in enumerate(zip(parts.mixers, schedule.counts, strict=True)):
         sizes = Overhead(left, gone, info.width, parts.inner, info.directions, parts.printed)
-        behind = method.shape(grid, gone) if gone and not masked else grid
+        behind = method.grid_after(grid, gone) if gone and not masked else grid
         seen = info.tokens if masked else schedule.lengths[layer]
         cells = math.prod((grid if schedule.after else behind) or info.grid)
         yield Row(

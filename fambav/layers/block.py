@@ -1,4 +1,4 @@
-"""The residual block: add, normalise, mix, with room for something at three points.
+"""The residual block: add, normalise, mix, with hooks at three points.
 
 tokens = before(tokens)
 residual = residual + drop_path(x)      tokens = between(norm(residual), residual)
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fambav.layers.drop import DropPath
-from fambav.layers.tokens import Ask, Signals, Tokens
+from fambav.layers.tokens import OUTPUT, Intermediates, Tokens, zero_masked
 from fambav.ops import add_rms_norm
 
 Hook = Callable[[Tokens], Tokens]
@@ -27,23 +27,29 @@ def unchanged(tokens: Tokens) -> Tokens:
 
 
 class Hooks(NamedTuple):
-    """What is done to the tokens at a block, and what its mixer is asked.
+    """What is done to the tokens at a block, and what its mixer needs and returns beside x.
 
     Attributes:
         before: Called with the output of the block before, ahead of its drop path.
         between: Called with the normalised sum as x.
-        after: Called with the mixer's output as x and its signals.
-        asked: Whether the mixer is told about its tokens, and asked for `needs`; a need of its
-            output alone is served without asking.
-        needs, gap: As in `Ask`.
+        after: Called with the mixer's output as x and its intermediates.
+        want: Intermediates that are read behind the mixer, fields of `Intermediates`.
+        gap_policy: How the scan's state ages over tokens that went, see `registry.GAP_POLICIES`;
+            None if it does not.
+        positions: Whether the mixer has to know where the tokens come from.
     """
 
     before: Hook = unchanged
     between: Hook = unchanged
     after: Hook = unchanged
-    asked: bool = False
-    needs: frozenset[str] = frozenset()
-    gap: str | None = None
+    want: frozenset[str] = frozenset()
+    gap_policy: str | None = None
+    positions: bool = False
+
+    @property
+    def unfused(self) -> bool:
+        """Whether the mixer has to run composed of single scans; its output alone does not."""
+        return bool(self.want - OUTPUT) or self.gap_policy is not None or self.positions
 
 
 NO_HOOKS = Hooks()
@@ -84,7 +90,8 @@ class Block(nn.Module):
 
     Args:
         dim: Width of a token.
-        mixer: Maps (batch, length, dim) to the same shape; with an `Ask` it also returns `Signals`.
+        mixer: Maps (batch, length, dim) to the same shape; given `Tokens` too, it also returns
+            `Intermediates`, see `Mamba.forward`.
         drop_path: Probability that a sample skips the output of the block before.
     """
 
@@ -135,11 +142,12 @@ def run_block(
     def mix(tokens: Tokens) -> Tokens:
         x, residual = norm(tokens.x, tokens.residual)
         tokens = hooks.between(tokens._replace(x=x, residual=residual))
-        if not hooks.asked:
+        if not hooks.unfused:
             x = mixer(tokens.x)
-            return tokens._replace(x=x, signals=Signals(mixed=x) if hooks.needs else None)
-        x, signals = mixer(tokens.x, Ask(tokens, hooks.needs, hooks.gap))
-        return tokens._replace(x=silenced(x, tokens.alive), signals=signals)
+            found = Intermediates(mixed=x) if hooks.want else None
+            return tokens._replace(x=x, intermediates=found)
+        x, found = mixer(tokens.x, tokens, want=hooks.want, gap_policy=hooks.gap_policy)
+        return tokens._replace(x=zero_masked(x, tokens.keep_index), intermediates=found)
 
     tokens = hooks.before(tokens)
     # Outside of the part that is computed twice, so that randomness is drawn once.
@@ -149,11 +157,3 @@ def run_block(
     else:
         tokens = mix(tokens)
     return hooks.after(tokens)
-
-
-def silenced(x: Tensor, alive: Tensor | None) -> Tensor:
-    """Silence what a mixer's biases say at masked places."""
-    if alive is None:
-        return x
-    mask = torch.zeros(x.shape[:2], dtype=x.dtype, device=x.device).scatter(1, alive, 1)
-    return x * mask[..., None]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from fambav.layers.block import Add, Hooks
 from fambav.layers.drop import DropPath
-from fambav.layers.embed import class_places, pair, patch_grid, take
+from fambav.layers.embed import cls_index_of, pair, patch_grid
 from fambav.layers.info import BackboneInfo
 from fambav.layers.mamba import Mamba
-from fambav.layers.tokens import Tokens
+from fambav.layers.tokens import Tokens, take_rows
 from fambav.models.entry import chosen_layers, data_config
 from fambav.models.flops import Parts
 from fambav.models.weights import adapt, official, published_class_token, resize_pos_embed
@@ -83,7 +83,7 @@ class Backbone(nn.Module):
     num_classes: int
     pretrained_cfg: dict[str, Any]
     class_token: str
-    class_places: tuple[int, ...]
+    cls_index: tuple[int, ...]
     patch_size: int
     stride: int
     in_chans: int
@@ -197,9 +197,9 @@ class Backbone(nn.Module):
         index = torch.tensor([self.info.cls_index], dtype=torch.int64, device=x.device)
         index = index.expand(len(x), -1)
         if self.global_pool == "token":
-            x = take(x, index).mean(dim=1)
+            x = take_rows(x, index).mean(dim=1)
         elif self.global_pool == "avg":
-            x = take(x, others(index, x.shape[1])).mean(dim=1)
+            x = take_rows(x, others(index, x.shape[1])).mean(dim=1)
         logits: Tensor = x if pre_logits else self.head(x)
         return logits
 
@@ -245,10 +245,10 @@ class Backbone(nn.Module):
             tokens = block(tokens, self.hooks(layer, tokens))
             if layer in wanted:
                 rows = self._rows(tokens, norm=norm)
-                patches = take(rows, others(index, length))
+                patches = take_rows(rows, others(index, length))
                 if output_fmt == "NCHW":
                     patches = patches.mT.unflatten(2, grid)
-                found.append((patches, take(rows, index)) if return_prefix_tokens else patches)
+                found.append((patches, take_rows(rows, index)) if return_prefix_tokens else patches)
         return found if intermediates_only else (self._whole(tokens), found)
 
     def prune_intermediate_layers(
@@ -316,8 +316,8 @@ class Backbone(nn.Module):
         self.grid = patch_grid(img_size, patch_size=self.patch_size, stride=self.stride)
         self.img_size = img_size
         patches = self.grid[0] * self.grid[1]
-        self.class_places = class_places(self.class_token, patches)
-        self.length = patches + len(self.class_places)
+        self.cls_index = cls_index_of(self.class_token, patches)
+        self.length = patches + len(self.cls_index)
 
     def describe(self) -> None:
         """Say what images are read and what the layers return, in timm's words."""
@@ -378,11 +378,11 @@ class Backbone(nn.Module):
         """
         if not self.global_pool:
             return self._whole(tokens)
-        tokens = tokens.living()
+        tokens = tokens.kept()
         tokens = tokens._replace(x=self.drop_path(tokens.x))
         if self.global_pool == "token":  # each row is normalised on its own, so only these are
-            x = take(tokens.x, tokens.class_places)
-            residual = take(cast(Tensor, tokens.residual), tokens.class_places)
+            x = take_rows(tokens.x, tokens.cls_index)
+            residual = take_rows(cast(Tensor, tokens.residual), tokens.cls_index)
             return self.normed(tokens._replace(x=x, residual=residual))[0].mean(dim=1)
         return mean_patch(self.normed(tokens)[0], tokens)
 
@@ -400,7 +400,7 @@ class Backbone(nn.Module):
 
     def _rows(self, tokens: Tokens, *, norm: bool) -> Tensor:
         """Return the residual stream's sum, (batch, start length, dim), normalised if wanted."""
-        left = tokens.living()
+        left = tokens.kept()
         if norm:
             rows = self.normed(left)[0]
         else:
@@ -411,7 +411,7 @@ class Backbone(nn.Module):
 
     def _pooling(self, name: str | None) -> str:
         """Return the name of a pooling that this model has; None for its own."""
-        known = ("token", "avg", "") if self.class_places else ("avg", "")
+        known = ("token", "avg", "") if self.cls_index else ("avg", "")
         if name is None:
             return known[0]
         if name not in known:
@@ -482,8 +482,8 @@ class Backbone(nn.Module):
 def mean_patch(rows: Tensor, tokens: Tokens) -> Tensor:
     """Average rows of patches, (batch, length, dim), each as often as it stands for patches."""
     size = tokens.size
-    if tokens.class_places.shape[1]:
-        size = size.scatter(1, tokens.class_places, 0)
+    if tokens.cls_index.shape[1]:
+        size = size.scatter(1, tokens.cls_index, 0)
     share = size / size.sum(dim=1, keepdim=True)
     return (rows * share[..., None]).sum(dim=1).to(rows.dtype)
 

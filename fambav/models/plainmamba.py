@@ -16,12 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fambav.layers.block import NO_HOOKS, Hooks, run_block, silenced
+from fambav.layers.block import NO_HOOKS, Hooks, run_block
 from fambav.layers.drop import DropPath
 from fambav.layers.embed import pair, resize_grid
 from fambav.layers.info import BackboneInfo, Stage
-from fambav.layers.mamba2d import DIRECTIONS, SIGNALS, UNALIGNED, Mamba2D, on_image, standing
-from fambav.layers.tokens import Tokens
+from fambav.layers.mamba2d import (
+    DIRECTIONS,
+    UNALIGNED,
+    Mamba2D,
+    apply_on_grid,
+    grid_position,
+)
+from fambav.layers.tokens import INTERMEDIATES, Tokens, zero_masked
 from fambav.models.backbone import Backbone, drop_path_rates
 from fambav.models.entry import register
 from fambav.models.flops import Cost, Parts, PlainMixer, stem_products
@@ -92,8 +98,8 @@ class Layer(nn.Module):
         if self.dw is None:
             return tokens
         total = (cast(Tensor, tokens.residual) + tokens.x).to(tokens.x.dtype)
-        x = on_image(total, *standing(tokens, self.mamba.grid), self.dw)
-        return tokens._replace(x=silenced(x, tokens.alive), residual=None)
+        x = apply_on_grid(total, *grid_position(tokens, self.mamba.grid), self.dw)
+        return tokens._replace(x=zero_masked(x, tokens.keep_index), residual=None)
 
 
 class PatchEmbed(nn.Module):
@@ -247,7 +253,9 @@ class PlainMamba(Backbone):
         """What a reduction has to know."""
         return BackboneInfo(
             family="plainmamba",
-            stages=(Stage(self.depth, self.dim, self.grid, self.length, DIRECTIONS, SIGNALS),),
+            stages=(
+                Stage(self.depth, self.dim, self.grid, self.length, DIRECTIONS, INTERMEDIATES),
+            ),
             unaligned=UNALIGNED if self.param_order == "raster" else None,
             needs_positions=True,
         )
@@ -286,7 +294,7 @@ class PlainMamba(Backbone):
         grid, position = (maps.shape[2], maps.shape[3]), self.backbone.pos_embed
         resized = position if grid == self.grid else resize_grid(position, self.grid, grid)
         x = maps.flatten(2).mT + resized
-        return Tokens.start(x, class_places=(), grid=grid, trace=trace)
+        return Tokens.start(x, cls_index=(), grid=grid, trace=trace)
 
     def normed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the final norm of the residual stream's last sum, and the sum."""
@@ -294,10 +302,10 @@ class PlainMamba(Backbone):
         return normed, total
 
     def hooks(self, layer: int, tokens: Tokens) -> Hooks:
-        """Return what a layer is to do; mixers know one grid and must be told of another."""
+        """Return what a layer is to do; mixers know one grid and have to be given another."""
         hooks = self.reduction.hooks(layer)
         known = tokens.grid == self.grid or tokens.grid is None
-        return hooks if known else hooks._replace(asked=True)
+        return hooks if known else hooks._replace(positions=True)
 
     def set_input_size(
         self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None

@@ -18,8 +18,8 @@ from fambav.layers.block import AddNorm, Block
 from fambav.layers.drop import Dropout, DropPath
 from fambav.layers.embed import PatchEmbed, insert, pair
 from fambav.layers.info import BackboneInfo, Stage
-from fambav.layers.mamba import SIGNALS, Mamba
-from fambav.layers.tokens import Tokens
+from fambav.layers.mamba import Mamba
+from fambav.layers.tokens import INTERMEDIATES, Tokens
 from fambav.models.backbone import Backbone, drop_path_rates
 from fambav.models.entry import register
 from fambav.models.flops import Cost, Parts, VimMixer
@@ -54,7 +54,7 @@ class Vim(Backbone):
 
     Attributes:
         grid: Patches along height and width.
-        class_places: Where the class tokens stand at the start.
+        cls_index: Where the class tokens stand at the start.
         length: Tokens at the start, class tokens included.
         reduction: Removes tokens; may be replaced at any time, see `fambav.reduce`.
 
@@ -155,8 +155,10 @@ class Vim(Backbone):
         directions = 1 if self.bimamba_type == "none" else 2
         return BackboneInfo(
             family="vim",
-            stages=(Stage(self.depth, self.dim, self.grid, self.length, directions, SIGNALS),),
-            cls_index=self.class_places,
+            stages=(
+                Stage(self.depth, self.dim, self.grid, self.length, directions, INTERMEDIATES),
+            ),
+            cls_index=self.cls_index,
         )
 
     def flop_parts(self) -> Parts:
@@ -174,9 +176,9 @@ class Vim(Backbone):
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:
         """Cut images into patches, put the class tokens among them and add where each stands."""
         class_tokens = [getattr(self, name) for name in self.class_names]
-        x = insert(self.patch_embed(images), class_tokens, self.class_places)
+        x = insert(self.patch_embed(images), class_tokens, self.cls_index)
         x = self.pos_drop(x + self.pos_embed)
-        return Tokens.start(x, class_places=self.class_places, grid=self.grid, trace=trace)
+        return Tokens.start(x, cls_index=self.cls_index, grid=self.grid, trace=trace)
 
     def normed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the final norm of the residual stream's last sum, and the sum."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fambav.layers.embed import class_places, insert, resize_grid, take
+from fambav.layers.embed import cls_index_of, insert, resize_grid
+from fambav.layers.tokens import take_rows
 from fambav.ops.match import others
 
 if TYPE_CHECKING:  # a model is fitted by what is written here
@@ -146,7 +147,7 @@ def resize_pos_embed(
             they make no square, or make a square and the model's other grid just as well.
     """
     length = pos_embed.shape[1]
-    patches = length - len(model.class_places)
+    patches = length - len(model.cls_index)
     if grid is None:
         side = math.isqrt(max(patches, 0))
         grid, own = (side, side), math.prod(model.grid)
@@ -159,15 +160,15 @@ def resize_pos_embed(
     if grid[0] * grid[1] != patches:
         raise ValueError(
             f"grid is {grid[0]} x {grid[1]}, expected {patches} places as the checkpoint's"
-            f" pos_embed has {length} rows with {len(model.class_places)} class tokens"
+            f" pos_embed has {length} rows with {len(model.cls_index)} class tokens"
         )
     if grid == model.grid:
         return pos_embed
-    places = torch.tensor([class_places(model.class_token, patches)], dtype=torch.int64)
+    places = torch.tensor([cls_index_of(model.class_token, patches)], dtype=torch.int64)
     places = places.to(pos_embed.device)
-    class_rows = take(pos_embed, places).split(1, dim=1) if model.class_places else ()
-    raster = resize_grid(take(pos_embed, others(places, length)), grid, model.grid)
-    return insert(raster, class_rows, model.class_places)
+    class_rows = take_rows(pos_embed, places).split(1, dim=1) if model.cls_index else ()
+    raster = resize_grid(take_rows(pos_embed, others(places, length)), grid, model.grid)
+    return insert(raster, class_rows, model.cls_index)
 
 
 def _fit_head(

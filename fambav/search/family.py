@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fambav.reduction import spelling
-from fambav.reduction.schedule import plan
+from fambav.reduction.schedule import parse_schedule, plan
 from fambav.search.space import Counts, Space
 from fambav.search.written import Family
 
@@ -82,6 +81,4 @@ _MEMBERS = {"r": _constant, "keep": _keep, "scale": _scaled}
 
 
 def _read(text: str, space: Space) -> Counts:
-    info = space.info
-    classes = len(info.cls_index)
-    return spelling.counts(text, depth=info.depth, start=info.tokens, classes=classes)
+    return parse_schedule(text, space.info)

@@ -52,7 +52,7 @@ def similarity(net: Backbone, images: Tensor, precision: Precision) -> Tensor:
 
 def _falling(tokens: Tokens) -> Tensor:
     """Return the cosine of every even patch with the odd one most like it, the highest first."""
-    places = others(tokens.class_places, tokens.x.shape[1])
+    places = others(tokens.cls_index, tokens.x.shape[1])
     patches = tokens.x.gather(1, places[..., None].expand(-1, -1, tokens.x.shape[2]))
     patches = F.normalize(patches.double(), dim=2, eps=1e-30)
     best = (patches[:, 0::2] @ patches[:, 1::2].mT).amax(dim=2)

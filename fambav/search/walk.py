@@ -77,4 +77,4 @@ class _Walk:
         """Return all that a reduction does at a layer: who does the same can share it."""
         reduction = self.reductions[number]
         hooks, count = reduction.hooks(layer), reduction.schedule.counts[layer]
-        return count and reduction.name, count, hooks.asked, hooks.needs, hooks.gap
+        return count and reduction.name, count, hooks.want, hooks.gap_policy, hooks.positions

@@ -97,7 +97,7 @@ def _job(config: Config, group: Processes) -> Job:
     console = Console(silent=not group.main)
     plan = sketch(config)
     if plan.reduction is not None:
-        console.say(plan.reduction.told())
+        console.say(plan.reduction.summary())
     _check_crop(config, plan)
     found = batches.data_set(config, group, input_size=plan.input_size)
     for note in found.notes:

@@ -69,7 +69,7 @@ def _reduce(net: nn.Module, config: Config) -> None:
         asked.reduction_schedule,
         hook=asked.reduction_hook,
         scan=asked.scan_policy,
-        gap=asked.gap_policy,
+        gap_policy=asked.gap_policy,
         class_policy=asked.class_token_policy,
         **read_options(asked.reduction, asked.reduction_options),
     )

@@ -11,7 +11,14 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 from fambav.models import Backbone
-from fambav.reduction import Reducer, Reduction, Schedule, fusion, make_reducer, no_reduction
+from fambav.reduction import (
+    Reducer,
+    Reduction,
+    from_fusion,
+    make_reducer,
+    make_schedule,
+    no_reduction,
+)
 from fambav.registry import METHODS, STRATEGIES
 
 OWN = "this run"
@@ -98,16 +105,16 @@ def _strategy(name: str, method: Reducer, like: Reduction) -> Reduction | None:
     wanted = like.schedule.removed or round(_REMOVED * info.tokens)
     for count in range(max(1, round(wanted / layers)), 0, -1):
         try:
-            plan = fusion(name, info=info, reducer=method, count=count, layer=layer)
+            text = from_fusion(name, depth=info.depth, layer=layer, token=count) or ""
             if like.method is not method:
-                return Reduction(info, method, plan)
+                return Reduction(info, method, make_schedule(text, info, method))
             return Reduction(
                 info,
                 method,
-                Schedule.of(plan.start, plan.counts, after=like.hook == "after"),
+                make_schedule(text, info, method, hook=like.hook),
                 hook=like.hook,
                 scan=like.scan,
-                gap=None if like.gap == "none" else like.gap,
+                gap_policy=None if like.gap_policy == "none" else like.gap_policy,
                 class_policy=like.class_policy,
             )
         except ValueError:

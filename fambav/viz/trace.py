@@ -148,7 +148,7 @@ def _noting(between: Hook, seen: list[Tokens]) -> Hook:
 
     def hook(tokens: Tokens) -> Tokens:
         given = between(tokens)
-        seen.append(given.living())
+        seen.append(given.kept())
         return given
 
     return hook

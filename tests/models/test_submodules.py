@@ -83,7 +83,7 @@ def test_a_hook_on_plainmambas_step_size_fires_and_changes_nothing(twice):
 @pytest.mark.parametrize("gap", ["cached", "bias", "hold_prev", "none"])
 def test_reductions_that_read_the_mixer_call_hooked_modules_too(gap):
     net, seen = model(), []
-    fambav.reduce(net, "prune-aligned", "tokens:45,30@2,4", gap=gap)
+    fambav.reduce(net, "prune-aligned", "tokens:45,30@2,4", gap_policy=gap)
     logits = net(IMAGES)
     names = [f"layers.{n}.mixer.{part}" for n in range(6) for part in PARTS]
     for name in names:

@@ -8,7 +8,7 @@ from fambav.search.tuning import bisect
 from fambav.search.written import parse_family
 from tests.reduction.made import body
 
-SPACE = Space(body(17, depth=4, class_places=(8,), grid=(4, 4)), "ordered")
+SPACE = Space(body(17, depth=4, cls_index=(8,), grid=(4, 4)), "ordered")
 
 
 def counting(accept):

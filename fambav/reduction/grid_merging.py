@@ -1,7 +1,7 @@
 """Merge neighbours on the grid of patches, which stays a grid.
 
-    rows: pairs of columns 0-1, 2-3, ... in each row       height x width  -> height x width'
-    columns: the same of what is left                      height x width' -> height' x width'
+    rows: pairs of columns 0-1, 2-3, ... in each row        height x width  -> height x width'
+    columns: the same of the tokens after that              height x width' -> height' x width'
 
 Source: STORM, "spatial-aware token reduction", github.com/AOLIAO12312/STORM.
 """
@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from fambav.layers import BackboneInfo, Tokens
+from fambav.layers import BackboneInfo, Tokens, take_rows
 from fambav.ops.match import Selection, others
 from fambav.reduction.apply import interspersed
-from fambav.reduction.reducer import Grid, Places, Reducer, at_least, chosen
+from fambav.reduction.reducer import Grid, Indices, Reducer, at_least, one_of
 from fambav.registry import REDUCERS
 
 DISTANCES = ("l1", "l2", "cosine")
@@ -33,7 +34,7 @@ class Storm(Reducer):
     which contribute to its merges by their share of its pairs; in each the nearest pairs merge.
     A token becomes the mean of up to four, or, as in the published code, their sum.
 
-    Class tokens are no part of the grid.  Each stands behind as many patches as are left of those
+    Class tokens are no part of the grid.  Each comes behind as many patches as are kept of those
     that were before it.
 
     Args:
@@ -58,37 +59,37 @@ class Storm(Reducer):
         merge: str = "mean",
     ) -> None:
         super().__init__()
-        self.distance = chosen("distance", distance, DISTANCES)
+        self.distance = one_of("distance", distance, DISTANCES)
         self.window = at_least("window", window, 1)
-        self.metric = chosen("metric", metric, METRICS)
+        self.metric = one_of("metric", metric, METRICS)
         self.weighted = weighted
-        self.summed = chosen("merge", merge, MERGES) == "sum"
+        self.summed = one_of("merge", merge, MERGES) == "sum"
 
     def select(self, tokens: Tokens, count: int) -> Selection:
         """Merge within rows and then within columns."""
         if tokens.grid is None:
             raise ValueError("grid is None, expected the one that the patches form")
         height, width = _smaller(tokens.grid, count)
-        class_places, length = tokens.class_places, tokens.x.shape[1]
+        cls_index, length = tokens.cls_index, tokens.x.shape[1]
         grid = self._grid(tokens, tokens.grid)
         grid, *rows = self._shorter(grid, tokens.grid[1] - width)
         grid, *columns = self._shorter(grid.turned(), tokens.grid[0] - height)
-        # Who joined a token that then joined another goes there too.
-        into = torch.arange(length, device=class_places.device).expand(class_places.shape[0], -1)
+        # A source of a token that is itself merged within its column goes on to that one's target.
+        into = torch.arange(length, device=cls_index.device).expand(cls_index.shape[0], -1)
         into = into.scatter(1, columns[0], columns[1])
         source = torch.cat((rows[0], columns[0]), dim=1)
         target = torch.cat((into.gather(1, rows[1]), columns[1]), dim=1)
-        patches = grid.turned().places.flatten(1)
-        before = (patches[:, None] < class_places[..., None]).sum(dim=2)
-        new = before + torch.arange(class_places.shape[1], device=class_places.device)
-        return Selection(interspersed(patches, class_places, new), source, target)
+        patches = rearrange(grid.turned().indices, "b h w -> b (h w)")
+        before = (patches[:, None] < cls_index[..., None]).sum(dim=2)
+        new = before + torch.arange(cls_index.shape[1], device=cls_index.device)
+        return Selection(interspersed(patches, cls_index, new), source, target)
 
-    def limit(self, length: int, class_places: Places) -> int:
-        """Return three quarters of the patches; `shape` says which numbers leave a grid."""
-        return 3 * (length - len(class_places)) // 4
+    def limit(self, length: int, cls_index: Indices) -> int:
+        """Return three quarters of the patches, though not every number leaves a grid."""
+        return 3 * (length - len(cls_index)) // 4
 
     @staticmethod
-    def shape(grid: Grid | None, count: int) -> Grid | None:
+    def grid_after(grid: Grid | None, count: int) -> Grid | None:
         """Return the grid of so many patches less that has most nearly the same proportions.
 
         Of two as near the wider one; each side keeps half of its length or more.
@@ -112,46 +113,42 @@ class Storm(Reducer):
         x = tokens.x
         if self.metric == "residual" and tokens.residual is not None:
             x = tokens.residual
-        places = others(tokens.class_places, x.shape[1])
-        x = x.detach().gather(1, places[..., None].expand(-1, -1, x.shape[2])).float()
-        weight = tokens.size.gather(1, places)
+        index = others(tokens.cls_index, x.shape[1])
+        x = take_rows(x.detach(), index).float()
+        weight = tokens.size.gather(1, index)
         if self.summed or not self.weighted:
             weight = torch.ones_like(weight)
-        return _Grid(x.unflatten(1, grid), weight.unflatten(1, grid), places.unflatten(1, grid))
+        # (batch, height * width, ...) -> (batch, height, width, ...)
+        return _Grid(x.unflatten(1, grid), weight.unflatten(1, grid), index.unflatten(1, grid))
 
     def _shorter(self, grid: _Grid, count: int) -> tuple[_Grid, Tensor, Tensor]:
         """Merge `count` pairs in each row.
 
         Returns:
-            What is left, and the places of sources and targets, (batch, height * count).
+            The grid after that, and the indices of sources and targets, (batch, height * count).
         """
-        even = 2 * self._chosen(grid.x, count)
+        even = 2 * self._nearest_pairs(grid.x, count)
         odd = even + 1
-        x, weight, places = (part.flatten(0, 1) for part in grid)
+        x, weight, index = (part.flatten(0, 1) for part in grid)  # (batch * height, width, ...)
         weight_even, weight_odd = weight.gather(1, even), weight.gather(1, odd)
         total = torch.ones_like(weight_odd) if self.summed else weight_even + weight_odd
-        index = odd[..., None].expand(-1, -1, x.shape[2])
-        first, second = x.gather(1, index - 1), x.gather(1, index)
+        first, second = take_rows(x, even), take_rows(x, odd)
         mean = (first * weight_even[..., None] + second * weight_odd[..., None]) / total[..., None]
-        x, weight = x.scatter(1, index, mean), weight.scatter(1, odd, total)
-        left = others(even, x.shape[1])
-        kept = _Grid(
-            x.gather(1, left[..., None].expand(-1, -1, x.shape[2])),
-            weight.gather(1, left),
-            places.gather(1, left),
-        )
-        batch = grid.x.shape[0]
+        x = x.scatter(1, odd[..., None].expand_as(mean), mean)
+        weight = weight.scatter(1, odd, total)
+        keep, batch = others(even, x.shape[1]), grid.x.shape[0]
+        kept = _Grid(take_rows(x, keep), weight.gather(1, keep), index.gather(1, keep))
         return (
             _Grid(*(part.unflatten(0, (batch, -1)) for part in kept)),
-            places.gather(1, even).view(batch, -1),
-            places.gather(1, odd).view(batch, -1),
+            index.gather(1, even).view(batch, -1),
+            index.gather(1, odd).view(batch, -1),
         )
 
-    def _chosen(self, x: Tensor, count: int) -> Tensor:
+    def _nearest_pairs(self, x: Tensor, count: int) -> Tensor:
         """Return the numbers of the pairs that merge in each row, (batch * height, count)."""
         pairs = x.shape[2] // 2
         lines = x[:, :, : 2 * pairs].flatten(0, 1)
-        apart = _apart(lines[:, 0::2], lines[:, 1::2], self.distance)
+        apart = _distance(lines[:, 0::2], lines[:, 1::2], self.distance)  # (batch * height, pairs)
         found = [lines.new_empty(lines.shape[0], 0, dtype=torch.int64)]
         shares = _shares(pairs, count, self.window)
         for start, share in zip(range(0, pairs, self.window), shares, strict=True):
@@ -166,24 +163,24 @@ class _Grid(NamedTuple):
     Attributes:
         x: What is compared, (batch, height, width, dim), float32.
         weight: Weight of each in a mean, (batch, height, width), float32.
-        places: Their places in the sequence, (batch, height, width), int64.
+        indices: Of each in the sequence, (batch, height, width), int64.
     """
 
     x: Tensor
     weight: Tensor
-    places: Tensor
+    indices: Tensor
 
     def turned(self) -> _Grid:
-        """Make rows of columns."""
+        """Swap rows and columns."""
         return _Grid(*(part.transpose(1, 2) for part in self))
 
 
 def _smaller(grid: Grid, count: int) -> Grid:
-    """Do what `Storm.shape` says."""
+    """Return the grid of `Storm.grid_after`."""
     height, width = grid
     heights, widths = (range(side - side // 2, side + 1) for side in grid)
-    left = height * width - count
-    found = [(h, left // h) for h in heights if left % h == 0 and left // h in widths]
+    kept = height * width - count
+    found = [(h, kept // h) for h in heights if kept % h == 0 and kept // h in widths]
     if not found:
         possible = {height * width - h * w for h in heights for w in widths} - {0}
         near = min(possible, key=lambda other: (abs(other - count), other), default=0)
@@ -203,7 +200,7 @@ def _shares(pairs: int, count: int, window: int) -> list[int]:
     return shares
 
 
-def _apart(first: Tensor, second: Tensor, distance: str) -> Tensor:
+def _distance(first: Tensor, second: Tensor, distance: str) -> Tensor:
     """Return the distance between rows, over the last dimension."""
     if distance == "cosine":
         return -F.cosine_similarity(first, second, dim=-1, eps=1e-12)

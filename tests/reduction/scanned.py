@@ -1,17 +1,16 @@
-"""Tokens of which a mixer has told, and small models whose mixers tell."""
+"""Tokens with intermediates of a mixer, and small models."""
 
 import timm
 import torch
 
 import fambav.models  # noqa: F401  registers them
-from fambav.layers import Tokens
-from fambav.layers.tokens import Signals
+from fambav.layers import Intermediates, Tokens
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
 
 
-def telling(length=9, *, class_places=(4,), batch=2, inner=6, directions=2, **signals):
-    """Random tokens and signals; some of the latter may be given."""
+def scanned(length=9, *, cls_index=(4,), batch=2, inner=6, directions=2, **intermediates):
+    """Random tokens and intermediates; some of the latter may be given."""
     torch.manual_seed(0)
     wide = batch, directions, length, inner
     x, residual = torch.randn(2, batch, length, 8)
@@ -23,8 +22,8 @@ def telling(length=9, *, class_places=(4,), batch=2, inner=6, directions=2, **si
         z=torch.randn(batch, length, inner),
         mixed=x,
     )
-    start = Tokens.start(x, class_places=class_places, trace=True)
-    return start._replace(residual=residual, signals=Signals(**(made | signals)))
+    start = Tokens.start(x, cls_index=cls_index, trace=True)
+    return start._replace(residual=residual, intermediates=Intermediates(**(made | intermediates)))
 
 
 def vim(**arguments):
