@@ -11,12 +11,12 @@ import fambav.models  # noqa: F401  registers the models and what their operator
 from fambav import config, costs
 from fambav.cli import console
 from fambav.costs.reduction import aligned, handed_over
-from fambav.ecosystem import timm
 from fambav.models.flops import FREE, Cost, total
 from fambav.ops import force
 from fambav.ops.flops import SCAN
 from fambav.reduction import Reducer, reduce
 from fambav.registry import METHODS, REDUCERS
+from fambav.timm_compat import timm
 
 GIGA = 1e9
 LINEAR = ("mm", "addmm", "bmm", "baddbmm", "convolution", "match")

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision
 from fambav.reduction import reduce
 from fambav.registry import METHODS
+from fambav.timm_compat import timm
 from fambav.training import exposure as told
 
 CPU = torch.device("cpu")

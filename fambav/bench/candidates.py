@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fambav.bench.report import MeasureError, Row, dtype_name
-from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision
 from fambav.engine.timing import Times, ratio
 from fambav.models import Backbone, Vim
@@ -20,6 +19,7 @@ from fambav.ops import BackendError, backends, force
 from fambav.ops.dispatch import SCAN
 from fambav.reduction import Reduction, make_reducer, make_schedule, parse_schedule
 from fambav.registry import MODELS, STRATEGY_ALIASES, nearest
+from fambav.timm_compat import timm
 
 NONE = "none"
 EAGER, REPLAYED = "eager", "replayed"

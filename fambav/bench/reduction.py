@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from fambav.bench.candidates import EAGER, REPLAYED
 from fambav.bench.operations import BATCH
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
-from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision, numerics
 from fambav.engine.timing import Run, Times, interleave, ratio, spread, with_replays
 from fambav.layers import BackboneInfo, Intermediates, Tokens
 from fambav.models import Backbone
 from fambav.reduction import Reducer, Reduction, make_reducer, make_reduction, no_reduction
 from fambav.registry import METHODS, family_of, nearest
+from fambav.timm_compat import timm
 
 SHARE = 0.05  # of the patches, where no count is given
 TITLE = "one reduction by each method, against a plain layer"

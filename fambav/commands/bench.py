@@ -42,20 +42,20 @@ FLAGS: dict[str, dict[str, Any]] = {
         metavar="NAME",
         help="models of timm to compare with, such as deit_tiny_patch16_224",
     ),
-    "ceilings": dict(
-        SWITCH, help="measure a large product and a large copy in the same rounds, and shares"
+    "roofline": dict(
+        SWITCH, help="measure peak compute and bandwidth in the same rounds, and shares of them"
     ),
-    "parts": dict(SWITCH, help="tell the share of every layer and of every kind of operation"),
+    "profile": dict(SWITCH, help="report the share of every layer and of every kind of operation"),
     "cuda-graphs": dict(SWITCH, help="measure each also as a replay of a CUDA graph"),
     "data-set": dict(choices=DATA_SETS, metavar="NAME"),
     "data-path": dict(metavar="FOLDER"),
     "workers": dict(NUMBER, nargs="+", help="loader processes; several are measured in turn"),
 }
 SPELLED = dict(dtypes="dtype", lengths="length", names="backend", vim="model", plans="plan")
-SPELLED |= dict(methods="method", peers="peer", parts="split")
+SPELLED |= dict(methods="method", peers="peer")
 
 COMMON = "batch rounds warmup device dtype"
-MODEL = "rounds warmup device dtypes names peers ceilings parts cuda-graphs"
+MODEL = "rounds warmup device dtypes names peers roofline profile cuda-graphs"
 # By name: the function of fambav.bench, its flags, and what it does.
 KINDS = {
     "scan": (

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fambav.ecosystem import timm
+from fambav.timm_compat import timm
 
 Triple = tuple[float, float, float]
 IMAGENET_MEAN: Triple = timm.data.IMAGENET_DEFAULT_MEAN

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fambav.data.arrays import ArraySet, DataError, DataSet, digest
-from fambav.ecosystem import torchvision
+from fambav.timm_compat import torchvision
 
 LAYOUTS: dict[str, Any] = {
     "CIFAR": torchvision.datasets.CIFAR100,

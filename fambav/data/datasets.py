@@ -14,8 +14,8 @@ from PIL import Image
 from fambav.data import cifar, shapes
 from fambav.data.arrays import ArraySet, DataError, DataSet, digest
 from fambav.data.folders import read_folder, read_inat
-from fambav.randomness import key
 from fambav.registry import BUILDERS
+from fambav.seeding import key
 
 _DIGITS_HELD_OUT = 360
 _FAKE_COUNTS = (1280, 256)

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD, DataError, DataSet
-from fambav.ecosystem import torchvision
+from fambav.timm_compat import torchvision
 
 Folders = dict[str, list[str]]  # names of the images in each
 

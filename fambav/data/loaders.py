@@ -14,7 +14,7 @@ from fambav.data.arrays import DataError, Samples
 from fambav.data.sampling import Key, TrainBatches
 from fambav.data.shield import outlast, shielded
 from fambav.data.unreadable import LeftOutError, Tolerant
-from fambav.randomness import seed_cpu
+from fambav.seeding import seed_cpu
 
 Transform = Callable[[Image.Image], Tensor]
 Batch = tuple[Tensor, Tensor]

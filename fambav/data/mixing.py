@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fambav.ecosystem import timm
-from fambav.randomness import key
+from fambav.seeding import key
+from fambav.timm_compat import timm
 
 
 class Mix:

@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 
 from fambav.data.sampling import Key
 from fambav.data.transforms import Blur
-from fambav.ecosystem import timm, torchvision
-from fambav.randomness import seed_cpu
+from fambav.seeding import seed_cpu
+from fambav.timm_compat import timm, torchvision
 
 KIT = torchvision.transforms
 WIDTH = 9  # numbers that a step may need: an affine map and the colour around it

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from fambav.randomness import key
+from fambav.seeding import key
 
 Key = tuple[int, int, int]
 _ROUND = 256

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fambav.data.arrays import ArraySet, DataSet, digest
-from fambav.randomness import key
+from fambav.seeding import key
 
 Ints = NDArray[np.int32]
 Mask = NDArray[np.bool_]

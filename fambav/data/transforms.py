@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fambav.config import policy
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD, Triple
-from fambav.ecosystem import timm, torchvision
+from fambav.timm_compat import timm, torchvision
 
 Transform = Callable[[Image.Image], Tensor]
 Size = tuple[int, int]

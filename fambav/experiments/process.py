@@ -37,7 +37,7 @@ Seat = tuple[dict[str, str], str | None]  # of a process: see `seats`
 # Importing torch takes seconds: one process does it, computes nothing, and is forked for each cell.
 # What cannot be imported, such as kernels whose compiler is not installed, it leaves to the cells.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([perform.__module__, "fambav.ops.numba_kernels"])
+_CONTEXT.set_forkserver_preload([perform.__module__, "fambav.ops.numba"])
 
 
 def gpus() -> list[str]:

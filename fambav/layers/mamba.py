@@ -22,9 +22,9 @@ from torch.utils.module_tracker import ModuleTracker
 
 from fambav.layers.tokens import Intermediates, Tokens
 from fambav.ops import Direction, bimamba_scan
-from fambav.ops.aligned_scan import aligned_scan, skipped, steps_between
 from fambav.ops.bimamba import ScanInputs, directed_scan, scan_inputs
 from fambav.ops.dispatch import without_autocast
+from fambav.ops.scan_aligned import aligned_scan, count_skipped, estimate_skipped_dt
 from fambav.registry import BIMAMBA, nearest
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes that a new mixer starts from
@@ -247,9 +247,11 @@ class Mamba(nn.Module):
             return None
         if gap_policy == "cached":
             return None if tokens.skipped_dt is None else tokens.skipped_dt[:, end]
-        absent = skipped(tokens.position, reverse=bool(end))
+        absent = count_skipped(tokens.position, reverse=bool(end))
         bias = upcast(bias_of(self._part("dt_proj", self._ends[end % len(self._ends)])))
-        return steps_between(gap_policy, delta=delta, skipped=absent, bias=bias, reverse=bool(end))
+        return estimate_skipped_dt(
+            gap_policy, delta=delta, skipped=absent, bias=bias, reverse=bool(end)
+        )
 
 
 def _order(hidden: Tensor, directions: int) -> Tensor:

@@ -29,19 +29,19 @@ from fambav.layers.mamba import (
 )
 from fambav.layers.tokens import Intermediates, Tokens, take_rows
 from fambav.ops import selective_scan
-from fambav.ops.aligned_scan import aligned_scan, steps_between
 from fambav.ops.bimamba import ScanInputs
-from fambav.ops.scan_order import (
+from fambav.ops.cross_scan import (
     MOVES,
-    Orders,
-    among,
-    by_step,
-    by_token,
-    collect,
-    rows,
-    snakes,
-    spread,
+    ScanOrder,
+    cross_merge,
+    cross_scan,
+    kept_order,
+    select_rows,
+    snake_order,
+    to_scan_order,
+    to_token_order,
 )
+from fambav.ops.scan_aligned import aligned_scan, estimate_skipped_dt
 from fambav.registry import PARAM_ORDERS, nearest
 
 Grid = tuple[int, int]
@@ -65,7 +65,7 @@ class Layout(NamedTuple):
 
     grid: Grid
     position: Tensor | None
-    orders: Orders
+    orders: ScanOrder
 
 
 class Mamba2D(nn.Module):
@@ -158,12 +158,14 @@ class Mamba2D(nn.Module):
             skipped_dt = self._skipped_dt(delta, layout, tokens, gap_policy)
             y = aligned_scan(u, delta, A_from_log(self.A_log), B, C, upcast(self.D), skipped_dt)
         y = y.unflatten(0, (hidden.shape[0], -1))  # (batch, directions, length, inner)
-        out: Tensor = self.out_proj(collect(y, layout.orders) * F.silu(z))  # (batch, length, dim)
+        out: Tensor = self.out_proj(
+            cross_merge(y, layout.orders) * F.silu(z)
+        )  # (batch, length, dim)
         if tokens is None:
             return out
         scanned = zip(("u", "delta", "B", "C", "y"), (*inputs, y), strict=True)
         found = {
-            name: by_token(x.view(*y.shape[:3], -1), layout.orders)
+            name: to_token_order(x.view(*y.shape[:3], -1), layout.orders)
             for name, x in scanned
             if name in want
         }
@@ -173,9 +175,9 @@ class Mamba2D(nn.Module):
     def _layout(self, hidden: Tensor, tokens: Tokens | None) -> Layout:
         """Place tokens on a whole grid, or at some positions of the start's."""
         grid, position = (self.grid, None) if tokens is None else grid_position(tokens, self.grid)
-        whole = snakes(grid, hidden.device)
+        whole = snake_order(grid, hidden.device)
         if position is not None:
-            return Layout(grid, position, among(whole, position))
+            return Layout(grid, position, kept_order(whole, position))
         if hidden.shape[1] != grid[0] * grid[1]:
             raise ValueError(
                 f"hidden has {hidden.shape[1]} tokens, expected {grid[0] * grid[1]} for a grid of"
@@ -183,7 +185,7 @@ class Mamba2D(nn.Module):
             )
         return Layout(grid, None, whole)
 
-    def _scan_inputs(self, u: Tensor, orders: Orders) -> ScanInputs:
+    def _scan_inputs(self, u: Tensor, orders: ScanOrder) -> ScanInputs:
         """Return u, delta, B and C of each step, all (batch * directions, length, their width).
 
         The step size is before softplus and before the bias that the scan adds.
@@ -197,13 +199,13 @@ class Mamba2D(nn.Module):
             delta = apply_dt_proj(self.dt_proj, dt)
         own = delta, B, C  # each (batch, length, its width)
         if self.param_order == "permuted":
-            delta, B, C = (spread(x, orders) for x in own)
+            delta, B, C = (cross_scan(x, orders) for x in own)
         else:
-            raster = own if orders.raster is None else [rows(x, orders.raster) for x in own]
+            raster = own if orders.raster is None else [select_rows(x, orders.raster) for x in own]
             delta, B, C = (x[:, None].expand(-1, orders.directions, -1, -1) for x in raster)
         B = B + self.direction_Bs[orders.move]
         # (batch, directions, length, width) -> (batch * directions, length, width)
-        u, delta, B, C = (x.flatten(0, 1) for x in (spread(u, orders), delta, B, C))
+        u, delta, B, C = (x.flatten(0, 1) for x in (cross_scan(u, orders), delta, B, C))
         return u, delta, B, C
 
     @property
@@ -235,7 +237,7 @@ class Mamba2D(nn.Module):
             raise ValueError(f"gap policy is {gap_policy!r}, expected none, since {UNALIGNED}")
         if gap_policy == "cached":
             carried = None if tokens is None else tokens.skipped_dt
-            return None if carried is None else by_step(carried, layout.orders).flatten(0, 1)
+            return None if carried is None else to_scan_order(carried, layout.orders).flatten(0, 1)
         if layout.orders.skipped is None:
             if layout.grid != self.grid:
                 raise ValueError(
@@ -245,7 +247,7 @@ class Mamba2D(nn.Module):
             return None
         bias = upcast(bias_of(self.dt_proj)) * (1 + self.dt_bias_twice)
         skipped = layout.orders.skipped.flatten(0, 1)  # (batch * directions, length)
-        return steps_between(gap_policy, delta=delta, skipped=skipped, bias=bias)
+        return estimate_skipped_dt(gap_policy, delta=delta, skipped=skipped, bias=bias)
 
 
 def grid_position(tokens: Tokens, grid: Grid) -> tuple[Grid, Tensor | None]:

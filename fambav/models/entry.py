@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fambav.ecosystem import timm
 from fambav.layers.embed import pair, patch_grid
 from fambav.registry import nearest
+from fambav.timm_compat import timm
 
 if TYPE_CHECKING:  # which is described with what is written here
     from fambav.models.backbone import Backbone

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fambav.layers import Tokens, take_rows
-from fambav.ops.aligned_scan import hand_over
 from fambav.ops.match import Selection, others
 from fambav.ops.pool import pool
+from fambav.ops.scan_aligned import carry_skipped_dt
 
 
 def merge(tokens: Tokens, selection: Selection, weight: Tensor, *, summed: bool = False) -> Tokens:
@@ -194,7 +194,7 @@ def carried_dt(tokens: Tokens, keep: Tensor) -> Tensor:
     """
     delta, order = tokens.intermediate("delta"), tokens.intermediate("order")
     each = [
-        hand_over(
+        carry_skipped_dt(
             delta[:, direction],
             None if tokens.skipped_dt is None else tokens.skipped_dt[:, direction],
             keep,

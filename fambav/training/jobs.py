@@ -26,7 +26,7 @@ from fambav.engine.record import KEPT
 from fambav.engine.runtime import Console, Processes, numerics, processes
 from fambav.models import Backbone
 from fambav.ops import force, set_backend
-from fambav.randomness import seed_all
+from fambav.seeding import seed_all
 from fambav.training import batches, entries, folder, pictured, saved
 from fambav.training.exposure import exposure
 from fambav.training.network import Sketch, model, sketch

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fambav.config import Config
-from fambav.ecosystem import timm
 from fambav.models import Backbone
 from fambav.reduction import Reduction, Schedule, fused, read_options, reduce
 from fambav.registry import FOREIGN, family_of, nearest
+from fambav.timm_compat import timm
 
 
 class Sketch(NamedTuple):

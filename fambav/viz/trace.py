@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fambav.layers import Tokens
 from fambav.layers.block import Hook
 from fambav.models import Backbone
-from fambav.ops.scan_order import among, snakes
+from fambav.ops.cross_scan import kept_order, snake_order
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -158,7 +158,7 @@ def _scan_order(model: Backbone, position: Tensor) -> Tensor:
     """Return the tokens in the order of the first direction's scan, (length,)."""
     if not model.info.needs_positions:  # a sequence is scanned as it stands
         return torch.arange(position.shape[1])
-    return among(snakes(model.info.grid, position.device), position).order[0, 0]
+    return kept_order(snake_order(model.info.grid, position.device), position).order[0, 0]
 
 
 def _pixels(image: Tensor, statistics: Statistics) -> Pixels:

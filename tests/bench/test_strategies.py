@@ -72,13 +72,13 @@ def test_merging_meets_the_tokens_of_the_model_at_the_layers_that_fuse():
     candidate = Candidate("vim_micro", "upper:4:9", dtype=torch.bfloat16)
     step = training(candidate, batch=2, device=CPU)
     merging = Merging(step)
-    assert [(layer, tokens.x.shape[1]) for tokens, layer in merging.met] == [
+    assert [(layer, tokens.x.shape[1]) for tokens, layer in merging.inputs] == [
         (3, 65),
         (4, 56),
         (5, 47),
     ]
-    assert all(tokens.x.dtype == torch.bfloat16 for tokens, _ in merging.met)
-    for (tokens, _), (x, residual) in zip(merging.met, merging.run(), strict=True):
+    assert all(tokens.x.dtype == torch.bfloat16 for tokens, _ in merging.inputs)
+    for (tokens, _), (x, residual) in zip(merging.inputs, merging.run(), strict=True):
         assert x.shape == residual.shape == tokens.x.shape
         assert x.any()
         assert residual.any()

@@ -15,7 +15,7 @@ import pytest
 
 from fambav.data import DataError, cifar, fetch, load
 from fambav.data.cifar import LAYOUTS
-from fambav.ecosystem import torchvision
+from fambav.timm_compat import torchvision
 from tests.data.made import made_cifar, made_cifar10, write
 
 

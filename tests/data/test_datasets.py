@@ -11,8 +11,8 @@ from PIL import Image
 from fambav.data import DataError, DataSet, fetch, load, read_image
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.data.datasets import hold_out
-from fambav.ecosystem import torchvision
 from fambav.registry import BUILDERS, DATA_SETS
+from fambav.timm_compat import torchvision
 from tests.data.made import made_folder
 
 

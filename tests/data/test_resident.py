@@ -29,8 +29,8 @@ from fambav.data.resident import (
     ResidentEvaluation,
     resident_train_loader,
 )
-from fambav.ecosystem import timm
 from fambav.engine import checkpoint, train
+from fambav.timm_compat import timm
 from tests.data.made import made_cifar
 
 CPU = torch.device("cpu")

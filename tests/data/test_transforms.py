@@ -11,7 +11,7 @@ from fambav.config import Config, ConfigError
 from fambav.data import eval_transform, three_augment, train_transform
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.data.transforms import Blur
-from fambav.randomness import seed_all
+from fambav.seeding import seed_all
 
 PLAIN = dict(aa=None, color_jitter=0, reprob=0.0, hflip=0.0, mean=(0, 0, 0), std=(1, 1, 1))
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import fambav.models  # noqa: F401  registers the models
-from fambav.ecosystem import timm
 from fambav.models import plainmamba, vim
 from fambav.reduction import reduce
 from fambav.registry import BIMAMBA, CLASS_TOKENS, FUSION_METHODS, MODELS
+from fambav.timm_compat import timm
 
 SIZES = [name for name in MODELS if "patch16" not in name]  # the others mean the same models
 SMALL = dict(depth=2, img_size=64, patch_size=16, num_classes=7)

@@ -5,8 +5,8 @@ import torch
 
 import fambav
 import fambav.models
-from fambav.ecosystem import timm
 from fambav.registry import CLASS_TOKENS
+from fambav.timm_compat import timm
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 KINDS = [

@@ -5,10 +5,10 @@ import inspect
 import pytest
 import torch
 
-from fambav.ecosystem import timm
 from fambav.layers import Tokens
 from fambav.models import Backbone
 from fambav.registry import CLASS_TOKENS, FAMILIES, FOREIGN, MODELS, family_of
+from fambav.timm_compat import timm
 
 SMALL = dict(depth=2, img_size=(32, 48), num_classes=7)
 KINDS = [

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fambav.ecosystem import timm
 from fambav.engine.checkpoint import CheckpointError
 from fambav.layers.block import Hooks
 from fambav.models import PlainMamba, adapt
 from fambav.reduction import reduce
+from fambav.timm_compat import timm
 from fambav.training.saved import put
 from tests import golden
 from tests.golden import fill, images

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fambav
 import fambav.models
-from fambav.ecosystem import timm
+from fambav.timm_compat import timm
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SAID = "such mixers run as single modules"
@@ -181,7 +181,7 @@ def test_it_is_said_once_by_each_model_and_never_by_a_plain_one():
 HOOKED = """
 import sys
 import fambav.cli, fambav.models
-from fambav.ecosystem import timm
+from fambav.timm_compat import timm
 
 @timm.models.register_model
 def vim_hooked(pretrained=False, **options):

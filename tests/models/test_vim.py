@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from fambav.ecosystem import timm
 from fambav.models import Vim
 from fambav.models.backbone import drop_path_rates
+from fambav.timm_compat import timm
 
 PUBLISHED = "vim_{}_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 

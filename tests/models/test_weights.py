@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from fambav.ecosystem import timm
 from fambav.layers.embed import insert
 from fambav.models import Vim, adapt, check_class_token, official, published_class_token
 from fambav.models.weights import resize_pos_embed
+from fambav.timm_compat import timm
 
 
 def small(**arguments):

@@ -195,7 +195,7 @@ def test_the_kernels_keep_a_share_and_a_place_of_each_token_for_the_backward_pas
 
 
 def test_no_copy_of_a_stream_is_made_beside_the_results():
-    from fambav.ops.triton_kernels.pool import pool_forward
+    from fambav.ops.triton.pool import pool_forward
 
     class Allocated(TorchDispatchMode):
         total = 0

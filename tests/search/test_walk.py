@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import fambav.models  # noqa: F401  registers the models
-from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision
 from fambav.search.judge import Judge
 from fambav.search.price import Clock
 from fambav.search.similarity import similarity, unlikeness
 from fambav.search.space import Plan, Space
 from fambav.search.walk import logits
+from fambav.timm_compat import timm
 
 PRECISION = Precision(torch.device("cpu"), None)
 
