@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fambav import costs
 from fambav.bench.candidates import Candidate, images
 from fambav.bench.report import Row, dtype_name
 from fambav.engine.memory import MIB
 from fambav.engine.timing import Run, Times, ratio, spread
+from fambav.flops import count
 
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices multiplied
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes
@@ -137,7 +137,7 @@ def flops(candidate: Candidate) -> float:
     """
     net = candidate.network(META).eval()
     if candidate.ours:
-        whole = costs.count(net).total
+        whole = count(net).total
         return float(whole.multiply_adds + whole.all_directions)
     # It imports triton, and complains if it cannot: only for those who need it.
     from torch.utils.flop_counter import FlopCounterMode

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import fambav.ops.flops  # noqa: F401  registers the formulas
+import fambav.ops.flop_formulas  # noqa: F401  registers the formulas
 from fambav.ops import BackendError, force, fused_scan, selective_scan
 from tests.ops.agreement import agree, device_of, results, scan_inputs, widened
 from tests.ops.places import close
