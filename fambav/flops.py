@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -114,23 +114,47 @@ class Report:
     def table(self) -> Table:
         """Return the parts as a table; neighbouring layers that are equal share a line."""
         unit, size = ("G (1e9)", 1e9) if self.unreduced.literature >= 1e9 else ("M (1e6)", 1e6)
-        rows = [
-            [*names, *(cost if isinstance(cost, str) else f"{cost / size:.4f}" for cost in costs)]
-            for names, costs in self._lines()
-        ]
-        height, width = self.input_size
-        removed = sum(row.removed for row in self.rows)
-        how = f"{self.method} removes {removed}, {self.scan} scan" if self.method else "none go"
+
+        def line(part: str, cost: Cost, tokens: str = "", removed: str = "") -> Sequence[str]:
+            return part, tokens, removed, *(f"{number / size:.4f}" for number in cost)
+
+        lines = []
+        for (_, tokens, removed), run in groupby(
+            self.rows, key=lambda row: (row.part, row.tokens, row.removed)
+        ):
+            rows = list(run)
+            cost = total(*(row.own for row in rows))
+            lines.append(line(_span(rows), cost, str(tokens), str(removed or "-")))
+        head = lines.pop()
+        if self.method:
+            lines.append(line("reduction", self.reduction))
+        if any(self.alignment):
+            lines.append(line("alignment", self.alignment))
+        lines += [head, line("total", self.total)]
+        if self.method:
+            spent = total(self.reduction, self.alignment)
+            lines += [
+                line("without reduction", self.unreduced),
+                ("share left", "", "", *_shares(self.total, self.unreduced)),
+                ("spent on reduction", "", "", *_shares(spent, self.total)),
+            ]
         note = f"in {unit} operations for one image; a line of several layers is their sum"
         if not self.counted:
             note += f"; what choosing costs {self.method} is not known, and not counted"
         return Table(
             head=("part", "tokens", "removed", *CONVENTIONS),
-            rows=rows,
+            rows=lines,
             names=1,
-            title=f"{self.model}, {height} x {width} pixels, {self.num_classes} classes: "
-            f"{self.start} tokens, {how}",
+            title=self._title(),
             notes=[note, *(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())],
+        )
+
+    def _title(self) -> str:
+        (height, width), removed = self.input_size, sum(row.removed for row in self.rows)
+        how = f"{self.method} removes {removed}, {self.scan} scan" if self.method else "none go"
+        return (
+            f"{self.model}, {height} x {width} pixels, {self.num_classes} classes: "
+            f"{self.start} tokens, {how}"
         )
 
     def json(self) -> str:
@@ -148,25 +172,6 @@ class Report:
         )
         rows = ",\n  ".join(map(json.dumps, each))
         return f'{json.dumps(figures, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}'
-
-    def _lines(self) -> Iterator[tuple[tuple[str, str, str], Cost | tuple[str, ...]]]:
-        """Yield the first cells of each line, and a cost or the cells of its columns."""
-        for (part, tokens, removed), run in groupby(
-            self.rows, key=lambda row: (row.part, row.tokens, row.removed)
-        ):
-            rows = list(run)
-            if part == "head" and self.method:
-                yield ("reduction", "", ""), self.reduction
-            if part == "head" and any(self.alignment):
-                yield ("alignment", "", ""), self.alignment
-            cost = total(*(row.own for row in rows))
-            yield (_span(rows), str(tokens), str(removed or "-")), cost
-        yield ("total", "", ""), self.total
-        if self.method:
-            yield ("without reduction", "", ""), self.unreduced
-            yield ("share left", "", ""), _shares(self.total, self.unreduced)
-            spent = total(self.reduction, self.alignment)
-            yield ("spent on reduction", "", ""), _shares(spent, self.total)
 
 
 def _span(rows: list[Row]) -> str:

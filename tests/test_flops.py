@@ -15,7 +15,7 @@ from fambav.models.flops import FREE, Cost, alignment, carrying, total
 from fambav.ops import force
 from fambav.ops.flop_formulas import SCAN
 from fambav.reduction import Reducer, reduce
-from fambav.registry import METHODS, REDUCERS
+from fambav.registry import METHODS, MODELS, REDUCERS
 
 GIGA = 1e9
 LINEAR = ("mm", "addmm", "bmm", "baddbmm", "convolution", "match")
@@ -172,6 +172,17 @@ def test_a_reduced_plain_mamba_costs_about_what_is_published(method, published):
     model = reduce(built("plainmamba_l3", param_order="permuted"), method)
     own = total(*(row.own for row in flops.count(model).rows)).literature
     assert own / GIGA == pytest.approx(published, abs=0.05)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_torch_counts_the_same_products_of_every_model_on_the_meta_device(name):
+    model = built(name, depth=2, num_classes=7).eval()
+    images = torch.empty(1, 3, *model.img_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    found = counter.get_flop_counts()["Global"].items()
+    products = sum(n for op, n in found if str(op).split(".")[-1] in LINEAR)
+    assert products == 2 * flops.count(model).total.multiply_adds
 
 
 @pytest.mark.parametrize("schedule", [None, "list:0,20"])

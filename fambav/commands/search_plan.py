@@ -49,15 +49,18 @@ def run(words: list[str]) -> None:
     )
     with opened(given.checkpoint, asked=foreign, changes=changes) as trained:
         result = search_plan(trained, options, lambda line: print(line, flush=True))
-        plan, space = result.best.plan, result.best.space
-        cost = given.budget.format(result.cost)
+        plan, space, cost_model = result.plan, result.space, result.cost_model
+        cost = given.budget.format(cost_model(plan.counts))
         print(_front_text(given, result))
         print(_answer_text(given, result))
         print(f"search took {time.perf_counter() - begun:.0f} s")
         rows: list[Row] = []
         if given.compare:
             rows, left_out = compare(
-                lambda counts: trained.held_out(space.reduction(counts)).acc1, *result.best
+                lambda counts: trained.held_out(space.reduction(counts)).acc1,
+                space,
+                cost_model,
+                plan.counts,
             )
             images = len(trained.data.val)
             print(_compared_text(given, plan.method, rows, left_out, images=images))
@@ -111,7 +114,7 @@ def _front_text(given: argparse.Namespace, result: SearchResult) -> str:
     """Return the Pareto front, thinned to some lines."""
     front, kind = result.front, given.budget.kind
     step = max(1, -(-len(front) // _SHOWN))
-    shown = [row for n, row in enumerate(front) if n % step == 0 or row[0] == result.best.plan]
+    shown = [row for n, row in enumerate(front) if n % step == 0 or row[0] == result.plan]
     head = f"{'cost':>12}  {'loss':>9}  {'top-1':>6}  plan"
     lines = [
         f"{_cost(kind, cost):>12}  {result.scores[plan].loss:9.4g}  "
@@ -129,12 +132,14 @@ def _cost(kind: str, cost: float) -> str:
 
 
 def _answer_text(given: argparse.Namespace, result: SearchResult) -> str:
-    budget, plan = given.budget, result.best.plan
-    unreduced = f" (every token: {result.unreduced_cost:.2f} ms)" if budget.kind == "ms" else ""
+    budget, plan, cost_model = given.budget, result.plan, result.cost_model
+    cost, unreduced = cost_model(plan.counts), cost_model(result.space.unreduced)
+    beside = f" (every token: {unreduced:.2f} ms)" if budget.kind == "ms" else ""
+    loss, acc1 = result.scores[plan]
     return (
         f"found: {plan.method} {plan.summary()}\n"
-        f"  {budget.format(result.cost)}{unreduced}, at most {budget.format(budget.most)}"
-        f"; loss {result.score.loss:.4g}, {result.score.acc1:.2f}% of the training images right;"
+        f"  {budget.format(cost)}{beside}, at most {budget.format(budget.most)}"
+        f"; loss {loss:.4g}, {acc1:.2f}% of the training images right;"
         f" {len(result.scores)} plans tried"
     )
 
@@ -166,20 +171,21 @@ def _compared_text(
 
 def _figures(given: argparse.Namespace, result: SearchResult, rows: list[Row]) -> dict[str, Any]:
     """Return the whole result as plain data."""
+    plan, cost_model = result.plan, result.cost_model
     return {
         "checkpoint": str(given.checkpoint),
         "budget": given.budget._asdict(),
         **{name: getattr(given, name) for name in _OPTIONS},
-        "method": result.best.plan.method,
-        "counts": list(result.best.counts),
-        "cost": result.cost,
-        "dense_cost": result.unreduced_cost,
-        "loss": result.score.loss,
-        "train_acc1": result.score.acc1,
+        "method": plan.method,
+        "counts": list(plan.counts),
+        "cost": cost_model(plan.counts),
+        "dense_cost": cost_model(result.space.unreduced),
+        "loss": result.scores[plan].loss,
+        "train_acc1": result.scores[plan].acc1,
         "tried": len(result.scores),
         "front": [
-            {**plan._asdict(), "cost": cost, **result.scores[plan]._asdict()}
-            for plan, cost in result.front
+            {**each._asdict(), "cost": cost, **result.scores[each]._asdict()}
+            for each, cost in result.front
         ],
         "held_out": [row._asdict() for row in rows],
     }

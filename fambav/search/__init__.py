@@ -3,7 +3,6 @@
 parsing         budgets and families of plans, as users write them
 space           the plans of a method, and how a plan is brought within a budget
 cost_models     what a plan costs: token-layers, operations, milliseconds
-prefix_sharing  logits under many plans, each common prefix computed once
 objective       how far a plan moves a model's predictions from those with all tokens
 greedy          step by step from all tokens down
 evolution       from good plans to better ones at the same cost

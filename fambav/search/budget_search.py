@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ TIMED = 32  # images of a batch whose milliseconds count
 NARROWED = 5  # times that a search for milliseconds is repeated under a smaller budget
 
 Log = Callable[[str], None]
+Solution = tuple[Plan, CostModel]  # the best plan of one method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,54 +53,24 @@ class SearchOptions:
     seed: int
 
 
-class Solution(NamedTuple):
-    """The best plan of one method.
-
-    Attributes:
-        space: The plans of the method.
-        cost_model: Gives the cost of each of them.
-        counts: Of the plan.
-    """
-
-    space: SearchSpace
-    cost_model: CostModel
-    counts: Counts
-
-    @property
-    def plan(self) -> Plan:
-        """The plan with its method."""
-        return Plan(self.space.method, self.counts)
-
-
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """The result of a search.
+    """The plan of least loss, and all that were evaluated.
 
     Attributes:
-        best: The plan of least loss.
+        plan: The plan.
+        space: The plans of its method.
+        cost_model: Gives the cost of each of them.
         scores: Of all evaluated plans.
-        front: The Pareto front of these: the plans that no other beats in both cost and loss, with
-            their costs, in falling order.
+        front: The Pareto front of these, in falling order of cost: each plan that no other beats in
+            both cost and loss, with its cost.
     """
 
-    best: Solution
+    plan: Plan
+    space: SearchSpace
+    cost_model: CostModel
     scores: Mapping[Plan, PlanScore]
     front: list[tuple[Plan, float]]
-
-    @property
-    def cost(self) -> float:
-        """Cost of the best plan."""
-        return self.best.cost_model(self.best.counts)
-
-    @property
-    def unreduced_cost(self) -> float:
-        """Cost of the model with every token."""
-        return self.best.cost_model(self.best.space.unreduced)
-
-    @property
-    def score(self) -> PlanScore:
-        """Score of the best plan."""
-        return self.scores[self.best.plan]
 
 
 def search_plan(run: Subject, options: SearchOptions, log: Log) -> SearchResult:
@@ -119,14 +90,15 @@ def search_plan(run: Subject, options: SearchOptions, log: Log) -> SearchResult:
     objective = Objective(run.net, images, labels, kind=options.objective, precision=run.precision)
     log(f"judging on {len(labels)} training images, {options.objective}; none is held out")
     search = _Search(run, options, objective, images, log)
-    solutions = [found for space in spaces if (found := search.solve(space)) is not None]
+    solutions = {space: own for space in spaces if (own := search.solve(space)) is not None}
     if not solutions:
         raise ValueError(search.refusal())
-    best = min(solutions, key=lambda found: objective.scores[found.plan].loss)
-    cost_models = {found.space.method: found.cost_model for found in solutions}
-    return SearchResult(
-        best=best, scores=objective.scores, front=pareto_front(objective.scores, cost_models)
-    )
+    scores = objective.scores
+    space = min(solutions, key=lambda space: scores[solutions[space][0]].loss)
+    plan, cost_model = solutions[space]
+    cost_models = {plan.method: own for plan, own in solutions.values()}
+    front = pareto_front(scores, cost_models)
+    return SearchResult(plan=plan, space=space, cost_model=cost_model, scores=scores, front=front)
 
 
 def pareto_front(
@@ -163,7 +135,7 @@ class _Search:
         problem = self._problem(space, cost_model, budget.most)
         if self._out_of_reach(space, cost_model(problem.cheapest())):
             return None
-        return Solution(space, cost_model, self._best(problem, space))
+        return Plan(space.method, self._best(problem, space)), cost_model
 
     def refusal(self) -> str:
         """Return an error message with a budget that can be met."""
@@ -236,16 +208,17 @@ class _Search:
             full, (took,) = self.stopwatch.times([space.reduction(counts)])
             self.log(f"{space.method}: {took:.2f} ms at {100 * share(counts):.1f}% of token-layers")
             if took <= most:
-                return Solution(space, _interpolated(share, space, full, counts, took), counts)
+                cost_model = _interpolated(share, space.unreduced, full, counts, took)
+                return Plan(space.method, counts), cost_model
             target = max(target - max((took - most) * slope, 0.01), share(cheapest))
         self._out_of_reach(space, max(quickest, took))
         return None
 
 
 def _interpolated(
-    share: CostModel, space: SearchSpace, full: float, counts: Counts, took: float
+    share: CostModel, unreduced: Counts, full: float, counts: Counts, took: float
 ) -> CostModel:
     """Return milliseconds, measured with every token and of one plan, linear between and beyond."""
-    measured = {counts: took, space.unreduced: full}
+    measured = {counts: took, unreduced: full}
     slope = (full - took) / (1 - share(counts))
     return lambda plan: measured.get(plan, full - slope * (1 - share(plan)))

@@ -8,8 +8,7 @@ from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision
 from fambav.search.cost_models import Stopwatch
 from fambav.search.greedy import merged_dissimilarity, pair_similarity
-from fambav.search.objective import Objective
-from fambav.search.prefix_sharing import prefix_shared_logits
+from fambav.search.objective import Objective, prefix_shared_logits
 from fambav.search.space import Plan, SearchSpace
 
 PRECISION = Precision(torch.device("cpu"), None)
