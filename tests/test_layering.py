@@ -23,7 +23,7 @@ RANK = {
     "engine": 6,
     "training": 7,
     "comparison": 8,
-    "costs": 8,
+    "flops": 8,
     "bench": 10,
     "experiments": 9,
     "search": 10,

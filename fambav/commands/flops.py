@@ -22,8 +22,8 @@ def run(words: list[str]) -> None:
     found = config.parse(flags)
     if found.notice:
         print(found.notice)
-    from fambav import costs
+    from fambav.flops import count_config
 
-    report = costs.configured(found)
+    report = count_config(found)
     form = "markdown" if given.markdown else "text"
     show(report.table().render(form), report.json(), given.json)

@@ -166,13 +166,12 @@ def _operations(config: Config) -> int | None:
 
     Also None for a model that is not one of ours, whose parts are not known.
     """
-    from fambav import costs  # loads torch, which tables of runs do without
-    from fambav.costs.network import CLASSES
+    from fambav import flops  # loads torch, which tables of runs do without
 
-    unknown = config.model.num_classes is None and config.data.data_set not in CLASSES
+    unknown = config.model.num_classes is None and config.data.data_set not in flops.CLASSES
     if unknown or config.model.model.startswith("timm/"):
         return None
-    return costs.configured(config).total.literature
+    return flops.count_config(config).total.literature
 
 
 def described_versions(about: Record) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fambav import costs
+from fambav import flops
 from fambav.export.description import Run
 from fambav.models import Backbone
 from fambav.training.prediction import Pretrained
@@ -173,15 +173,15 @@ def _accuracy(model: Pretrained, run: Run) -> str:
 
 def _cost(model: Pretrained) -> str:
     try:
-        report = costs.count(model.net)
+        report = flops.count(model.net)
     except ValueError:  # not a model whose cost is known
         return f"FLOPs: {UNKNOWN}."
-    total, dense = report.total.json(), report.dense.json()
+    total, dense = report.total.as_dict(), report.unreduced.as_dict()
     lines = [
         "| convention | G operations | without reduction | what counts |",
         "|---|---:|---:|---|",
     ]
-    for name, meaning in costs.CONVENTIONS.items():
+    for name, meaning in flops.CONVENTIONS.items():
         lines.append(f"| {name} | {total[name] / 1e9:.4f} | {dense[name] / 1e9:.4f} | {meaning} |")
     return "\n".join([*lines, "", "By arithmetic on sizes; time on a device: not measured."])
 

@@ -20,7 +20,7 @@ from fambav.layers.info import BackboneInfo
 from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import Tokens, take_rows
 from fambav.models.entry import chosen_layers, data_config
-from fambav.models.flops import Parts
+from fambav.models.flops import ModelCost
 from fambav.models.weights import adapt, official, published_class_token, resize_pos_embed
 from fambav.ops.match import others
 from fambav.reduction import Reduction, Schedule, no_reduction, unmerge
@@ -102,8 +102,8 @@ class Backbone(nn.Module):
         """What a reduction has to know."""
 
     @abstractmethod
-    def flop_parts(self) -> Parts:
-        """Return what the parts cost an image; weights may be on the meta device."""
+    def flop_parts(self) -> ModelCost:
+        """Return what an image costs each part; weights may be on the meta device."""
 
     @abstractmethod
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:

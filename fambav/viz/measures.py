@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fambav import costs
+from fambav import flops
 from fambav.models import Backbone
 from fambav.reduction import no_reduction
 from fambav.viz import patches, style
@@ -183,9 +183,9 @@ def layers(model: Backbone, *, title: str | None = None) -> Figure:
     Raises:
         ValueError: If nothing is known of what the model, or its method of reduction, costs.
     """
-    rows = [row for row in costs.count(model).rows if row.layer is not None]
+    rows = [row for row in flops.count(model).rows if row.layer is not None]
     with reducing(model, no_reduction(model.info)):
-        unreduced = [row for row in costs.count(model).rows if row.layer is not None]
+        unreduced = [row for row in flops.count(model).rows if row.layer is not None]
     full = np.array([row.own.all_directions for row in unreduced])
     own = np.array([row.own.all_directions for row in rows])
     added = np.array([r.alignment.all_directions + r.reduction.all_directions for r in rows])
@@ -194,7 +194,7 @@ def layers(model: Backbone, *, title: str | None = None) -> Figure:
     kept, spent = tokens.sum() / (start * len(tokens)), (own + added).sum() / full.sum()
     detail = (
         f"tokens kept: {100 * kept:.0f}% of token-layers; operations: {100 * spent:.0f}% of those "
-        f"without reduction, counted as {costs.CONVENTIONS[_CONVENTION]}"
+        f"without reduction, counted as {flops.CONVENTIONS[_CONVENTION]}"
     )
     style.headed(figure, title_of(model, title), detail)
     above, below = figure.subplots(2, 1, sharex=True)

@@ -30,7 +30,7 @@ def problem(weights, *, length=9, share=0.6, power=1.5, savings=None, seen=None)
         return [sum(w * c**power for w, c in zip(weights, plan, strict=True)) for plan in plans]
 
     return Problem(
-        dense=(0,) * depth,
+        unreduced=(0,) * depth,
         length=length,
         fits=lambda counts: sum(counts) < length and min(counts) >= 0,
         cost=cost,

@@ -10,12 +10,13 @@ from fambav.cli import main
 from fambav.commands import search_plan, tune
 from fambav.config import Config, ConfigError
 from fambav.data import load
-from fambav.search import answer
-from fambav.search.compared import Row, beaten
-from fambav.search.finder import Search, find
+from fambav.search.baselines import Row, count_beaten
+from fambav.search.budget_search import SearchOptions
+from fambav.search.budget_search import search_plan as search
+from fambav.search.parsing import parse_budget
+from fambav.search.plan_file import plan_settings
 from fambav.search.space import Plan
 from fambav.search.subject import opened
-from fambav.search.written import parse_budget
 from tests.search.made import weights
 
 SMALL = ["--images", "8", "--steps", "3", "--trials", "2"]
@@ -67,7 +68,7 @@ def test_no_strategy_compared_costs_less_and_the_front_only_holds_what_nothing_b
 
 def test_strategies_that_are_beaten_and_equalled_are_counted():
     rows = [Row("", (), 1.0, acc1) for acc1 in (97.0, 90.0, 89.0, 90.0, 91.0, 12.0)]
-    assert beaten(rows) == (2, 1, 4)
+    assert count_beaten(rows) == (2, 1, 4)
 
 
 def test_the_same_seed_finds_the_same_and_another_draws_other_images(source, tmp_path):
@@ -101,7 +102,7 @@ def test_a_budget_in_milliseconds_is_measured(source, tmp_path, monkeypatch, cap
     def times(self, reductions):
         return 100.0, [100 * made.schedule.share + 3 for made in reductions]
 
-    monkeypatch.setattr("fambav.search.price.Clock.times", times)
+    monkeypatch.setattr("fambav.search.cost_models.Stopwatch.times", times)
     search_plan.run(words(source, tmp_path, "--budget", "ms:80", *SMALL))
     found = figures(tmp_path)
     share = training.schedule(config.load(tmp_path / "plan.yaml")).share
@@ -114,9 +115,9 @@ def test_a_budget_in_milliseconds_is_measured(source, tmp_path, monkeypatch, cap
 )
 def test_a_budget_that_no_plan_meets_is_refused_with_the_least(source, tmp_path, budget, method):
     flags = [str(source), "--budget", budget, "--method", method, *SMALL]
-    with pytest.raises(ValueError, match=f"the least that {method} can reach") as told:
+    with pytest.raises(ValueError, match=f"the least that {method} can reach") as refused:
         search_plan.run(flags)
-    least = str(told.value).split("expected at least ")[1].split(",")[0]
+    least = str(refused.value).split("expected at least ")[1].split(",")[0]
     search_plan.run([str(source), "--budget", least, "--method", method, *SMALL])
 
 
@@ -142,10 +143,10 @@ def test_images_of_the_held_out_set_are_never_looked_at(source, monkeypatch):
         data = subject.data.__class__(**{**vars(found), "train": Watched(), "val": Forbidden()})
         object.__setattr__(subject, "data", data)
         budget = parse_budget("token-layers:0.8")
-        search = Search(
+        options = SearchOptions(
             budget=budget,
             methods=["ordered"],
-            how={},
+            policies={},
             images=30,
             objective="accuracy",
             algorithm="both",
@@ -153,7 +154,7 @@ def test_images_of_the_held_out_set_are_never_looked_at(source, monkeypatch):
             trials=4,
             seed=5,
         )
-        find(subject, search, lambda _: None)
+        search(subject, options, lambda _: None)
     assert len(read) == len(set(read)) == 30 and read != sorted(read)
 
 
@@ -253,9 +254,9 @@ def test_what_cannot_be_tuned_is_refused(source, flags, said):
 
 
 @pytest.mark.parametrize("method", ["ordered", "famba-v", "utrc"])
-def test_settings_of_a_plan_train_and_evaluate_without_what_the_run_was_told(method):
+def test_settings_of_a_plan_train_and_evaluate_without_the_reduction_of_the_run(method):
     recipe = Config.from_flat({"model": "vim_micro", "data_set": "DIGITS", "epochs": 7})
-    made = answer.settings(recipe, Plan(method, (0, 4, 0, 0, 2, 0)))
+    made = plan_settings(recipe, Plan(method, (0, 4, 0, 0, 2, 0)))
     read = Config.from_flat(made.replace(resume="x.pth", eval=True).flat())
     assert training.schedule(read).counts == (0, 4, 0, 0, 2, 0)
     assert read.optim.epochs == 7 and training.reduction(read).name == method

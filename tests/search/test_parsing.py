@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fambav.search.written import Budget, Family, parse_budget, parse_family
+from fambav.search.parsing import Budget, Family, parse_budget, parse_family
 
 
 def test_budgets_are_read():
@@ -27,12 +27,12 @@ def test_a_budget_that_is_none_is_refused(text):
     "text", ["all", "interleaved", "upper:6", "lower:3", "r@3-23/2", "keep@5,10", "scale:0,4,8"]
 )
 def test_families_are_read_and_written_alike(text):
-    assert parse_family(text).told() == text
+    assert parse_family(text).text == text
 
 
 def test_a_family_is_taken_apart_at_its_first_mark():
-    assert parse_family("upper:6") == Family("upper", "6")
-    assert parse_family("keep@5,10") == Family("keep", "5,10")
+    assert parse_family("upper:6") == Family("upper:6", "upper", "6")
+    assert parse_family("keep@5,10") == Family("keep@5,10", "keep", "5,10")
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_family_that_is_none_is_refused(text):
         parse_family(text)
 
 
-def test_a_mistake_in_a_flag_is_told_before_torch_is_loaded():
+def test_a_mistake_in_a_flag_shows_before_torch_is_loaded():
     code = (
         "import sys, fambav.commands.search_plan, fambav.commands.tune;"
         "print([n for n in ('torch', 'numpy', 'timm') if n in sys.modules])"

@@ -1,4 +1,4 @@
-"""What a search is told, as it is written; read without torch, so that a mistake is told at once.
+"""Budgets and families of plans, as users write them; no torch, so that a mistake shows at once.
 
 budgets     token-layers:0.7, flops:0.75, ms:12.5
 families    all, interleaved, upper:6, lower:3    r tokens at each of the layers of that strategy
@@ -31,7 +31,7 @@ class Budget(NamedTuple):
     kind: str
     most: float
 
-    def told(self, cost: float) -> str:
+    def format(self, cost: float) -> str:
         """Write a cost of this kind."""
         return f"{cost:.2f} ms" if self.kind == "ms" else f"{100 * cost:.2f}% of {self.kind}"
 
@@ -42,22 +42,17 @@ def parse_budget(text: str) -> Budget:
     Raises:
         ValueError: If the text has another form, or every plan or none would meet it.
     """
-    kind, colon, number = text.partition(":")
-    most = _number(number)
-    if kind not in KINDS or not colon or most is None:
+    kind, _, number = text.partition(":")
+    try:
+        most = float(number)
+    except ValueError:
+        most = math.nan
+    if kind not in KINDS or not math.isfinite(most):
         raise ValueError(f"budget is {text!r}, expected token-layers:0.7, flops:0.75 or ms:12.5")
     if most <= 0 or (most >= 1 and kind != "ms"):
-        wanted = "a time of more than 0" if kind == "ms" else "a share of more than 0 and below 1"
-        raise ValueError(f"budget is {text!r}, expected {wanted}")
+        expected = "a time of more than 0" if kind == "ms" else "a share of more than 0 and below 1"
+        raise ValueError(f"budget is {text!r}, expected {expected}")
     return Budget(kind, most)
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 FAMILIES = "all, interleaved, upper:6, lower:3, r@3-23/2, keep@5,10 or scale:0,4,8,8"
@@ -76,16 +71,14 @@ class Family(NamedTuple):
     """Plans that differ in one number.
 
     Attributes:
+        text: As it was written.
         kind: "all", "interleaved", "upper", "lower", "r", "keep" or "scale".
-        rest: What stands behind it: a layer, layers or counts.
+        rest: What follows the kind: a layer, layers or counts.
     """
 
+    text: str
     kind: str
     rest: str
-
-    def told(self) -> str:
-        """Write it as users do."""
-        return self.kind + (_FORMS[self.kind][:1] + self.rest if self.rest else "")
 
 
 def parse_family(text: str) -> Family:
@@ -99,4 +92,4 @@ def parse_family(text: str) -> Family:
         raise ValueError(f"family is {text!r}, expected one of {FAMILIES}; {nearest(kind, _FORMS)}")
     if not re.fullmatch(kind + _FORMS[kind], text):
         raise ValueError(f"family is {text!r}, expected one of {FAMILIES}")
-    return Family(kind, text[len(kind) + 1 :])
+    return Family(text, kind, text[len(kind) + 1 :])

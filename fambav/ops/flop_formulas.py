@@ -1,10 +1,10 @@
 """How many floating-point operations our operators do, for `torch.utils.flop_counter`.
 
-Importing this module tells it, and `fambav.models` does so where Triton is there: the counter
-imports Triton, and complains if it cannot, so that nothing else here should import the counter.
+Importing this module registers them, and `fambav.models` does so where Triton is installed: the
+counter warns without it, so that nothing else here should import the counter.
 
 A multiplication and an addition are two operations, an exponential is one.  What a backward pass
-makes again counts again.
+recomputes counts again.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ def _norm_backward(grad: Any, *_: Any, **options: Any) -> int:
 
 
 @register_flop_formula(_OPS.match)
-def _match(x: Any, class_places: Any, *_: Any, in_order: bool, **options: Any) -> int:
+def _match(x: Any, cls_index: Any, *_: Any, in_order: bool, **options: Any) -> int:
     """Count the scores."""
     del options
     batch, length, dim = x
-    evens, odds = halves(length, class_places[1], in_order=in_order)
+    evens, odds = halves(length, cls_index[1], in_order=in_order)
     return 2 * _product((batch, evens, odds, dim))
 
 
