@@ -14,7 +14,7 @@ import torch
 
 from fambav import data
 from fambav.bench.report import Report, Row, positive, settings
-from fambav.data.resident import Resident, resident_train_loader
+from fambav.data.device_augment import DeviceSet, device_train_loader
 from fambav.engine.timing import quartiles, settle
 
 BATCH = {"cuda": 128, "cpu": 32}
@@ -64,8 +64,8 @@ def loading(
     }
     skipped = {}
     try:
-        resident = Resident(found.train, device=device)
-        ways[RESIDENT] = partial(resident_train_loader, resident, transform, **options)
+        resident = DeviceSet(found.train, device=device)
+        ways[RESIDENT] = partial(device_train_loader, resident, transform, **options)
     except ValueError as error:
         skipped[RESIDENT] = str(error)
     rates = {

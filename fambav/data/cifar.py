@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fambav.data.arrays import ArraySet, DataError, DataSet, digest
+from fambav.data.types import ArraySet, DataError, DataSet, digest
 from fambav.ecosystem import torchvision
 
 LAYOUTS: dict[str, Any] = {

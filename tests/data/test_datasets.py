@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from fambav.data import DataError, DataSet, fetch, load, read_image
-from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.data.datasets import hold_out
+from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD
 from fambav.ecosystem import torchvision
 from fambav.registry import BUILDERS, DATA_SETS
 from tests.data.made import made_folder

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
-from fambav.data import TrainBatches, deal
+from fambav.data import TrainBatches, repeat_augmented
 from tests import golden
 
 ARRAYS, TOLD = golden.load("recipe_data")
@@ -22,7 +22,7 @@ def permutation(case):
 @pytest.mark.parametrize("name", sorted(TOLD["ra"]))
 def test_repeated_augmentation_deals_as_the_original_does(name):
     case = TOLD["ra"][name]
-    order = deal(permutation(case), repeats=case["repeats"])
+    order = repeat_augmented(permutation(case), repeats=case["repeats"])
     ranks = [order[rank :: case["ranks"]][: case["len"]] for rank in range(case["ranks"])]
     assert torch.equal(torch.stack(ranks)[:, :20].int(), ARRAYS[f"ra/{name}/first20"])
     assert [rank[-5:].tolist() for rank in ranks] == case["last5"]
@@ -42,7 +42,7 @@ def test_the_batches_of_a_rank_are_the_originals(rank):
 
 
 def test_repeats_keep_a_set_that_is_smaller_than_the_rounding():
-    order = deal(torch.arange(40), repeats=3)
+    order = repeat_augmented(torch.arange(40), repeats=3)
     assert order.tolist() == [place // 3 for place in range(40)]
 
 
@@ -66,7 +66,7 @@ def test_the_batches_of_an_epoch_are_told_beforehand_and_hold_every_sample_once(
                 [[place for _, _, place in batch] for batch in islice(stream, accum)]
                 for stream in streams
             ]
-            assert all(rank.places(update) == read for rank in ranks)
+            assert all(rank.indices(update) == read for rank in ranks)
             seen += [place for micros in read for batch in micros for place in batch]
         assert sorted(seen) == list(range(32))
 
