@@ -1,6 +1,6 @@
 """Sampled augmentation parameters: what a transform would do to an image, drawn without pixels.
 
-    sampler()  ->  one crop and resize, operations in order, boxes to erase
+    sampler(proxy image)  ->  one crop and resize, operations in order, boxes to erase
 
 The transform of the CPU path itself runs, on an image without pixels, so that it makes the very
 draws that it would make there, and in the same order.
@@ -19,12 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from fambav.data.sampling import Key
 from fambav.data.transforms import TV, Blur
 from fambav.ecosystem import timm
-from fambav.randomness import seed_cpu
 
 _WIDTH = 9  # numbers that an operation may need: an affine map and the colour around it
 
@@ -40,6 +37,9 @@ _IMAGE_METHODS = {  # timm's operations that call methods of ProxyImage
     *("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel"),
     *("GaussianBlur", "GaussianBlurRand"),
 }
+
+
+Box = tuple[int, int, int, int]
 
 
 class Step(NamedTuple):
@@ -58,20 +58,6 @@ class Step(NamedTuple):
     values: tuple[float, ...]
 
 
-class Erasing(NamedTuple):
-    """A box to erase, in pixels of the result, and its filling.
-
-    Attributes:
-        rows: From and to.
-        columns: From and to.
-        filling: (3, height or 1, width or 1), float32.
-    """
-
-    rows: tuple[int, int]
-    columns: tuple[int, int]
-    filling: Tensor
-
-
 class Crop(NamedTuple):
     """The part of an image that is resized, and to what.
 
@@ -81,17 +67,24 @@ class Crop(NamedTuple):
         cubic: Bicubic, or else bilinear.
     """
 
-    box: tuple[int, int, int, int]
+    box: Box
     size: tuple[int, int]
     cubic: bool
 
 
 class ImageParams(NamedTuple):
-    """All that a transform does to one image."""
+    """All that a transform does to one image.
+
+    Attributes:
+        crop: Comes first.
+        steps: In order.
+        erasings: Boxes to erase, as (top, bottom, left, right), and their fillings, (3, height or
+            1, width or 1), float32.
+    """
 
     crop: Crop
-    steps: tuple[Step, ...]
-    erasings: tuple[Erasing, ...]
+    steps: list[Step]
+    erasings: list[tuple[Box, Tensor]]
 
 
 class ProxyImage(Image.Image):
@@ -176,16 +169,33 @@ class _ProxyTensor:
 
     def __init__(self, size: tuple[int, int]) -> None:
         self._size = size
-        self.erasings: list[Erasing] = []
+        self.erasings: list[tuple[Box, Tensor]] = []
 
     def size(self) -> tuple[int, int, int]:
         return (3, *self._size)
 
     def __setitem__(self, box: tuple[slice, slice, slice], filling: Tensor) -> None:
         _, rows, columns = box
-        self.erasings.append(
-            Erasing((rows.start, rows.stop), (columns.start, columns.stop), filling.clone())
-        )
+        sides = rows.start, rows.stop, columns.start, columns.stop
+        self.erasings.append((sides, filling.clone()))
+
+
+class ProxySamples:
+    """Samples without pixels, whose labels are their indices.
+
+    Args:
+        count: Number of samples.
+        image_size: Height and width of every image, in pixels.
+    """
+
+    def __init__(self, count: int, *, image_size: tuple[int, int]) -> None:
+        self._count, (self._height, self._width) = count, image_size
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[ProxyImage, int]:
+        return ProxyImage((self._width, self._height)), index
 
 
 Recorder = Callable[[ProxyImage], ProxyImage]
@@ -285,49 +295,27 @@ class ParamSampler:
 
     Args:
         transform: The transform.
-        image_size: Height and width of every image, in pixels.
 
     Raises:
         ValueError: If it has a step that cannot be carried out on batches.
     """
 
-    def __init__(self, transform: Any, *, image_size: tuple[int, int]) -> None:
+    def __init__(self, transform: Any) -> None:
         steps = list(transform.transforms)
         end = next(index for index, step in enumerate(steps) if isinstance(step, TV.ToTensor))
         self._recorders = [_recorder(step) for step in steps[:end]]
         self.normalize, *erasing = steps[end + 1 :]
         self._erase = erasing[0] if erasing else None
-        self._height, self._width = image_size
 
-    def __call__(self) -> ImageParams:
+    def __call__(self, image: ProxyImage) -> ImageParams:
         """Sample for one image, from the global generators of the CPU."""
-        image = ProxyImage((self._width, self._height))
         for stage, record in enumerate(self._recorders):
             image.stage = stage
             record(image)
         tensor = _ProxyTensor(image.size[::-1])
         if self._erase is not None:
             self._erase(tensor)
-        return ImageParams(image.crop_params, tuple(image.steps), tuple(tensor.erasings))
-
-
-class SampledParams(Dataset[tuple[int, ImageParams]]):
-    """A sample's index and parameters, by (epoch, position, index).
-
-    Sampling reseeds the global CPU generators of the process, with the keys of `loaders.Augmented`.
-
-    Args:
-        sampler: Samples for one image.
-        seed: Seed of the run.
-    """
-
-    def __init__(self, sampler: ParamSampler, *, seed: int) -> None:
-        self.sampler, self.seed = sampler, seed
-
-    def __getitem__(self, name: Key) -> tuple[int, ImageParams]:
-        epoch, position, index = name
-        seed_cpu(self.seed, "augment", epoch, position)
-        return index, self.sampler()
+        return ImageParams(image.crop_params, image.steps, tensor.erasings)
 
 
 class BatchParams(NamedTuple):
@@ -357,14 +345,14 @@ class BatchParams(NamedTuple):
     filling: Tensor
 
 
-def collate_params(samples: Sequence[tuple[int, ImageParams]]) -> BatchParams:
+def collate_params(samples: Sequence[tuple[ImageParams, int]]) -> BatchParams:
     """Sort the parameters of a batch by operation.
 
     Operations of one stage and turn are independent of each other, since each image has one.
     """
     steps = sorted(
         (step.stage, step.turn, step.name, row, step.values)
-        for row, (_, params) in enumerate(samples)
+        for row, (params, _) in enumerate(samples)
         for step in params.steps
     )
     values = np.zeros((len(steps), _WIDTH))
@@ -375,17 +363,21 @@ def collate_params(samples: Sequence[tuple[int, ImageParams]]) -> BatchParams:
         stop = start + len(list(group))
         groups.append((name, start, stop))
         start = stop
-    erasings = [(row, box) for row, (_, params) in enumerate(samples) for box in params.erasings]
+    erasings = [
+        (row, box, filling)
+        for row, (params, _) in enumerate(samples)
+        for box, filling in params.erasings
+    ]
     return BatchParams(
-        indices=torch.tensor([index for index, _ in samples]),
-        boxes=torch.tensor([params.crop.box for _, params in samples], dtype=torch.float64),
-        cubic=torch.tensor([params.crop.cubic for _, params in samples]),
-        size=samples[0][1].crop.size,
+        indices=torch.tensor([index for _, index in samples]),
+        boxes=torch.tensor([params.crop.box for params, _ in samples], dtype=torch.float64),
+        cubic=torch.tensor([params.crop.cubic for params, _ in samples]),
+        size=samples[0][0].crop.size,
         groups=tuple(groups),
         rows=torch.tensor([row for *_, row, _ in steps], dtype=torch.int64),
         values=torch.from_numpy(values),
-        erasings=tuple((n, *b.rows, *b.columns, *b.filling.shape[1:]) for n, b in erasings),
-        filling=torch.cat([torch.empty(0), *(box.filling.flatten() for _, box in erasings)]),
+        erasings=tuple((row, *box, *filling.shape[1:]) for row, box, filling in erasings),
+        filling=torch.cat([torch.empty(0), *(filling.flatten() for *_, filling in erasings)]),
     )
 
 

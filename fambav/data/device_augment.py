@@ -7,25 +7,23 @@ The result is that of the transform itself on the same images, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from fambav.data.augment_params import (
     BatchParams,
     ParamSampler,
     ProxyImage,
-    SampledParams,
+    ProxySamples,
     collate_params,
 )
 from fambav.data.device_ops import OPERATIONS, chunks, resized_crop
-from fambav.data.loaders import Batch, TrainBatchesLoader, data_loader
-from fambav.data.sampling import TrainBatches
-from fambav.data.transforms import TV
+from fambav.data.loaders import Batch, TrainBatchesLoader, train_loader
+from fambav.data.transforms import TV, Transform
 from fambav.data.types import ArraySet, Samples
 
 
@@ -136,69 +134,30 @@ def _crop(images: Tensor, params: BatchParams) -> Tensor:
     return result
 
 
-class DeviceTrainLoader(TrainBatchesLoader):
-    """The micro-batches of a run, made on the device of the set.
-
-    Args:
-        loader: Yields parameters.
-        samples: The set.
-        order: The samples of each batch.
-        normalize: Makes the floats.
-    """
-
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        samples: DeviceSet,
-        *,
-        order: TrainBatches,
-        normalize: Normalize,
-    ) -> None:
-        super().__init__(loader, samples, order=order)
-        self._augment = partial(augment, samples, normalize=normalize)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield images (batch, 3, height, width), float32, and labels (batch,), int64."""
-        yield from map(self._augment, self._read())
-
-
 def device_train_loader(
-    samples: DeviceSet,
-    transform: Callable[..., Tensor],
-    *,
-    seed: int,
-    workers: int = 0,
-    pin_memory: bool = False,
-    **order: Any,
-) -> DeviceTrainLoader:
+    samples: DeviceSet, transform: Transform, **options: Any
+) -> TrainBatchesLoader:
     """Return the batches of `train_loader` of the same set, made on the set's device.
+
+    Loader processes only sample parameters.
 
     Args:
         samples: Training samples.
         transform: What `fambav.data.train_transform` returns.
-        seed: Seed of the run.
-        workers: Processes that sample ahead; 0 samples in this one and reseeds its CPU generators.
-        pin_memory: Whether parameters go through page-locked memory, for a GPU.
-        order: Other arguments of `TrainBatches`.
-
-    Returns:
-        Batches with `updates_per_epoch`.
+        options: Those of `train_loader`.
 
     Raises:
         ValueError: If an epoch has not enough samples for one update, or the transform has a step
             that is not offered on batches.
     """
-    sampler = ParamSampler(transform, image_size=samples.image_size)
-    batches = TrainBatches(len(samples), seed=seed, **order)
-    loader = data_loader(
-        SampledParams(sampler, seed=seed),
-        workers=workers,
-        batch_sampler=batches,
-        pin_memory=pin_memory,
+    sampler = ParamSampler(transform)
+    return train_loader(
+        ProxySamples(len(samples), image_size=samples.image_size),
+        sampler,
         collate_fn=collate_params,
+        finish=partial(augment, samples, normalize=Normalize(sampler.normalize, samples.device)),
+        **options,
     )
-    normalize = Normalize(sampler.normalize, samples.device)
-    return DeviceTrainLoader(loader, samples, order=batches, normalize=normalize)
 
 
 class DeviceEvalLoader:

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from fambav.data.sampling import Key, TrainBatches
+from fambav.data.transforms import Transform
 from fambav.data.types import DataError, Samples
 from fambav.randomness import seed_cpu
 
-Transform = Callable[[Image.Image], Tensor]
 Batch = tuple[Tensor, Tensor]
+Finish = Callable[[Any], Batch]
 PATIENCE = 600  # seconds without a batch after which a loader process is given up
 _MAX_CORRUPT = 0.01  # share of a set
 _LISTED = 8  # samples that an error names
@@ -77,21 +78,22 @@ class SkipCorrupt:
         return int(self._corrupt.sum())
 
 
-class Augmented(Dataset[tuple[Tensor, int]]):
+class Augmented(Dataset[tuple[Any, int]]):
     """Samples by (epoch, position, index), each augmented by draws of its own.
 
     Reading a sample reseeds the global CPU generators of the process that reads it.
 
     Args:
         samples: What to read from.
-        transform: Makes a tensor of an image; may draw from any global generator of the CPU.
+        transform: Makes a tensor, or sampled parameters, of an image; may draw from any global
+            generator of the CPU.
         seed: Seed of the run.
     """
 
-    def __init__(self, samples: Samples, transform: Transform, *, seed: int) -> None:
+    def __init__(self, samples: Samples, transform: Callable[..., Any], *, seed: int) -> None:
         self.samples, self.transform, self.seed = samples, transform, seed
 
-    def __getitem__(self, name: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, name: Key) -> tuple[Any, int]:
         epoch, position, index = name
         image, label = self.samples[index]
         seed_cpu(self.seed, "augment", epoch, position)
@@ -120,7 +122,7 @@ class Transformed(Dataset[tuple[Tensor, int] | None]):
         return _transformed(self.transform, image, index), label
 
 
-def _transformed(transform: Transform, image: Image.Image, index: int) -> Tensor:
+def _transformed(transform: Callable[..., Any], image: Image.Image, index: int) -> Any:
     try:
         return transform(image)
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -144,10 +146,13 @@ class Batches:
     Args:
         loader: Reads the batches.
         samples: What it reads from.
+        finish: Makes (images, labels) of what the loader yields, if it does not yield them.
     """
 
-    def __init__(self, loader: DataLoader[Any], samples: Any) -> None:
-        self.loader, self.samples = loader, samples
+    def __init__(
+        self, loader: DataLoader[Any], samples: Any, *, finish: Finish | None = None
+    ) -> None:
+        self.loader, self.samples, self._finish = loader, samples, finish
         self._done = 0
 
     def skipped(self) -> int:
@@ -160,7 +165,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images (batch, 3, height, width), float32, and labels (batch,), int64."""
-        yield from self._read()
+        yield from self._read() if self._finish is None else map(self._finish, self._read())
 
     def _read(self) -> Iterator[Any]:
         """Yield what the loader does.
@@ -209,8 +214,10 @@ class TrainBatchesLoader(Batches):
         updates_per_epoch: Updates to an epoch.
     """
 
-    def __init__(self, loader: DataLoader[Any], samples: Any, *, order: TrainBatches) -> None:
-        super().__init__(loader, samples)
+    def __init__(
+        self, loader: DataLoader[Any], samples: Any, *, order: TrainBatches, finish: Finish | None
+    ) -> None:
+        super().__init__(loader, samples, finish=finish)
         self._order = order
         self.updates_per_epoch = order.updates_per_epoch
 
@@ -247,11 +254,13 @@ def data_loader(dataset: Dataset[Any], *, workers: int, **options: Any) -> DataL
 
 def train_loader(
     samples: Samples,
-    transform: Transform,
+    transform: Callable[..., Any],
     *,
     seed: int,
     workers: int = 0,
     pin_memory: bool = False,
+    collate_fn: Callable[[Any], Any] | None = None,
+    finish: Finish | None = None,
     **order: Any,
 ) -> TrainBatchesLoader:
     """Return the micro-batches that one process trains on, from `start_update` to the last.
@@ -266,6 +275,8 @@ def train_loader(
         seed: Seed of the run.
         workers: Processes that read ahead; 0 reads in this one.
         pin_memory: Whether batches go through page-locked memory, for a GPU.
+        collate_fn: Makes a batch of samples, in the process that reads them.
+        finish: Makes (images, labels) of a batch, in this process.
         order: Other arguments of `TrainBatches`: batch_size, epochs and the share of this process.
 
     Returns:
@@ -280,8 +291,9 @@ def train_loader(
         workers=workers,
         batch_sampler=batches,
         pin_memory=pin_memory,
+        collate_fn=collate_fn,
     )
-    return TrainBatchesLoader(loader, samples, order=batches)
+    return TrainBatchesLoader(loader, samples, order=batches, finish=finish)
 
 
 def eval_loader(

@@ -52,70 +52,24 @@ _FAKE_COUNTS = (1280, 256)
 _UNIFORM_STD = 12**-0.5  # of a number drawn evenly from [0, 1]
 
 
-def _disc(u: Ints, v: Ints) -> Mask:
-    return u * u + v * v < 240 * 240
-
-
-def _ring(u: Ints, v: Ints) -> Mask:
-    square = u * u + v * v
-    return (square < 250 * 250) & (square > 125 * 125)
-
-
-def _square(u: Ints, v: Ints) -> Mask:
-    return np.maximum(abs(u), abs(v)) < 210
-
-
-def _frame(u: Ints, v: Ints) -> Mask:
-    far = np.maximum(abs(u), abs(v))
-    return (far < 220) & (far > 110)
-
-
-def _triangle(u: Ints, v: Ints) -> Mask:
-    return (v < 190) & (2 * abs(u) < v + 260)
-
-
-def _rhombus(u: Ints, v: Ints) -> Mask:
-    return 2 * abs(u) + abs(v) < 300
-
-
-def _plus(u: Ints, v: Ints) -> Mask:
-    u, v = abs(u), abs(v)
-    return (np.minimum(u, v) < 70) & (np.maximum(u, v) < 245)
-
-
-def _hourglass(u: Ints, v: Ints) -> Mask:
-    v = abs(v)
-    return (abs(u) < v + 20) & (v < 225)
-
-
-def _arch(u: Ints, v: Ints) -> Mask:
-    u = abs(u)
-    return (np.maximum(u, abs(v)) < 220) & ((u > 110) | (v < -100))
-
-
-def _tee(u: Ints, v: Ints) -> Mask:
-    u = abs(u)
-    return (abs(v) < 230) & (((v < -100) & (u < 225)) | (u < 70))
+# Points of each shape; u goes to the right and v down, and u and -u are alike.
+FORMS: dict[str, Form] = {
+    "disc": lambda u, v: u * u + v * v < 240 * 240,
+    "ring": lambda u, v: (u * u + v * v < 250 * 250) & (u * u + v * v > 125 * 125),
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) < 210,
+    "frame": lambda u, v: abs(np.maximum(abs(u), abs(v)) - 165) < 55,
+    "triangle": lambda u, v: (v < 190) & (2 * abs(u) < v + 260),
+    "rhombus": lambda u, v: 2 * abs(u) + abs(v) < 300,
+    "plus": lambda u, v: (np.minimum(abs(u), abs(v)) < 70) & (np.maximum(abs(u), abs(v)) < 245),
+    "hourglass": lambda u, v: (abs(u) < abs(v) + 20) & (abs(v) < 225),
+    "arch": lambda u, v: (np.maximum(abs(u), abs(v)) < 220) & ((abs(u) > 110) | (v < -100)),
+    "tee": lambda u, v: (abs(v) < 230) & (((v < -100) & (abs(u) < 225)) | (abs(u) < 70)),
+}
+CLASS_NAMES = tuple(f"{upper} over {lower}" for upper in FORMS for lower in FORMS)
 
 
 def _stroke(u: Ints, v: Ints) -> Mask:
     return (abs(u) < 250) & (abs(v) < 45)
-
-
-# Points of each shape; u goes to the right and v down, and u and -u are alike.
-FORMS: dict[str, Form] = {
-    "disc": _disc,
-    "ring": _ring,
-    "square": _square,
-    "frame": _frame,
-    "triangle": _triangle,
-    "rhombus": _rhombus,
-    "plus": _plus,
-    "hourglass": _hourglass,
-    "arch": _arch,
-    "tee": _tee,
-}
-CLASS_NAMES = tuple(f"{upper} over {lower}" for upper in FORMS for lower in FORMS)
 
 
 class CounterRNG:
@@ -131,7 +85,7 @@ class CounterRNG:
         self.drawn = 0
 
     def uniform(self, low: int, high: int, *shape: int) -> Ints:
-        """Return (images, *shape) integers from `low` to `high`, both included, all as likely."""
+        """Return (images, *shape) integers from `low` to `high`, both included, uniformly."""
         scaled = (self._words(math.prod(shape)) >> np.uint64(33)) * np.uint64(high - low + 1)
         numbers: Ints = (scaled >> np.uint64(31)).astype(np.int32) + low
         return numbers.reshape(-1, *shape)

@@ -15,6 +15,7 @@ import pytest
 
 from fambav.data import DataError, cifar, fetch, load
 from fambav.data.cifar import LAYOUTS
+from fambav.data.types import digest
 from fambav.ecosystem import torchvision
 from tests.data.made import made_cifar, made_cifar10, write
 
@@ -92,7 +93,7 @@ def test_the_digest_changes_with_a_pixel(tmp_path):
     )
     assert one.digest == same.digest
     other.val.images[0, 0, 0, 0] ^= 1
-    assert cifar.digest(other.train, other.val) != one.digest
+    assert digest(other.train, other.val) != one.digest
 
 
 def string(text):

@@ -180,6 +180,24 @@ def test_sixteen_bits_that_are_cut_off_are_told(tmp_path):
         read_image(tmp_path / "x.png")
 
 
+@pytest.mark.parametrize(
+    "extension", ["png", "jpg", "jp2", "bmp", "ppm", "pgm", "tif", "webp", "gif"]
+)
+def test_common_formats_are_read(tmp_path, extension):
+    path = tmp_path / f"x.{extension}"
+    Image.new("L", (3, 2), 90).save(path)
+    image = read_image(path)
+    assert (image.mode, image.size) == ("RGB", (3, 2))
+    assert abs(np.asarray(image).astype(int) - 90).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX", "PDF", "SGI", "TGA"])
+def test_other_formats_are_refused_whatever_the_name(tmp_path, kind):
+    Image.new("RGB", (16, 16), 90).save(tmp_path / "x.png", kind)
+    with pytest.raises(DataError, match=r"x\.png is damaged, expected an image \(cannot identify"):
+        read_image(tmp_path / "x.png")
+
+
 def nest(folder, *names):
     """Put the images of a folder into folders within it, one after the other."""
     for place, path in enumerate(sorted(folder.glob("*.png"))):

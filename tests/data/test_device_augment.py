@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -21,9 +21,10 @@ from fambav.data import (
     train_loader,
     train_transform,
 )
-from fambav.data.augment_params import ParamSampler, SampledParams
+from fambav.data.augment_params import ParamSampler, ProxySamples
 from fambav.data.device_augment import DeviceEvalLoader, DeviceSet, device_train_loader
 from fambav.data.device_ops import OPERATIONS, affine
+from fambav.data.loaders import Augmented
 from fambav.ecosystem import timm
 from fambav.engine import checkpoint, train
 from tests.data.made import made_cifar
@@ -142,9 +143,9 @@ def test_crops_are_enlarged_and_reduced_as_pillow_does(shape, interpolation):
 
 
 def test_a_policy_draws_each_operation_as_often_as_timm_says():
-    sampler = ParamSampler(recipe(48, aa=POLICY), image_size=(32, 32))
-    params, count = SampledParams(sampler, seed=0), 3000
-    records = [params[0, position, 0][1] for position in range(count)]
+    samples, count = ProxySamples(1, image_size=(32, 32)), 3000
+    params = Augmented(samples, ParamSampler(recipe(48, aa=POLICY)), seed=0)
+    records = [params[0, position, 0][0] for position in range(count)]
     policy = Counter(step.name for record in records for step in record.steps if step.stage == 2)
     geometric = (
         "AffineAcrossCubic",
@@ -222,6 +223,14 @@ def test_the_stream_may_start_anywhere_and_repeats_samples_as_asked():
     images, labels = batches[0]
     assert torch.equal(labels[:3], labels[:1].expand(3))
     assert not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("three", [False, True])
+def test_every_image_of_a_batch_has_parameters_of_its_own(three):
+    image = pictures(2).images[:1]
+    copies = ArraySet(image.repeat(16, axis=0), np.zeros(16))
+    images, _ = next(iter(on_device(copies, recipe(48, three_augment=three))))
+    assert not any(torch.equal(one, other) for one, other in combinations(images, 2))
 
 
 def test_no_two_batches_are_alike():
