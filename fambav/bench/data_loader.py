@@ -41,12 +41,8 @@ def loading(
         data_set: Name of the set.
         data_path: Its folder.
         input_size: Height and width of the result, in pixels.
-        batch: Images in a batch; by default 128 on a GPU, 32 on a CPU.
         workers: Numbers of loader processes; 0 reads in this one.
         batches: Batches that each process makes in a round.
-        rounds: Measurements of each way.
-        warmup: Rounds before them.
-        device: Where batches go.
 
     Returns:
         A row for every way and number of processes.
@@ -79,13 +75,13 @@ def loading(
         for way, make in ways.items()
         for count in dict.fromkeys(workers)
     }
-    one_worker = rates.get((LOADER, 1))
+    about: dict[str, Any] = dict(
+        data=loaded.name, input_size=input_size, batch=batch, rounds=rounds
+    )
     return Report(
         title="training images, read and augmented",
-        settings=settings(
-            device, data=loaded.name, input_size=input_size, batch=batch, rounds=rounds
-        ),
-        rows=[_row(*way, own, one_worker) for way, own in rates.items()],
+        settings=settings(device, **about),
+        rows=[_row(*key, own, rates.get((LOADER, 1))) for key, own in rates.items()],
         skipped=skipped,
     )
 

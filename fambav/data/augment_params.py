@@ -220,7 +220,7 @@ def _record_shift(step: Any, image: ProxyImage) -> ProxyImage:
 
 
 def _record_jitter(step: Any, image: ProxyImage) -> ProxyImage:
-    """Record brightness, contrast and saturation in the sampled order."""
+    """Record the factors of colours in the sampled order."""
     ranges = [getattr(step, name) for name in signature(step.get_params).parameters]
     order, *factors = step.get_params(*ranges)
     for index in order.tolist():

@@ -125,8 +125,8 @@ def test_a_place_on_the_edge_is_inside_or_outside_as_for_pillow(axes, by, kind):
     fill = (1, 2, 3)
     matrix = (1, 0, right, 0, 1, down)
     expected = [
-        np.asarray(samples[place][0].transform((32, 32), 0, matrix, resample, fillcolor=fill))
-        for place in range(2)
+        np.asarray(samples[index][0].transform((32, 32), 0, matrix, resample, fillcolor=fill))
+        for index in range(2)
     ]
     given = (1, 0, down, 0, 1, right) if axes == "down" else matrix
     values = torch.tensor([[*given, *fill]] * 2, dtype=torch.float64)
@@ -176,7 +176,7 @@ def test_evaluation_gives_the_images_of_the_loader_to_the_bit(size, shape):
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.6, 0.875, 1.0])
-def test_evaluation_keeps_the_share_of_an_image_that_it_is_asked_to(ratio):
+def test_evaluation_keeps_the_share_of_an_image_that_it_is_given(ratio):
     samples = pictures(4, 70, 70)
     transform = eval_transform(input_size=48, eval_crop_ratio=ratio)
     made = list(DeviceEvalLoader(DeviceSet(samples, device=CPU), transform, batch_size=4))
@@ -213,7 +213,7 @@ def test_processes_that_draw_ahead_change_nothing():
     assert same(list(on_device(samples, transform, workers=2)), list(on_device(samples, transform)))
 
 
-def test_the_stream_may_start_anywhere_and_repeats_samples_as_asked():
+def test_the_stream_may_start_anywhere_and_repeats_samples_as_set():
     samples, transform = pictures(), train_transform(input_size=48)
     repeated = on_device(samples, transform, repeats=3)
     assert repeated.updates_per_epoch == 4
@@ -280,8 +280,8 @@ def words(tmp_path_factory):
 def plain(words, tmp_path_factory):
     """A run whose images come from the loader."""
     folder = tmp_path_factory.mktemp("run") / "plain"
-    status, told = go(*words, "--output_dir", folder)
-    assert status == 0, told
+    status, output = go(*words, "--output_dir", folder)
+    assert status == 0, output
     return checkpoint.load(folder / "checkpoint.pth")
 
 
@@ -305,8 +305,8 @@ def assert_same_run(folder, plain):
 
 
 def test_a_run_learns_the_same_weights_with_and_without(words, plain, tmp_path):
-    status, told = go(*words, "--output_dir", tmp_path, "--gpu-augment")
-    assert status == 0, told
+    status, output = go(*words, "--output_dir", tmp_path, "--gpu-augment")
+    assert status == 0, output
     assert_same_run(tmp_path, plain)
 
 
@@ -326,9 +326,9 @@ def test_an_interrupted_run_goes_on_to_the_bit_with_or_without_before(
         with pytest.raises(Crash):
             go(*words, "--output_dir", tmp_path, *before)
     torch.manual_seed(99)  # whatever was drawn before must not matter
-    status, told = go(*words, "--output_dir", tmp_path, "--gpu-augment", "--resume", "auto")
-    assert status == 0, told
-    assert "going on from" in told
+    status, output = go(*words, "--output_dir", tmp_path, "--gpu-augment", "--resume", "auto")
+    assert status == 0, output
+    assert "going on from" in output
     assert_same_run(tmp_path, plain)
 
 
@@ -342,11 +342,11 @@ def test_an_interrupted_run_goes_on_to_the_bit_with_or_without_before(
     ],
 )
 def test_what_the_device_cannot_do_is_refused_in_one_line(more, message):
-    status, told = go("--gpu-augment", *more.split())
+    status, output = go("--gpu-augment", *more.split())
     assert status == 2
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    assert message in told
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
+    assert message in output
 
 
 @pytest.mark.gpu

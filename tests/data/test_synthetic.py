@@ -37,7 +37,7 @@ def test_a_smaller_set_is_the_beginning_of_the_whole():
         assert np.array_equal(small.labels, part.labels[: len(small)])
 
 
-def test_an_image_is_a_function_of_its_part_and_place():
+def test_an_image_is_a_function_of_its_part_and_index():
     places = np.array([1234, 7])
     again = synthetic.render("train", places, WHOLE.train.labels[places])
     assert np.array_equal(again, WHOLE.train.images[places])
@@ -108,7 +108,7 @@ def test_the_first_shape_of_the_name_is_the_upper_one():
 @pytest.mark.parametrize("name", synthetic.FORMS)
 def test_a_mirrored_shape_is_a_shape_of_the_same_class(name):
     # so that --hflip keeps the class: every form is its own mirror image, and any turn may come
-    # with either sign, from any place as far on the other side
+    # with either sign, from any position as far on the other side
     u, v = np.meshgrid(np.arange(-400, 401, dtype=np.int32), np.arange(-400, 401, dtype=np.int32))
     inside = synthetic.FORMS[name](u, v)
     assert np.array_equal(inside, inside[:, ::-1])

@@ -36,7 +36,7 @@ def test_a_seed_decides_the_result(augment, size):
     first = drawn(transform, picture(), 0, "augment", 1, 2)
     assert first.shape == (3, *((size, size) if isinstance(size, int) else size))
     assert torch.equal(drawn(transform, picture(), 0, "augment", 1, 2), first)
-    others = [drawn(transform, picture(), 0, "augment", 1, place) for place in range(3, 9)]
+    others = [drawn(transform, picture(), 0, "augment", 1, index) for index in range(3, 9)]
     assert not any(torch.equal(other, first) for other in others)
 
 
@@ -64,8 +64,8 @@ def test_a_small_input_is_the_whole_image_shifted_by_at_most_four_pixels():
     image = torch.from_numpy(np.array(picture())).permute(2, 0, 1) / 255
     padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
     shifts = set()
-    for place in range(90):
-        result = drawn(transform, picture(), place)
+    for index in range(90):
+        result = drawn(transform, picture(), index)
         found = [
             (top, left)
             for top in range(9)
@@ -102,7 +102,7 @@ def test_erasing_takes_its_settings():
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("name", ["bilinear", "bicubic"])
-def test_images_are_enlarged_as_asked(size, name):
+def test_images_are_enlarged_as_set(size, name):
     crop = train_transform(Augment(train_interpolation=name), input_size=size).transforms[0]
     assert crop.interpolation.value == name
 
@@ -187,8 +187,8 @@ def test_affine_moves_a_square_a_little_and_none_leaves_it(size):
     ]
     assert "RandomCrop" not in steps
     affine = transform.transforms[steps.index("RandomAffine")]
-    for place in range(20):
-        seed_all(place)
+    for index in range(20):
+        seed_all(index)
         result = np.asarray(affine(image), dtype=float)[..., 0] / 255
         rows, columns = np.nonzero(result > 0.5)
         assert abs(rows.mean() - (size - 1) / 2) <= 0.1 * size + 1
@@ -206,8 +206,8 @@ def test_three_augment_takes_one_of_three(src):
     choices = transform.transforms[names.index("RandomChoice")].transforms
     assert [type(choice).__name__ for choice in choices] == ["Grayscale", "RandomSolarize", "Blur"]
     grey = solarised = 0
-    for place in range(30):
-        result = drawn(transform, picture(48, 48), place)
+    for index in range(30):
+        result = drawn(transform, picture(48, 48), index)
         assert result.shape == (3, 48, 48)
         grey += bool((result[0] == result[1]).all() and (result[0] == result[2]).all())
         solarised += bool(result.max() <= 128 / 255)
@@ -215,7 +215,7 @@ def test_three_augment_takes_one_of_three(src):
     assert 3 <= solarised <= 20
 
 
-def test_three_augment_flips_as_often_as_asked():
+def test_three_augment_flips_as_often_as_set():
     often, never = (
         str(train_transform(replace(THREE, hflip=share), input_size=48)) for share in (0.3, 0.0)
     )
@@ -231,14 +231,14 @@ def test_a_simple_random_crop_shifts_over_a_mirrored_border():
 
 def test_blur_takes_noise_away_by_a_drawn_amount():
     spread = []
-    for place in range(20):
-        seed_all(place)
+    for index in range(20):
+        seed_all(index)
         spread.append(np.asarray(Blur()(picture())).std())
     assert max(spread) < np.asarray(picture()).std()
     assert min(spread) < 0.5 * max(spread)
 
 
-def test_three_augment_jitters_colours_unless_told_not_to():
+def test_three_augment_jitters_colours_unless_switched_off():
     assert "ColorJitter" in str(train_transform(THREE, input_size=48))
     plain = train_transform(replace(THREE, color_jitter=None), input_size=48)
     assert "ColorJitter" not in str(plain)
