@@ -75,15 +75,10 @@ def loading(
         for way, make in ways.items()
         for count in dict.fromkeys(workers)
     }
-    about: dict[str, Any] = dict(
-        data=loaded.name, input_size=input_size, batch=batch, rounds=rounds
-    )
-    return Report(
-        title="training images, read and augmented",
-        settings=settings(device, **about),
-        rows=[_row(*key, own, rates.get((LOADER, 1))) for key, own in rates.items()],
-        skipped=skipped,
-    )
+    about: dict[str, Any] = dict(data=data_set, input_size=input_size, batch=batch, rounds=rounds)
+    rows = [_row(*key, own, rates.get((LOADER, 1))) for key, own in rates.items()]
+    title = "training images, read and augmented"
+    return Report(title=title, settings=settings(device, **about), rows=rows, skipped=skipped)
 
 
 def _rates(
