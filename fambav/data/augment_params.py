@@ -219,10 +219,14 @@ def _record_shift(step: Any, image: ProxyImage) -> ProxyImage:
     return image.record(name, top - padding, left - padding)
 
 
-def _record_jitter(step: Any, image: ProxyImage) -> ProxyImage:
-    """Record the factors of colours in the sampled order."""
+def _jitter(step: Any) -> Recorder:
     ranges = [getattr(step, name) for name in signature(step.get_params).parameters]
-    order, *factors = step.get_params(*ranges)
+    return partial(_record_jitter, step.get_params, ranges)
+
+
+def _record_jitter(get_params: Any, ranges: list[Any], image: ProxyImage) -> ProxyImage:
+    """Record the factors of colours in the sampled order."""
+    order, *factors = get_params(*ranges)
     for index in order.tolist():
         if factors[index] is not None:
             image.record(("Brightness", "Contrast", "Color")[index], factors[index])
@@ -270,7 +274,7 @@ _RECORDERS: dict[type, Callable[[Any], Recorder]] = {
     timm.data.auto_augment.RandAugment: _policy,
     TV.RandomCrop: lambda step: partial(_record_shift, step),
     TV.RandomChoice: _choice,
-    TV.ColorJitter: lambda step: partial(_record_jitter, step),
+    TV.ColorJitter: _jitter,
     TV.Grayscale: lambda _: partial(_record, "Grayscale"),
     TV.RandomSolarize: lambda step: partial(_record_solarize, step),
 }

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from fambav.config import Augment, policy
+from fambav.config import Augment, Data, policy
 from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD, Triple
 from fambav.ecosystem import timm, torchvision
 from fambav.randomness import key
@@ -143,7 +143,7 @@ def _three_augment(augment: Augment, size: Size, mean: Triple, std: Triple) -> l
 def eval_transform(
     *,
     input_size: int | Size,
-    eval_crop_ratio: float = 0.875,
+    eval_crop_ratio: float = Data.eval_crop_ratio,
     mean: Triple = IMAGENET_MEAN,
     std: Triple = IMAGENET_STD,
 ) -> Transform:
