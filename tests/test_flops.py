@@ -284,7 +284,6 @@ def test_masked_tokens_save_nothing():
 
 
 def test_alignment_is_paid_by_every_layer_behind_the_first_tokens_that_went():
-    plan = "list:0,0,5,0,3"
     model = reduce(
         built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap_policy="self"
     )

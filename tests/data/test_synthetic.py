@@ -1,12 +1,10 @@
-"""SHAPES100, the set that is made on the fly."""
+"""SHAPES100, the set that is generated on the fly."""
 
 import numpy as np
 import pytest
 
-from fambav.data import load, shapes
-from fambav.data.arrays import digest
-from fambav.data.datasets import Request, fetch
-from fambav.registry import BUILDERS
+from fambav.data import fetch, load, synthetic
+from fambav.data.types import digest
 
 WHOLE = load("SHAPES100")
 PARTS = [WHOLE.train, WHOLE.val]
@@ -20,7 +18,7 @@ def middles(image):
 
 
 def test_the_images_are_the_same_on_every_machine():
-    few = shapes.read(counts=(300, 100))
+    few = synthetic.shapes100(counts=(300, 100))
     assert digest(few.train) == "4af33256ff6984eebce8cd46042254df17a61ac63318697805f6a701703adaa2"
     assert digest(few.val) == "d152b3a462a2115bff35311314cb0acb77c5b3a5b5053c1dccd2b6454d05c67a"
 
@@ -33,28 +31,25 @@ def test_the_whole_set_never_changes():
 
 
 def test_a_smaller_set_is_the_beginning_of_the_whole():
-    few = shapes.read(counts=(700, 101))  # neither is a whole number of chunks
+    few = synthetic.shapes100(counts=(700, 101))  # neither is a whole number of chunks
     for part, small in zip(PARTS, (few.train, few.val), strict=True):
         assert np.array_equal(small.images, part.images[: len(small)])
         assert np.array_equal(small.labels, part.labels[: len(small)])
 
 
-def test_an_image_is_a_function_of_its_part_and_place():
+def test_an_image_is_a_function_of_its_part_and_index():
     places = np.array([1234, 7])
-    again = shapes.drawn("train", places, WHOLE.train.labels[places])
+    again = synthetic.render("train", places, WHOLE.train.labels[places])
     assert np.array_equal(again, WHOLE.train.images[places])
-    other = shapes.drawn("val", places, WHOLE.train.labels[places])
+    other = synthetic.render("val", places, WHOLE.train.labels[places])
     assert not np.array_equal(again, other)
 
 
 @pytest.mark.parametrize("wish", [{"seed": 7}, {"image_size": (8, 8)}, {"classes": 3}])
 def test_what_a_run_asks_for_does_not_change_the_set(monkeypatch, wish):
-    small = shapes.read(counts=(100, 100))
-    monkeypatch.setattr(shapes, "_COUNTS", None)
-    monkeypatch.setattr(shapes, "read", lambda: small)
-    usual = {"inat_category": "name", "classes": 1000, "image_size": (224, 224), "seed": 0}
-    request = Request(root="/nowhere", **{**usual, **wish})
-    assert BUILDERS["SHAPES100"](request) is small
+    small = synthetic.shapes100(counts=(100, 100))
+    monkeypatch.setattr(synthetic, "shapes100", lambda: small)
+    assert load("SHAPES100", "/nowhere", **wish) is small
 
 
 @pytest.mark.parametrize("part", PARTS, ids=["train", "val"])
@@ -90,13 +85,13 @@ def test_it_needs_nothing_fetched_and_no_folder():
 
 def test_a_class_names_the_upper_and_the_lower_shape():
     assert len(set(WHOLE.class_names)) == 100
-    forms = list(shapes.FORMS)
+    forms = list(synthetic.FORMS)
     assert WHOLE.class_names[37] == f"{forms[3]} over {forms[7]}" == "frame over hourglass"
 
 
 def test_the_first_shape_of_the_name_is_the_upper_one():
     # in the mean of many images a tee's bar is high and a triangle's base is low
-    names = list(shapes.FORMS)
+    names = list(synthetic.FORMS)
     tee_over_triangle, triangle_over_tee = (
         np.concatenate([part.images[part.labels == label] for part in PARTS]).mean(axis=0)
         for label in (
@@ -110,26 +105,28 @@ def test_the_first_shape_of_the_name_is_the_upper_one():
     assert lower < 7.5 < upper
 
 
-@pytest.mark.parametrize("name", shapes.FORMS)
+@pytest.mark.parametrize("name", synthetic.FORMS)
 def test_a_mirrored_shape_is_a_shape_of_the_same_class(name):
     # so that --hflip keeps the class: every form is its own mirror image, and any turn may come
-    # with either sign, from any place as far on the other side
+    # with either sign, from any position as far on the other side
     u, v = np.meshgrid(np.arange(-400, 401, dtype=np.int32), np.arange(-400, 401, dtype=np.int32))
-    inside = shapes.FORMS[name](u, v)
+    inside = synthetic.FORMS[name](u, v)
     assert np.array_equal(inside, inside[:, ::-1])
     left, right = (
-        shapes.covered(shapes.FORMS[name], *np.array([[x], [128], [60], [turn]], dtype=np.int32))[0]
+        synthetic.coverage(
+            synthetic.FORMS[name], *np.array([[x], [128], [60], [turn]], dtype=np.int32)
+        )[0]
         for x, turn in ((108, 17), (256 - 108, -17))
     )
     assert abs(left[:, ::-1] - right).sum() < 0.05 * left.sum()  # points on an edge go either way
 
 
 def test_turns_and_sides_are_as_likely_either_way():
-    draws = shapes.Draws("train", np.arange(2000))
-    turns = draws.whole(-20, 20)
+    rng = synthetic.CounterRNG("train", np.arange(2000))
+    turns = rng.uniform(-20, 20)
     assert (turns.min(), turns.max()) == (-20, 20)
     assert abs(turns.mean()) < 1
-    noise = draws.bell(8, 8, 3)
+    noise = rng.triangular(8, 8, 3)
     assert abs(noise.mean()) < 1
     assert 99 < noise.std() < 110  # of the difference of two even draws from 0 to 255: 104.5
 
@@ -139,10 +136,10 @@ def test_a_shape_is_brighter_than_what_surrounds_it():
     assert images[:, 5:11, 13:19].mean() > images[:, 5:11, :4].mean() + 40
 
 
-@pytest.mark.parametrize("form", shapes.FORMS)
+@pytest.mark.parametrize("form", synthetic.FORMS)
 def test_no_two_shapes_are_alike(form):
     where = [np.array([n], dtype=np.int32) for n in (128, 128, 56, 0)]
-    covers = {name: shapes.covered(rule, *where)[0] for name, rule in shapes.FORMS.items()}
+    covers = {name: synthetic.coverage(rule, *where)[0] for name, rule in synthetic.FORMS.items()}
     mine = covers.pop(form)
     for other in covers.values():
         assert abs(mine - other).sum() > 4 * 20  # 20 pixels

@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -12,23 +12,19 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fambav import cli
+from fambav.config import Augment
 from fambav.data import (
     ArraySet,
     eval_loader,
     eval_transform,
     load,
-    three_augment,
     train_loader,
     train_transform,
 )
-from fambav.data.batch_geometry import warp
-from fambav.data.recording import Draws, Recipe
-from fambav.data.resident import (
-    OPERATIONS,
-    Resident,
-    ResidentEvaluation,
-    resident_train_loader,
-)
+from fambav.data.augment_params import ParamSampler, ProxySamples
+from fambav.data.device_augment import DeviceEvalLoader, DeviceSet, device_train_loader
+from fambav.data.device_ops import OPERATIONS, affine
+from fambav.data.loaders import Augmented
 from fambav.engine import checkpoint, train
 from fambav.timm_compat import timm
 from tests.data.made import made_cifar
@@ -51,8 +47,12 @@ def pictures(count=64, height=32, width=32):
     return ArraySet(images, np.arange(count) % 10)
 
 
-def resident(samples, transform, device=CPU, **options):
-    return resident_train_loader(Resident(samples, device=device), transform, **RUN | dict(options))
+def on_device(samples, transform, device=CPU, **options):
+    return device_train_loader(DeviceSet(samples, device=device), transform, **RUN | dict(options))
+
+
+def recipe(input_size, **augment):
+    return train_transform(Augment(**augment), input_size=input_size)
 
 
 def same(one, other):
@@ -81,28 +81,26 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_gives_the_images_of_the_loader_to_the_bit(name):
-    samples, transform = pictures(), train_transform(**RECIPES[name])
-    assert same(list(resident(samples, transform)), list(train_loader(samples, transform, **RUN)))
+    samples, transform = pictures(), recipe(**RECIPES[name])
+    assert same(list(on_device(samples, transform)), list(train_loader(samples, transform, **RUN)))
 
 
 @pytest.mark.parametrize("options", [{}, {"src": True}, {"color_jitter": 0}])
 def test_three_augment_gives_the_images_of_the_loader_to_the_bit(options):
-    samples, transform = pictures(), three_augment(input_size=48, **options)
-    assert same(list(resident(samples, transform)), list(train_loader(samples, transform, **RUN)))
+    samples, transform = pictures(), recipe(48, three_augment=True, **options)
+    assert same(list(on_device(samples, transform)), list(train_loader(samples, transform, **RUN)))
 
 
 @pytest.mark.parametrize("name", timm.data.auto_augment.LEVEL_TO_ARG)
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_every_operation_at_every_magnitude_is_pillows_to_the_bit(name, interpolation):
     policy = "rand-m10-n1-mstd101-p1.0"
-    transform = train_transform(
-        input_size=40, train_interpolation=interpolation, **OFF | {"aa": policy}
-    )
+    transform = recipe(40, train_interpolation=interpolation, **OFF | {"aa": policy})
     augment = transform.transforms[1]
     augment.ops = [type(augment.ops[0])(name, prob=1.0, hparams=augment.ops[0].hparams)]
     samples = pictures()
     assert same(
-        list(resident(samples, transform, epochs=1)),
+        list(on_device(samples, transform, epochs=1)),
         list(train_loader(samples, transform, **RUN | dict(epochs=1))),
     )
 
@@ -110,11 +108,11 @@ def test_every_operation_at_every_magnitude_is_pillows_to_the_bit(name, interpol
 @pytest.mark.parametrize("magnitude", [0, 30, 60])
 def test_quarter_turns_are_pillows_to_the_bit(magnitude):
     policy = f"rand-m{magnitude}-mmax60-n1-p1.0"  # 30 is a quarter
-    transform = train_transform(input_size=40, **OFF | {"aa": policy})
+    transform = recipe(40, **OFF | {"aa": policy})
     augment = transform.transforms[1]
     augment.ops = [operation for operation in augment.ops if operation.name == "Rotate"]
     samples = pictures()
-    assert same(list(resident(samples, transform)), list(train_loader(samples, transform, **RUN)))
+    assert same(list(on_device(samples, transform)), list(train_loader(samples, transform, **RUN)))
 
 
 @pytest.mark.parametrize("kind", ["BICUBIC", "BILINEAR"])
@@ -127,12 +125,12 @@ def test_a_place_on_the_edge_is_inside_or_outside_as_for_pillow(axes, by, kind):
     fill = (1, 2, 3)
     matrix = (1, 0, right, 0, 1, down)
     expected = [
-        np.asarray(samples[place][0].transform((32, 32), 0, matrix, resample, fillcolor=fill))
-        for place in range(2)
+        np.asarray(samples[index][0].transform((32, 32), 0, matrix, resample, fillcolor=fill))
+        for index in range(2)
     ]
     given = (1, 0, down, 0, 1, right) if axes == "down" else matrix
     values = torch.tensor([[*given, *fill]] * 2, dtype=torch.float64)
-    made = warp(Resident(samples, device=CPU).images, values, axes=axes, cubic=kind == "BICUBIC")
+    made = affine(DeviceSet(samples, device=CPU).images, values, axes=axes, cubic=kind == "BICUBIC")
     assert np.array_equal(made.permute(0, 2, 3, 1).numpy(), np.stack(expected))
 
 
@@ -140,16 +138,20 @@ def test_a_place_on_the_edge_is_inside_or_outside_as_for_pillow(axes, by, kind):
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_crops_are_enlarged_and_reduced_as_pillow_does(shape, interpolation):
     samples = pictures(32, *shape)
-    transform = train_transform(input_size=44, train_interpolation=interpolation, **OFF)
-    assert same(list(resident(samples, transform)), list(train_loader(samples, transform, **RUN)))
+    transform = recipe(44, train_interpolation=interpolation, **OFF)
+    assert same(list(on_device(samples, transform)), list(train_loader(samples, transform, **RUN)))
 
 
 def test_a_policy_draws_each_operation_as_often_as_timm_says():
-    recipe = Recipe(train_transform(input_size=48, aa=POLICY), image_size=(32, 32))
-    draws, count = Draws(recipe, seed=0), 3000
-    records = [draws[0, position, 0][1] for position in range(count)]
+    samples, count = ProxySamples(1, image_size=(32, 32)), 3000
+    params = Augmented(samples, ParamSampler(recipe(48, aa=POLICY)), seed=0)
+    records = [params[0, position, 0][0] for position in range(count)]
     policy = Counter(step.name for record in records for step in record.steps if step.stage == 2)
-    geometric = ("AcrossCubic", "DownCubic", "TurnCubic")  # two, two and one of fifteen
+    geometric = (
+        "AffineAcrossCubic",
+        "AffineDownCubic",
+        "AffineBothCubic",
+    )  # two, two and one of fifteen
     expected = dict.fromkeys(policy, 1) | dict(zip(geometric, (2, 2, 1), strict=True))
     assert sum(expected.values()) == 15
     each = count * 2 * 0.5 / 15
@@ -157,7 +159,7 @@ def test_a_policy_draws_each_operation_as_often_as_timm_says():
         assert abs(policy[name] - share * each) < 4 * (share * each) ** 0.5, name
     flips = sum(step.name == "FLIP_LEFT_RIGHT" for record in records for step in record.steps)
     assert abs(flips - count / 2) < 4 * (count / 4) ** 0.5
-    erased = sum(bool(record.patches) for record in records)
+    erased = sum(bool(record.erasings) for record in records)
     assert abs(erased - count / 4) < 4 * (count * 3 / 16) ** 0.5
     assert policy.keys() <= OPERATIONS.keys()
 
@@ -166,7 +168,7 @@ def test_a_policy_draws_each_operation_as_often_as_timm_says():
 @pytest.mark.parametrize("shape", [(32, 32), (8, 8), (30, 70)])
 def test_evaluation_gives_the_images_of_the_loader_to_the_bit(size, shape):
     samples, transform = pictures(21, *shape), eval_transform(input_size=size)
-    made = ResidentEvaluation(Resident(samples, device=CPU), transform, batch_size=8)
+    made = DeviceEvalLoader(DeviceSet(samples, device=CPU), transform, batch_size=8)
     assert len(made) == 3
     expected = list(eval_loader(samples, transform, batch_size=8))
     assert same(list(made), expected)
@@ -174,10 +176,10 @@ def test_evaluation_gives_the_images_of_the_loader_to_the_bit(size, shape):
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.6, 0.875, 1.0])
-def test_evaluation_keeps_the_share_of_an_image_that_it_is_asked_to(ratio):
+def test_evaluation_keeps_the_share_of_an_image_that_it_is_given(ratio):
     samples = pictures(4, 70, 70)
     transform = eval_transform(input_size=48, eval_crop_ratio=ratio)
-    made = list(ResidentEvaluation(Resident(samples, device=CPU), transform, batch_size=4))
+    made = list(DeviceEvalLoader(DeviceSet(samples, device=CPU), transform, batch_size=4))
     assert same(made, list(eval_loader(samples, transform, batch_size=4)))
     other = eval_transform(input_size=48, eval_crop_ratio=0.7)
     assert not same(made, list(eval_loader(samples, other, batch_size=4)))
@@ -189,16 +191,16 @@ def test_processes_share_evaluation_as_the_loader_does(world):
     samples, transform = pictures(21), eval_transform(input_size=40)
     for rank in range(world):
         share = dict(batch_size=8, rank=rank, world=world)
-        made = ResidentEvaluation(Resident(samples, device=CPU), transform, **share)
+        made = DeviceEvalLoader(DeviceSet(samples, device=CPU), transform, **share)
         assert len(made) == len(list(made))
         assert same(list(made), list(eval_loader(samples, transform, **share)))
 
 
 def test_a_sample_is_augmented_alike_by_one_process_and_by_two():
     samples, transform = pictures(), train_transform(input_size=48)
-    alone = list(resident(samples, transform))
+    alone = list(on_device(samples, transform))
     shares = [
-        list(resident(samples, transform, batch_size=8, world=2, rank=rank)) for rank in range(2)
+        list(on_device(samples, transform, batch_size=8, world=2, rank=rank)) for rank in range(2)
     ]
     for whole, *parts in zip(alone, *shares, strict=True):
         for rank, (images, labels) in enumerate(parts):
@@ -207,42 +209,50 @@ def test_a_sample_is_augmented_alike_by_one_process_and_by_two():
 
 
 def test_processes_that_draw_ahead_change_nothing():
-    samples, transform = pictures(), train_transform(input_size=48, reprob=0.6)
-    assert same(list(resident(samples, transform, workers=2)), list(resident(samples, transform)))
+    samples, transform = pictures(), recipe(48, reprob=0.6)
+    assert same(list(on_device(samples, transform, workers=2)), list(on_device(samples, transform)))
 
 
-def test_the_stream_may_start_anywhere_and_repeats_samples_as_asked():
+def test_the_stream_may_start_anywhere_and_repeats_samples_as_set():
     samples, transform = pictures(), train_transform(input_size=48)
-    repeated = resident(samples, transform, repeats=3)
+    repeated = on_device(samples, transform, repeats=3)
     assert repeated.updates_per_epoch == 4
     batches = list(repeated)
     assert same(batches, list(train_loader(samples, transform, repeats=3, **RUN)))
-    assert same(batches[5:], list(resident(samples, transform, repeats=3, start_update=5)))
+    assert same(batches[5:], list(on_device(samples, transform, repeats=3, start_update=5)))
     images, labels = batches[0]
     assert torch.equal(labels[:3], labels[:1].expand(3))
     assert not torch.equal(images[0], images[1])
 
 
+@pytest.mark.parametrize("three", [False, True])
+def test_every_image_of_a_batch_has_parameters_of_its_own(three):
+    image = pictures(2).images[:1]
+    copies = ArraySet(image.repeat(16, axis=0), np.zeros(16))
+    images, _ = next(iter(on_device(copies, recipe(48, three_augment=three))))
+    assert not any(torch.equal(one, other) for one, other in combinations(images, 2))
+
+
 def test_no_two_batches_are_alike():
-    batches = [images for images, _ in resident(pictures(), train_transform(input_size=48))]
+    batches = [images for images, _ in on_device(pictures(), train_transform(input_size=48))]
     assert not any(torch.equal(one, other) for one, other in pairwise(batches))
 
 
 def test_a_policy_that_is_not_offered_is_refused_by_name():
     for policy, step in (("augmix-m5-w4-d2", "AugMixAugment"), ("original", "AutoAugment")):
-        transform = train_transform(input_size=48, aa=policy)
+        transform = recipe(48, aa=policy)
         with pytest.raises(ValueError, match=rf"aa is a policy with {step}, expected rand-\*"):
-            resident(pictures(), transform)
+            on_device(pictures(), transform)
 
 
 def test_a_set_that_is_not_in_memory_is_refused():
     with pytest.raises(ValueError, match="from a FakeImages, expected a set held in memory"):
-        Resident(load("FAKE").train, device=CPU)
+        DeviceSet(load("FAKE").train, device=CPU)
 
 
 def test_an_epoch_without_a_full_batch_is_refused():
     with pytest.raises(ValueError, match="batch_size is 16"):
-        resident(pictures(8), train_transform(input_size=48))
+        on_device(pictures(8), train_transform(input_size=48))
 
 
 class Crash(BaseException):
@@ -270,8 +280,8 @@ def words(tmp_path_factory):
 def plain(words, tmp_path_factory):
     """A run whose images come from the loader."""
     folder = tmp_path_factory.mktemp("run") / "plain"
-    status, told = go(*words, "--output_dir", folder)
-    assert status == 0, told
+    status, output = go(*words, "--output_dir", folder)
+    assert status == 0, output
     return checkpoint.load(folder / "checkpoint.pth")
 
 
@@ -295,8 +305,8 @@ def assert_same_run(folder, plain):
 
 
 def test_a_run_learns_the_same_weights_with_and_without(words, plain, tmp_path):
-    status, told = go(*words, "--output_dir", tmp_path, "--gpu-augment")
-    assert status == 0, told
+    status, output = go(*words, "--output_dir", tmp_path, "--gpu-augment")
+    assert status == 0, output
     assert_same_run(tmp_path, plain)
 
 
@@ -316,9 +326,9 @@ def test_an_interrupted_run_goes_on_to_the_bit_with_or_without_before(
         with pytest.raises(Crash):
             go(*words, "--output_dir", tmp_path, *before)
     torch.manual_seed(99)  # whatever was drawn before must not matter
-    status, told = go(*words, "--output_dir", tmp_path, "--gpu-augment", "--resume", "auto")
-    assert status == 0, told
-    assert "going on from" in told
+    status, output = go(*words, "--output_dir", tmp_path, "--gpu-augment", "--resume", "auto")
+    assert status == 0, output
+    assert "going on from" in output
     assert_same_run(tmp_path, plain)
 
 
@@ -332,21 +342,21 @@ def test_an_interrupted_run_goes_on_to_the_bit_with_or_without_before(
     ],
 )
 def test_what_the_device_cannot_do_is_refused_in_one_line(more, message):
-    status, told = go("--gpu-augment", *more.split())
+    status, output = go("--gpu-augment", *more.split())
     assert status == 2
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    assert message in told
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
+    assert message in output
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("make", [train_transform, three_augment])
-def test_a_gpu_makes_the_batches_of_a_cpu(make):
-    samples, transform = pictures(), make(input_size=224)
+@pytest.mark.parametrize("three", [False, True])
+def test_a_gpu_makes_the_batches_of_a_cpu(three):
+    samples, transform = pictures(), recipe(224, three_augment=three)
     options = dict(workers=1, pin_memory=True)
-    made = list(resident(samples, transform, torch.device("cuda"), **options))
+    made = list(on_device(samples, transform, torch.device("cuda"), **options))
     for (images, labels), (expected, wanted) in zip(
-        made, resident(samples, transform), strict=True
+        made, on_device(samples, transform), strict=True
     ):
         assert images.is_cuda
         assert labels.is_cuda
@@ -357,8 +367,8 @@ def test_a_gpu_makes_the_batches_of_a_cpu(make):
 @pytest.mark.gpu
 def test_a_gpu_evaluates_the_images_of_a_cpu():
     samples, transform = pictures(), eval_transform(input_size=224)
-    made = ResidentEvaluation(
-        Resident(samples, device=torch.device("cuda")), transform, batch_size=24
+    made = DeviceEvalLoader(
+        DeviceSet(samples, device=torch.device("cuda")), transform, batch_size=24
     )
     expected = eval_loader(samples, transform, batch_size=24)
     for (images, labels), (theirs, wanted) in zip(made, expected, strict=True):

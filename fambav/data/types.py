@@ -1,4 +1,4 @@
-"""What a data set is, and one that lives in memory."""
+"""What a data set is, and one that is held in memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class DataError(ValueError):
 
 
 class Samples(Protocol):
-    """Images and labels by place."""
+    """Images and labels by index."""
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of samples."""
 
-    def __getitem__(self, place: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """Return one image in RGB and its label."""
 
 
@@ -46,19 +46,19 @@ class ArraySet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, place: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[place]), int(self.labels[place])
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
 
     def statistics(self) -> tuple[Triple, Triple]:
         """Return mean and standard deviation of each channel, for pixels in [0, 1]."""
-        values = np.arange(256) / 255
+        levels = np.arange(256) / 255
         means, deviations = [], []
         for channel in range(3):
-            share = np.bincount(self.images[..., channel].ravel(), minlength=256)
-            share = share / share.sum()
-            mean = float(share @ values)
+            counts = np.bincount(self.images[..., channel].ravel(), minlength=256)
+            share = counts / counts.sum()
+            mean = float(share @ levels)
             means.append(mean)
-            deviations.append(float(share @ (values - mean) ** 2) ** 0.5)
+            deviations.append(float(share @ (levels - mean) ** 2) ** 0.5)
         return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
 
 
@@ -78,13 +78,13 @@ class DataSet:
     """A training and a validation set with what a run needs to know about them.
 
     Attributes:
-        name: The name it was asked for by.
-        train: Samples to learn from.
-        val: Held-out samples.
+        name: One of `fambav.registry.DATA_SETS`.
+        train: Training samples.
+        val: Validation samples.
         num_classes: Labels are 0 .. num_classes - 1.
-        class_names: Their names, if known.
-        mean: Own mean of each channel in [0, 1], if known.
-        std: Own standard deviation of each channel, if known.
+        class_names: Names of the classes, if known.
+        mean: The set's own mean of each channel in [0, 1], if known.
+        std: The set's own standard deviation of each channel, if known.
         notes: Sentences for the log.
         digest: sha256 of everything in it, for sets held in memory.
     """
@@ -99,6 +99,32 @@ class DataSet:
     notes: tuple[str, ...] = ()
     digest: str | None = None
 
+    @classmethod
+    def in_memory(
+        cls, name: str, train: ArraySet, val: ArraySet, *, class_names: tuple[str, ...], **more: Any
+    ) -> DataSet:
+        """Return a set with its statistics and the digest of both parts.
+
+        Args:
+            name: One of `fambav.registry.DATA_SETS`.
+            train: Training samples.
+            val: Validation samples.
+            class_names: Names of the classes.
+            more: Other attributes, or another digest.
+        """
+        mean, std = train.statistics()
+        more.setdefault("digest", digest(train, val))
+        return cls(
+            name=name,
+            train=train,
+            val=val,
+            num_classes=len(class_names),
+            class_names=class_names,
+            mean=mean,
+            std=std,
+            **more,
+        )
+
     def statistics(self, which: str) -> tuple[Triple, Triple]:
         """Return the mean and standard deviation to normalise with.
 
@@ -106,7 +132,7 @@ class DataSet:
             which: "imagenet" or "own".
 
         Raises:
-            ValueError: If the set's own are asked for and not known, or are 0.
+            ValueError: If `which` is "own" and the set's own are not known, or are 0.
         """
         if which == "imagenet":
             return IMAGENET_MEAN, IMAGENET_STD
