@@ -128,7 +128,7 @@ PICTURES: dict[str, str] = {  # what `fambav show` draws, and what is to be seen
     "strategies": "patches that each token stands for under every strategy, same weights",
     "animation": "patches that each token stands for, in motion (GIF)",
     "similarity": "cosine of every two tokens, layer by layer",
-    "likeness": "mean cosine of neighbours and of all pairs of tokens, over the layers",
+    "mean_similarity": "mean cosine of neighbours and of all pairs of tokens, over the layers",
     "layers": "tokens and operations of each layer",
     "scan": "path of the scan before and after tokens went",
     "curves": "accuracy, loss and learning rate of all runs, over the epochs",
@@ -139,7 +139,7 @@ def nearest(name: str, names: Collection[str]) -> str:
     """Return a hint for a name that is not among `names`.
 
     Args:
-        name: What was asked for.
+        name: The unknown one.
         names: What there is.
 
     Returns:

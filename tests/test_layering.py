@@ -14,6 +14,7 @@ RANK = {
     "ecosystem": 0,
     "randomness": 0,
     "table": 0,
+    "pareto": 0,
     "ops": 1,
     "layers": 2,
     "reduction": 3,

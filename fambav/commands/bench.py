@@ -45,7 +45,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "ceilings": dict(
         SWITCH, help="measure a large product and a large copy in the same rounds, and shares"
     ),
-    "parts": dict(SWITCH, help="tell the share of every layer and of every kind of operation"),
+    "parts": dict(
+        SWITCH, help="also measure the share of every layer and of every kind of operation"
+    ),
     "cuda-graphs": dict(SWITCH, help="measure each also as a replay of a CUDA graph"),
     "data-set": dict(choices=DATA_SETS, metavar="NAME"),
     "data-path": dict(metavar="FOLDER"),

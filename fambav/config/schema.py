@@ -1,8 +1,8 @@
 """Every setting of a run: its name, default, unit and range, in frozen groups.
 
 A field below is one setting.  Its name is the YAML key; the same name with hyphens or underscores
-is the flag; its metadata says what it means, when it means anything, and what it affects.  There
-is no second list of settings anywhere.
+is the flag; its metadata has its meaning, the conditions under which it has one, and what it
+affects.  There is no second list of settings anywhere.
 
 Source: flag names and defaults are those of DeiT (github.com/facebookresearch/deit), Vim
 (github.com/hustvl/Vim) and Famba-V (github.com/AIoT-MLSys-Lab/Famba-V), main.py.  Differing
@@ -118,7 +118,7 @@ class Reduction(Group):
     reduction_schedule: str = option(
         "published",
         "where and how many: r:5@3-23/2, ramp:16,-1, list:7,7,0, keep:0.8@5,10, "
-        "tokens:157,125@10,20, or published, what the method's paper says for the model",
+        "tokens:157,125@10,20, or published, the one of the method's paper for the model",
         when.REDUCED,
         check=checks.schedule_form,
     )
@@ -335,7 +335,9 @@ class Optim(Group):
         1e-6, "learning rate at the start, not scaled", when.WARM_UP, bounds=NOT_NEGATIVE
     )
     min_lr: float = option(1e-5, "learning rate at the end, not scaled", bounds=NOT_NEGATIVE)
-    rising_lr: bool = switch("let --min-lr and --warmup-lr be above --lr, as one recipe has it")
+    rising_lr: bool = switch(
+        "let --min-lr and --warmup-lr be above --lr, as one published recipe has it"
+    )
     warmup_epochs: int = option(5, "epochs until --lr is reached", bounds=NATURAL)
     epoch_sched: bool = switch("one learning rate per epoch, an epoch late, as published")
     amp: bool | None = option(

@@ -1,4 +1,4 @@
-"""A cell in a process of its own, and what it leaves in its folder.
+"""A cell in a process of its own, and the files in its folder.
 
 cell.json      the settings, written first: a folder begun with others is emptied
 machine.json   where it was begun: a folder begun elsewhere is emptied too
@@ -65,7 +65,7 @@ def seats(jobs: int) -> list[Seat]:
 
 
 def finished(cell: Cell, folder: Path) -> Record | None:
-    """Return what a cell came to, None if it has not been finished with the present settings.
+    """Return the record of a cell, None if it is not finished with the present settings.
 
     Args:
         cell: The cell.
@@ -131,18 +131,18 @@ class Process:
         Args:
             keep: Whether its checkpoints stay, though nothing needs them any more.
         """
-        found = _json(self._place / FIGURES)
+        outcome = _json(self._place / FIGURES)
         if self._refusal is not None:
-            found = {"error": self._refusal}
-        elif found is None:
+            outcome = {"error": self._refusal}
+        elif outcome is None:
             status, hint = self._process.exitcode, f"expected a result; see {OUTPUT}"
-            found = {"error": f"process ended with status {status}, {hint}"}
-        error = found.get("error")
+            outcome = {"error": f"process ended with status {status}, {hint}"}
+        error = outcome.get("error")
         known = {
             "row": self.cell.row.name,
             "seed": self.cell.seed,
             "phase": self.cell.phase,
-            "figures": found.get("figures", {}),
+            "figures": outcome.get("figures", {}),
             "error": error,
             "wall_seconds": round(time.perf_counter() - self._start, 3),
             "started": self._began,
@@ -186,7 +186,7 @@ def now() -> str:
 def _json(path: Path) -> Record | None:
     """What a file of ours holds; None if it is missing or damaged, since it is then made again."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None

@@ -1,4 +1,4 @@
-"""The figures of a grid: means over seeds, all there is for programs, and what a folder holds.
+"""The figures of a grid: means over seeds, the files for programs, and their reader.
 
 results.csv     one line per cell: row, its settings, seed, phase, the figures, machine, versions
 results.json    the same with every setting of each cell, and the means over seeds of each row
@@ -54,7 +54,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 class Results:
-    """What the cells of a grid came to.
+    """The records of the cells of a grid.
 
     Args:
         grid: The grid.
@@ -77,8 +77,8 @@ class Results:
         """
         for phase in phases:
             known = (c for c in self.grid.of(row, phase) if self._finished(c))
-            found = {cell.seed: self._figure(cell, name) for cell in known}
-            if values := {seed: float(v) for seed, v in found.items() if v is not None}:
+            figures = {cell.seed: self._figure(cell, name) for cell in known}
+            if values := {seed: float(v) for seed, v in figures.items() if v is not None}:
                 return values
         return {}
 
@@ -124,8 +124,8 @@ class Results:
     def _figure(self, cell: Cell, name: str) -> float | None:
         if name == FLOPS:
             return _operations(replace(cell.config, run=Run()))
-        found: float | None = self.records[cell.name]["figures"].get(name)
-        return found
+        figure: float | None = self.records[cell.name]["figures"].get(name)
+        return figure
 
     def _ordered(self) -> list[tuple[Cell, Record]]:
         rank = {row.slug: number for number, row in enumerate(self.grid.rows)}
@@ -151,7 +151,7 @@ class Results:
         }
 
     def _method(self, row: Row) -> str:
-        """Who removes tokens: one of METHODS, or none."""
+        """The method of reduction: one of METHODS, or none."""
         config = next(cell for phase in PHASES for cell in self.grid.of(row, phase)).config
         reduction, fusion = config.reduction.reduction, config.fusion
         if reduction in METHODS:
@@ -162,9 +162,9 @@ class Results:
 
 @cache
 def _operations(config: Config) -> int | None:
-    """Operations of an image as papers count them; None where only files tell the classes.
+    """Operations of an image as papers count them; None for timm's models, whose parts are unknown.
 
-    Also None for a model that is not one of ours, whose parts are not known.
+    Also None where only the files of the data set hold the number of classes.
     """
     from fambav import costs  # loads torch, which tables of runs do without
     from fambav.costs.network import CLASSES
@@ -185,7 +185,7 @@ def _versions(about: Record) -> dict[str, str]:
 
 
 def _times(known: Record) -> dict[str, str | None]:
-    """When a cell began and ended; of a record that does not say, when the grid began."""
+    """When a cell began and ended; of a record without times, when the grid began."""
     began = known.get("started") or known["about"]["started"]
     return {"started": began, "ended": known.get("ended")}
 
@@ -218,12 +218,12 @@ class Point:
         baseline: Whether it is the row without reduction, with which others are compared.
         phase: The phase that the figures are of.
         settings: What differs from the row without reduction.
-        method: Who removes tokens; "none" for nobody.
+        method: The method of reduction, or "none".
         figures: What was measured: METRICS after the last epoch; `seconds` of training,
             `seconds_per_epoch`, `images_per_second`; `memory_mib`, peak memory while training;
             `token_layers`, tokens summed over the layers as a share of those without reduction;
             `flops`, operations for one image as papers count them.
-        paper: What the paper reports of the row, as far as the grid says, by rows.PAPER.
+        paper: What the paper reports of the row, as far as the grid lists it, by rows.PAPER.
     """
 
     name: str
@@ -237,7 +237,7 @@ class Point:
 
 
 def is_grid(folder: Path) -> bool:
-    """Tell whether a folder holds the results of a grid."""
+    """Return whether a folder holds the results of a grid."""
     return (folder / JSON).is_file()
 
 
@@ -251,10 +251,10 @@ def read_points(folder: Path, *, phase: str | None = None) -> list[Point]:
     Raises:
         ValueError: If the folder holds no results, they are damaged, or no row has the phase.
     """
-    told = _document(folder)
-    wanted = told["phase"] if phase is None else phase
-    points = [point for row in told["rows"] if (point := _point(row, wanted)).figures]
-    known = list(dict.fromkeys(name for row in told["rows"] for name in row["phases"]))
+    document = _document(folder)
+    wanted = document["phase"] if phase is None else phase
+    points = [point for row in document["rows"] if (point := _point(row, wanted)).figures]
+    known = list(dict.fromkeys(name for row in document["rows"] for name in row["phases"]))
     if not points and known:
         raise ValueError(f"phase is {wanted!r}, expected one of {', '.join(known)}")
     return points
@@ -266,9 +266,9 @@ def read_title(folder: Path) -> tuple[str, str]:
     Raises:
         ValueError: If the folder holds no results, or they are damaged.
     """
-    told = _document(folder)
-    kinds = {cell["figures"].get("memory_kind") for cell in told["cells"]} - {None}
-    return told["title"] or told["grid"], "; ".join(sorted(kinds))
+    document = _document(folder)
+    kinds = {cell["figures"].get("memory_kind") for cell in document["cells"]} - {None}
+    return document["title"] or document["grid"], "; ".join(sorted(kinds))
 
 
 def _document(folder: Path) -> dict[str, Any]:
@@ -277,18 +277,18 @@ def _document(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"grid is {str(folder)!r}, expected a folder with {JSON} in it")
     try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        whole = told.keys() >= {"grid", "title", "phase", "rows", "cells"} and all(
-            isinstance(cell["figures"], dict) for cell in told["cells"]
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        whole = document.keys() >= {"grid", "title", "phase", "rows", "cells"} and all(
+            isinstance(cell["figures"], dict) for cell in document["cells"]
         )
-        for row in told["rows"]:
-            for phase in (told["phase"], *row["phases"]):
+        for row in document["rows"]:
+            for phase in (document["phase"], *row["phases"]):
                 _point(row, phase)
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise ValueError(f"{path} is damaged, expected the results of a grid")
-    return told
+    return document
 
 
 def _point(row: dict[str, Any], phase: str) -> Point:

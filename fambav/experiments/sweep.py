@@ -19,7 +19,7 @@ from fambav.experiments.results import CSV, JSON, MARKDOWN, Record, Results
 from fambav.experiments.summary import table
 
 _NAMED = 6  # failed cells that an error names
-_PAUSE = 0.05  # seconds between two looks at the processes
+_PAUSE = 0.05  # seconds between two polls of the processes
 
 
 def run(
@@ -28,7 +28,7 @@ def run(
     *,
     jobs: int,
     keep: bool,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     mixed: bool = False,
 ) -> Results:
     """Carry out what is missing of a grid.
@@ -40,7 +40,7 @@ def run(
         folder: Gets the cells and the tables, results.csv, results.json and results.md.
         jobs: Processes that work at once, at least 1.
         keep: Whether the checkpoints of trained cells stay.
-        say: Is told of each finished cell in one line.
+        report: Takes a line for each finished cell.
         mixed: Whether cells may come from several machines; the table then has no time and memory.
 
     Returns:
@@ -57,7 +57,7 @@ def run(
         left = [cell for cell in grid.cells if cell.name not in records]
         if not mixed:
             _refuse_mixed(folder, records, about if left else None)
-        say(f"{len(records)} of {len(grid.cells)} cells are finished")
+        report(f"{len(records)} of {len(grid.cells)} cells are finished")
         results = Results(grid, records)
         _write(results, folder, mixed=mixed)
         for process in _perform(left, folder, about, jobs):
@@ -65,7 +65,7 @@ def run(
             records[cell.name] = known
             _write(results, folder, mixed=mixed)
             line = f"{_line(cell, known)}{_time_left(results, jobs)}"
-            say(f"[{len(records)}/{len(grid.cells)}] {line}")
+            report(f"[{len(records)}/{len(grid.cells)}] {line}")
         if not mixed:
             _refuse_mixed(folder, records, None)  # processes may have had GPUs of several kinds
     return results
@@ -139,8 +139,8 @@ def _write(results: Results, folder: Path, *, mixed: bool) -> None:
 def _refuse_mixed(folder: Path, records: dict[str, Record], here: Record | None) -> None:
     """Refuse cells of several machines, those that are to run here among them.
 
-    A cell's number of threads is one of its settings, so that what the grid's own process says of
-    it does not count.
+    A cell's number of threads is one of its settings, so the number of the grid's own process
+    does not count.
     """
     places = [*(known["about"] for known in records.values()), *([] if here is None else [here])]
     differences = differing(machine(about, without=["threads"]) for about in places)

@@ -1,4 +1,4 @@
-"""What each token stands for, drawn on the image: over depth, for every strategy, in motion."""
+"""The patches of each token drawn on the image: layer by layer, by strategy, animated."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def animation(
 
 
 def title_of(model: nn.Module, title: str | None) -> str:
-    """Return the title that is given, or model and reduction."""
+    """Return the title, by default model and reduction."""
     if title is not None:
         return title
     return f"{_name(model)}, {described(cast(Backbone, model).reduction)}"
@@ -119,7 +119,7 @@ def _name(model: nn.Module) -> str:
 
 
 def _key(over: Ints, *, linked: bool) -> str:
-    """Explain what is to be seen of labels, (panels, height, width)."""
+    """Return the legend of some panels with these labels, (panels, height, width)."""
     joined = linked and any(len(patches.links(at)) for at in over)
     return f"{KEY}{LINKED if joined else ''}{GONE if (over == DROPPED).any() else ''}"
 

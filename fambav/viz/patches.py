@@ -1,4 +1,4 @@
-"""Which patches a token stands for, as labels, colours and pixels; needs no drawing library."""
+"""The patches of each token as labels, colours and pixels; needs no drawing library."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _DARK = 0.25  # share of the image where a patch was dropped
 _INK = (0.13, 0.13, 0.16)
 _STRIP = 11  # layers in a strip, the last one among them
 
-# Okabe and Ito's colours, which people with any common kind of colour blindness tell apart; then
-# the same lighter and darker.
+# Okabe and Ito's colours, distinct with any common kind of colour blindness; then the same
+# lighter and darker.
 _HUES = np.array(
     [
         (0.902, 0.624, 0.000),
@@ -34,7 +34,7 @@ COLOURS: Pixels = np.concatenate([_HUES, 0.5 + 0.5 * _HUES, 0.55 * _HUES])
 
 
 def labels(source: Ints, grid: tuple[int, int], cls_index: Sequence[int]) -> Ints:
-    """Say which token each patch is part of.
+    """Label each patch with its token.
 
     Args:
         source: Place now of the token that each token of the start is part of, -1 if it was
@@ -82,15 +82,15 @@ def colours(over: Ints) -> Ints:
     last = (over >= 0).sum(axis=0) - 1  # a patch that was dropped stays so
     ends = last * (over.max() + 1) + np.take_along_axis(over, last[None], axis=0)[0]
     names, sizes = np.unique(ends, return_counts=True)
-    found = np.full(ends.shape, -1)
+    colour = np.full(ends.shape, -1)
     used = np.zeros(len(COLOURS), dtype=np.int64)
     for name in names[sizes > 1][np.argsort(-sizes[sizes > 1], kind="stable")]:
         mine = ends == name
-        beside = np.bincount(found[_around(mine) & (found >= 0)], minlength=len(COLOURS))
+        beside = np.bincount(colour[_around(mine) & (colour >= 0)], minlength=len(COLOURS))
         chosen = int(np.lexsort((np.arange(len(COLOURS)), used, beside))[0])
-        found[mine] = chosen
+        colour[mine] = chosen
         used[chosen] += 1
-    return found
+    return colour
 
 
 def painted(image: Pixels, at: Ints, colour: Ints) -> Pixels:
@@ -140,7 +140,7 @@ def links(at: Ints) -> NDArray[np.float64]:
         Ends (x, y), in the middle of patches, of as few and short segments as join them, in units
         of patches from the upper left corner, (segments, 2, 2).
     """
-    found: list[tuple[Ints, Ints]] = []
+    ends: list[tuple[Ints, Ints]] = []
     for name in range(at.max() + 1):
         joined, *apart = _parts(at == name)
         while apart:
@@ -148,9 +148,9 @@ def links(at: Ints) -> NDArray[np.float64]:
             nearest = int(np.argmin([way.min() for way in ways]))
             one, other = np.unravel_index(ways[nearest].argmin(), ways[nearest].shape)
             part = apart.pop(nearest)
-            found.append((joined[one], part[other]))
+            ends.append((joined[one], part[other]))
             joined = np.concatenate((joined, part))
-    return np.array(found, dtype=np.float64).reshape(-1, 2, 2)[..., ::-1] + 0.5
+    return np.array(ends, dtype=np.float64).reshape(-1, 2, 2)[..., ::-1] + 0.5
 
 
 def fitted(image: Pixels, grid: tuple[int, ...]) -> Pixels:
@@ -180,8 +180,8 @@ def tile(image: Pixels, at: Ints, colour: Ints, *, side: int = 160) -> NDArray[n
     down, right = np.diff(token, axis=0) != 0, np.diff(token, axis=1) != 0
     large[:-1][down] = large[1:][down] = 1.0
     large[:, :-1][right] = large[:, 1:][right] = 1.0
-    found: NDArray[np.uint8] = np.rint(255 * large.clip(0, 1)).astype(np.uint8).transpose(2, 0, 1)
-    return found
+    pixels: NDArray[np.uint8] = np.rint(255 * large.clip(0, 1)).astype(np.uint8).transpose(2, 0, 1)
+    return pixels
 
 
 def strip(trace: TokenTrace) -> NDArray[np.uint8]:
@@ -206,7 +206,7 @@ def spread(depth: int, most: int) -> list[int]:
 
 def _parts(mine: NDArray[np.bool_]) -> list[Ints]:
     """Split patches into those that touch: rows and columns of each part, (patches, 2)."""
-    left, found = {(int(y), int(x)) for y, x in np.argwhere(mine)}, []
+    left, parts = {(int(y), int(x)) for y, x in np.argwhere(mine)}, []
     while left:
         part, edge = [], [min(left)]
         left -= set(edge)
@@ -216,8 +216,8 @@ def _parts(mine: NDArray[np.bool_]) -> list[Ints]:
             near = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & left
             left -= near
             edge += sorted(near)
-        found.append(np.array(part))
-    return found
+        parts.append(np.array(part))
+    return parts
 
 
 def _around(mine: NDArray[np.bool_]) -> NDArray[np.bool_]:
