@@ -34,8 +34,8 @@ class Table:
     Attributes:
         head: Names of the columns.
         rows: The cells of each row, as many as the head has.
-        names: Columns at the left that are no figures; one that repeats the row above, as all at
-            its left do, is left empty where people read it.
+        names: Number of columns at the left that are no figures; in text and LaTeX a name that
+            repeats the row above, as all at its left do, is empty.
         notes: Lines below the table.
         title: Line above it; may be empty.
         values: Rows of plain values for CSV, the first of them its head; None is an empty cell.
@@ -63,7 +63,8 @@ class Table:
     def _text(self) -> str:
         sides = "<" * self.names + ">" * (len(self.head) - self.names)
         title = [self.title, ""] if self.title else []
-        return "\n".join([*title, *aligned([self.head, *self._grouped()], sides), "", *self.notes])
+        notes = ["", *self.notes] if self.notes else []
+        return "\n".join([*title, *aligned([self.head, *self._grouped()], sides), *notes])
 
     def _markdown(self) -> str:
         rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]

@@ -184,6 +184,6 @@ def _limit(settings: Settings, low: str, high: str) -> str | None:
     default = own.level <= RECORD and own.value == OPTIONS[low].default
     if not default:
         settings[low] = own._replace(value=limit.value)
-    said = f"{low} is {format_value(own.value)}{' by default' * default}"
+    value = f"{low} is {format_value(own.value)}{' by default' * default}"
     cut = format_value(limit.value)
-    return f"warning: {said}, more than {limit.label}; it is {cut} in this run"
+    return f"warning: {value}, more than {limit.label}; it is {cut} in this run"

@@ -104,7 +104,7 @@ class Model(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction(Group):
-    """Which tokens go, and where, by any method."""
+    """Which tokens to remove, and where, by any method."""
 
     affects: ClassVar[Affects] = "model"
 
@@ -124,25 +124,25 @@ class Reduction(Group):
     )
     reduction_hook: str | None = option(
         None,
-        "where in a layer tokens go; none = the method's own",
+        "where in a layer tokens are removed; none = the method's own",
         when.REDUCED,
         choices=registry.HOOKS,
     )
     scan_policy: str | None = option(
         None,
-        "what the scan makes of tokens that went; none = the method's own",
+        "how the scan treats removed tokens; none = the method's own",
         when.REDUCED,
         choices=registry.SCAN_POLICIES,
     )
     gap_policy: str | None = option(
         None,
-        "how an aligned scan ages its state over tokens that went; the method's own if not given",
+        "how an aligned scan decays its state over removed tokens; the method's own if not given",
         when.REDUCED,
         choices=registry.GAP_POLICIES,
     )
     class_token_policy: str | None = option(
         None,
-        "where the class token goes among what is left; none = the method's own",
+        "place of the class token among the kept tokens; none = the method's own",
         when.REDUCED,
         choices=registry.CLASS_TOKEN_POLICIES,
     )
@@ -365,7 +365,7 @@ class Optim(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Group):
-    """What to learn from a teacher."""
+    """Distillation from a teacher."""
 
     distillation_type: str = option(
         "none",

@@ -159,7 +159,7 @@ def from_text(option: Option, words: list[str], label: str) -> Any:
 
 
 def from_data(option: Option, value: Any, label: str) -> Any:
-    """Return the value that a YAML or Python object stands for."""
+    """Return the value of a YAML or Python object."""
     if option.optional and (value is None or _is_unset(option, str(value))):
         return None
     if option.kind is not tuple:

@@ -6,7 +6,7 @@
     rows:
       - {name: ordered 12, fusion_strategy: all, fusion_token: 12, fusion_method: ordered}
 
-For each seed one unreduced model is trained, as `base` says.  For each row and seed its weights are
+For each seed one unreduced model is trained with `base`.  For each row and seed its weights are
 evaluated with the row's settings, and fine-tuned with them.  The first row, `dense`, has no
 settings of its own: what the others gain by more epochs, it gains too.
 

@@ -47,6 +47,11 @@ class Estimate:
     std: float | None
     count: int
 
+    def text(self, digits: int, unit: float = 1.0) -> str:
+        """Return the mean and, if there is one, the deviation, divided by `unit`."""
+        std = "" if self.std is None else f" ± {self.std / unit:.{digits}f}"
+        return f"{self.mean / unit:.{digits}f}{std}"
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Return the mean and the sample standard deviation of at least one value."""

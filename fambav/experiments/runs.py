@@ -236,14 +236,14 @@ def _row(result: Result, first: Result | None) -> list[str]:
     base = None if result is first else first
     cells = [result.name, result.model, result.reduction]
     for name, value in result.metrics.items():
-        cells.append(_shown(name, value, None if base is None else base.metrics[name], 2))
-    cells.append(_shown(PRIMARY.name, result.ema, None, 2))
+        cells.append(_with_change(name, value, None if base is None else base.metrics[name], 2))
+    cells.append(_with_change(PRIMARY.name, result.ema, None, 2))
     if first is not None:
         whole = base is not None and result.epochs == base.epochs
         labelled = base is not None and result.memory_kind == base.memory_kind
         for name, same in (("seconds", whole), ("speed", True), ("memory_mib", labelled)):
             known = getattr(base, name) if base and same else None
-            cells.append(_shown(name, getattr(result, name), known or None, 1))
+            cells.append(_with_change(name, getattr(result, name), known or None, 1))
     return [
         *cells,
         "-" if result.tokens is None else str(result.tokens),
@@ -251,7 +251,7 @@ def _row(result: Result, first: Result | None) -> list[str]:
     ]
 
 
-def _shown(name: str, value: float | None, base: float | None, digits: int) -> str:
+def _with_change(name: str, value: float | None, base: float | None, digits: int) -> str:
     if value is None:
         return "-"
     change = "" if base is None else f" ({difference(name, value, base)})"

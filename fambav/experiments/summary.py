@@ -96,11 +96,11 @@ def _cell(results: Results, row: Row, column: _Column) -> str:
     if not values:
         return "-"
     known, seeds = estimate(list(values.values())), len(results.grid.seeds)
-    text = f"{known.mean / column.unit:.{column.digits}f}"
-    if column.spread and known.std is not None:
-        text += f" ± {known.std / column.unit:.{column.digits}f}"
-    if column.spread and known.count < seeds:
-        text += f" [{known.count} of {seeds}]"
+    if column.spread:
+        missing = f" [{known.count} of {seeds}]" * (known.count < seeds)
+        text = known.text(column.digits, column.unit) + missing
+    else:
+        text = f"{known.mean / column.unit:.{column.digits}f}"
     baseline = results.grid.baseline
     if row.name == baseline.name or not column.compared:
         return text

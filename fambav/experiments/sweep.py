@@ -92,8 +92,7 @@ def refuse_failures(results: Results, folder: Path) -> None:
 def _perform(left: list[Cell], folder: Path, about: Record, jobs: int) -> Iterator[Process]:
     """Carry out cells, at most `jobs` at once; yield each process when it has ended.
 
-    Cells that start from nothing come first, then, when all of these are done, those that start
-    from one of them.
+    Cells without a start come first, then, when all of these are done, those that start from one.
     """
     free = seats(jobs)
     running: list[Process] = []
@@ -115,10 +114,7 @@ def _perform(left: list[Cell], folder: Path, about: Record, jobs: int) -> Iterat
 
 
 def _time_left(results: Results, jobs: int) -> str:
-    """What is left as the end of a line, from the cells of the same phase.
-
-    Empty while a phase has not been seen.
-    """
+    """The estimated time left, from finished cells; empty while a phase has none."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for known in results.records.values():
         if known["error"] is None and known["wall_seconds"] is not None:

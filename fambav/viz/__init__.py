@@ -3,7 +3,7 @@
     figure = fambav.viz.groups(model, image)    # a matplotlib Figure; named as `fambav show --what`
 
 trace      one image on its way through a model
-patches    which patches each token stands for, as labels and pixels
+patches    the patches of each token, as labels and pixels
 compare    the strategies side by side on the same weights
 figures    tokens drawn on the image: groups, strategies, animation
 measures   what layers read and compute: similarity, mean_similarity, scan, layers

@@ -36,7 +36,7 @@ def groups(
     title: str | None = None,
     layers: Sequence[int] | None = None,
 ) -> Figure:
-    """Draw which patches each token stands for, at the start and behind layers.
+    """Draw the patches of each token, at the start and behind layers.
 
     Args:
         model: One of ours; it stays as it is.

@@ -115,7 +115,7 @@ def mean_cosines(trace: TokenTrace) -> tuple[Floats, Floats]:
 
 
 class ScanPath(NamedTuple):
-    """A scan of patches; class tokens are left out.
+    """A scan of patches, without class tokens.
 
     A step is in order if it leads to a token that stood later in the scan of the whole image.
 

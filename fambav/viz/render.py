@@ -105,7 +105,7 @@ def traced(
         path: A run folder, a checkpoint, a `.safetensors` file or an exported folder.
         source: Where images come from; the first held-out one of the run's own data by default.
         settings: Settings by the names of main.py's flags that differ from those of the run; of a
-            file that is not ours, what it is of.
+            file that is not ours, such as its model.
 
     Yields:
         The model, what an image does in it, the model's name, and what the image is.

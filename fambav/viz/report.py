@@ -23,7 +23,7 @@ from fambav.engine.checkpoint import write_text
 from fambav.engine.finite import check_logits
 from fambav.engine.record import environment
 from fambav.engine.runtime import processes
-from fambav.experiments import Estimate, Point, Result
+from fambav.experiments import Point, Result
 from fambav.experiments.metrics import METRICS, PRIMARY
 from fambav.table import Table
 from fambav.training.prediction import Pretrained, load_run
@@ -36,7 +36,7 @@ Embedded = tuple[str, str]  # what a picture shows, and the picture itself as a 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _CURVES = "curves"
 _BATCH = 64
-_COLUMNS = {  # of a grid: what it is called, and its digits
+_COLUMNS = {  # of a grid: head and digits
     **{metric.name: (metric.head, 2) for metric in METRICS},
     "token_layers": ("token-layers", 3),
     "seconds": ("train s", 1),
@@ -175,7 +175,7 @@ def _of_grid(grid: str, points: Sequence[Point]) -> str:
     value = best.figures[PRIMARY.name]
     among = " of the rows with reduction" if reduced else ""
     text = f"{grid}: {best.name} reaches the best {PRIMARY.title}{among}"
-    text += f", {_estimate(value, 2)}{_unit(' ')}"
+    text += f", {value.text(2)}{_unit(' ')}"
     for base in (point for point in known if point.baseline and point is not best):
         text += f", {_difference(value.mean - base.figures[PRIMARY.name].mean)} {base.name}"
         if "seconds" in best.figures and "seconds" in base.figures:
@@ -247,7 +247,7 @@ def _plan(folder: Path) -> Iterator[Table]:
             for layer, (count, seen) in enumerate(pairs, start=1)
         ],
         names=1,
-        notes=[f"tokens go {'after' if after else 'before'} the mixer of their layer"],
+        notes=[f"tokens are removed {'after' if after else 'before'} the mixer of their layer"],
     )
 
 
@@ -282,20 +282,16 @@ def _grid_table(name: str, points: Sequence[Point]) -> Table:
         rows=[
             [
                 point.name,
-                *(_estimate(point.figures.get(k), digits) for k, (_, digits) in columns.items()),
+                *(
+                    point.figures[key].text(digits) if key in point.figures else "-"
+                    for key, (_, digits) in columns.items()
+                ),
             ]
             for point in points
         ],
         names=1,
         notes=["mean ± sample standard deviation over seeds"],
     )
-
-
-def _estimate(value: Estimate | None, digits: int) -> str:
-    if value is None:
-        return "-"
-    spread = "" if value.std is None else f" ± {value.std:.{digits}f}"
-    return f"{value.mean:.{digits}f}{spread}"
 
 
 def _front(place: Path, name: str, points: Sequence[Point]) -> Embedded:
