@@ -40,14 +40,13 @@ def removal(reduction: Reduction) -> str:
 def compare_strategies(model: Backbone) -> tuple[str, dict[str, Reduction]]:
     """Build the reduction of every strategy for a model, beside the model's own.
 
-    Args:
-        model: If it reduces tokens, its method is used, and about as many tokens are removed.
+    The method is the model's, famba-v if it has none or it cannot do them all; about as many tokens
+    are removed as the model removes.
 
     Returns:
         The name of the method, and a reduction for each strategy that the model's depth and length
-        allow, by a label with its L and r.  The label of the model's own reduction is marked; it
-        is added as the last one if it equals no strategy.  Where the model's own method cannot do
-        one of them, the method is famba-v instead.
+        allow, by a label with its L and r.  The model's own is marked; it comes last if it equals
+        no strategy.
     """
     own = model.reduction
     method, made = own.name, _strategies(own, own.method or make_reducer(_GENERAL))

@@ -133,16 +133,7 @@ def _draw(
     outlined: bool = True,
     linked: bool = True,
 ) -> None:
-    """Draw an image with its tokens.
-
-    Args:
-        axes: Where; its units become patches.
-        image: Pixels from 0 to 1, (height, width, 3).
-        at: Labels of the patches, (grid height, grid width).
-        colour: Their colours, as `patches.colours` gives them.
-        outlined: Draw the borders of tokens.
-        linked: Join the parts of a token whose patches do not all touch with lines.
-    """
+    """Draw an image with its tokens: their borders, and lines between parts that do not touch."""
     from matplotlib.collections import LineCollection
 
     rows, columns = at.shape

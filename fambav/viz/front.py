@@ -206,16 +206,16 @@ def place_names(
 ) -> Boxes:
     """Find room for a name beside each point: the nearest that touches no name, point or edge.
 
+    Where there is no room at all, a name covers as few others as possible.
+
     Args:
-        points: x and y, (points, 2).
-        sizes: Width and height of their names in the same unit, (names, 2); points without a name
-            stand behind those that have one.
+        points: x and y, (points, 2); those without a name come last.
+        sizes: Width and height of the names in the same unit, (names, 2).
         area: Left, lower, right and upper edge.
         mark: Side of the square that a point's mark fills.
 
     Returns:
-        The boxes of the names, (names, 4).  Where there is no room at all, a name covers as few
-        others as possible.
+        The boxes of the names, (names, 4).
     """
     marks = np.concatenate((points - mark / 2, points + mark / 2), axis=1)
     inside, placed = np.array([area], dtype=np.float64), np.empty((0, 4))

@@ -85,12 +85,12 @@ def panels(
     """Return a figure of equal squares below a title, and their axes in reading order.
 
     Args:
-        count: Squares.
-        columns: Most of them in a row.
-        side: Width of a square with what surrounds it, in inches.
+        count: Squares, at most `columns` in a row.
+        columns: See `count`.
+        side: Width of a square and its surroundings, in inches.
         title: As in `headed`.
         detail: As in `headed`.
-        lines: Lines of text that belong to a square, above and below it.
+        lines: Lines of text above and below each square.
         more: Further width and height, in inches, such as for a key.
     """
     rows = -(-count // columns)
