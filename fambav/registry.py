@@ -140,7 +140,7 @@ def nearest(name: str, names: Collection[str]) -> str:
 
     Args:
         name: The unknown one.
-        names: What there is.
+        names: The known ones.
 
     Returns:
         "did you mean 'x'?" if one of the names is close, else "known: x, y, z".

@@ -40,7 +40,7 @@ INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family",
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Group):
-    """What to train."""
+    """Model."""
 
     affects: ClassVar[Affects] = "model"
 
@@ -104,7 +104,7 @@ class Model(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction(Group):
-    """Which tokens to remove, and where, by any method."""
+    """Token reduction by any method."""
 
     affects: ClassVar[Affects] = "model"
 
@@ -155,7 +155,7 @@ class Reduction(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Fusion(Group):
-    """Which tokens to fuse, and where, in the words of Famba-V."""
+    """Token fusion with Famba-V's flags."""
 
     affects: ClassVar[Affects] = "model"
 
@@ -193,7 +193,7 @@ class Fusion(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Group):
-    """What to train on."""
+    """Data set and loader."""
 
     data_set: str = option(
         "DIGITS", "data set; CIFAR is CIFAR-100, SHAPES100 is made here", choices=registry.DATA_SETS
@@ -233,7 +233,7 @@ class Data(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Augment(Group):
-    """How training images and targets are varied."""
+    """Augmentation of training images and targets."""
 
     color_jitter: float | None = option(
         0.3, "colour jitter without --aa", when.NO_POLICY, otherwise=None, bounds=NOT_NEGATIVE
@@ -309,7 +309,7 @@ class Augment(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Optim(Group):
-    """How to step."""
+    """Loss, optimizer, learning rate and precision."""
 
     batch_size: int = option(64, "images of one process in one forward pass", bounds=COUNT)
     grad_accum_steps: int = option(1, "forward passes in one update", bounds=COUNT)
@@ -396,7 +396,7 @@ class Distillation(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Group):
-    """Where it runs and what it leaves behind."""
+    """Device, files, checkpoints and logs."""
 
     output_dir: str | None = option(
         None,

@@ -1,4 +1,4 @@
-"""One setting: what is known of it, and how text or YAML becomes its value."""
+"""One setting: its description, and the conversion of text or YAML to its value."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ class When(NamedTuple):
 
 
 class Option(NamedTuple):
-    """What is known of a setting besides its value.
+    """The description of a setting.
 
-    It affects "nothing" if it names a place of files or what is printed, "speed" if a run may
+    It affects "nothing" if it names the location of files or what is printed, "speed" if a run may
     go on with another value (time, memory, handling of failures), "result" if it changes what is
     learnt, "model" if it changes what is built, or what images that reads.
     """
@@ -91,7 +91,7 @@ class Option(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names it may take now."""
+        """The names that it may take, with those that users have registered."""
         added = self.registry.names() if self.registry else ()
         return tuple(dict.fromkeys((*self.choices, *added)))
 

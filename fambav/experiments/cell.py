@@ -28,7 +28,7 @@ SETTINGS, OUTPUT, FIGURES = "cell.yaml", "output.txt", "figures.json"
 
 
 def perform(folder: Path, variables: Mapping[str, str]) -> None:
-    """Be the process of a cell, which ends with its parent, and leaves interruptions to it.
+    """Run in the process of a cell: end with the parent process, leave interruptions to it.
 
     Args:
         folder: Of the cell.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fambav.config import Config
-from fambav.experiments.provenance import PLACES
+from fambav.experiments.provenance import LOCATIONS
 from fambav.experiments.rows import Row
 
 DENSE, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")
@@ -21,7 +21,7 @@ class Cell:
         row: Its row.
         seed: Of every random draw.
         phase: One of PHASES.
-        config: Its settings, without the places of files.
+        config: Its settings, without the locations of files.
         start: The cell whose weights it starts from; None for one that starts from none.
     """
 
@@ -37,7 +37,7 @@ class Cell:
         return f"{self.row.name}, seed {self.seed}, {self.phase}"
 
     @property
-    def place(self) -> Path:
+    def folder(self) -> Path:
         """Its folder, relative to the grid's."""
         return Path("cells", self.row.slug, f"seed{self.seed}", self.phase)
 
@@ -117,8 +117,8 @@ class Grid:
 
 
 def _settings(run: Config) -> dict[str, Any]:
-    """All settings but the places of files, a tuple as the list that JSON makes of it."""
-    left_out = PLACES | {"finetune"}
+    """All settings but the locations of files, a tuple as the list that JSON makes of it."""
+    left_out = LOCATIONS | {"finetune"}
     flat = {name: value for name, value in run.flat().items() if name not in left_out}
     return {n: list(value) if isinstance(value, tuple) else value for n, value in flat.items()}
 

@@ -15,7 +15,7 @@ settings of its own: what the others gain by more epochs, it gains too.
     names: [strategy, method]      # heads of several columns of names
     paper: {source: "arXiv:...", show: figures}
     rows:
-      - {name: [none, "-"], config: vim_tiny.yaml, paper: {acc1: 70.1, time: "4:33:02"}}
+      - {name: [none, "-"], config: vim_tiny.yaml, paper: {time: "4:33:02"}}
       - {name: [upper, ordered], config: vim_tiny_upper.yaml, fusion_method: ordered}
 
 Then the first row without reduction is what the others are compared with.  In both, `vary` lists
@@ -184,9 +184,9 @@ class _File:
         for name in OWN:
             if run.flat()[name] != OPTIONS[name].default:
                 raise ConfigError(f"{label} sets {name}, which the grid sets itself")
-        places = {} if self.data_path is None else {"data_path": self.data_path}
+        locations = {} if self.data_path is None else {"data_path": self.data_path}
         threads = {"threads": 1} if run.run.threads is None else {}
-        return _with(run, {**places, **threads}, label)
+        return _with(run, {**locations, **threads}, label)
 
     def _seeds(self) -> tuple[int, ...]:
         label, given = f"{self.path}: seeds", self.given.get("seeds")

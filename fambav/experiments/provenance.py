@@ -19,7 +19,7 @@ MACHINE = (
 )
 REDUCTION = frozenset(item.name for group in (Fusion, Reduction) for item in fields(group))
 _FILES = {"finetune", "teacher_path"}  # that there is one counts, its name does not
-PLACES = affecting("nothing") - _FILES
+LOCATIONS = affecting("nothing") - _FILES
 _NAMED = 8  # settings that an error names
 
 
@@ -35,8 +35,8 @@ def machine(environment: Facts, *, without: Collection[str] = ()) -> dict[str, A
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """Return all that a run is made with but its reduction, its seed and the places of files."""
-    left_out = REDUCTION | PLACES | {"seed"}
+    """Return all that a run is made with but its reduction, its seed and the locations of files."""
+    left_out = REDUCTION | LOCATIONS | {"seed"}
     return {
         name: bool(value) if name in _FILES else value
         for name, value in config.flat().items()

@@ -19,7 +19,7 @@ from fambav.experiments.grid import PHASES, Cell, Grid
 from fambav.experiments.metrics import METRICS
 from fambav.experiments.provenance import machine
 from fambav.experiments.rows import Row
-from fambav.registry import METHODS
+from fambav.registry import FOREIGN, METHODS
 
 Record = dict[str, Any]
 
@@ -175,7 +175,7 @@ def _operations(config: Config) -> int | None:
     from fambav.costs.network import CLASSES
 
     unknown = config.model.num_classes is None and config.data.data_set not in CLASSES
-    if unknown or config.model.model.startswith("timm/"):
+    if unknown or config.model.model.startswith(FOREIGN):
         return None
     return costs.configured(config).total.literature
 
@@ -201,7 +201,7 @@ def _cell(cell: Cell, known: Record) -> dict[str, Any]:
         "row": cell.row.name,
         "seed": cell.seed,
         "phase": cell.phase,
-        "folder": str(cell.place),
+        "folder": str(cell.folder),
         "figures": known["figures"],
         "error": known["error"],
         "wall_seconds": known.get("wall_seconds"),

@@ -41,7 +41,7 @@ class Result:
         tokens: Tokens in the last layer, None if the model has no such thing.
         share: Tokens summed over the layers, as a share of what they are without reduction.
         machine: Where it ran; empty without env.json.
-        recipe: Fingerprint of its config: without reduction, seed and the places of files.
+        recipe: Fingerprint of its config: without reduction, seed and the locations of files.
     """
 
     name: str

@@ -13,7 +13,7 @@ from fambav.engine.checkpoint import write_text
 from fambav.engine.lock import locked
 from fambav.experiments.grid import Cell, Grid
 from fambav.experiments.metrics import PRIMARY
-from fambav.experiments.process import Process, finished, seats
+from fambav.experiments.process import Process, finished, slots
 from fambav.experiments.provenance import described, differing, machine
 from fambav.experiments.results import CSV, JSON, MARKDOWN, Record, Results
 from fambav.experiments.summary import table
@@ -94,7 +94,7 @@ def _perform(left: list[Cell], folder: Path, about: Record, jobs: int) -> Iterat
 
     Cells without a start come first, then, when all of these are done, those that start from one.
     """
-    free = seats(jobs)
+    free = slots(jobs)
     running: list[Process] = []
     try:
         for waiting in ([c for c in left if not c.start], [c for c in left if c.start]):
@@ -104,7 +104,7 @@ def _perform(left: list[Cell], folder: Path, about: Record, jobs: int) -> Iterat
                 ended = [process for process in running if not process.running]
                 for process in ended:
                     running.remove(process)
-                    free.append(process.seat)
+                    free.append(process.slot)
                     yield process
                 if not ended:
                     time.sleep(_PAUSE)
@@ -138,8 +138,8 @@ def _refuse_mixed(folder: Path, records: dict[str, Record], here: Record | None)
     A cell's number of threads is one of its settings, so the number of the grid's own process
     does not count.
     """
-    places = [*(known["about"] for known in records.values()), *([] if here is None else [here])]
-    differences = differing(machine(about, without=["threads"]) for about in places)
+    machines = [*(known["about"] for known in records.values()), *([] if here is None else [here])]
+    differences = differing(machine(about, without=["threads"]) for about in machines)
     if differences:
         raise ValueError(
             f"cells in {folder} and those to run differ in {described(differences)}, expected one "

@@ -3,7 +3,7 @@
 neighbours    mean cosine over tokens that follow one another in the sequence
 all pairs     mean cosine over all pairs of two tokens
 
-The more alike tokens are, the less goes when they become their mean.
+The more similar tokens are, the less their mean loses.
 Source: Shen et al., "Famba-V", arXiv:2409.09808, section 3, compares tokens by the same cosine.
 """
 
@@ -135,14 +135,14 @@ class ScanPath(NamedTuple):
 
 def scan_path(trace: TokenTrace, layer: int) -> ScanPath:
     """Return the path of the first direction's scan at a layer, from 1; 0: of the whole image."""
-    places = trace.rank.argsort()
+    index = trace.rank.argsort()
     if layer:
         step = trace.steps[layer - 1]
         row_by_row = np.full(trace.start, -1)
-        row_by_row[np.delete(np.arange(trace.start), trace.cls_index)] = np.arange(len(places))
-        places = row_by_row[step.position[step.order]]
-        places = places[places >= 0]
-    return ScanPath(places, np.diff(trace.rank[places]) > 0)
+        row_by_row[np.delete(np.arange(trace.start), trace.cls_index)] = np.arange(len(index))
+        index = row_by_row[step.position[step.order]]
+        index = index[index >= 0]
+    return ScanPath(index, np.diff(trace.rank[index]) > 0)
 
 
 def scan(
@@ -241,14 +241,14 @@ def _bars(
     axes: Axes, parts: Sequence[tuple[Any, str, str]], full: NDArray[Any], *, decimals: int
 ) -> None:
     """Stack parts in front of what there is without reduction, and write the sums."""
-    places = np.arange(1, len(full) + 1)
-    axes.bar(places, full, color=style.PALE, width=0.86, label="without reduction")
+    x = np.arange(1, len(full) + 1)
+    axes.bar(x, full, color=style.PALE, width=0.86, label="without reduction")
     top = np.zeros(len(full))
     for values, colour, name in parts:
-        axes.bar(places, values, bottom=top, color=colour, width=0.62, label=name)
+        axes.bar(x, values, bottom=top, color=colour, width=0.62, label=name)
         top = top + values
     size = style.type_size(style.figure_of(axes))
-    for place, value in enumerate(top.tolist() if len(full) <= 12 else (), start=1):
+    for layer, value in enumerate(top.tolist() if len(full) <= 12 else (), start=1):
         text = f"{value:.{decimals}f}"
-        axes.text(place, value, text, ha="center", va="bottom", fontsize=size)
+        axes.text(layer, value, text, ha="center", va="bottom", fontsize=size)
     axes.set_ylim(0, 1.15 * max(*full, *top))

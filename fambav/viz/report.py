@@ -77,9 +77,9 @@ def write_report(
     tables += [_grid_table(name, rows) for name, rows in points]
     names = names_of(runs) if runs else []
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        together = [_front(place, name, rows) for name, rows in points]
-        drawn = dict(render(runs, place, source=source)) if runs else {}
+        folder = Path(scratch)
+        together = [_front(folder, name, rows) for name, rows in points]
+        drawn = dict(render(runs, folder, source=source)) if runs else {}
         embedded = {name: _embedded(entry.path, entry.title) for name, entry in drawn.items()}
     together += [embedded.pop(_CURVES)] if _CURVES in embedded and len(runs) > 1 else []
     sentences = [*_of_runs(results, mixed=mixed), *(_of_grid(name, rows) for name, rows in points)]
@@ -294,9 +294,9 @@ def _grid_table(name: str, points: Sequence[Point]) -> Table:
     )
 
 
-def _front(place: Path, name: str, points: Sequence[Point]) -> Embedded:
+def _front(folder: Path, name: str, points: Sequence[Point]) -> Embedded:
     title = f"{name}: {PRIMARY.title} against cost"
-    path = place / f"pareto_{name}.png"
+    path = folder / f"pareto_{name}.png"
     save(pareto(points, title=title), path)
     return _embedded(path, title)
 
