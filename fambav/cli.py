@@ -3,8 +3,8 @@
 main.py      train or evaluate
 fambav ...   the commands of fambav.commands
 
-A user's mistake is one line that begins with `error:`, and status 2; numbers that are not finite 3,
-a full disk 4, samples that cannot be read 5, a full device 6, SIGTERM after the state is saved 143;
+A user's mistake is one line that begins with `error:`, and status 2; NaN or infinity 3, a full
+disk 4, samples that cannot be read 5, a full device 6, SIGTERM after the state is saved 143;
 a bug keeps its traceback.  A warning is one line that begins with `warning:`.
 """
 

@@ -18,7 +18,7 @@ def _flag(flag: str, text: str, *, default: Any = False, **rest: Any) -> Option:
 
 _COSINE = "only --sched cosine is offered"
 _NOISE = "noise on the learning rate is not offered"
-_INF = "a loss that is not finite stops the run; --if_continue_inf skips its update"
+_INF = "a loss that is NaN or infinite stops the run; --if_continue_inf skips its update"
 _UNSUPPORTED = (
     _flag("cosub", "use --drop-path"),
     _flag("attn-only", "--finetune trains every weight"),

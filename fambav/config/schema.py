@@ -82,9 +82,13 @@ class Model(Group):
         on=True,
     )
     drop: float = option(0.0, "dropout after the position embedding", when.DROPOUT, bounds=RATE)
-    drop_path: float = option(0.1, "largest probability of skipping a block", bounds=RATE)
+    drop_path: float = option(
+        0.1, "stochastic depth: largest probability of dropping a block", bounds=RATE
+    )
     grad_checkpointing: bool = switch(
-        "recompute blocks in the backward pass to save memory", when.OURS, affects="speed"
+        "gradient checkpointing: recompute blocks in the backward pass to save memory",
+        when.OURS,
+        affects="speed",
     )
     scan_backend: str | None = option(
         None,
@@ -221,11 +225,11 @@ class Data(Group):
         10, "loader processes", affects="speed", bounds=NATURAL, flag="num_workers"
     )
     pin_mem: bool = switch(
-        "page-locked memory for batches on a GPU", on=True, affects="speed", off="no-pin-mem"
+        "pinned memory for batches on a GPU", on=True, affects="speed", off="no-pin-mem"
     )
     eval_crop_ratio: float = option(
         0.875,
-        "central part of an image used in evaluation",
+        "center crop of an image in evaluation, as a share of its side",
         affects="model",
         bounds=Bounds(0, 1, above=True),
     )
@@ -248,12 +252,14 @@ class Augment(Group):
     smoothing: float = option(0.1, "label smoothing", bounds=RATE)
     train_interpolation: str = option(
         "bicubic",
-        "how images are enlarged",
+        "interpolation of resized training images",
         when.NOT_THREE,
         choices=("bicubic", "bilinear", "random"),
     )
     repeated_aug: bool = switch(
-        "three views of an image in one epoch", on=True, off="no-repeated-aug"
+        "repeated augmentation: three views of an image in one epoch",
+        on=True,
+        off="no-repeated-aug",
     )
     three_augment: bool = switch(
         "DeiT III's grey, solarise or blur instead of --aa", flag="ThreeAugment"
@@ -274,7 +280,7 @@ class Augment(Group):
     hflip: float = option(0.5, "probability of a horizontal flip", bounds=PROBABILITY)
     reprob: float = option(
         0.25,
-        "probability of erasing a rectangle",
+        "random erasing: probability of erasing a rectangle",
         when.NOT_THREE,
         otherwise=0.0,
         bounds=PROBABILITY,
@@ -312,16 +318,18 @@ class Optim(Group):
     """Loss, optimizer, learning rate and precision."""
 
     batch_size: int = option(64, "images of one process in one forward pass", bounds=COUNT)
-    grad_accum_steps: int = option(1, "forward passes in one update", bounds=COUNT)
+    grad_accum_steps: int = option(
+        1, "gradient accumulation: forward passes in one update", bounds=COUNT
+    )
     epochs: int = option(300, "passes over the training set", bounds=COUNT)
-    bce_loss: bool = switch("binary cross-entropy")
+    bce_loss: bool = switch("binary cross-entropy (BCE)")
     unscale_lr: bool = switch("use --lr as it is, whatever the batch")
     opt: str = option("adamw", "optimizer", choices=OPTIMIZERS)
     opt_eps: float = option(1e-8, "epsilon of Adam", when.EPSILON, bounds=POSITIVE)
     opt_betas: tuple[float, ...] | None = option(
         None, "betas of Adam; none = the optimizer's own", when.BETAS, bounds=RATE, length=2
     )
-    clip_grad: float | None = option(None, "largest norm of the gradient", bounds=POSITIVE)
+    clip_grad: float | None = option(None, "gradient clipping: largest norm", bounds=POSITIVE)
     momentum: float = option(0.9, "momentum of sgd", when.SGD, bounds=RATE)
     weight_decay: float = option(0.05, "weight decay", bounds=NOT_NEGATIVE)
     decay_groups: str = option(
@@ -329,7 +337,7 @@ class Optim(Group):
         "default spares A_log and D from decay, published does not",
         choices=("default", "published"),
     )
-    sched: str = option("cosine", "shape of the learning rate", choices=("cosine",))
+    sched: str = option("cosine", "learning rate schedule", choices=("cosine",))
     lr: float = option(5e-4, "learning rate at 512 images per update", bounds=POSITIVE)
     warmup_lr: float = option(
         1e-6, "learning rate at the start, not scaled", when.WARM_UP, bounds=NOT_NEGATIVE
@@ -348,18 +356,25 @@ class Optim(Group):
         "high", "float32 products: high may use TF32", affects="speed", choices=("high", "highest")
     )
     train_mode: bool = switch(
-        "dropout and skipped blocks while training", on=True, off="no-train-mode"
+        "dropout and stochastic depth while training", on=True, off="no-train-mode"
     )
     if_continue_inf: bool = switch(
-        "skip an update whose loss is not finite",
+        "skip an update whose loss is NaN or infinite",
         affects="speed",
         flag="if_continue_inf",
         off="no_continue_inf",
     )
-    model_ema: bool = switch("keep a moving average of the weights", on=True, off="no-model-ema")
-    model_ema_decay: float = option(0.99996, "its decay per update", when.AVERAGED, bounds=RATE)
+    model_ema: bool = switch(
+        "keep an exponential moving average (EMA) of the weights", on=True, off="no-model-ema"
+    )
+    model_ema_decay: float = option(
+        0.99996, "decay of the EMA per update", when.AVERAGED, bounds=RATE
+    )
     model_ema_warmup: bool = switch(
-        "smaller decay in the first updates", when.AVERAGED, on=True, off="no-model-ema-warmup"
+        "smaller decay of the EMA in the first updates",
+        when.AVERAGED,
+        on=True,
+        off="no-model-ema-warmup",
     )
 
 
@@ -380,7 +395,7 @@ class Distillation(Group):
     )
     teacher_model: str | None = option(
         None,
-        "the teacher; none = the model itself with every token kept",
+        "the teacher; none = the model itself without reduction",
         when.TAUGHT,
         aliases={"regnety_160": "timm/regnety_160"},  # DeiT's
         check=checks.model_name,
