@@ -67,7 +67,7 @@ def read_settings(
     if how.get("scan_policy") == "masked":
         raise ConfigError("--scan_policy is 'masked', expected one that saves something")
     if "config" in given:
-        base = config.load(given.pop("config")).unreduced()
+        base = config.load(given.pop("config")).dense()
         return base.replace(**given) if given else base, {}, how
     if "model" in given:
         return Config.from_flat(given), {}, how

@@ -21,7 +21,7 @@ def settings(config: Config, plan: Plan, how: Mapping[str, Any] | None = None) -
     Raises:
         ConfigError: If one of these is unknown or wrong.
     """
-    dense = config.unreduced()
+    dense = config.dense()
     if not any(plan.counts):
         return dense
     if plan.method in FUSION_METHODS and not how:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fambav.pareto import pareto_front
 from fambav.reduction.schedule import plan as strategy_plan
 from fambav.search.evolution import evolve
 from fambav.search.greedy import greedy
@@ -133,11 +132,12 @@ def front(
     verdicts: Mapping[Plan, Verdict], prices: Mapping[str, Price]
 ) -> list[tuple[Plan, float, Verdict]]:
     """Return the plans that no other beats in both cost and loss, the dearest first."""
-    plans = sorted(plan for plan in verdicts if plan.method in prices)
-    costs = [prices[plan.method](plan.counts) for plan in plans]
-    losses = [verdicts[plan].loss for plan in plans]
-    best = pareto_front(costs, losses, higher_is_better=False)
-    return [(plans[n], costs[n], verdicts[plans[n]]) for n in reversed(best)]
+    costs = {p: prices[p.method](p.counts) for p in verdicts if p.method in prices}
+    found: list[tuple[Plan, float, Verdict]] = []
+    for plan in sorted(costs, key=lambda plan: (costs[plan], verdicts[plan].loss, plan)):
+        if not found or verdicts[plan].loss < found[-1][2].loss:
+            found.append((plan, costs[plan], verdicts[plan]))
+    return found[::-1]
 
 
 class _Seek:

@@ -126,7 +126,7 @@ def opened(
     source = weights(path)
     state = entries.load(source)
     trained = _settings(source, state, asked, dict(changes or {}))
-    config = trained.unreduced().replace(resume="", finetune="", eval=False, output_dir=None)
+    config = trained.dense().replace(resume="", finetune="", eval=False, output_dir=None)
     with _computing(config), processes(config.run.device) as group:
         if config.model.model.startswith("timm/"):
             raise ValueError(

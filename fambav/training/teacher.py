@@ -80,11 +80,11 @@ def _settings(config: Config, state: State) -> Config:
     """
     name = config.distillation.teacher_model
     if name is None:
-        return config.unreduced()
+        return config.dense()
     known = saved.settings(state)
     if known is None or known.model.model != name:
         known = Config.from_flat({"model": name})
-    return known.unreduced().replace(input_size=config.model.input_size)
+    return known.dense().replace(input_size=config.model.input_size)
 
 
 def _check_classes(path: Path, state: State, net: nn.Module, wanted: int) -> None:
