@@ -14,6 +14,7 @@ RANK = {
     "timm_compat": 0,
     "seeding": 0,
     "table": 0,
+    "pareto": 0,
     "ops": 1,
     "layers": 2,
     "reduction": 3,

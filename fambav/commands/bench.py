@@ -132,7 +132,7 @@ def add_flags(parser: argparse.ArgumentParser, names: str) -> None:
 
 
 def measure(function: Callable[..., Any], given: dict[str, Any]) -> None:
-    """Call a benchmark with flags, the device and dtypes in the place of their names; show it.
+    """Call a benchmark with the values of flags, devices and dtypes as objects; print its report.
 
     Args:
         function: Returns a report.

@@ -64,7 +64,7 @@ def go(path, folder, **given):
     """Carry out a grid; return its records, the cells that ran, and what was said."""
     said = []
     given = {"jobs": 1, "keep": False, **given}
-    found = sweep.run(read_grid(path), folder, say=said.append, **given).records
+    found = sweep.run(read_grid(path), folder, report=said.append, **given).records
     ran = [line.split("] ")[1].split(": ")[0] for line in said if line.startswith("[")]
     return SimpleNamespace(found=found, ran=ran, said=said, folder=folder)
 

@@ -398,13 +398,13 @@ def test_each_process_gets_a_gpu_of_its_own_and_shares_them_in_turn(tmp_path, al
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *number: f"GPU {number}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-ab")
-    named = [variables["CUDA_VISIBLE_DEVICES"] for variables, _ in process.seats(3)]
+    named = [variables["CUDA_VISIBLE_DEVICES"] for variables, _ in process.slots(3)]
     assert named == ["4", "GPU-ab", "4"]
-    assert process.seats(1)[0][0] == {}
+    assert process.slots(1)[0][0] == {}
     found = go(alone[0], tmp_path / "out", jobs=2, mixed=True).found.values()
     assert {known["about"]["gpu"] for known in found} == {"GPU (0,)", "GPU (1,)"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert [variables for variables, _ in process.seats(2)] == [{}, {}]
+    assert [variables for variables, _ in process.slots(2)] == [{}, {}]
 
 
 def test_the_gpu_of_a_process_is_in_its_environment_before_cuda_is_asked(tmp_path, monkeypatch):
