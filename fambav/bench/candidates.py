@@ -154,7 +154,7 @@ def candidates(
 def prepared(
     given: Sequence[Candidate], make: Callable[[Candidate], T], key: Callable[[Candidate], str]
 ) -> tuple[dict[Candidate, T], dict[str, str]]:
-    """Make something of every candidate, and say why it cannot be had.
+    """Make something of every candidate, or give the reason why it cannot be had.
 
     Args:
         given: The candidates.

@@ -10,7 +10,7 @@ from fambav.config import Config
 from fambav.experiments.provenance import LOCATIONS
 from fambav.experiments.rows import Row
 
-DENSE, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")
+UNREDUCED, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +111,8 @@ class Grid:
             row: The row; training-free figures of the unreduced model are those of its training.
             phase: One of PHASES.
         """
-        if phase == FREE and row.name == DENSE and not self.scratch:
-            phase = DENSE
+        if phase == FREE and row.name == UNREDUCED and not self.scratch:
+            phase = UNREDUCED
         return [cell for cell in self.cells if cell.row.name == row.name and cell.phase == phase]
 
 

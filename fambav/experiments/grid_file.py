@@ -31,7 +31,7 @@ from typing import Any
 
 from fambav import config
 from fambav.config import OPTIONS, Config, ConfigError, format_value, read_yaml, refuse
-from fambav.experiments.grid import DENSE, FREE, SCRATCH, TUNED, Cell, Grid
+from fambav.experiments.grid import FREE, SCRATCH, TUNED, UNREDUCED, Cell, Grid
 from fambav.experiments.provenance import described, differing, fingerprint
 from fambav.experiments.rows import NONE, OWN, Row, read_rows, read_settings
 from fambav.registry import nearest
@@ -75,10 +75,12 @@ class _File:
 
     def grid(self) -> Grid:
         """Read the rows, and what follows from them."""
-        taken = () if self.scratch else (DENSE,)
+        taken = () if self.scratch else (UNREDUCED,)
         given = self.given.get("rows")
         rows = read_rows(self.path, given, names=len(self.names), taken=taken)
-        rows, baseline, cells = self._from_scratch(rows) if self.scratch else self._from_dense(rows)
+        rows, baseline, cells = (
+            self._from_scratch(rows) if self.scratch else self._from_unreduced(rows)
+        )
         source, show = self._paper(rows, baseline)
         return Grid(
             path=self.path,
@@ -94,11 +96,11 @@ class _File:
             cells=tuple(cells),
         )
 
-    def _from_dense(self, rows: Sequence[Row]) -> tuple[list[Row], Row, list[Cell]]:
+    def _from_unreduced(self, rows: Sequence[Row]) -> tuple[list[Row], Row, list[Cell]]:
         """Rows, the baseline and the cells where every row starts from the unreduced model."""
         base = self._base(f"{self.path}: base", self._base_path())
-        labels = (DENSE, *[NONE] * (len(self.names) - 1))
-        baseline = Row(name=DENSE, slug=DENSE, labels=labels, settings={})
+        labels = (UNREDUCED, *[NONE] * (len(self.names) - 1))
+        baseline = Row(name=UNREDUCED, slug=UNREDUCED, labels=labels, settings={})
         phases: list[tuple[Row, str, Config]] = []
         tuning = None
         if "finetune" in self.given:
@@ -111,14 +113,14 @@ class _File:
                 hint = "which has no meaning without train: scratch"
                 raise ConfigError(f"{label} has a config, {hint}")
             if not row.settings:
-                refuse(label, {}, f"settings; row {DENSE!r} is always there")
+                refuse(label, {}, f"settings; row {UNREDUCED!r} is always there")
             phases.append((row, FREE, _with(base, row.settings, label)))
             if tuning is not None:
                 tuned = _with(base, {**tuning, **row.settings}, label)
                 self._refuse_other_settings(row, tuned, baseline, phases[0][2])
                 phases.append((row, TUNED, tuned))
         starts = [
-            Cell(row=baseline, seed=seed, phase=DENSE, config=base.replace(seed=seed))
+            Cell(row=baseline, seed=seed, phase=UNREDUCED, config=base.replace(seed=seed))
             for seed in self.seeds
         ]
         cells = starts + [

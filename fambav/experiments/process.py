@@ -25,7 +25,7 @@ from fambav.engine import record
 from fambav.engine.checkpoint import write_text
 from fambav.engine.record import CHECKPOINT, KEPT, WEIGHTS
 from fambav.experiments.cell import FIGURES, OUTPUT, SETTINGS, perform
-from fambav.experiments.grid import DENSE, FREE, Cell
+from fambav.experiments.grid import FREE, UNREDUCED, Cell
 from fambav.experiments.provenance import differing, machine
 from fambav.experiments.results import Record
 
@@ -72,7 +72,7 @@ def finished(cell: Cell, folder: Path) -> Record | None:
         folder: The grid's folder.
     """
     cell_folder = folder / cell.folder
-    if cell.phase == DENSE and not (cell_folder / WEIGHTS).is_file():
+    if cell.phase == UNREDUCED and not (cell_folder / WEIGHTS).is_file():
         return None
     known = _json(cell_folder / _RESULT)
     if known is None or known.get("error") is not None:
@@ -153,7 +153,7 @@ class Process:
         }
         write_text(self._folder / _RESULT, json.dumps(known, indent=1) + "\n")
         if error is None and not keep:
-            for name in (*KEPT, *(() if self.cell.phase == DENSE else (WEIGHTS,))):
+            for name in (*KEPT, *(() if self.cell.phase == UNREDUCED else (WEIGHTS,))):
                 (self._folder / name).unlink(missing_ok=True)
         return known
 

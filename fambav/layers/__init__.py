@@ -1,6 +1,6 @@
 """Modules that two or more models are made of."""
 
-from fambav.layers.block import Add, AddNorm, Block, Hooks, run_block
+from fambav.layers.block import Add, AddNorm, Block, Hooks, ResidualBlock
 from fambav.layers.drop import Dropout, DropPath, shard
 from fambav.layers.embed import PatchEmbed
 from fambav.layers.info import BackboneInfo, Stage
@@ -22,9 +22,9 @@ __all__ = [
     "Mamba",
     "Mamba2D",
     "PatchEmbed",
+    "ResidualBlock",
     "Stage",
     "Tokens",
-    "run_block",
     "shard",
     "take_rows",
 ]

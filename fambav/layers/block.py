@@ -8,6 +8,7 @@ tokens = after(mixer(tokens))
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -85,22 +86,21 @@ class AddNorm(nn.Module):
         return normed, residual
 
 
-class Block(nn.Module):
-    """A mixer on the normalised residual stream.
+class ResidualBlock(nn.Module):
+    """What a block does, with parts that its subclass makes, whose names are those of its weights.
 
-    Args:
-        dim: Width of a token.
+    Attributes:
+        norm: Maps x and residual to the normalised sum and the sum.
         mixer: Maps (batch, length, dim) to the same shape; given `Tokens` too, it also returns
             `Intermediates`, see `Mamba.forward`.
-        drop_path: Probability that a sample skips the output of the block before.
+        drop_path: Of the output of the block before.
+        grad_checkpointing: Compute norm and mixer again in the backward pass.
     """
 
-    def __init__(self, dim: int, mixer: nn.Module, *, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.mixer = mixer
-        self.norm = AddNorm(dim)
-        self.drop_path = DropPath(drop_path)
-        self.grad_checkpointing = False
+    norm: nn.Module
+    mixer: nn.Module
+    drop_path: nn.Module
+    grad_checkpointing = False
 
     def forward(self, tokens: Tokens, hooks: Hooks = NO_HOOKS) -> Tokens:
         """Return tokens with the mixer's output as x and the sum of everything before as residual.
@@ -109,51 +109,38 @@ class Block(nn.Module):
             tokens: Output of the block before; without a residual in the first block.
             hooks: May return fewer tokens.
         """
-        return run_block(
-            tokens,
-            hooks,
-            norm=self.norm,
-            mixer=self.mixer,
-            drop_path=self.drop_path,
-            checkpointing=self.grad_checkpointing,
-        )
+        tokens = hooks.before(tokens)
+        # Outside of the part that is computed twice, so that randomness is drawn once.
+        tokens = tokens._replace(x=self.drop_path(tokens.x))
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            mix = partial(self._mix, hooks)
+            tokens = checkpoint(mix, tokens, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tokens = self._mix(hooks, tokens)
+        return hooks.after(tokens)
 
-
-def run_block(
-    tokens: Tokens,
-    hooks: Hooks,
-    *,
-    norm: nn.Module,
-    mixer: nn.Module,
-    drop_path: nn.Module,
-    checkpointing: bool,
-) -> Tokens:
-    """Do what a block does, with parts of any names.
-
-    Args:
-        tokens: Output of the block before.
-        hooks: What is done at its three points.
-        norm: Maps x and residual to the normalised sum and the sum.
-        mixer: As a `Block`'s.
-        drop_path: Of x.
-        checkpointing: Compute norm and mixer again in the backward pass.
-    """
-
-    def mix(tokens: Tokens) -> Tokens:
-        x, residual = norm(tokens.x, tokens.residual)
+    def _mix(self, hooks: Hooks, tokens: Tokens) -> Tokens:
+        x, residual = self.norm(tokens.x, tokens.residual)
         tokens = hooks.between(tokens._replace(x=x, residual=residual))
         if not hooks.unfused:
-            x = mixer(tokens.x)
+            x = self.mixer(tokens.x)
             found = Intermediates(mixed=x) if hooks.want else None
             return tokens._replace(x=x, intermediates=found)
-        x, found = mixer(tokens.x, tokens, want=hooks.want, gap_policy=hooks.gap_policy)
+        x, found = self.mixer(tokens.x, tokens, want=hooks.want, gap_policy=hooks.gap_policy)
         return tokens._replace(x=zero_masked(x, tokens.keep_index), intermediates=found)
 
-    tokens = hooks.before(tokens)
-    # Outside of the part that is computed twice, so that randomness is drawn once.
-    tokens = tokens._replace(x=drop_path(tokens.x))
-    if checkpointing and torch.is_grad_enabled():
-        tokens = checkpoint(mix, tokens, use_reentrant=False, preserve_rng_state=False)
-    else:
-        tokens = mix(tokens)
-    return hooks.after(tokens)
+
+class Block(ResidualBlock):
+    """A mixer on the normalised residual stream.
+
+    Args:
+        dim: Width of a token.
+        mixer: As of a `ResidualBlock`.
+        drop_path: Probability that a sample skips the output of the block before.
+    """
+
+    def __init__(self, dim: int, mixer: nn.Module, *, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.norm = AddNorm(dim)
+        self.drop_path = DropPath(drop_path)

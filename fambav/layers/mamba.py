@@ -28,7 +28,7 @@ from fambav.ops.scan_aligned import aligned_scan, count_skipped, estimate_skippe
 from fambav.registry import BIMAMBA, nearest
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes that a new mixer starts from
-_PLAIN = (nn.Linear, nn.Conv1d)  # what kernels compute in the place of
+_PLAIN = (nn.Linear, nn.Conv1d)  # modules that kernels compute in their stead
 _WATCHED = "is watched by hooks on all modules"
 
 # A, (inner, state); D, (inner,); bias of the step size, (inner,), None if delta includes it.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,21 +50,6 @@ UNALIGNED = (
     "its weights pair the token of a step with the step size of another one, which may be gone;"
     " param_order 'permuted' pairs it with its own"
 )
-
-
-class Layout(NamedTuple):
-    """Where tokens are.
-
-    Attributes:
-        grid: Height and width of the grid.
-        position: Index on it of each token, row by row, (batch, length), int64; None if the tokens
-            are the whole grid row by row.
-        orders: In which they are scanned.
-    """
-
-    grid: Grid
-    position: Tensor | None
-    orders: ScanOrder
 
 
 class Mamba2D(nn.Module):
@@ -144,10 +128,10 @@ class Mamba2D(nn.Module):
         Raises:
             ValueError: If the tokens do not fit the grid, or the state cannot age so.
         """
-        layout = self._layout(hidden, tokens)
+        grid, position, orders = self._layout(hidden, tokens)
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # both (batch, length, inner)
-        u = apply_on_grid(x, layout.grid, layout.position, lambda image: F.silu(self.conv2d(image)))
-        inputs = self._scan_inputs(u, layout.orders)
+        u = apply_on_grid(x, grid, position, lambda image: F.silu(self.conv2d(image)))
+        inputs = self._scan_inputs(u, orders)
         if gap_policy is None and "delta" not in want:
             y = self._scan(inputs)
         else:
@@ -155,35 +139,35 @@ class Mamba2D(nn.Module):
             bias = self._bias()
             delta = F.softplus(upcast(delta) if bias is None else upcast(delta) + bias)
             inputs = u, delta, B, C
-            skipped_dt = self._skipped_dt(delta, layout, tokens, gap_policy)
+            skipped_dt = self._skipped_dt(delta, grid, orders, tokens, gap_policy=gap_policy)
             y = aligned_scan(u, delta, A_from_log(self.A_log), B, C, upcast(self.D), skipped_dt)
         y = y.unflatten(0, (hidden.shape[0], -1))  # (batch, directions, length, inner)
-        out: Tensor = self.out_proj(
-            cross_merge(y, layout.orders) * F.silu(z)
-        )  # (batch, length, dim)
+        out: Tensor = self.out_proj(cross_merge(y, orders) * F.silu(z))  # (batch, length, dim)
         if tokens is None:
             return out
         scanned = zip(("u", "delta", "B", "C", "y"), (*inputs, y), strict=True)
         found = {
-            name: to_token_order(x.view(*y.shape[:3], -1), layout.orders)
+            name: to_token_order(x.view(*y.shape[:3], -1), orders)
             for name, x in scanned
             if name in want
         }
         found |= {name: x for name, x in (("z", z), ("mixed", out)) if name in want}
-        return out, Intermediates(order=layout.orders.order, **found)
+        return out, Intermediates(order=orders.order, **found)
 
-    def _layout(self, hidden: Tensor, tokens: Tokens | None) -> Layout:
-        """Place tokens on a whole grid, or at some positions of the start's."""
+    def _layout(
+        self, hidden: Tensor, tokens: Tokens | None
+    ) -> tuple[Grid, Tensor | None, ScanOrder]:
+        """Return the grid, positions on it as from `grid_position`, and the scan orders."""
         grid, position = (self.grid, None) if tokens is None else grid_position(tokens, self.grid)
         whole = snake_order(grid, hidden.device)
         if position is not None:
-            return Layout(grid, position, kept_order(whole, position))
+            return grid, position, kept_order(whole, position)
         if hidden.shape[1] != grid[0] * grid[1]:
             raise ValueError(
                 f"hidden has {hidden.shape[1]} tokens, expected {grid[0] * grid[1]} for a grid of"
                 f" {grid[0]} x {grid[1]}"
             )
-        return Layout(grid, None, whole)
+        return grid, None, whole
 
     def _scan_inputs(self, u: Tensor, orders: ScanOrder) -> ScanInputs:
         """Return u, delta, B and C of each step, all (batch * directions, length, their width).
@@ -228,7 +212,13 @@ class Mamba2D(nn.Module):
         return y.mT
 
     def _skipped_dt(
-        self, delta: Tensor, layout: Layout, tokens: Tokens | None, gap_policy: str | None
+        self,
+        delta: Tensor,
+        grid: Grid,
+        orders: ScanOrder,
+        tokens: Tokens | None,
+        *,
+        gap_policy: str | None,
     ) -> Tensor | None:
         """Return the step sizes of what is gone before each step, like delta; None for none."""
         if gap_policy is None:
@@ -237,16 +227,16 @@ class Mamba2D(nn.Module):
             raise ValueError(f"gap policy is {gap_policy!r}, expected none, since {UNALIGNED}")
         if gap_policy == "cached":
             carried = None if tokens is None else tokens.skipped_dt
-            return None if carried is None else to_scan_order(carried, layout.orders).flatten(0, 1)
-        if layout.orders.skipped is None:
-            if layout.grid != self.grid:
+            return None if carried is None else to_scan_order(carried, orders).flatten(0, 1)
+        if orders.skipped is None:
+            if grid != self.grid:
                 raise ValueError(
                     f"gap policy is {gap_policy!r}, expected 'cached' for a grid that became"
                     " smaller"
                 )
             return None
         bias = upcast(bias_of(self.dt_proj)) * (1 + self.dt_bias_twice)
-        skipped = layout.orders.skipped.flatten(0, 1)  # (batch * directions, length)
+        skipped = orders.skipped.flatten(0, 1)  # (batch * directions, length)
         return estimate_skipped_dt(gap_policy, delta=delta, skipped=skipped, bias=bias)
 
 

@@ -104,7 +104,7 @@ def _taken(tokens: Tokens, keep: Tensor) -> Tokens:
 
 
 def _moved(tokens: Tokens, keep: Tensor, place: Tensor) -> Tokens:
-    """Follow positions, class tokens and sources; `place` is the new index of each old one."""
+    """Follow positions, class tokens and sources; `place` is the new index of each."""
     return tokens._replace(
         position=tokens.position.gather(1, keep),
         cls_index=place.gather(1, tokens.cls_index),

@@ -26,7 +26,7 @@ _WORDS = {"true": True, "false": False}
 class Reducer(nn.Module, ABC):
     """Chooses which tokens stay.  Its options are keyword-only arguments with defaults.
 
-    The attributes are what the method does unless its user says otherwise.
+    The attributes are what the method does by default.
 
     Attributes:
         hook: Where tokens go: "before" the add of a block, "between" its norm and mixer, or

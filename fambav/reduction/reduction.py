@@ -178,15 +178,15 @@ def fused(
     method: str = "famba-v",
     plan: str | None = None,
 ) -> Reduction:
-    """Set a Famba-V strategy up for a model.
+    """Set a Famba-V fusion up for a model.
 
     Args:
         info: The model.
-        strategy: Layers that fuse, "none", "all", "interleaved", "lower" or "upper".
-        layer: First (upper) or last (lower) layer that does, counted from 1.
-        token: Tokens removed by each of them.
-        method: How, usually "famba-v" or "ordered".
-        plan: Instead of a strategy, "layer:tokens,..." with layers counted from 1.
+        strategy: Layers that fuse, as in `from_fusion`.
+        layer: Likewise.
+        token: Likewise.
+        method: How tokens are fused, usually "famba-v" or "ordered".
+        plan: As in `from_fusion`.
 
     Raises:
         ValueError: If that cannot be done or would do nothing.
@@ -196,7 +196,7 @@ def fused(
     if text is None:
         return no_reduction(info)
     given = ("fusion_token", token) if plan is None else ("fusion_plan", plan)
-    return _reduction(info, reducer, text, given=given)
+    return Reduction(info, reducer, make_schedule(text, info, reducer, given=given))
 
 
 def make_reduction(
@@ -235,17 +235,17 @@ def make_reduction(
     text = f"r:{schedule}" if isinstance(schedule, int) else schedule
     if text == "published":
         text = _published(reducer, info)
-    reduction = _reduction(
+    reduction = Reduction(
         info,
         reducer,
-        text,
+        make_schedule(text, info, reducer, hook=hook, class_policy=class_policy),
         hook=hook,
         scan=scan,
         gap_policy=gap_policy,
         class_policy=class_policy,
     )
     if schedule == "published" and reducer.presumed(info):
-        reduction.remark = f"schedule {text} is ours: the paper of {method} does not tell its own"
+        reduction.remark = f"schedule {text} is ours: the paper of {method} does not give its own"
     return reduction
 
 
@@ -271,28 +271,6 @@ def reduce(model: Model, method: str, schedule: str | int = "published", **how: 
         )
     reducible.reduction = make_reduction(reducible.info, method, schedule, **how)
     return model
-
-
-def _reduction(
-    info: BackboneInfo,
-    reducer: Reducer,
-    text: str,
-    *,
-    given: tuple[str, object] | None = None,
-    hook: str | None = None,
-    class_policy: str | None = None,
-    **policies: str | None,
-) -> Reduction:
-    """Read a schedule, check it, and set the method up with it."""
-    schedule = make_schedule(
-        text,
-        info,
-        reducer,
-        hook=hook,
-        class_policy=_class_policy(info, reducer, class_policy),
-        given=given,
-    )
-    return Reduction(info, reducer, schedule, hook=hook, class_policy=class_policy, **policies)
 
 
 def _published(reducer: Reducer, info: BackboneInfo) -> str:
@@ -329,15 +307,14 @@ def _gap_policy(method: Reducer, scan: str, policy: str | None) -> str:
 
 
 def _check_class_tokens(info: BackboneInfo, scan: str, policy: str) -> None:
-    places = info.cls_index
     if policy == "exact":
         return
     expected = None
     if scan != "compact":
         expected = f"'exact' with scan_policy {scan}, which counts how far tokens are apart"
-    elif policy == "middle" and places != (info.tokens // 2,):
+    elif policy == "middle" and info.cls_index != (info.tokens // 2,):
         expected = "'exact' or 'proportional' for a model without one class token in the middle"
-    if not places:
+    if not info.cls_index:
         expected = "'exact' for a model without class tokens"
     if expected:
         raise ValueError(f"class_token_policy is {policy!r}, expected {expected}")

@@ -6,7 +6,7 @@
     list:7,7,0,7            so many at layers 1, 2, 3 and 4, none at the others
     6:9,8:12                9 at layer 6 and 12 at layer 8, none at the others
     keep:0.8@5,10           this share of the patches stays at layers 5 and 10
-    tokens:157,125@10,20    so many tokens are left after layers 10 and 20
+    tokens:157,125@10,20    so many tokens are kept behind layers 10 and 20
     all:7  interleaved:7    7 at every layer, and at layers 2, 4, 6, ...
     lower:9:7  upper:9:7    7 at layers 1 .. 9, and at layers 9 .. depth
 
@@ -102,7 +102,7 @@ def make_schedule(
     reducer: Reducer,
     *,
     hook: str | None = None,
-    class_policy: str = "exact",
+    class_policy: str | None = None,
     given: tuple[str, object] | None = None,
 ) -> Schedule:
     """Read a schedule and check that a method can carry it out, whatever the images.
@@ -112,7 +112,7 @@ def make_schedule(
         info: The model.
         reducer: The method, which knows how many tokens can go at once, and where.
         hook: Where in a block tokens go; the method's own by default.
-        class_policy: Where class tokens go.
+        class_policy: Where class tokens go; as the method says by default.
         given: Name and value of the setting that a refusal is about, if text is made from it.
 
     Raises:
@@ -120,7 +120,8 @@ def make_schedule(
             touching a class token, or lacks the grid of patches that the method needs.
     """
     counts = parse_schedule(text, info, name=given[0] if given else _NAME)
-    refused = _misfit(counts, info, reducer, class_policy)
+    own = reducer.class_policy if info.cls_index else "exact"
+    refused = _misfit(counts, info, reducer, class_policy or own)
     if refused is not None:
         layer, length, limit = refused
         name, value = given or (_NAME, text)
@@ -143,7 +144,7 @@ def from_fusion(
     token: int = 0,
     plan: str | None = None,
 ) -> str | None:
-    """Write what `--fusion-strategy`, `-layer`, `-token` and `-plan` say as a schedule.
+    """Write `--fusion-strategy`, `-layer`, `-token` and `-plan` as a schedule.
 
     Args:
         strategy: "none" (alias no), "all", "interleaved" (alias alternate), "lower" or "upper".

@@ -29,7 +29,7 @@ unscale_lr: true
 repeated_aug: false
 model_ema: false
 """
-DENSE = """base: base.yaml
+UNREDUCED = """base: base.yaml
 seeds: [0, 1]
 finetune: {epochs: 2, lr: 5.0e-4}
 rows:

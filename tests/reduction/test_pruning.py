@@ -274,7 +274,7 @@ def test_a_published_schedule_that_is_ours_says_so():
     line = make_reduction(plain, "prune-aligned").summary().splitlines()[-1]
     assert (
         line
-        == "schedule keep:0.7@5,11,17 is ours: the paper of prune-aligned does not tell its own"
+        == "schedule keep:0.7@5,11,17 is ours: the paper of prune-aligned does not give its own"
     )
     assert "ours" not in make_reduction(plain, "prune-aligned", "keep:0.7@5").summary()
     vim = made.body(197, cls_index=(98,), depth=24, grid=(14, 14), dim=192)
