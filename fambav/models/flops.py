@@ -111,7 +111,7 @@ def mamba_cost(mixer: Mamba, dim: int, length: int, cells: int) -> Cost:
         cells: Not used, since the convolution follows the sequence.
     """
     del cells
-    (inner, state), rank = mixer.A_log.shape, mixer.dt_proj.in_features
+    (rank, state, _), inner = mixer.splits, mixer.A_log.shape[0]
     kernel: int = mixer.conv1d.kernel_size[0]
     branches = 2 if mixer.bimamba_type == "v2" else 1  # each with weights of its own
     scans = 1 if mixer.bimamba_type == "none" else 2
@@ -141,7 +141,7 @@ def mamba2d_cost(
         length: Tokens.
         cells: Of the grid on which convolutions run.
     """
-    (inner, state), rank = mixer.A_log.shape, mixer.dt_proj.in_features
+    (rank, state, _), inner = mixer.splits, mixer.A_log.shape[0]
     around = 3 * length * dim * inner
     projected = length * inner * (2 * rank + 2 * state)
     convolved = cells * mixer.conv2d.weight.numel()
@@ -253,33 +253,23 @@ def windows(sizes: Overhead) -> Cost:
 
 
 def _half_products(sizes: Overhead) -> int:
-    """Multiply-adds of the similarities between the two halves of the tokens."""
     return sizes.dim * (sizes.length // 2) * (sizes.length - sizes.length // 2)
 
 
 def carrying(sizes: Overhead, gap: str) -> Cost:
     """Return the cost of carrying the step sizes of removed tokens to the tokens after them.
 
-    Only the policy "cached" keeps step sizes: two sums for each inner number of each removed token,
-    one with what was carried to it before and one where it is carried on.
-
-    Args:
-        sizes: The reduction.
-        gap: The gap policy; "none" if scans are not aligned.
+    Only the gap policy "cached" keeps step sizes: two sums for each inner number of each removed
+    token, one with what was carried to it before and one where it is carried on.
     """
     return sizes.each_direction(2 * sizes.removed * sizes.inner) if gap == "cached" else FREE
 
 
 def alignment(length: int, sizes: Overhead, gap: str) -> Cost:
-    """Return the cost, in one mixer, of letting its states age over tokens removed before.
+    """Return the cost, in a mixer of `length` tokens, of letting states age over removed ones.
 
-    A sum, a quotient and a product for each inner number of each token in each direction; policies
-    other than "cached" first multiply a step size by the number of removed tokens.
-
-    Args:
-        length: Tokens that the mixer sees.
-        sizes: Widths and directions; its tokens are not used.
-        gap: The gap policy; "none" if scans are not aligned.
+    A sum, a quotient and a product for each inner number of each token in each direction; gap
+    policies other than "cached" first multiply a step size by the number of removed tokens.
     """
-    each = 0 if gap == "none" else 3 if gap == "cached" else 4
+    each = {"none": 0, "cached": 3}.get(gap, 4)
     return sizes.each_direction(each * length * sizes.inner)
