@@ -145,9 +145,18 @@ def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
     Raises:
         ValueError: If it is another.
     """
+    return known_name(f"reduction option {option}", value, known)
+
+
+def known_name(setting: str, value: str, known: tuple[str, ...]) -> str:
+    """Return the value of a setting that must be one of some words.
+
+    Raises:
+        ValueError: If it is another.
+    """
     if value not in known:
         hint = nearest(value, known)
-        raise ValueError(f"reduction option {option} is {value!r}, expected a known name; {hint}")
+        raise ValueError(f"{setting} is {value!r}, expected a known name; {hint}")
     return value
 
 

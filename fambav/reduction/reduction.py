@@ -15,9 +15,9 @@ from torch import nn
 
 from fambav.layers import BackboneInfo, Hooks, Tokens
 from fambav.reduction.apply import carried_dt, mask, merge, put_class_tokens
-from fambav.reduction.reducer import Reducer, make_reducer
+from fambav.reduction.reducer import Reducer, known_name, make_reducer
 from fambav.reduction.schedule import Schedule, from_fusion, make_schedule
-from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, SCAN_POLICIES, nearest
+from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, SCAN_POLICIES
 
 _DELTA = frozenset({"delta"})
 
@@ -57,8 +57,8 @@ class Reduction(nn.Module):
             self._hooks = [Hooks()] * info.depth
             return
         method.check(info)
-        self.hook = _one_of("reduction_hook", hook or method.hook, method.hooks)
-        self.scan = _one_of("scan_policy", scan or method.scan, SCAN_POLICIES)
+        self.hook = known_name("reduction_hook", hook or method.hook, method.hooks)
+        self.scan = known_name("scan_policy", scan or method.scan, SCAN_POLICIES)
         self.class_policy = _class_policy(info, method, class_policy)
         self.gap_policy = _gap_policy(method, self.scan, gap_policy)
         _check_class_tokens(info, self.scan, self.class_policy)
@@ -283,16 +283,10 @@ def _published(reducer: Reducer, info: BackboneInfo) -> str:
     return text
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}, expected a known name; {nearest(value, known)}")
-    return value
-
-
 def _class_policy(info: BackboneInfo, method: Reducer, policy: str | None) -> str:
     """Return where class tokens go; where there are none, no method puts them anywhere."""
     own = method.class_policy if info.cls_index else "exact"
-    return _one_of("class_token_policy", policy or own, CLASS_TOKEN_POLICIES)
+    return known_name("class_token_policy", policy or own, CLASS_TOKEN_POLICIES)
 
 
 def _gap_policy(method: Reducer, scan: str, policy: str | None) -> str:
@@ -303,7 +297,7 @@ def _gap_policy(method: Reducer, scan: str, policy: str | None) -> str:
                 f"gap_policy is {policy!r}, expected none unless scan_policy is aligned"
             )
         return "none"
-    return _one_of("gap_policy", policy or method.gap_policy, GAP_POLICIES)
+    return known_name("gap_policy", policy or method.gap_policy, GAP_POLICIES)
 
 
 def _check_class_tokens(info: BackboneInfo, scan: str, policy: str) -> None:

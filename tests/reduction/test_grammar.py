@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fambav.config import ConfigError, parse
 from fambav.reduction import Schedule, parse_schedule
 from tests.reduction.made import body
 
@@ -102,6 +103,24 @@ def test_a_schedule_that_makes_no_sense_is_refused_in_one_line(text, expected):
         counts(text)
     assert f"expected {expected}" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("r:5", "r:5@3-23/2", "ramp:16,-1", "list:7,7,0", "6:9,8:12", "keep:0.8@5,10"),
+        *("tokens:157,125@10,20", "upper:6:9", "lower:19:9", "all:7", "alternate:14", "published"),
+    ],
+)
+def test_every_form_is_taken_by_the_command_line(text):
+    config = parse(["--model", "vim_tiny", "--reduction", "evit", "--reduction-schedule", text])
+    assert config.reduction.reduction_schedule == text
+
+
+@pytest.mark.parametrize("text", ["upper", "upper:6:", "6:9,", "r5", "uper:6:9", "all:7@3"])
+def test_what_cannot_be_a_schedule_is_refused_before_there_is_a_model(text):
+    with pytest.raises(ConfigError, match=r"--reduction-schedule is .*, expected one of r:5"):
+        parse(["--model", "vim_tiny", "--reduction", "evit", "--reduction-schedule", text])
 
 
 def test_a_misspelt_form_is_refused_with_the_nearest():
