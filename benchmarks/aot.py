@@ -1,10 +1,10 @@
-"""Ahead-of-time kernel audit: what every Triton kernel costs in machine code, without a GPU.
+"""Ahead-of-time kernel audit: registers, spills and instructions of every Triton kernel.
 
-    python benchmarks/aot.py --against benchmarks/aot.json     nothing may be worse than recorded
+    python benchmarks/aot.py --against benchmarks/aot.json     fail on a regression
     python benchmarks/aot.py --json benchmarks/aot.json        record anew
 
-Every form that a module of `fambav.ops.triton_kernels` yields through `variants()` is compiled;
-registers, spilled bytes and the instructions of each innermost loop are counted.
+Every specialization that a module of `fambav.ops.triton` yields from `variants()` is compiled, for
+which no GPU is needed.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ from fambav.commands.output import show
 from fambav.commands.parser import Parser
 
 if TYPE_CHECKING:
-    from fambav.ops.triton_kernels.variant import Variant
+    from fambav.ops.triton.variant import Variant
 
-ARCHS = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities that Triton compiles for
-KERNELS = "fambav.ops.triton_kernels"
+ARCHS = (75, 80, 86, 89, 90, 100, 120)  # compute capabilities
+KERNELS = "fambav.ops.triton"
 COMMAND = "python benchmarks/aot.py --json FILE"
-SLACK = 1.1  # of a loop's instructions
-UNIT = 8  # registers of a thread are given out in eights
+SLACK = 1.1  # tolerated growth of a loop
+UNIT = 8  # granularity of the registers of a thread
 ALIGNED = [["tt.divisibility", 16]]
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(\S.*?)\s*;")
 BRANCH = re.compile(r"(?P<guard>@\S+\s+)?BRA\S*\s+(?P<condition>.*?)`\((?P<label>\.L_x_\d+)\)")
-LEAVES = re.compile(r"(EXIT|RET)\b")  # under no predicate
+LEAVES = re.compile(r"(EXIT|RET)\b")  # without a predicate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One compiled form of a kernel on one kind of GPU.
+    """One specialization of a kernel on one architecture.
 
     Attributes:
-        name: Of the form.
+        name: Of the specialization.
         arch: Compute capability without its dot, such as 90.
-        registers: Of a thread.
-        spill_bytes: Of a thread's stack, where registers go that do not fit.
-        shared_bytes: Of a program.
-        loops: Instructions of each innermost loop, in the order of the code.
-        slots: Issue slots for 32 state-steps: what the warps of a program issue in one pass of each
-            innermost loop, over what that pass does; None if that is not counted, or if the
-            compiled loops are not those of the code.
+        registers: Per thread.
+        spill_bytes: Of the stack of a thread, to which registers spill.
+        shared_bytes: Per program.
+        loops: Instructions of each innermost loop, in code order.
+        slots: Issue slots per 32 state-steps: warp instructions of one iteration of each innermost
+            loop over its state-steps; None if those are not known, or if unrolling changed the
+            loops.
         instructions: Of the whole kernel.
     """
 
@@ -76,19 +76,19 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What tells this row from the others."""
+        """The name and the architecture."""
         return f"{self.name} on sm_{self.arch}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Compiled forms.
+    """Compiled specializations.
 
     Attributes:
-        date: When they were compiled.
-        triton: By which version.
-        command: What makes this table again.
-        rows: One for each form and kind of GPU.
+        date: Of compilation.
+        triton: Its version.
+        command: To reproduce the table.
+        rows: One for each specialization and architecture.
     """
 
     date: str
@@ -98,9 +98,9 @@ class Audit:
 
     def json(self) -> str:
         """Return everything as JSON, with a line for each row."""
-        told = dataclasses.asdict(self)
-        rows = ",\n  ".join(json.dumps(row) for row in told.pop("rows"))
-        return f'{json.dumps(told, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}'
+        head = dataclasses.asdict(self)
+        rows = ",\n  ".join(json.dumps(row) for row in head.pop("rows"))
+        return f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}'
 
     def text(self) -> str:
         """Return a table to read."""
@@ -129,65 +129,65 @@ def main(words: list[str]) -> None:
         "--arch", type=int, nargs="+", choices=ARCHS, default=[80, 90], help="compute capability"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="of a kernel's name")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="refuse what is worse there")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="fail on a regression")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     given = parser.parse_args(words)
     recorded = None if given.against is None else read(given.against)
-    found = audit(given.arch, only=given.only)
-    show(found.text(), found.json(), given.json)
+    current = audit(given.arch, only=given.only)
+    show(current.text(), current.json(), given.json)
     if recorded is not None:
-        compare(found, recorded, only=given.only)
+        compare(current, recorded, only=given.only)
 
 
 def read(path: Path) -> Audit:
-    """Read a table that was written as JSON.
+    """Read a table written by `--json`.
 
     Raises:
-        MeasureError: If the file holds something else.
+        MeasureError: If the file is another.
     """
     try:
-        told = json.loads(path.read_text())
-        rows = [row | {"loops": tuple(row["loops"])} for row in told.pop("rows")]
-        return Audit(**told, rows=tuple(Row(**row) for row in rows))
+        head = json.loads(path.read_text())
+        rows = [row | {"loops": tuple(row["loops"])} for row in head.pop("rows")]
+        return Audit(**head, rows=tuple(Row(**row) for row in rows))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         wanted = "expected what benchmarks/aot.py --json writes"
         raise MeasureError(f"table is {path}, {wanted}: {error}") from error
 
 
-def compare(found: Audit, recorded: Audit, *, only: str = "") -> None:
-    """Refuse a table that is worse than the recorded one; see `objections`.
+def compare(current: Audit, recorded: Audit, *, only: str = "") -> None:
+    """Compare a table with the recorded one.
 
     Raises:
-        MeasureError: If there is an objection.
+        MeasureError: If there is a regression; see `regressions`.
     """
-    worse = objections(found, recorded, only=only)
+    worse = regressions(current, recorded, only=only)
     if worse:
         more = f"; and {len(worse) - 1} more" if len(worse) > 1 else ""
         raise MeasureError(worse[0] + more)
 
 
-def objections(found: Audit, recorded: Audit, *, only: str = "") -> list[str]:
-    """Say what got worse.
+def regressions(current: Audit, recorded: Audit, *, only: str = "") -> list[str]:
+    """Return the regressions of a table.
 
-    Nothing may spill; registers may grow to the next multiple of eight, which costs nothing; a
-    loop may grow by a tenth.  Another version of Triton brings another ptxas, which chooses other
-    instructions: of its code only spills are objected to, and more than twice the registers, with
-    which less than half as many warps run at once.
+    Nothing may spill; registers may grow to the next multiple of eight, which does not change the
+    occupancy; a loop may grow by a tenth.  Another version of Triton has another ptxas and other
+    instructions: there only spills are regressions, and more than twice the registers, which halves
+    the occupancy.
 
     Args:
-        found: What was compiled.
-        recorded: What it is compared with.
-        only: The text that the names of both have, if not all forms were compiled.
+        current: The new table.
+        recorded: The table to compare with.
+        only: Text in all names, if not all specializations were compiled.
 
     Returns:
-        A sentence for each form that is worse, vanished or not recorded.
+        A sentence for each specialization that is worse, missing or not recorded.
     """
-    archs = {row.arch for row in found.rows}
+    archs = {row.arch for row in current.rows}
     before = {row.key: row for row in recorded.rows if row.arch in archs and only in row.name}
-    now = {row.key: row for row in found.rows}
+    now = {row.key: row for row in current.rows}
     worse = [f"{key} is not compiled, expected it as recorded" for key in before.keys() - now]
     worse += [f"{key} is not recorded, expected it to be" for key in now.keys() - before]
-    same = found.triton == recorded.triton
+    same = current.triton == recorded.triton
     for key in before.keys() & now.keys():
         worse += [f"{key}: {text}" for text in _worse(now[key], before[key], same=same)]
     return sorted(worse)
@@ -214,17 +214,17 @@ def _list(numbers: Sequence[int]) -> str:
 
 
 def audit(archs: Sequence[int], *, only: str = "", package: str = KERNELS) -> Audit:
-    """Compile the forms that the modules of a package yield through `variants()`.
+    """Compile the specializations that the modules of a package yield from `variants()`.
 
-    Triton's own cache is used, whose key is all that a launch depends on too.
+    Triton's own cache is used, whose key is the same as for a launch.
 
     Args:
         archs: Compute capabilities without their dots, such as 80 and 90.
-        only: Text that the name of a form must hold.
-        package: Whose modules are asked.
+        only: Text in the name of a specialization.
+        package: With the kernels.
 
     Returns:
-        A row for each form and capability.
+        A row for each specialization and architecture.
 
     Raises:
         MeasureError: If Triton is missing or interprets kernels, or a kernel does not compile.
@@ -251,19 +251,19 @@ def audit(archs: Sequence[int], *, only: str = "", package: str = KERNELS) -> Au
 
 @functools.cache
 def _variants(package: str) -> dict[str, Variant]:
-    """Return every form by its name."""
-    found: dict[str, Variant] = {}
+    """Return every specialization by its name."""
+    named: dict[str, Variant] = {}
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         loaded = importlib.import_module(f"{package}.{module.name}")
         for variant in getattr(loaded, "variants", tuple)():
-            if variant.name in found:
+            if variant.name in named:
                 raise MeasureError(f"kernel's name is {variant.name!r} twice, expected it once")
-            found[variant.name] = variant
-    return found
+            named[variant.name] = variant
+    return named
 
 
 def _row(package: str, name: str, arch: int) -> Row:
-    """Compile one form and measure it."""
+    """Compile one specialization and measure it."""
     variant = _variants(package)[name]
     compiled = _compile(variant, arch)
     with tempfile.TemporaryDirectory() as folder:
@@ -276,7 +276,7 @@ def _row(package: str, name: str, arch: int) -> Row:
     registers, spill_bytes = map(int, usage.groups())
     instructions, loops = code_size(code)
     slots = None
-    if loops and len(loops) == len(variant.loop_work):  # after unrolling they are others
+    if loops and len(loops) == len(variant.loop_work):  # unrolling may have changed them
         each = zip(loops, variant.loop_work, strict=True)
         slots = round(sum(32 * variant.warps * length / work for length, work in each), 2)
     return Row(
@@ -292,7 +292,7 @@ def _row(package: str, name: str, arch: int) -> Row:
 
 
 def _compile(variant: Variant, arch: int) -> Any:
-    """Return one form as Triton compiles it.
+    """Compile one specialization.
 
     Raises:
         MeasureError: If it does not compile.
@@ -302,15 +302,15 @@ def _compile(variant: Variant, arch: int) -> Any:
     from triton.compiler import ASTSource
     from triton.errors import TritonError
 
-    from fambav.ops.triton_kernels.launch import OPTIONS
+    from fambav.ops.triton.launch import OPTIONS
 
     constants = {**variant.constants, **dict.fromkeys(variant.ones, 1)}
-    places = {name: (place,) for place, name in enumerate(variant.kernel.arg_names)}
+    index = {name: (n,) for n, name in enumerate(variant.kernel.arg_names)}
     source = ASTSource(
         variant.kernel,
-        {name: "constexpr" if name in constants else variant.types[name] for name in places},
-        {places[name]: value for name, value in constants.items()},
-        {places[name]: ALIGNED for name in variant.aligned if name not in constants},
+        {name: "constexpr" if name in constants else variant.types[name] for name in index},
+        {index[name]: value for name, value in constants.items()},
+        {index[name]: ALIGNED for name in variant.aligned if name not in constants},
     )
     try:
         return triton.compile(
@@ -320,12 +320,12 @@ def _compile(variant: Variant, arch: int) -> Any:
         )
     except (TritonError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1:]
-        told = f"{variant.name} does not compile for sm_{arch}, expected it to"
-        raise MeasureError(": ".join([told, *reason])) from error
+        failure = f"{variant.name} does not compile for sm_{arch}, expected it to"
+        raise MeasureError(": ".join([failure, *reason])) from error
 
 
 def _tool(name: str, *arguments: str) -> str:
-    """Run one of the programs that come with Triton; return what it prints."""
+    """Run one of the programs bundled with Triton; return its output."""
     import triton
 
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
@@ -338,25 +338,26 @@ def _tool(name: str, *arguments: str) -> str:
 def code_size(code: str) -> tuple[int, tuple[int, ...]]:
     """Count the instructions of a kernel.
 
-    A loop is what a branch back to a block that dominates it closes (Aho, Lam, Sethi and Ullman,
-    "Compilers", 9.6.6), so a jump from out-of-line code back into the main line is none.  Nor is
-    the instruction after the end that branches to itself.  A branch is counted with both its
-    sides, which is what a warp issues at most.
+    Loops are natural loops: a back edge goes to a block that dominates its source.  A jump from
+    out-of-line code back into the main line is none, nor is the instruction after the end that
+    branches to itself.  Both sides of a branch are counted, the most that a warp issues.
 
     Args:
-        code: What `nvdisasm -c` prints of one kernel.
+        code: Output of `nvdisasm -c` for one kernel.
 
     Returns:
-        The instructions of the whole kernel, without padding, and those of one pass of each
-        innermost loop, in the order of the code.
+        The instructions of the whole kernel, without padding, and those of one iteration of each
+        innermost loop, in code order.
+
+    Source: Aho, Lam, Sethi and Ullman, "Compilers", section 9.6.6.
     """
     instructions: list[str] = []
-    labels: dict[str, int] = {}  # before which instruction each stands
+    labels: dict[str, int] = {}  # index of the instruction after each
     for line in code.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(instructions)
-        elif found := INSTRUCTION.match(line):
-            instructions.append(found[1])
+        elif instruction := INSTRUCTION.match(line):
+            instructions.append(instruction[1])
     lengths, following = _blocks(instructions, labels)
     loops = _loops(following)
     innermost = [
@@ -371,10 +372,10 @@ def code_size(code: str) -> tuple[int, tuple[int, ...]]:
 def _blocks(
     instructions: list[str], labels: Mapping[str, int]
 ) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Cut the code at its labels and after what does not simply go on.
+    """Split the code into basic blocks.
 
     Returns:
-        The instructions of every block, and the blocks that may follow it.
+        The number of instructions of every block, and its successors.
     """
     turns = [n + 1 for n, t in enumerate(instructions) if BRANCH.match(t) or LEAVES.match(t)]
     starts = sorted({0, *labels.values(), *turns} - {len(instructions)})
@@ -388,7 +389,7 @@ def _blocks(
 
 
 def _followers(text: str, end: int, labels: Mapping[str, int]) -> Iterator[int]:
-    """Yield the places where the code may go on after the last instruction of a block."""
+    """Yield the indices of the instructions that may follow the last one of a block."""
     branch = BRANCH.match(text)
     if branch is not None:
         yield labels[branch["label"]]
@@ -398,7 +399,7 @@ def _followers(text: str, end: int, labels: Mapping[str, int]) -> Iterator[int]:
 
 
 def _loops(following: list[tuple[int, ...]]) -> dict[int, set[int]]:
-    """Return the blocks of every natural loop by its first block."""
+    """Return the blocks of every natural loop by its header."""
     before = _before(following)
     loops: dict[int, set[int]] = {}
     for n, dominators in _dominators(before).items():
@@ -414,7 +415,7 @@ def _loops(following: list[tuple[int, ...]]) -> dict[int, set[int]]:
 
 
 def _before(following: list[tuple[int, ...]]) -> dict[int, set[int]]:
-    """Return, for each block that the first one reaches, those that may come just before it."""
+    """Return the predecessors of each block that is reachable from the first."""
     before: dict[int, set[int]] = {0: set()}
     waiting = [0]
     while waiting:
@@ -428,17 +429,17 @@ def _before(following: list[tuple[int, ...]]) -> dict[int, set[int]]:
 
 
 def _dominators(before: Mapping[int, set[int]]) -> dict[int, set[int]]:
-    """Return, for each block, those that every way to it from the first one passes."""
-    found = {n: set(before) if n else {0} for n in sorted(before)}
+    """Return the dominators of each block."""
+    dominators = {n: set(before) if n else {0} for n in sorted(before)}
     changed = True
     while changed:
         changed = False
-        for n in found:
+        for n in dominators:
             if n:
-                new = {n} | set.intersection(*(found[other] for other in before[n]))
-                changed |= new != found[n]
-                found[n] = new
-    return found
+                new = {n} | set.intersection(*(dominators[other] for other in before[n]))
+                changed |= new != dominators[n]
+                dominators[n] = new
+    return dominators
 
 
 if __name__ == "__main__":

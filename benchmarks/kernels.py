@@ -1,4 +1,4 @@
-"""Every Triton kernel of a block on its own, the scan's also in other block sizes.
+"""Timings of every Triton kernel of a block, the scans also with other block sizes.
 
     python benchmarks/kernels.py --length 197 65 --dtype bfloat16
 
@@ -35,7 +35,7 @@ KERNELS = tuple(
 
 
 def main(words: list[str]) -> None:
-    """Time the Triton kernels of a block, and find the fastest block sizes of the scan's."""
+    """Time the Triton kernels of a block, and find the fastest block sizes of the scans."""
     parser = Parser("benchmarks/kernels.py", description=main.__doc__, allow_abbrev=False)
     add_flags(parser, "batch rounds warmup dim state device lengths dtypes")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, dest="names")
@@ -58,23 +58,23 @@ def kernels(
     warmup: int = 1,
     device: torch.device,
 ) -> Report:
-    """Time every form of the kernels, the shipped one among them, all in every round.
+    """Time every configuration of the kernels, the shipped one included, each once in every round.
 
     Args:
         batch: Sequences.
         lengths: Tokens of each.
         dim: Channels of each direction; a token has half as many outside the mixer.
-        state: Numbers of state for each channel.
+        state: State size of each channel.
         names: Kernels.
         blocks: Channels of a program to try for the scans.
         warps: Warps of a program to try for them.
         dtypes: Of the tokens.
-        rounds: How often each form is timed, at least 1.
+        rounds: Timings of each configuration, at least 1.
         warmup: Rounds before those.
-        device: Where; without a GPU the kernels are interpreted.
+        device: To run on; without a GPU the kernels are interpreted.
 
     Returns:
-        A row for every kernel, dtype and length with the fastest form beside the shipped one.
+        A row for every kernel, dtype and length with the fastest configuration and the shipped one.
 
     Raises:
         ValueError: If a number is too small.
@@ -93,7 +93,7 @@ def kernels(
             times = interleave(ready, rounds=rounds, warmup=warmup, device=device)
             rows.append({**where, **best_form(times)})
     return Report(
-        title="kernels and their forms",
+        title="kernels and their configurations",
         settings=settings(device, batch=batch, dim=dim, state=state, rounds=rounds),
         rows=rows,
         skipped=skipped,
@@ -107,31 +107,31 @@ def ready_forms(
     warps: Sequence[int],
     device: torch.device,
 ) -> tuple[dict[str, Run], dict[str, str]]:
-    """Try every form of a kernel once, and record it on a GPU.
+    """Run every configuration of a kernel once; on a GPU, capture it as a CUDA graph.
 
     Returns:
-        What runs each, the shipped one first, and why others cannot run.
+        A run of each, the shipped one first, and why others cannot run.
     """
     from triton.errors import TritonError
 
     forms: dict[str, dict[str, int]] = {SHIPPED: {}}
     for block, warp in product(blocks, warps) if name.startswith("scan") else ():
         forms[f"block {block} warps {warp}"] = dict(block=block, warps=warp)
-    found: dict[str, Run] = {}
+    ready: dict[str, Run] = {}
     refused: dict[str, str] = {}
     for form, options in forms.items():
         run = partial(call, **options)
         try:
             run()
-            found[form] = captured(run) if device.type == "cuda" else run
+            ready[form] = captured(run) if device.type == "cuda" else run
         except (RuntimeError, ValueError, TritonError) as error:
             refused[form] = (str(error) or type(error).__name__).splitlines()[0]
-    return found, refused
+    return ready, refused
 
 
 def best_form(times: Mapping[str, Times]) -> Row:
-    """Set the fastest form beside the shipped one."""
-    medians: dict[str, float] = {n: spread(found)["median_ms"] for n, found in times.items()}
+    """Compare the fastest configuration with the shipped one."""
+    medians: dict[str, float] = {n: spread(own)["median_ms"] for n, own in times.items()}
     best = min(medians, key=lambda form: medians[form])
     return {
         "best": best,
@@ -143,19 +143,19 @@ def best_form(times: Mapping[str, Times]) -> Row:
 
 
 class Calls:
-    """The kernels of a block, called as a mixer calls them, each with inputs and places of its own.
+    """The kernels of a block, called like in a mixer, each with its own inputs and outputs.
 
     Args:
-        x: What the scans take.
+        x: Inputs of the scans.
         dim: Width of a token outside the mixer.
-        kernels: Name of the set.
+        kernels: "triton" or "numba".
     """
 
     def __init__(self, x: Inputs, *, dim: int, kernels: str = "triton") -> None:
         self._set: Any = kernel_set(kernels).load()
         self._x, device = x, x.u.device
         self._y, self._dy = torch.empty_like(x.u), torch.empty_like(x.z)
-        self._total, self._place, self._other = (torch.empty_like(x.z) for _ in range(3))
+        self._total, self._out, self._dz = (torch.empty_like(x.z) for _ in range(3))
         self._du, self._ddelta = torch.empty_like(x.u), torch.empty_like(x.delta)
         self._dprojected = torch.empty_like(x.projected)
         batch, length, inner = x.z.shape
@@ -170,51 +170,52 @@ class Calls:
         self.norm_forward()
 
     def scan_forward(self, **form: int) -> object:
-        """Scan both ways and keep states; `form` may fix the block and the warps of a program."""
+        """Scan in both directions and keep states; `form` may set block and warps of a program."""
         options: dict[str, Any] = dict(softplus=True, reverse=REVERSE, keep=True)
-        found = self._set.scan_forward(*self._x.scanned(), self._y, **options, **form)
-        self._kept = found[1]
-        return found
+        last, self._kept = self._set.scan_forward(
+            *self._x.scan_arguments(), self._y, **options, **form
+        )
+        return last
 
     def scan_backward(self, **form: int) -> object:
-        """Return or write all gradients of both scans."""
+        """Compute all gradients of both scans."""
         x = self._x
-        places = self._du, self._ddelta, *x.weights(self._dprojected)
-        given = x.grad.expand_as(x.u), None, self._kept, *x.scanned(), *places
-        return self._set.scan_backward(*given, softplus=True, reverse=REVERSE, **form)
+        outputs = self._du, self._ddelta, *x.weights(self._dprojected)
+        arguments = x.grad.expand_as(x.u), None, self._kept, *x.scan_arguments(), *outputs
+        return self._set.scan_backward(*arguments, softplus=True, reverse=REVERSE, **form)
 
     def conv_forward(self) -> object:
-        """Convolve both ways."""
+        """Convolve in both directions."""
         run = self._set.conv_forward
         return run(self._x.z, *self._conv, self._y, silu=True, reverse=REVERSE)
 
     def conv_backward(self) -> object:
-        """Return or write the gradients of both convolutions."""
+        """Compute the gradients of both convolutions."""
         run, x = self._set.conv_backward, self._x
-        return run(x.u, x.z, *self._conv, self._place, silu=True, reverse=REVERSE)
+        return run(x.u, x.z, *self._conv, self._out, silu=True, reverse=REVERSE)
 
     def gate_forward(self) -> object:
         """Add both directions and gate them."""
         x = self._x
-        return self._set.gate_forward(x.u, x.z, self._place, self._total, scale=SCALE)
+        return self._set.gate_forward(x.u, x.z, self._out, self._total, scale=SCALE)
 
     def gate_backward(self) -> object:
-        """Write the gradients of the gate."""
+        """Compute the gradients of the gate."""
         x = self._x
-        places = self._dy, self._other
-        return self._set.gate_backward(x.grad, self._total, x.z, *places, scale=SCALE)
+        outputs = self._dy, self._dz
+        return self._set.gate_backward(x.grad, self._total, x.z, *outputs, scale=SCALE)
 
     def norm_forward(self) -> object:
         """Add to the residual stream and normalise."""
-        given = self._hidden, self._residual, self._weight, self._normed, self._sum
-        self._scale = self._set.add_rms_norm_forward(*given, eps=EPS)
+        arguments = self._hidden, self._residual, self._weight, self._normed, self._sum
+        self._scale = self._set.add_rms_norm_forward(*arguments, eps=EPS)
         return self._scale
 
     def norm_backward(self) -> object:
-        """Return or write the gradients of the norm."""
-        given = self._hidden, self._residual, self._sum, self._weight, self._scale
-        places = torch.empty_like(self._hidden), torch.empty_like(self._residual)
-        return self._set.add_rms_norm_backward(*given, *places)
+        """Compute the gradients of the norm."""
+        arguments = self._hidden, self._residual, self._sum, self._weight, self._scale
+        outputs = torch.empty_like(self._hidden), torch.empty_like(self._residual)
+        return self._set.add_rms_norm_backward(*arguments, *outputs)
 
 
 if __name__ == "__main__":

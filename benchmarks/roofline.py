@@ -1,15 +1,16 @@
-"""Roofline model: how far kernels and steps are from what bytes and instructions allow.
+"""Roofline model of the kernels and of a training step.
 
     python benchmarks/roofline.py --plan upper:6:9
 
-The least time of some work is the largest of four: bytes over the bandwidth of a copy, products
-over the rate of a large one, exponentials over the units that make them, and for the scan its
-instructions, as `aot.py` counted them, over what can be issued.  What fits in a GPU's cache may be
-faster than its bytes.  Without a GPU the times are counted for one as it is described.
+The lower bound of the time of some work is the largest of four: bytes over the bandwidth of a copy,
+products over the throughput of a large one, exponentials over the special function units, and for
+the scan its instructions, as counted by `aot.py`, over the issue rate.  What fits in the cache may
+be faster than its bytes.  Without a GPU the bounds are computed from a data sheet.
 """
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,6 @@ from aot import read
 from kernels import Calls
 
 from fambav.bench.candidates import EAGER, REPLAYED, Candidate
-from fambav.bench.ceilings import STATE_EVERY, Ceilings
 from fambav.bench.operations import Inputs
 from fambav.bench.passes import training
 from fambav.bench.report import (
@@ -34,6 +34,7 @@ from fambav.bench.report import (
     settings,
     training_dtype,
 )
+from fambav.bench.roofline import Roofline
 from fambav.bench.strategies import Merging
 from fambav.cli import guarded
 from fambav.commands.bench import add_flags, measure
@@ -42,18 +43,19 @@ from fambav.engine.runtime import numerics
 from fambav.engine.timing import Run, captured, interleave, spread
 from fambav.layers import Block, Mamba
 from fambav.models import Vim
+from fambav.ops.kept_states import triton_shape
 
 TABLE = Path(__file__).with_name("aot.json")
 WARP = 32  # lanes
-SCHEDULERS = 4  # of a multiprocessor, each of which issues an instruction of a warp in a cycle
-SFU_LANES = 16  # of a multiprocessor, for exponentials and logarithms
-WIDE = 4  # bytes of a number of the residual stream and of the state
-ADAMW = 28  # bytes for each weight: read and write weight and both moments, read the gradient
+SCHEDULERS = 4  # of a multiprocessor, each of which issues one warp instruction per cycle
+SFU_LANES = 16  # special function units of a multiprocessor: exponentials and logarithms
+FP32 = 4  # bytes of an element of the residual stream and of the state
+ADAMW = 28  # bytes per weight: read and write weight and both moments, read the gradient
 POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-COUNTED = ("scan_forward", "scan_backward")  # kernels whose instructions are
+COUNTED = ("scan_forward", "scan_backward")  # kernels with counted instructions
 STEP = "whole step"
 LIMITS = ("bytes_us", "exp_us", "issue_us", "product_us")
-MERGED = 2  # tokens of the merging that is timed on its own; its bytes hardly depend on them
+MERGED = 2  # tokens of the merging timed on its own; its bytes hardly depend on them
 
 
 class Shape(NamedTuple):
@@ -62,9 +64,9 @@ class Shape(NamedTuple):
     Attributes:
         batch, length: Sequences and tokens of each.
         dim, inner: Width of a token outside and inside the mixer.
-        state: Numbers of state for each channel.
+        state: State size of each channel.
         rank: Width of dt.
-        itemsize: Bytes of a stored number.
+        itemsize: Bytes of an element.
     """
 
     batch: int
@@ -90,12 +92,12 @@ class Shape(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What one kernel has to do at least.
+    """Minimum work of one kernel.
 
     Attributes:
         bytes: Read and written.
         exps: Exponentials and logarithms.
-        steps: State-steps, one state number of one channel at one token.
+        steps: State-steps: one element of the state of one channel at one token.
         flops: Of matrix products.
     """
 
@@ -106,17 +108,17 @@ class Work(NamedTuple):
 
 
 def kernel_work(s: Shape) -> dict[str, Work]:
-    """Return what the kernels of a block do that are no matrix products, each run once.
+    """Return the work of each kernel of a block other than matrix products.
 
-    Every tensor is read once and written once by each kernel.
+    Each kernel reads each of its inputs once and writes each of its outputs once.
     """
     channels = s.tokens * s.inner
     inner, narrow = channels * s.itemsize, s.tokens * s.dim * s.itemsize
-    wide = s.tokens * s.dim * WIDE
+    residual = s.tokens * s.dim * FP32
     steps = 2 * channels * s.state
     BC = 2 * s.tokens * 2 * s.state * s.itemsize
-    kept = 2 * s.batch * -(-s.length // STATE_EVERY) * s.inner * s.state * WIDE
-    scale = s.tokens * WIDE
+    kept = FP32 * math.prod(triton_shape(2, s.batch, s.length, s.inner, s.state))
+    scale = s.tokens * FP32
     return {
         "scan_forward": Work(6 * inner + BC + kept, steps + 4 * channels, steps),
         "scan_backward": Work(9 * inner + 2 * BC + kept, steps + 6 * channels, steps),
@@ -124,20 +126,20 @@ def kernel_work(s: Shape) -> dict[str, Work]:
         "conv_backward": Work(4 * inner, 2 * channels),
         "gate_forward": Work(5 * inner, channels),
         "gate_backward": Work(5 * inner, channels),
-        "norm_forward": Work(2 * (narrow + wide) + scale),
-        "norm_backward": Work(2 * narrow + 3 * wide + scale),
+        "norm_forward": Work(2 * (narrow + residual) + scale),
+        "norm_backward": Work(2 * narrow + 3 * residual + scale),
     }
 
 
 def product_work(s: Shape) -> dict[str, Work]:
-    """Return what the matrix products of a block do, forward and backward together."""
+    """Return the work of each matrix product of a block, forward and backward together."""
     inner, narrow = s.tokens * s.inner * s.itemsize, s.tokens * s.dim * s.itemsize
     rows = 2 * s.tokens * (s.rank + 2 * s.state) * s.itemsize
     dt = 2 * s.tokens * s.rank * s.itemsize
 
-    def both(given: float, made: float, weights: float, times: int = 3) -> Work:
-        """Count a product and its two gradients, and the product once more if it is not kept."""
-        return Work(times * (given + made), flops=2 * times * s.tokens * weights)
+    def both(read: float, written: float, weights: float, times: int = 3) -> Work:
+        """Count a product and its two gradients; once more if it is recomputed."""
+        return Work(times * (read + written), flops=2 * times * s.tokens * weights)
 
     return {
         "in_proj": both(narrow, 2 * inner, 2 * s.dim * s.inner),
@@ -148,21 +150,21 @@ def product_work(s: Shape) -> dict[str, Work]:
 
 
 def merging_work(s: Shape, count: int) -> Work:
-    """Return what replacing groups by their means does to both streams, forward and backward."""
+    """Return the work of pooling both streams, forward and backward."""
     tokens = s.tokens + s.batch * (s.length - count)
-    return Work(2 * tokens * s.dim * (s.itemsize + WIDE))
+    return Work(2 * tokens * s.dim * (s.itemsize + FP32))
 
 
 class Machine(NamedTuple):
     """A GPU.
 
     Attributes:
-        name: What it is called.
+        name: Of the GPU.
         arch: Compute capability without its dot.
-        bytes: That its memory moves in a second, read or written.
-        flops: Of matrix products in a second.
-        multiprocessors: How many there are.
-        clock_hz: Their cycles in a second at most.
+        bytes: Memory bandwidth per second, reads and writes.
+        flops: Of matrix products per second.
+        multiprocessors: Their number.
+        clock_hz: Their maximum clock.
     """
 
     name: str
@@ -173,11 +175,11 @@ class Machine(NamedTuple):
     clock_hz: float
 
     def limits_us(self, work: Work, slots: float | None = None) -> dict[str, float | None]:
-        """Return the least time in microseconds that each of a GPU's parts needs for some work.
+        """Return the lower bound in microseconds by each resource.
 
         Args:
-            work: What is to be done.
-            slots: Warp instructions for 32 state-steps; None if they were not counted.
+            work: Of a kernel.
+            slots: Warp instructions per 32 state-steps; None if they were not counted.
         """
         cycles = self.multiprocessors * self.clock_hz
         issued = None if slots is None else work.steps / WARP * slots / (SCHEDULERS * cycles)
@@ -188,49 +190,49 @@ class Machine(NamedTuple):
             "product_us": 1e6 * work.flops / self.flops,
         }
 
-    def floor_us(self, work: Work, slots: float | None = None) -> float:
-        """Return the least time in microseconds for some work: the largest of its limits."""
+    def bound_us(self, work: Work, slots: float | None = None) -> float:
+        """Return the lower bound in microseconds: the largest of those by each resource."""
         return max(limit for limit in self.limits_us(work, slots).values() if limit is not None)
 
 
-MACHINES = {"h200": Machine("NVIDIA H200, as described", 90, 4.3e12, 790e12, 132, 1.98e9)}
+MACHINES = {"h200": Machine("NVIDIA H200, data sheet", 90, 4.3e12, 790e12, 132, 1.98e9)}
 
 
 def described(name: str, dtype: torch.dtype) -> Machine:
-    """Return what is told of a GPU; float32 products, as TF32, run at half the rate of narrower."""
-    found = MACHINES[name]
-    return found._replace(flops=found.flops / 2) if dtype == torch.float32 else found
+    """Return the data sheet of a GPU; float32 products, as TF32, have half the throughput."""
+    machine = MACHINES[name]
+    return machine._replace(flops=machine.flops / 2) if dtype == torch.float32 else machine
 
 
 def measured(device: torch.device, dtype: torch.dtype, *, clock_hz: float | None = None) -> Machine:
-    """Measure memory by a copy and products by a large one; read the rest from the driver.
+    """Measure bandwidth by a copy and throughput by a large product; query the driver for the rest.
 
     Args:
         device: The GPU.
         dtype: Of the product.
-        clock_hz: Highest clock of the multiprocessors; None to ask nvidia-smi.
+        clock_hz: Maximum clock of the multiprocessors; None to query nvidia-smi.
 
     Raises:
-        MeasureError: If nvidia-smi does not tell the clock.
+        MeasureError: If nvidia-smi does not report the clock.
     """
     about = torch.cuda.get_device_properties(device)
-    limits = Ceilings(device, [dtype])
-    times = interleave(limits.runs(), rounds=9, warmup=2, device=device)
+    peaks = Roofline(device, [dtype])
+    times = interleave(peaks.runs(), rounds=9, warmup=2, device=device)
     return Machine(
         name=device_name(device),
         arch=10 * about.major + about.minor,
-        bytes=limits.bytes_per_s(times),
-        flops=limits.flops_per_s(times, dtype),
+        bytes=peaks.bytes_per_s(times),
+        flops=peaks.flops_per_s(times, dtype),
         multiprocessors=about.multi_processor_count,
-        clock_hz=highest_clock_hz(device) if clock_hz is None else clock_hz,
+        clock_hz=max_clock_hz(device) if clock_hz is None else clock_hz,
     )
 
 
-def highest_clock_hz(device: torch.device) -> float:
-    """Ask the driver for the highest clock of the multiprocessors.
+def max_clock_hz(device: torch.device) -> float:
+    """Query the driver for the maximum clock of the multiprocessors.
 
     Raises:
-        MeasureError: If it does not tell.
+        MeasureError: If it does not report one.
     """
     command = ("nvidia-smi", "--query-gpu=uuid,clocks.max.sm", "--format=csv,noheader,nounits")
     try:
@@ -241,17 +243,17 @@ def highest_clock_hz(device: torch.device) -> float:
     lines = [line.split(", ") for line in done.stdout.splitlines()]
     clocks = [line[-1] for line in lines if uuid in line[0]] or [line[-1] for line in lines]
     if done.returncode or len(set(clocks)) != 1 or not clocks[0].isdigit():
-        told = (done.stdout + done.stderr).strip()
-        raise MeasureError(f"clocks.max.sm is {told!r}, expected a number of MHz for this GPU")
+        output = (done.stdout + done.stderr).strip()
+        raise MeasureError(f"clocks.max.sm is {output!r}, expected a number of MHz for this GPU")
     return 1e6 * int(clocks[0])
 
 
 def main(words: list[str]) -> None:
-    """Set kernels and a step beside the least time that they need on this GPU."""
+    """Compare kernels and a training step with their roofline bounds on this GPU."""
     parser = Parser("benchmarks/roofline.py", description=main.__doc__, allow_abbrev=False)
     add_flags(parser, "batch rounds warmup device dtype vim plan")
     parser.add_argument("--machine", choices=MACHINES, default="h200", help="without a GPU")
-    parser.add_argument("--clock-mhz", type=float, metavar="N", help="nvidia-smi is asked for it")
+    parser.add_argument("--clock-mhz", type=float, metavar="N", help="nvidia-smi's by default")
     parser.add_argument("--aot", type=Path, default=TABLE, metavar="FILE", help="of aot.py")
     measure(roofline, vars(parser.parse_args(words)))
 
@@ -269,26 +271,26 @@ def roofline(
     clock_mhz: float | None = None,
     aot: Path | None = None,
 ) -> Report:
-    """Compare kernels and a whole step with their least times; on a CPU, count those alone.
+    """Compare kernels and a whole step with their lower bounds; on a CPU, compute those alone.
 
     Args:
         model: Whose block and step.
         batch: Sequences.
         plan: Which layers fuse how many tokens, for the step.
-        rounds: How often each kernel is timed, at least 1.
+        rounds: Timings of each kernel, at least 1.
         warmup: Rounds before those.
-        device: A GPU to measure, or a CPU to count on.
+        device: A GPU to measure, or a CPU for the bounds alone.
         dtype: Of the tokens; bfloat16 by default.
-        machine: The GPU that is counted for where there is none.
-        clock_mhz: Highest clock of the GPU's multiprocessors; None to ask nvidia-smi.
-        aot: What `aot.py` wrote; None to leave instructions out.
+        machine: The GPU of the bounds if there is none to measure.
+        clock_mhz: Maximum clock of the GPU's multiprocessors; None to query nvidia-smi.
+        aot: Table written by `aot.py`; None to leave instructions out.
 
     Returns:
         A row for every kernel of a block, and one for the step.
 
     Raises:
         ValueError: If a number is too small, or the plan cannot be carried out.
-        MeasureError: If nobody tells the clock.
+        MeasureError: If the clock is unknown.
     """
     dtype = training_dtype(torch.device("cuda")) if dtype is None else dtype
     positive(batch=batch)
@@ -309,19 +311,19 @@ def roofline(
         known = {limit: us for limit, us in limits.items() if us is not None}
         bound = max(known, key=lambda limit: known[limit], default="").removesuffix("_us")
         time_us = 1000 * spread(times[name])["median_ms"] if name in times else None
-        gap = None if time_us is None else time_us / least
-        found = dict(kernel=name, **limits, slots=slots.get(name), bound_by=bound)
-        return found | dict(floor_us=least, time_us=time_us, gap=gap)
+        over = None if time_us is None else time_us / least
+        own = dict(kernel=name, **limits, slots=slots.get(name), bound_by=bound)
+        return own | dict(bound_us=least, time_us=time_us, time_over_bound=over)
 
     rows = [
-        row(name, here.floor_us(work, slots.get(name)), here.limits_us(work, slots.get(name)))
+        row(name, here.bound_us(work, slots.get(name)), here.limits_us(work, slots.get(name)))
         for name, work in works.items()
     ]
     rows.append(row(STEP, step_us(net, shape, here, slots), dict.fromkeys(LIMITS)))
     about = dict(machine=here.name, model=model, batch=batch, plan=plan, rounds=rounds)
     rates = dict(bytes_per_s=here.bytes, flops_per_s=here.flops, clock_hz=here.clock_hz)
     return Report(
-        title="least times, and times beside them" if gpu else "least times, counted and not timed",
+        title="roofline bounds and times" if gpu else "roofline bounds, without times",
         settings=settings(device, dtype, **about, **{n: f"{v:.3g}" for n, v in rates.items()}),
         rows=rows,
         skipped=skipped,
@@ -331,15 +333,15 @@ def roofline(
 def issue_slots(
     table: Path | None, arch: int, dtype: torch.dtype, state: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Read how many warp instructions the scans issue for 32 state-steps, the least of all forms.
+    """Read the warp instructions of the scans per 32 state-steps, the minimum over specializations.
 
     Returns:
-        The numbers by kernel, and why there is none.
+        The numbers by kernel, and why one is missing.
     """
     if table is None or not table.is_file():
         return {}, {"instructions": f"there is no {table or 'table of compiled kernels'}"}
     wanted = {POINTERS[dtype], f"N{state}"}
-    found: dict[str, float] = {}
+    slots: dict[str, float] = {}
     skipped = {}
     for kernel in COUNTED:
         forms = [
@@ -348,15 +350,15 @@ def issue_slots(
             if row.arch == arch and row.slots is not None and _is(row.name, kernel, wanted)
         ]
         if forms:
-            found[kernel] = min(forms)
+            slots[kernel] = min(forms)
         else:
-            told = f"{table} has none for {dtype_name(dtype)}, sm_{arch}"
-            skipped[f"instructions of {kernel}"] = told
-    return found, skipped
+            reason = f"{table} has none for {dtype_name(dtype)}, sm_{arch}"
+            skipped[f"instructions of {kernel}"] = reason
+    return slots, skipped
 
 
 def _is(name: str, kernel: str, wanted: Iterable[str]) -> bool:
-    """Whether a compiled form is one of this kernel with all wanted words in its name."""
+    """Whether a specialization is of this kernel, with all wanted words in its name."""
     words = {word.lstrip("*") for word in name.split()}
     return any(word.strip("_").startswith(kernel) for word in words) and words.issuperset(wanted)
 
@@ -364,15 +366,15 @@ def _is(name: str, kernel: str, wanted: Iterable[str]) -> bool:
 def step_us(
     net: Vim, shape: Shape, machine: Machine, slots: Mapping[str, float] | None = None
 ) -> float:
-    """Return the least time of a training step in microseconds, without embedding and head.
+    """Return the lower bound of a training step in microseconds, without embedding and head.
 
-    The backward pass of a block convolves again and gates again, since neither result is kept.
+    The backward pass of a block recomputes the convolution and the gate.
 
     Args:
-        net: The model, whose schedule says how many tokens each block has.
+        net: The model, whose schedule gives the tokens of each block.
         shape: Sizes of its first block.
-        machine: Where.
-        slots: Warp instructions of kernels for 32 state-steps.
+        machine: The GPU.
+        slots: Warp instructions of kernels per 32 state-steps.
     """
     known = slots or {}
     total = 1e6 * ADAMW * sum(p.numel() for p in net.parameters()) / machine.bytes
@@ -380,11 +382,11 @@ def step_us(
     for count, left in zip(net.schedule.counts, net.schedule.lengths, strict=True):
         before, after = shape._replace(length=length), shape._replace(length=left)
         if count:
-            total += machine.floor_us(merging_work(before, count))
+            total += machine.bound_us(merging_work(before, count))
         norms = {n: work for n, work in kernel_work(before).items() if n.startswith("norm")}
         for name, work in (kernel_work(after) | product_work(after) | norms).items():
             times = 2 if name in ("conv_forward", "gate_forward") else 1
-            total += times * machine.floor_us(work, known.get(name))
+            total += times * machine.bound_us(work, known.get(name))
         length = left
     return total
 

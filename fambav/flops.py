@@ -250,7 +250,7 @@ def _layer_rows(cost: ModelCost, reduction: Reduction) -> Iterator[Row]:
     Convolutions of tokens that form no grid run on the initial grid, among zeros.
     """
     schedule, method, info = reduction.schedule, reduction.method, reduction.info
-    masked, gap = reduction.scan == "masked", reduction.gap
+    masked, gap = reduction.scan == "masked", reduction.gap_policy
     kept = info.tokens
     grid: tuple[int, int] | None = info.grid
     for layer, (own, removed) in enumerate(zip(cost.layers, schedule.counts, strict=True)):
@@ -259,7 +259,7 @@ def _layer_rows(cost: ModelCost, reduction: Reduction) -> Iterator[Row]:
         )
         after, spent = grid, FREE
         if method is not None and removed:
-            after = grid if masked else method.shape(grid, removed)
+            after = grid if masked else method.grid_after(grid, removed)
             known = method.name in OVERHEADS.names()
             spent = total(OVERHEADS[method.name](sizes) if known else FREE, carrying(sizes, gap))
         seen = info.tokens if masked else schedule.lengths[layer]

@@ -97,8 +97,13 @@ HOOKS: tuple[str, ...] = ("before", "between", "after")
 SCAN_POLICIES: tuple[str, ...] = ("compact", "aligned", "masked")
 GAP_POLICIES: tuple[str, ...] = ("cached", "bias", "hold_prev", "self", "none")
 CLASS_TOKEN_POLICIES: tuple[str, ...] = ("exact", "proportional", "middle")
-SCHEDULES = (  # forms of --reduction-schedule
-    "r:5, r:5@3-23/2, ramp:16,-1, list:7,7,0, keep:0.8@5,10, tokens:157,125@10,20 or published"
+SCHEDULES = (  # forms of --reduction-schedule, and a pattern that all of them but published match
+    "r:5, r:5@3-23/2, ramp:16,-1, list:7,7,0, 6:9,8:12, keep:0.8@5,10, tokens:157,125@10,20,"
+    " upper:6:9, all:7 or published"
+)
+SCHEDULE_FORM = (
+    r"(r|ramp|list|keep|tokens):[-\d.,@/]+|(all|interleaved|alternate|lower|upper)(:\d+)+"
+    r"|\d+:\d+(,\d+:\d+)*"
 )
 DATA_SETS: tuple[str, ...] = (
     "DIGITS",
@@ -123,14 +128,14 @@ def grids() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-PICTURES: dict[str, str] = {  # what `fambav show` draws, and what is to be seen
-    "groups": "patches that each token stands for, layer by layer",
-    "strategies": "patches that each token stands for under every strategy, same weights",
-    "animation": "patches that each token stands for, in motion (GIF)",
+PICTURES: dict[str, str] = {  # what `fambav show` draws
+    "groups": "patches of each token, layer by layer",
+    "strategies": "patches of each token under every strategy, same weights",
+    "animation": "patches of each token, animated over the layers (GIF)",
     "similarity": "cosine of every two tokens, layer by layer",
-    "likeness": "mean cosine of neighbours and of all pairs of tokens, over the layers",
+    "mean_similarity": "mean cosine of neighbours and of all pairs of tokens, over the layers",
     "layers": "tokens and operations of each layer",
-    "scan": "path of the scan before and after tokens went",
+    "scan": "path of the scan before and after tokens are removed",
     "curves": "accuracy, loss and learning rate of all runs, over the epochs",
 }
 
@@ -139,8 +144,8 @@ def nearest(name: str, names: Collection[str]) -> str:
     """Return a hint for a name that is not among `names`.
 
     Args:
-        name: What was asked for.
-        names: What there is.
+        name: The unknown one.
+        names: The known ones.
 
     Returns:
         "did you mean 'x'?" if one of the names is close, else "known: x, y, z".
@@ -158,7 +163,7 @@ class Registry(Generic[T]):
         self._builders: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorate a builder so that flags and config files can ask for `name`.
+        """Decorate a builder so that flags and config files can use `name`.
 
         Raises:
             ValueError: If the name is taken.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds mamba-ssm and causal-conv1d for this machine's GPU, as yardsticks, without a network.
+# Builds mamba-ssm and causal-conv1d for this machine's GPU, to compare with, without a network.
 #
 #   bash scripts/build_cuda_peers.sh [--dry-run] SDIST_DIR OUT_DIR
 #   PYTHONPATH=OUT_DIR python3 -m fambav doctor      then finds them
@@ -38,14 +38,14 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 packages=(mamba_ssm causal_conv1d)
 for package in "${packages[@]}"; do
-    found=("$sdists/$package"-*.tar.gz)
-    [ ${#found[@]} = 1 ] && [ -f "${found[0]}" ] ||
+    sdist=("$sdists/$package"-*.tar.gz)
+    [ ${#sdist[@]} = 1 ] && [ -f "${sdist[0]}" ] ||
         fail "SDIST_DIR is $sdists, expected one $package-*.tar.gz in it"
     mkdir "$work/$package"
-    tar -xzf "${found[0]}" -C "$work/$package" --strip-components 1 ||
-        fail "sdist is ${found[0]}, expected a gzipped tar archive"
+    tar -xzf "${sdist[0]}" -C "$work/$package" --strip-components 1 ||
+        fail "sdist is ${sdist[0]}, expected a gzipped tar archive"
     named=$(grep -c 'cc_flag\.append("arch=' "$work/$package/setup.py") ||
-        fail "setup.py of ${found[0]} names no architecture, expected lines cc_flag.append(\"arch=...\")"
+        fail "setup.py of ${sdist[0]} names no architecture, expected lines cc_flag.append(\"arch=...\")"
     sed -i -E -e 's/cc_flag\.append\("-gencode"\)/pass/' \
         -e "s/cc_flag\.append\(\"arch=[^\"]*\"\)/cc_flag[:] = [\"-gencode\", \"arch=compute_$arch,code=sm_$arch\"]/" \
         "$work/$package/setup.py"
@@ -53,7 +53,7 @@ for package in "${packages[@]}"; do
     echo "$package: $named architectures in setup.py become sm_$arch"
 done
 
-# Otherwise both look for a finished wheel on the network first; newer mamba-ssm builds no kernels unless told.
+# Otherwise both try to download a wheel first; newer mamba-ssm builds no kernels without the last variable.
 export MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE
 wheel=("$python" -m pip wheel --no-index --no-deps --no-build-isolation)
 install=("$python" -m pip install --no-index --no-deps --upgrade --target "$out")

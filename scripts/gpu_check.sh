@@ -3,10 +3,9 @@
 #
 #   bash scripts/gpu_check.sh [--more] [--only STEP] [--dry] [FOLDER]
 #
-# FOLDER (default output/gpu_check) receives a JSON file after every step, of tests an XML file, and in
-# steps.jsonl a line for each: an early stop loses nothing.  --more runs the second part, of less that matters; --only
-# runs one step of either; --dry runs each to its end on a CPU, with tiny sizes and Triton's
-# interpreter.
+# FOLDER (default output/gpu_check) receives a JSON file after every step (tests: a JUnit XML file) and a line
+# for each in steps.jsonl, so that an early stop loses nothing.  --more runs the second part, of lower priority; --only
+# runs one step of either; --dry runs each step on a CPU, with tiny sizes and Triton's interpreter.
 # Needs a CUDA build of torch, the packages of pyproject.toml and pytest in $PYTHON (default python3);
 # installs nothing.
 set -uo pipefail
@@ -46,7 +45,7 @@ if [ -z "$dry" ]; then
     "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
         fail "no CUDA device is visible to $python, expected one; --dry needs none"
 fi
-SECONDS=0 # the first import of torch on a new machine takes its own time
+SECONDS=0 # the first import of torch on a new machine is not counted
 
 failed=0
 step() { # NAME SECONDS COMMAND...
@@ -74,7 +73,7 @@ script() { # NAME SECONDS FILE FLAGS...
 check() { # NAME SECONDS EXPRESSION FILES...
     local name=$1 limit=$2 which=$3
     shift 3
-    # Only pytest is needed: a setting of a plugin that is absent is no failure of the kernels.
+    # Only pytest is required: settings of plugins that are not installed are ignored.
     step "$name" "$limit" "$python" -m pytest -p no:cacheprovider -W ignore::pytest.PytestConfigWarning -rP \
         -m "$mark" -k "$which" --junitxml "$out/$name.xml" "$@"
 }
@@ -88,12 +87,12 @@ smoke() { # NAME SECONDS FLAGS...
 import json, pathlib, sys
 run, target = map(pathlib.Path, sys.argv[1:])
 epochs = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
-told = {"environment": json.loads((run / "env.json").read_text()), "epochs": epochs}
-target.write_text(json.dumps(told, indent=1))' "$out/$name" "$out/$name.json"
+summary = {"environment": json.loads((run / "env.json").read_text()), "epochs": epochs}
+target.write_text(json.dumps(summary, indent=1))' "$out/$name" "$out/$name.json"
 }
 
 declare -A files=(
-    [norm]=tests/ops/test_norm.py [conv]=tests/ops/test_triton_conv.py [gate]=tests/ops/test_triton_gate.py
+    [norm]=tests/ops/test_add_rms_norm.py [conv]=tests/ops/test_triton_conv.py [gate]=tests/ops/test_triton_gate.py
     [match]=tests/ops/test_match.py [pool]=tests/ops/test_pool.py [scan]=tests/ops/test_triton_scan.py
     [mixer]=tests/ops/test_bimamba.py [training]=tests/engine/test_determinism.py
 )
@@ -105,7 +104,7 @@ if [ -n "$dry" ]; then
     scan=(scan "${few[@]}" --length 5 3 --state 4 --backend triton cuda numba cpu reference)
     block=(block "${few[@]}" --model vim_micro --length 5 3)
     step=(step "${few[@]}" --model vim_micro --length 10 5)
-    forward=(--batch 1 --rounds 1 --warmup 0 --model vim_micro --plan none upper:3:9 --peer deit_tiny_patch16_224 --ceilings --split)
+    forward=(--batch 1 --rounds 1 --warmup 0 --model vim_micro --plan none upper:3:9 --peer deit_tiny_patch16_224 --roofline --profile)
     kernels=(kernels "${few[@]}" --length 3 --dim 32 --state 4 --blocks 32 --warps 1)
     for op in norm conv gate match pool scan mixer; do
         check "check_$op" 1 "every_length and 2-torch.float32 or every_length and 5-torch.float32" "${files[$op]}"
@@ -132,7 +131,7 @@ if [ -n "$dry" ]; then
 else
     device=cuda mark=gpu
     small=(--model vim_tiny --batch-size 64 --num_workers 8 --fusion-strategy upper --fusion-layer 6 --fusion-token 9)
-    forward=(--plan none upper:6:9 all:7 --peer deit_tiny_patch16_224 --cuda-graphs --ceilings --split)
+    forward=(--plan none upper:6:9 all:7 --peer deit_tiny_patch16_224 --cuda-graphs --roofline --profile)
     for op in norm conv gate match pool; do
         check "check_$op" 20 every_length "${files[$op]}"
     done

@@ -4,8 +4,8 @@
 #   bash scripts/triton_matrix.sh [FOLDER]     FOLDER receives versions, logs and tables (default output/triton_matrix)
 #
 # For each version: the tests that run kernels in Triton's interpreter, and benchmarks/aot.py against the recorded
-# table, which objects only to spills and to more than twice the registers when the version is another than the
-# recorded one.  A version lies as a folder in front of .venv, so that torch is not fetched again.
+# table, where for another version than the recorded one only spills and more than twice the registers are
+# regressions.  A version is installed into a folder on PYTHONPATH before .venv, so that torch is not fetched again.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 out=$(realpath -m "${1:-output/triton_matrix}")
@@ -36,8 +36,8 @@ for wanted in "${versions[@]}"; do
         compiled=$(tail -n 1 "$here.aot.log")
         status=1
     fi
-    found=$("$python" -c 'import numpy, triton; print(f"{triton.__version__:<8}{numpy.__version__:<8}")')
-    table+=$(printf '\n%s%-62s%s' "$found" "$tested" "$compiled")
+    version=$("$python" -c 'import numpy, triton; print(f"{triton.__version__:<8}{numpy.__version__:<8}")')
+    table+=$(printf '\n%s%-62s%s' "$version" "$tested" "$compiled")
 done
 printf '%s\n\nlogs and tables are in %s\n' "$table" "$out"
 exit $status

@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():  # read when a kernel is defined, so before anything imports one
     os.environ["TRITON_INTERPRET"] = "1"
 
-import fambav.ecosystem  # noqa: F401  before any test imports timm or torchvision
+import fambav.timm_compat  # noqa: F401  before any test imports timm or torchvision
 from fambav.engine.record import environment
 
 torch.set_num_threads(1)

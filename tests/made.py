@@ -10,7 +10,7 @@ from fambav import cli, training
 from fambav.config import Config
 from fambav.data import load
 from fambav.engine import checkpoint
-from fambav.randomness import seed_all
+from fambav.seeding import seed_all
 from fambav.training import saved
 
 SMALL = dict(model="vim_micro", data_set="DIGITS", data_stats="own", patch_size=8, num_workers=0)

@@ -131,12 +131,12 @@ def test_a_wrong_command_is_one_line_and_status_2(capsys, words, message):
 class Worker(ValueError):
     """What a loader process raised, as torch passes it on: with its traceback in the text."""
 
-    __module__ = "fambav.data.arrays"
+    __module__ = "fambav.data.types"
     __qualname__ = "DataError"
 
 
 TRACE = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
-TRACE += 'last):\n  File "x.py", line 1\nfambav.data.arrays.DataError: a.png is damaged\n'
+TRACE += 'last):\n  File "x.py", line 1\nfambav.data.types.DataError: a.png is damaged\n'
 DIVERGED = type("DivergedError", (RuntimeError,), {"__module__": "fambav.engine.train"})
 BACKEND = type("BackendError", (RuntimeError,), {"__module__": "fambav.ops.dispatch"})
 

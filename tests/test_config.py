@@ -668,7 +668,7 @@ def test_names_are_those_of_the_registries():
     import fambav.ops
     import fambav.reduction
     from fambav import registry
-    from fambav.ecosystem import timm
+    from fambav.timm_compat import timm
 
     registered = (timm.list_models(module=module) for module in ("vim", "plainmamba"))
     assert set(registry.MODELS) == {name for names in registered for name in names}

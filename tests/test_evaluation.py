@@ -13,9 +13,9 @@ import fambav.models
 from fambav import cli
 from fambav.config import OPTIONS, ConfigError
 from fambav.data import load
-from fambav.ecosystem import timm
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
+from fambav.timm_compat import timm
 from tests.made import SMALL, converted, filled, go, run, scores, spoiled
 from tests.trust.forked import run_two
 

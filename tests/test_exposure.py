@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision
 from fambav.reduction import reduce
 from fambav.registry import METHODS
+from fambav.timm_compat import timm
 from fambav.training import exposure as told
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def lasting(clock, ms):
 @pytest.mark.parametrize("name", ["vim_micro", "plainmamba_micro"])
 def test_every_mixer_that_is_asked_and_no_other_has_a_reason(name, method):
     net = reduced(name, method)
-    asked = {n + 1 for n in range(net.depth) if net.reduction.hooks(n).asked}
+    asked = {n + 1 for n in range(net.depth) if net.reduction.hooks(n).unfused}
     kinds = told.kinds(net.reduction)
     assert {layer for kind in kinds for layer in kind.layers} == asked
     assert (told.exposure(net, PLAIN) is None) == (not asked)
@@ -84,10 +84,12 @@ def test_a_mixer_of_each_kind_is_timed(monkeypatch, name):
             run()
         return {key: [10.0 * (key + 1)] * rounds for key in runs}
 
-    asks = []
+    calls = []
     net = reduced(name, "prune-aligned")
     for layer in net.layers:
-        layer.mixer.register_forward_pre_hook(lambda _, given: asks.append(given[1:]))
+        layer.mixer.register_forward_pre_hook(
+            lambda _, given, options: calls.append((len(given), options)), with_kwargs=True
+        )
     monkeypatch.setattr(told, "interleave", interleave)
     line = told.exposure(net, PLAIN)
     assert line == (
@@ -95,10 +97,9 @@ def test_a_mixer_of_each_kind_is_timed(monkeypatch, name):
         " such take 2.0 and 3.0 times as long as one that is not asked (measured, forward and"
         " backward)"
     )
-    plain, telling, aging = asks[:3]
-    assert plain == ()
-    assert (telling[0].needs, telling[0].gap) == ({"delta", "y", "z"}, None)
-    assert (aging[0].needs, aging[0].gap) == (frozenset(), "self")
+    want = {"delta", "y", "z"}
+    returning = dict(want=want, gap_policy=None)
+    assert calls[:3] == [(1, {}), (2, returning), (2, dict(want=set(), gap_policy="self"))]
 
 
 def test_one_kind_has_one_time(monkeypatch):

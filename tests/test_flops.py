@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import fambav.models  # noqa: F401  registers the models and what their operators cost
 from fambav import config, flops
 from fambav.cli import console
-from fambav.ecosystem import timm
 from fambav.models.flops import FREE, Cost, alignment, carrying, total
 from fambav.ops import force
 from fambav.ops.flop_formulas import SCAN
 from fambav.reduction import Reducer, reduce
 from fambav.registry import METHODS, MODELS, REDUCERS
+from fambav.timm_compat import timm
 
 GIGA = 1e9
 LINEAR = ("mm", "addmm", "bmm", "baddbmm", "convolution", "match")
@@ -217,11 +217,11 @@ class TopRow(Reducer):
         raise AssertionError("nothing runs here")
 
     @staticmethod
-    def limit(length, class_places):
+    def limit(length, cls_index):
         return length - 1
 
     @staticmethod
-    def shape(grid, count):
+    def grid_after(grid, count):
         return None if grid is None or count != grid[1] else (grid[0] - 1, grid[1])
 
 
@@ -284,14 +284,18 @@ def test_masked_tokens_save_nothing():
 
 
 def test_alignment_is_paid_by_every_layer_behind_the_first_tokens_that_went():
-    model = reduce(built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap="self")
+    model = reduce(
+        built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap_policy="self"
+    )
     found = rows(flops.count(model))
     assert [row.alignment for row in found] == [
         FREE,
         FREE,
         *(Cost(4 * n * 128, 2 * 4 * n * 128) for n in (60, 60, 57, 57)),
     ]
-    model = reduce(built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap="cached")
+    model = reduce(
+        built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap_policy="cached"
+    )
     kept = rows(flops.count(model))
     assert kept[2].alignment == Cost(3 * 60 * 128, 2 * 3 * 60 * 128)
     assert kept[2].reduction.literature - found[2].reduction.literature == 2 * 5 * 128
@@ -299,7 +303,9 @@ def test_alignment_is_paid_by_every_layer_behind_the_first_tokens_that_went():
     whole = total(*(row.own for row in report.rows), report.reduction, report.alignment)
     assert report.total == whole
     assert "alignment" in report.table().render("text")
-    model = reduce(built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap="none")
+    model = reduce(
+        built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap_policy="none"
+    )
     assert flops.count(model).alignment == FREE
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fambav.config import ConfigError, parse
-from fambav.ecosystem import timm
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.replay import Replayed
 from fambav.engine.runtime import Processes
 from fambav.engine.train import binary_cross_entropy, soft_cross_entropy
 from fambav.layers.drop import current
+from fambav.timm_compat import timm
 from fambav.training import entries, model, run, schedule
 from fambav.training.batches import data_set, train_batches
 from fambav.training.network import sketch

@@ -1,16 +1,17 @@
-"""Benchmarks for users: candidates side by side, each once in every round.
+"""Benchmarks for users: candidates take turns, each once in every round.
 
 operations    a scan, or a block, by every backend
-passes        training steps and forward passes of our models beside those of timm
-strategies    what token fusion saves, and what merging costs
-reduction     what each reduction method costs where it acts, in layers
-data_loader   training images a second
-profile, ceilings    where the time goes, and what share of the device's best that is
+passes        training steps and forward passes of our models and of models of timm
+strategies    savings of token fusion, and the cost of merging
+reduction     the cost of each reduction method at one layer, in units of a layer
+data_loader   throughput of the training images
+profile       shares of the time by layer and by operation
+roofline      peak compute and bandwidth of the device, and shares of them
 
-Every benchmark takes, by keyword, and returns a `Report`:
+Every benchmark has these keyword arguments and returns a `Report`:
     batch       images or sequences; by default 128 on a GPU and few on a CPU
-    rounds      how often each candidate is timed, at least 1
+    rounds      timings of each candidate, at least 1
     warmup      rounds before those
-    device      where
+    device      where it runs
     dtype, dtypes    of the tokens or the forward pass, under autocast; by default as in training
 """

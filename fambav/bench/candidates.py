@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fambav.bench.report import MeasureError, Row, dtype_name
-from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision
 from fambav.engine.timing import Times, ratio
 from fambav.models import Backbone, Vim
 from fambav.ops import BackendError, backends, force
 from fambav.ops.dispatch import SCAN
-from fambav.reduction import fused
-from fambav.registry import MODELS, STRATEGIES, STRATEGY_ALIASES, nearest
+from fambav.reduction import Reduction, make_reducer, make_schedule, parse_schedule
+from fambav.registry import MODELS, STRATEGY_ALIASES, nearest
+from fambav.timm_compat import timm
 
 NONE = "none"
 EAGER, REPLAYED = "eager", "replayed"
@@ -34,7 +33,7 @@ class Candidate(NamedTuple):
 
     Attributes:
         model: One of ours, or a model of timm.
-        plan: Which layers fuse how many tokens, as `parse_plan` reads it.
+        plan: Which layers fuse how many tokens, a schedule as for `fambav.reduce`.
         method: How they are fused.
         backend: What operations run by; None for the fastest.
         dtype: Of the forward pass, under autocast unless it is float32; weights stay float32.
@@ -96,36 +95,11 @@ class Candidate(NamedTuple):
             if self.length is not None:
                 options["img_size"] = image_size(self.model, self.length)
             net = cast(Backbone, timm.create_model(self.model, **options))
-        fusion = parse_plan(self.plan)
-        if fusion:
-            named = {key.removeprefix("fusion_"): value for key, value in fusion.items()}
-            net.reduction = fused(net.info, **named, method=self.method)
+        if self.plan != NONE:
+            reducer, given = make_reducer(self.method), ("plan", self.plan)
+            schedule = make_schedule(self.plan, net.info, reducer, given=given)
+            net.reduction = Reduction(net.info, reducer, schedule)
         return net.to(device)
-
-
-def parse_plan(text: str) -> dict[str, Any]:
-    """Read a plan such as "upper:6:9", layers counted from 1, or "none".
-
-    Returns:
-        The same as arguments of a model; nothing for no fusion.
-
-    Raises:
-        ValueError: If it has another form.
-    """
-    strategy, *numbers = text.split(":")
-    known = (*STRATEGIES, *STRATEGY_ALIASES)
-    if strategy not in known:
-        hint = nearest(strategy, known)
-        raise ValueError(f"plan is {text!r}, expected strategy:layer:tokens; {hint}")
-    if STRATEGY_ALIASES.get(strategy, strategy) == NONE and not numbers:
-        return {}
-    wanted = 2 if strategy in ("lower", "upper") else 1
-    if len(numbers) != wanted or not all(re.fullmatch(r"[1-9]\d*", n) for n in numbers):
-        form = "layer:tokens" if wanted == 2 else "tokens"
-        raise ValueError(f"plan is {text!r}, expected {strategy}:{form}")
-    *layer, token = map(int, numbers)
-    fusion: dict[str, Any] = dict(fusion_strategy=strategy, fusion_token=token)
-    return fusion | ({"fusion_layer": layer[0]} if layer else {})
 
 
 def candidates(
@@ -144,7 +118,7 @@ def candidates(
 
     Args:
         model: One of ours.
-        plans: Which layers fuse how many tokens, as `parse_plan` reads them.
+        plans: Which layers fuse how many tokens, schedules as for `fambav.reduce`, or none.
         method: How tokens are fused.
         names: Backends of our operations; by default the fastest.
         dtypes: Of the forward pass.
@@ -159,7 +133,13 @@ def candidates(
     """
     for dtype in dtypes:
         _check_dtype(dtype, device)
-    named = [text if parse_plan(text) else NONE for text in plans]
+    named = [STRATEGY_ALIASES.get(text, text) for text in plans]
+    if model in MODELS:
+        with torch.device("meta"):
+            info = cast(Backbone, timm.create_model(model)).info
+        for text in named:
+            if text != NONE:
+                parse_schedule(text, info, name="plan")
     for name in (peer for peer in peers if peer not in MODELS):
         with torch.device("meta"):
             _peer(name)
@@ -174,7 +154,7 @@ def candidates(
 def prepared(
     given: Sequence[Candidate], make: Callable[[Candidate], T], key: Callable[[Candidate], str]
 ) -> tuple[dict[Candidate, T], dict[str, str]]:
-    """Make something of every candidate, and say why it cannot be had.
+    """Make something of every candidate, or give the reason why it cannot be had.
 
     Args:
         given: The candidates.
@@ -253,8 +233,8 @@ def _others(backend: str) -> tuple[str, ...]:
 def _peer(name: str) -> nn.Module:
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())
-        told = hint if hint.startswith("did you") else "timm.list_models() has them all"
-        raise ValueError(f"peer is {name!r}, expected a model of timm; {told}")
+        more = hint if hint.startswith("did you") else "timm.list_models() has them all"
+        raise ValueError(f"peer is {name!r}, expected a model of timm; {more}")
     return timm.create_model(name, num_classes=CLASSES)
 
 
@@ -270,8 +250,8 @@ def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
     if reason is not None:
-        told = f"dtype is {dtype_name(dtype)}, expected one that {device.type} computes in"
-        raise ValueError(f"{told}; {reason}")
+        wrong = f"dtype is {dtype_name(dtype)}, expected one that {device.type} computes in"
+        raise ValueError(f"{wrong}; {reason}")
 
 
 def images(net: nn.Module, batch: int, device: torch.device) -> Tensor:
@@ -289,9 +269,9 @@ def image_size(model: str, length: int) -> tuple[int, int]:
     """
     with torch.device("meta"):
         net = cast(Vim, timm.create_model(model))
-    patches = length - len(net.class_places)
+    patches = length - len(net.cls_index)
     if patches < 1:
-        raise ValueError(f"length is {length}, expected at least {1 + len(net.class_places)}")
+        raise ValueError(f"length is {length}, expected at least {1 + len(net.cls_index)}")
     rows = next(n for n in range(int(patches**0.5), 0, -1) if patches % n == 0)
     (patch, _), (stride, _) = net.patch_embed.proj.kernel_size, net.patch_embed.proj.stride
     return patch + stride * (rows - 1), patch + stride * (patches // rows - 1)

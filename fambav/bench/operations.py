@@ -1,4 +1,4 @@
-"""A bidirectional selective scan, and a residual block: forward and backward by every backend."""
+"""Forward and backward of a bidirectional selective scan, and of a block, by every backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fambav.bench.candidates import relative, use_backend
 from fambav.bench.report import Report, positive, settings, training_dtype
-from fambav.ecosystem import timm
 from fambav.engine.memory import MIB
 from fambav.engine.runtime import Precision
 from fambav.engine.timing import Run, interleave, peak_mib, spread, with_replays
@@ -20,11 +19,12 @@ from fambav.layers import Block, Tokens
 from fambav.models import Vim
 from fambav.ops import BackendError, selective_scan
 from fambav.ops.kernels import interpreted, kernel_set
+from fambav.timm_compat import timm
 
 LENGTHS = (197, 130, 65, 29)
 BATCH = {"cuda": 128, "cpu": 8}
 BASELINES = ("cuda", "cpu", "reference")
-BACKENDS = {  # what is compared where nothing else is asked for
+BACKENDS = {  # compared by default
     "cuda": ("triton", "cuda", "reference"),
     "cpu": ("numba", "cpu", "cuda", "reference"),
 }
@@ -32,7 +32,7 @@ KERNEL_SETS = ("triton", "numba")
 REVERSE = (False, True)
 SCALE = 0.5
 
-# What makes forward and backward pass by a backend at a length: the pass, and its peak memory.
+# From a backend and a length to a forward and backward pass, and a measurement of its peak memory.
 Make = Callable[[str, int], tuple[Run, Callable[[], float]]]
 
 
@@ -48,17 +48,17 @@ def scan(
 ) -> Report:
     """Measure a scan with all its options in both directions, their sum and its gate.
 
-    The defaults are the scan of Vim-Ti.  Fused kernels are called as the mixer calls them, both
-    directions at once; the other backends get the layout that they like best.
+    The defaults are the scan of Vim-Ti.  Fused kernels are called as in the mixer, both directions
+    at once; the other backends get the memory layout that is fastest for them.
 
     Args:
         lengths: Tokens of each sequence.
         dim: Channels of each direction.
-        state: Numbers of state for each channel.
-        how: `names` of backends, by default those that suit the device; `rounds` and `warmup`.
+        state: State size of each channel.
+        how: `names` of backends, by default those for the device; `rounds` and `warmup`.
 
     Returns:
-        A row for every backend, way to launch it, and length.
+        A row for every backend, launch (eager or replayed) and length.
 
     Raises:
         ValueError: If a number is too small.
@@ -72,7 +72,7 @@ def scan(
         x = drawn[length]
         if backend in KERNEL_SETS:
             run: Run = partial(x.backward, backend)
-            if device.type == "cpu":  # where autograd does not see what the kernels keep
+            if device.type == "cpu":  # the tensors kept are not visible to autograd
                 return run, lambda: sum(t.nbytes for t in x.forward(backend)[1:]) / MIB
             return run, partial(peak_mib, run, device)
         leaves = x.leaves(by_channel=backend == "cuda")
@@ -93,15 +93,15 @@ def block(
     dtype: torch.dtype | None = None,
     **how: Any,
 ) -> Report:
-    """Measure a new block of a model, given what a block before it hands over.
+    """Measure a new block of a model on random tokens and residual stream.
 
     Args:
         model: Whose block.
         lengths: Tokens of each sequence.
-        how: As `scan`.
+        how: As in `scan`.
 
     Returns:
-        A row for every backend, way to launch it, and length.
+        A row for every backend, launch (eager or replayed) and length.
 
     Raises:
         ValueError: If a number is too small.
@@ -118,13 +118,13 @@ def block(
         shape = batch, length, net.dim
         x = torch.randn(shape, device=device).to(dtype).requires_grad_()
         residual = torch.randn(shape, device=device).requires_grad_()
-        tokens = Tokens.start(x, class_places=())._replace(residual=residual)
+        tokens = Tokens.start(x, cls_index=())._replace(residual=residual)
         grads = torch.randn(shape, device=device).to(dtype), torch.randn(shape, device=device)
 
         def forward() -> tuple[Tensor, Tensor]:
             with precision.autocast():
-                found = layer(tokens)
-            return found.x, found.residual
+                out = layer(tokens)
+            return out.x, out.residual
 
         leaves = [x, residual, *layer.parameters()]
         run = _gradients(backend, forward, leaves, grads)
@@ -135,7 +135,7 @@ def block(
 
 
 def _gradients(backend: str, forward: Run, leaves: Sequence[Tensor], grads: Any) -> Run:
-    """Return what makes all gradients of a forward pass by a backend."""
+    """Return a run of a forward pass by a backend and all its gradients."""
 
     def run() -> object:
         with use_backend(backend):
@@ -156,7 +156,7 @@ def _measured(
     rounds: int = 9,
     warmup: int = 2,
 ) -> Report:
-    """Time every backend that can run here at every length; never an interpreter unasked."""
+    """Time every backend that can run here; Triton's interpreter only if it is named."""
     passes: dict[tuple[Any, ...], tuple[Run, Callable[[], float]]] = {}
     skipped = dict[str, str]()
     for name in BACKENDS[device.type] if names is None else names:
@@ -196,13 +196,14 @@ def _measured(
 
 
 class Inputs(NamedTuple):
-    """What both directions of a mixer hand to their scans.
+    """Random inputs of both scans of a mixer.
 
     Attributes:
         u, delta: (2, batch, length, dim).
         z, grad: Gate and gradient of the result, (batch, length, dim).
-        projected: Rows of B, C and what else a mixer projects, (2, batch, length, row).
-        A: (dim, state) for each direction; D and bias: (dim,).
+        projected: B, C and the rest of the projection, (2, batch, length, row).
+        A: (dim, state) of each direction.
+        D, bias: (dim,) of each direction.
     """
 
     u: Tensor
@@ -225,15 +226,15 @@ class Inputs(NamedTuple):
         device: torch.device,
         dtype: torch.dtype,
     ) -> Inputs:
-        """Draw everything, in the layout of a model."""
+        """Draw all inputs, in the memory layout of a model."""
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.randn(*shape, generator=generator).to(device, dtype)
 
-        wide = torch.promote_types(dtype, torch.float32)
+        upcast = torch.promote_types(dtype, torch.float32)
         row = -(-(2 * state + dim // 32 + 1) // 16) * 16
-        A = -torch.arange(1.0, state + 1).repeat(dim, 1).to(device, wide)
+        A = -torch.arange(1.0, state + 1).repeat(dim, 1).to(device, upcast)
         return cls(
             u=normal(2, batch, length, dim),
             delta=normal(2, batch, length, dim),
@@ -241,51 +242,53 @@ class Inputs(NamedTuple):
             grad=normal(batch, length, dim),
             projected=normal(2, batch, length, row),
             A=[A, A.clone()],
-            D=[normal(dim, dtype=wide) for _ in range(2)],
-            bias=[normal(dim, dtype=wide) for _ in range(2)],
+            D=[normal(dim, dtype=upcast) for _ in range(2)],
+            bias=[normal(dim, dtype=upcast) for _ in range(2)],
         )
 
     def weights(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """View B and C in rows of a projection, (2, batch, length, 1, state)."""
+        """View B and C of a projection, (2, batch, length, 1, state)."""
         state, rows = self.A[0].shape[1], projected.unsqueeze(3)
         return rows[..., :state], rows[..., state : 2 * state]
 
-    def scanned(self) -> tuple[Any, ...]:
-        """Return what the scan kernels of a set take."""
+    def scan_arguments(self) -> tuple[Any, ...]:
+        """Return the inputs in the order of the scan kernels' arguments."""
         return self.u, self.delta, self.A, *self.weights(self.projected), self.D, self.bias
 
     def forward(self, kernels: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gated result, and what is kept: the states, and the sum of both scans.
+        """Return the gated result, and for backward the states and the sum of both scans.
 
         Raises:
-            BackendError: If this set of kernels cannot run here.
+            BackendError: If these kernels cannot run here.
         """
-        offered = kernel_set(kernels)
-        reason = offered.missing() or offered.refuses(self.u)
+        chosen = kernel_set(kernels)
+        reason = chosen.unavailable() or chosen.unsupported(self.u)
         if reason is not None:
             raise BackendError(reason)
-        run = offered.load()
+        run = chosen.load()
         y, out, total = (torch.empty_like(t) for t in (self.u, self.z, self.z))
-        _, kept = run.scan_forward(*self.scanned(), y, softplus=True, reverse=REVERSE, keep=True)
+        _, kept = run.scan_forward(
+            *self.scan_arguments(), y, softplus=True, reverse=REVERSE, keep=True
+        )
         run.gate_forward(y, self.z, out, total, scale=SCALE)
         return out, kept, total
 
     def backward(self, kernels: str) -> tuple[Any, ...]:
-        """Return all gradients: of z, u, delta, the projected rows, and of A, D and bias."""
+        """Return all gradients: of z, u, delta and the projection, and those of A, D and bias."""
         _, kept, total = self.forward(kernels)
         run = kernel_set(kernels).load()
         dy, dz = torch.empty_like(self.z), torch.empty_like(self.z)
         run.gate_backward(self.grad, total, self.z, dy, dz, scale=SCALE)
         du, ddelta, rows = (torch.empty_like(t) for t in (self.u, self.delta, self.projected))
-        places = du, ddelta, *self.weights(rows)
-        given = dy.expand_as(self.u), None, kept, *self.scanned(), *places
-        return dz, du, ddelta, rows, run.scan_backward(*given, softplus=True, reverse=REVERSE)
+        outputs = du, ddelta, *self.weights(rows)
+        arguments = dy.expand_as(self.u), None, kept, *self.scan_arguments(), *outputs
+        return dz, du, ddelta, rows, run.scan_backward(*arguments, softplus=True, reverse=REVERSE)
 
     def leaves(self, *, by_channel: bool) -> list[Tensor]:
-        """Return the gate, and for each direction what `selective_scan` takes, as leaves.
+        """Return the gate and the arguments of `selective_scan` for each direction, as leaves.
 
         Args:
-            by_channel: Lay tokens next to each other, as mamba-ssm's kernels want it.
+            by_channel: Make tokens contiguous, as mamba-ssm's kernels require.
         """
 
         def leaf(t: Tensor) -> Tensor:
@@ -293,19 +296,19 @@ class Inputs(NamedTuple):
             return (t.contiguous() if by_channel else t).detach().requires_grad_()
 
         B, C = (w.squeeze(3) for w in self.weights(self.projected))
-        found = [leaf(self.z)]
+        leaves = [leaf(self.z)]
         for k in range(2):
-            given = self.u[k], self.delta[k], self.A[k].clone(), B[k], C[k], self.D[k], self.bias[k]
-            found += map(leaf, given)
-        return found
+            own = self.u[k], self.delta[k], self.A[k].clone(), B[k], C[k], self.D[k], self.bias[k]
+            leaves += map(leaf, own)
+        return leaves
 
 
 def composed(leaves: Sequence[Tensor]) -> Tensor:
-    """Scan `Inputs.leaves` both ways, add and gate, (batch, dim, length)."""
-    z, *given = leaves
+    """Scan `Inputs.leaves` in both directions, add and gate, (batch, dim, length)."""
+    z, *rest = leaves
     y = []
     for k, reverse in enumerate(REVERSE):
-        u, delta, A, B, C, D, bias = given[7 * k : 7 * k + 7]
+        u, delta, A, B, C, D, bias = rest[7 * k : 7 * k + 7]
         options: dict[str, Any] = dict(delta_bias=bias, delta_softplus=True, reverse=reverse)
         y.append(selective_scan(u, delta, A, B, C, D, **options))
     gated: Tensor = (y[0] + y[1]) * (SCALE * F.silu(z))

@@ -1,4 +1,4 @@
-"""Whole passes of models: training steps with the trainer's own code, and forward passes alone."""
+"""Training steps by the trainer's own code, and forward passes of whole models."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from fambav.bench.candidates import (
     relative,
     use_backend,
 )
-from fambav.bench.ceilings import Ceilings, flops
 from fambav.bench.operations import LENGTHS
-from fambav.bench.profile import profile
+from fambav.bench.profile import profile as profiled
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
+from fambav.bench.roofline import Roofline, flops
 from fambav.config import Config
 from fambav.engine.memory import MIB
 from fambav.engine.runtime import Processes, numerics
@@ -57,13 +57,13 @@ AllTimes = Mapping[Any, Times]
 
 
 class Forward(NamedTuple):
-    """A model in evaluation mode that has been called once, on images that stay the same.
+    """A model in evaluation mode that has been called once, on fixed images.
 
     Attributes:
         net: The model.
-        run: A forward pass without gradients; returns the logits, or replays them.
-        first_ms: Milliseconds of the first call, with all that was compiled for it, or of all calls
-            until it was recorded.
+        run: A forward pass without gradients; returns the logits, or replays a CUDA graph.
+        first_ms: Milliseconds of the first call, compilation included; for a replay, of all calls
+            up to its capture.
         optimizer: None.
     """
 
@@ -74,28 +74,27 @@ class Forward(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A model and what trains it, on images that stay the same.
+    """A model and its training step, on fixed images.
 
     Attributes:
         net: The model.
-        update: One step of its optimizer.
+        update: One training step.
         batch: Images and labels, on the device.
-        backend: What its operations run by; None for the fastest.
-        recorded_mib: Peak memory while its passes were recorded as CUDA graphs; None if they were
-            not.
+        backend: Of its operations; None for the fastest.
+        capture_mib: Peak memory of the capture of its passes as CUDA graphs; None without graphs.
     """
 
     net: nn.Module
     update: Update
     batch: tuple[Tensor, Tensor]
     backend: str | None
-    recorded_mib: float | None
+    capture_mib: float | None
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """What changes the weights."""
-        found: torch.optim.Optimizer = self.update.optimizer
-        return found
+        """The optimizer of the training step."""
+        optimizer: torch.optim.Optimizer = self.update.optimizer
+        return optimizer
 
     def run(self) -> Tensor:
         """Make a step; return its loss."""
@@ -104,8 +103,8 @@ class Step(NamedTuple):
 
     def peak_mib(self) -> float:
         """Return the peak memory of a step, in MiB, beyond weights and the optimizer's state."""
-        if self.recorded_mib is not None:
-            return self.recorded_mib
+        if self.capture_mib is not None:
+            return self.capture_mib
         return peak_mib(self.run, self.batch[0].device, ignored=self.net.parameters())
 
 
@@ -117,25 +116,25 @@ def infer(
     device: torch.device,
     dtypes: Sequence[torch.dtype] | None = None,
     alone: bool = False,
-    ceilings: bool = False,
-    parts: bool = False,
+    roofline: bool = False,
+    profile: bool = False,
     **which: Any,
 ) -> Report:
     """Measure forward passes in evaluation mode and without gradients, on random images.
 
     Args:
         alone: Time each call from an idle device to an idle device.
-        ceilings: Also measure a copy and products, and set all beside them, as `Ceilings` does.
-        parts: Also tell where the time goes, as `profile` does.
-        which: What is compared, as `candidates` takes it.
+        roofline: Also measure peak compute and bandwidth, and shares of them; see `Roofline`.
+        profile: Also report the shares of layers and operations; see `bench.profile`.
+        which: Arguments of `candidates`: what is compared.
 
     Returns:
         A row for each candidate:
-            first_call_ms   with all that is compiled, but for what an earlier row has compiled
+            first_call_ms   with compilation, except of what an earlier row has compiled
             images_per_s    from the median
             times_faster    than the first row within each round: median and quartiles
-            peak_mib        that PyTorch allocates for a pass beyond weights and images
-            gflop_per_image, gflop_per_s    as `ceilings.flops` counts them
+            peak_mib        allocated by PyTorch in a pass, beyond weights and images
+            gflop_per_image, gflop_per_s    as `roofline.flops` counts them
 
     Raises:
         ValueError: If a number is too small, or as `candidates`.
@@ -161,15 +160,15 @@ def infer(
 
     make = partial(forward_pass, batch=batch, device=device)
     how: dict[str, Any] = dict(rounds=rounds, warmup=warmup, device=device, alone=alone)
-    how |= dict(batch=batch, parts=parts, limited=dtypes if ceilings else ())
-    found = _measured(given, make, lambda candidate: candidate.name, columns, **how)
+    how |= dict(batch=batch, profile=profile, peaks_of=dtypes if roofline else ())
+    parts = _measured(given, make, lambda candidate: candidate.name, columns, **how)
     about: dict[str, Any] = dict(method=given[0].method, batch=batch, rounds=rounds)
     title = "one call at a time" if alone else "forward passes"
-    return Report(title=title, settings=settings(device, **about, memory="allocated"), **found)
+    return Report(title=title, settings=settings(device, **about, memory="allocated"), **parts)
 
 
 def latency(**given: Any) -> Report:
-    """Measure single images, each from an idle device to its logits; see `infer`."""
+    """Measure the latency of single images, each from an idle device to its logits; see `infer`."""
     return infer(batch=1, alone=True, **given)
 
 
@@ -182,18 +181,18 @@ def step(
     device: torch.device,
     dtypes: Sequence[torch.dtype] | None = None,
     names: Sequence[str] | None = None,
-    ceilings: bool = False,
-    parts: bool = False,
+    roofline: bool = False,
+    profile: bool = False,
     **which: Any,
 ) -> Report:
     """Measure whole training steps: forward, loss, backward and optimizer, on random images.
 
     Args:
-        lengths: Tokens, class tokens included; images get a size that makes so many.
-        names: Backends; by default those that suit the device, and no plain PyTorch.
-        ceilings: As `infer`.
-        parts: As `infer`.
-        which: What else is compared, as `candidates` takes it; peers are not recorded.
+        lengths: Tokens, class tokens included; image sizes are chosen for them.
+        names: Backends; by default those for the device, without plain PyTorch.
+        roofline: As in `infer`.
+        profile: As in `infer`.
+        which: Further arguments of `candidates`; peers are not captured as CUDA graphs.
 
     Returns:
         A row for every candidate.  Operations are three times those of a forward pass.
@@ -228,11 +227,11 @@ def step(
         return " ".join(key.row()[name] for name in named)
 
     how: dict[str, Any] = dict(rounds=rounds, warmup=warmup, device=device, passes=PASSES)
-    how |= dict(batch=batch, parts=parts, limited=dtypes if ceilings else ())
-    found = _measured(given, make, refused, columns, **how)
-    kept = "allocated" if device.type == "cuda" else "saved for backward"
-    about = settings(device, model=given[0].model, batch=batch, rounds=rounds, memory=kept)
-    return Report(title=STEP_TITLE, settings=about, **found)
+    how |= dict(batch=batch, profile=profile, peaks_of=dtypes if roofline else ())
+    parts = _measured(given, make, refused, columns, **how)
+    memory = "allocated" if device.type == "cuda" else "saved for backward"
+    about = settings(device, model=given[0].model, batch=batch, rounds=rounds, memory=memory)
+    return Report(title=STEP_TITLE, settings=about, **parts)
 
 
 def forward_pass(candidate: Candidate, *, batch: int, device: torch.device) -> Forward:
@@ -240,11 +239,11 @@ def forward_pass(candidate: Candidate, *, batch: int, device: torch.device) -> F
 
     Raises:
         BackendError: If its backend cannot run here.
-        RuntimeError: If it cannot be recorded.
+        RuntimeError: If it cannot be captured as a CUDA graph.
     """
     net = candidate.network(device).eval()
     given, precision = images(net, batch, device), candidate.precision(device)
-    # A weight that has been converted before would not be converted again in a replay.
+    # Autocast caches the casts of weights, which a replay would not repeat.
     cached = candidate.launch == EAGER
 
     def eager() -> Tensor:
@@ -259,23 +258,23 @@ def forward_pass(candidate: Candidate, *, batch: int, device: torch.device) -> F
 
 
 def training(candidate: Candidate, *, batch: int, device: torch.device, seed: int = 0) -> Step:
-    """Make a model and what trains it: a plain run without mixing and moving average.
+    """Make a model and its training step: a plain run without mixing and moving average.
 
     Args:
-        candidate: The model, and how it runs.
+        candidate: The model, its backend, dtype and launch.
         batch: Images.
-        device: Where.
+        device: Of the model.
         seed: Of weights, images and labels.
 
     Raises:
         ValueError: If the model cannot be built so.
-        RuntimeError: If its passes cannot be recorded.
+        RuntimeError: If its passes cannot be captured as CUDA graphs.
     """
-    mixed, recorded = candidate.dtype != torch.float32, candidate.launch == REPLAYED
+    mixed, graphs = candidate.dtype != torch.float32, candidate.launch == REPLAYED
     name = candidate.model if candidate.ours else f"timm/{candidate.model}"
     precision = {"amp_dtype": "fp16" if candidate.dtype == torch.float16 else "bf16"}
     config = Config.from_flat(
-        dict(model=name, data_set="FAKE", batch_size=batch, cuda_graphs=recorded)
+        dict(model=name, data_set="FAKE", batch_size=batch, cuda_graphs=graphs)
         | dict(mixup=0.0, cutmix=0.0, model_ema=False, amp=mixed)
         | (precision if mixed else {})
     )
@@ -283,13 +282,13 @@ def training(candidate: Candidate, *, batch: int, device: torch.device, seed: in
     given = images(net, batch, device)
     labels = torch.randint(CLASSES, (batch,)).to(device)
     group, peak = Processes(0, 1, device), None
-    if recorded:
+    if graphs:
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     with use_backend(candidate.backend):
         update = updates.update(config, net, group, num_classes=CLASSES, per_epoch=EPOCH)
-    if recorded:
+    if graphs:
         peak = (torch.cuda.max_memory_allocated(device) - before) / MIB
     update.forward.train()
     return Step(net, update, (given, labels), candidate.backend, peak)
@@ -303,37 +302,37 @@ def _measured(
     *,
     batch: int,
     passes: int = 1,
-    limited: Sequence[torch.dtype],
-    parts: bool,
+    peaks_of: Sequence[torch.dtype],
+    profile: bool,
     device: torch.device,
     **how: Any,
 ) -> dict[str, Any]:
-    """Time what can be made of candidates; return rows, skipped and tables of a report."""
+    """Time all candidates that can be made; return rows, skipped and tables of a report."""
     with numerics(deterministic=False, matmul_precision="high"):
         made, skipped = prepared(given, make, refused)
-        limits = Ceilings(device, limited)
+        peaks = Roofline(device, peaks_of)
         runs: dict[Any, Run] = {key: cast(Any, ready).run for key, ready in made.items()}
-        times = interleave({**runs, **limits.runs()}, **how, device=device)
+        times = interleave({**runs, **peaks.runs()}, **how, device=device)
         rows = []
         for key in made:
             done, run = passes * flops(key), _eager(key, made)
-            share = limits.beside(times, key, key.dtype, batch=batch, flops=done, run=run)
-            rows.append({**columns(key, made, times), **share})
-        tables = limits.tables(times)
-        if parts:  # of what is eager: a replay tells nothing of its parts
-            watched = {
+            throughput = peaks.row(times, key, key.dtype, batch=batch, flops=done, run=run)
+            rows.append({**columns(key, made, times), **throughput})
+        tables = peaks.tables(times)
+        if profile:  # of eager runs alone: a replay is a single launch
+            subjects = {
                 key.name: (one.run, one.net, one.optimizer)
                 for key, one in cast(Any, made).items()
                 if key.launch == EAGER
             }
-            tables |= profile(watched, rounds=how["rounds"], device=device)
+            tables |= profiled(subjects, rounds=how["rounds"], device=device)
     return dict(rows=rows, skipped=skipped, tables=tables)
 
 
 def _eager(key: Candidate, made: Mapping[Candidate, Any]) -> Run:
-    """Return what does the same launch by launch."""
-    found: Run = made[key._replace(launch=EAGER)].run
-    return found
+    """Return the eager run of a candidate that may be a replay."""
+    run: Run = made[key._replace(launch=EAGER)].run
+    return run
 
 
 def _rate(batch: int, own: Times) -> dict[str, Any]:

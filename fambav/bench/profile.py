@@ -1,8 +1,8 @@
-"""Where the time of a run goes: by layer, and by kind of operation.
+"""Profiles of a run: shares of its time by layer, and by kind of operation.
 
-By layer, the device is waited for at every boundary of a module, and what passed is put down to the
-module that was at work; a backward pass tells its boundaries by gradients that arrive.  By
-operation, torch's profiler tells.  Both slow a run down, so both give shares and no times.
+By layer, the device is synchronized at every module boundary, and the elapsed time is attributed to
+the module at work; boundaries of the backward pass are hooks on gradients.  By operation, torch's
+profiler is used.  Both slow a run down, so both report shares and no times.
 """
 
 from __future__ import annotations
@@ -29,53 +29,52 @@ from fambav.ops.kernels import NUMBA, TRITON
 from fambav.reduction import Reduction
 
 REST = "rest"
-WHOLE, REDUCTION = "fambav whole run", "fambav reduction"  # ranges of our own
-# What a name tells, in the order asked.  The first three are made of other operations, which are
-# theirs; the gate is the scan's last step.
-MADE_OF = {
+WHOLE, REDUCTION = "fambav whole run", "fambav reduction"  # profiler ranges of ours
+# Patterns of names, the first match counts.  COMPOSITE groups own the operations that they call.
+COMPOSITE = {
     "pooling": r"fambav::pool|_pool_(for|back)ward|\b_Mean(Backward)?$",
     "matching": rf"fambav::match|_best_partner|_choose_kernel|^{REDUCTION}$",
     "norm": r"norm(?!al)",
 }
-ALONE = {
+SINGLE = {
     "conv": r"conv|fprop|dgrad|wgrad",
-    "scan": r"scan|\bgate_|_gate_",
+    "scan": r"scan|\bgate_|_gate_",  # the gate is the last step of the scan
     "attention": r"attention|flash|fmha|(?<!log)(?<!log_)softmax",
     "linear": r"\b_?(baddb|add|b)?mm(_|$|backward)|linear|matmul|gemm|gemv|cutlass|nvjet",
 }
 GROUPS = ("scan", "conv", "norm", "matching", "pooling", "linear", "attention", REST)
 KERNELS = [f"{kind}_{way}" for kind in ("scan", "conv", "gate") for way in ("forward", "backward")]
 
-# What is profiled: does all of it once; the model in it; what changes the weights, or None.
-Watched = tuple[Run, nn.Module, torch.optim.Optimizer | None]
-Event = tuple[int, int, str]  # from, to in nanoseconds, and the name of an operation
+Subject = tuple[Run, nn.Module, torch.optim.Optimizer | None]  # a run, its model and optimizer
+Event = tuple[int, int, str]  # start and end in nanoseconds, and the name of an operation
+Groups = tuple[str | None, str | None]  # of COMPOSITE, of SINGLE
 
 
 def profile(
-    watched: Mapping[str, Watched], *, rounds: int, device: torch.device
+    subjects: Mapping[str, Subject], *, rounds: int, device: torch.device
 ) -> dict[str, list[Row]]:
     """Return two tables of shares: by layer, and by operation.
 
     Args:
-        watched: What to profile, by name.
-        rounds: How often each is run for either, at least 1.
-        device: Where.
+        subjects: To be profiled, by name.
+        rounds: Runs of each for either table, at least 1.
+        device: Of the models.
 
     Returns:
-        By layer a row for every part and a column for every name; forward and backward pass of a
-        layer are together.  By operation a row for every name and a column for every group: on a
-        CPU of the time of the run, on a GPU of the time of its kernels.  Shares add up to 1.
+        By layer, a row for every part and a column for every name, with the forward and backward
+        pass of a layer together.  By operation, a row for every name and a column for every group:
+        of the time of the run on a CPU, of the time of its kernels on a GPU.  Shares sum to 1.
     """
-    layers = {n: by_layer(*one, rounds=rounds, device=device) for n, one in watched.items()}
-    parts = dict.fromkeys(part for shares in layers.values() for part in shares if part != REST)
+    layers = {n: by_layer(*one, rounds=rounds, device=device) for n, one in subjects.items()}
+    names = dict.fromkeys(part for shares in layers.values() for part in shares if part != REST)
     return {
         "share of the time by layer": [
             {"part": part, **{name: shares.get(part) for name, shares in layers.items()}}
-            for part in (*parts, REST)
+            for part in (*names, REST)
         ],
         "share of the time by operation": [
             {"run": name, **by_operation(run, net, rounds=rounds, device=device)}
-            for name, (run, net, _) in watched.items()
+            for name, (run, net, _) in subjects.items()
         ],
     }
 
@@ -88,18 +87,18 @@ def by_layer(
     rounds: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Return the share of each part of a model, from the least that it took in any round.
+    """Return the share of each part of a model, from its minimum over the rounds.
 
-    What disturbs a part only ever adds to it, and seldom in every round.
+    The minimum excludes interference, which only adds time.
     """
-    found = []
+    spent = []
     for _ in range(rounds):
         clock = _Clock(device)
         with _boundaries(clock, net, optimizer):
             run()
-            clock.turn(REST)
-        found.append(clock.spent)
-    return _shares({part: min(spent[part] for spent in found) for part in found[0]})
+            clock.switch(REST)
+        spent.append(clock.spent)
+    return _shares({part: min(each[part] for each in spent) for part in spent[0]})
 
 
 def _shares(spent: Mapping[str, float]) -> dict[str, float]:
@@ -108,38 +107,38 @@ def _shares(spent: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Clock:
-    """Seconds of each part, by turns; it starts with the rest."""
+    """Seconds of each part; at first the rest is at work."""
 
     def __init__(self, device: torch.device) -> None:
         self.spent: defaultdict[str, float] = defaultdict(float)
-        self._device, self.now = device, REST
+        self._device, self.part = device, REST
         settle(device)
         self._since = time.perf_counter()
 
-    def turn(self, part: str) -> None:
-        """Put what passed down to the part at work; another one is at work from now on."""
+    def switch(self, part: str) -> None:
+        """Attribute the elapsed time to the part at work, and switch to another one."""
         settle(self._device)
         now = time.perf_counter()
-        self.spent[self.now] += now - self._since
-        self.now, self._since = part, now
+        self.spent[self.part] += now - self._since
+        self.part, self._since = part, now
 
 
 @contextmanager
 def _boundaries(
     clock: _Clock, net: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> Iterator[None]:
-    """Tell the clock when a part begins and ends, forward and backward."""
-    outer: list[str] = []  # the parts that those at work are in
+    """Switch the clock where parts begin and end, forward and backward."""
+    outer: list[str] = []  # parts that enclose the one at work
 
-    def before(_: nn.Module, given: object, *, part: str) -> None:
-        outer.append(clock.now)
-        clock.turn(part)
-        if outer[-1] != REST:  # the gradient of its input is the other part's again
-            _at_gradient(given, partial(clock.turn, outer[-1]))
+    def before(_: nn.Module, inputs: object, *, part: str) -> None:
+        outer.append(clock.part)
+        clock.switch(part)
+        if outer[-1] != REST:  # once its input has a gradient, the outer part is at work again
+            _on_gradient(inputs, partial(clock.switch, outer[-1]))
 
-    def after(_: nn.Module, given: object, result: object, *, part: str) -> None:
-        clock.turn(outer.pop())
-        _at_gradient(result, partial(clock.turn, part))
+    def after(_: nn.Module, inputs: object, outputs: object, *, part: str) -> None:
+        clock.switch(outer.pop())
+        _on_gradient(outputs, partial(clock.switch, part))
 
     with ExitStack() as hooks:
         for part, module in parts(net).items():
@@ -147,19 +146,19 @@ def _boundaries(
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
         if optimizer is not None:
-            begin = optimizer.register_step_pre_hook(lambda *_: clock.turn("optimizer"))
-            end = optimizer.register_step_post_hook(lambda *_: clock.turn(REST))
+            begin = optimizer.register_step_pre_hook(lambda *_: clock.switch("optimizer"))
+            end = optimizer.register_step_post_hook(lambda *_: clock.switch(REST))
             hooks.callback(begin.remove)
             hooks.callback(end.remove)
         yield
 
 
 def parts(net: nn.Module) -> dict[str, nn.Module]:
-    """Name the parts of a model.
+    """Return the parts of a model by name.
 
-    Of one of ours, the patches, the layers from 1 and the head, and the reduction, which is part of
-    a layer and counts for itself.  Of others, the children that have weights, and in the place of a
-    list of some what is in it; what is in the longest is a layer.
+    Of ours: the patch embedding, the layers from 1, the head, and the reduction, which is called
+    within layers but counted on its own.  Of others: the children with parameters, where a list of
+    several is replaced by its items; those of the longest list are layers.
     """
     if isinstance(net, Backbone):
         layers = {f"layer {n}": one for n, one in enumerate(net.layers, start=1)}
@@ -171,18 +170,18 @@ def parts(net: nn.Module) -> dict[str, nn.Module]:
         if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1
     }
     longest = max(lists, key=lambda name: len(lists[name]), default="")
-    found: dict[str, nn.Module] = {}
+    named: dict[str, nn.Module] = {}
     for name, child in net.named_children():
         if name in lists:
             kind = "layer" if name == longest else name
-            found |= {f"{kind} {n}": one for n, one in enumerate(lists[name], start=1)}
+            named |= {f"{kind} {n}": one for n, one in enumerate(lists[name], start=1)}
         elif any(True for _ in child.parameters()):
-            found[name] = child
-    return found
+            named[name] = child
+    return named
 
 
-def _at_gradient(values: object, call: Callable[[], None]) -> None:
-    """Call when the gradient of the first tensor in nested tuples arrives."""
+def _on_gradient(values: object, call: Callable[[], None]) -> None:
+    """Call once the first tensor of nested tuples gets its gradient."""
     tensor = next(_tensors(values), None)
     if tensor is not None and tensor.requires_grad:
         tensor.register_hook(lambda _: call())
@@ -199,7 +198,7 @@ def _tensors(values: object) -> Iterator[Tensor]:
 def by_operation(
     run: Run, net: nn.Module, *, rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Return the share of each group of operations, on a CPU from the least that it took."""
+    """Return the share of each group of operations; on a CPU from its minimum over the rounds."""
     gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with _ranges(net), torch_profile(activities=activities) as profiler:
@@ -207,14 +206,14 @@ def by_operation(
             with record_function(WHOLE):
                 run()
         settle(device)
-    # Its own tables would take seconds for some thousands.
+    # The profiler's own tables take seconds for some thousand events.
     events = profiler.profiler.kineto_results.events()
     runs = [kernel_times(events)] if gpu else operation_times(_of_one_thread(events))
     return _shares({name: min(spent[name] for spent in runs) for name in GROUPS})
 
 
 def kernel_times(events: Iterable[Any]) -> Counter[str]:
-    """Add the times of a GPU's kernels up by group; ranges that somebody opened are none."""
+    """Sum the times of GPU kernels by group, without user annotations."""
     spent: Counter[str] = Counter()
     for event in events:
         if event.device_type() == DeviceType.CUDA and not event.is_user_annotation():
@@ -223,86 +222,83 @@ def kernel_times(events: Iterable[Any]) -> Counter[str]:
 
 
 def _of_one_thread(events: Iterable[Any]) -> list[Event]:
-    """Return what the CPU did in the thread of the runs."""
-    here = [e for e in events if e.device_type() == DeviceType.CPU]
-    thread = next(e.start_thread_id() for e in here if e.name() == WHOLE)
+    """Return the CPU events of the thread of the runs."""
+    on_cpu = [e for e in events if e.device_type() == DeviceType.CPU]
+    thread = next(e.start_thread_id() for e in on_cpu if e.name() == WHOLE)
     return [
         (e.start_ns(), e.start_ns() + e.duration_ns(), e.name())
-        for e in here
+        for e in on_cpu
         if e.start_thread_id() == thread
     ]
 
 
 def operation_times(events: Sequence[Event]) -> list[Counter[str]]:
-    """Add the times of all inside of each run, each without what it calls, up by group."""
+    """Sum the self times of the operations of each run by group."""
     runs: list[Counter[str]] = []
-    opened: list[tuple[int, Groups]] = []  # ranges that have not ended, from outside
+    stack: list[tuple[int, Groups]] = []  # end and groups of the enclosing operations
     for start, end, name in sorted(events, key=lambda e: (e[0], -e[1])):
-        while opened and start >= opened[-1][0]:
-            opened.pop()
-        if not opened:
+        while stack and start >= stack[-1][0]:
+            stack.pop()
+        if not stack:
             if name != WHOLE:
                 continue
             runs.append(Counter())
-        outer = opened[-1][1] if opened else (None, None)
+        outer = stack[-1][1] if stack else (None, None)
         own = _within(outer, name)
         runs[-1][_group(own)] += end - start
-        if opened:
+        if stack:
             runs[-1][_group(outer)] -= end - start
-        opened.append((end, own))
+        stack.append((end, own))
     return runs
-
-
-Groups = tuple[str | None, str | None]  # one that owns what it is made of, and one that does not
 
 
 def group(names: Sequence[str]) -> str:
     """Return the group of an operation.
 
     Args:
-        names: Its name, then those of what it is called by, from within.
+        names: Its name, then those of its callers, innermost first.
     """
-    found: Groups = (None, None)
+    groups: Groups = (None, None)
     for name in reversed(names):
-        found = _within(found, name)
-    return _group(found)
+        groups = _within(groups, name)
+    return _group(groups)
 
 
 def _within(outer: Groups, name: str) -> Groups:
-    """Return the groups of what has this name, or those of what it is in."""
-    made_of, alone = _named_groups(name)
-    return made_of or outer[0], alone or outer[1]
+    """Return the groups of an operation, or those of its caller."""
+    composite, single = _groups_of(name)
+    return composite or outer[0], single or outer[1]
 
 
-def _group(found: Groups) -> str:
-    return found[0] or found[1] or REST
+def _group(groups: Groups) -> str:
+    return groups[0] or groups[1] or REST
 
 
 @cache
-def _named_groups(name: str) -> Groups:
-    made_of, alone = (
-        next((g for g, p in known.items() if re.search(p, name, re.IGNORECASE)), None)
-        for known in (MADE_OF, ALONE)
+def _groups_of(name: str) -> Groups:
+    composite, single = (
+        next((g for g, p in patterns.items() if re.search(p, name, re.IGNORECASE)), None)
+        for patterns in (COMPOSITE, SINGLE)
     )
-    return made_of, alone
+    return composite, single
 
 
 @contextmanager
 def _ranges(net: nn.Module) -> Iterator[None]:
-    """Let the profiler see our kernels inside of one operation, and where a reduction begins."""
-    with ExitStack() as undone:
+    """Mark our kernels and the reductions as profiler ranges."""
+    with ExitStack() as undo:
         for kernels in (TRITON, NUMBA):
-            if kernels.missing() is None:
+            if kernels.unavailable() is None:
                 loaded = kernels.load()
                 for name in KERNELS:
                     kernel = getattr(loaded, name)
-                    undone.callback(setattr, loaded, name, kernel)
-                    setattr(loaded, name, _named(name, kernel))
+                    undo.callback(setattr, loaded, name, kernel)
+                    setattr(loaded, name, _ranged(name, kernel))
         for module in (m for m in net.modules() if isinstance(m, Reduction)):
             opened = ExitStack()
             begin = partial(_open, opened)
-            undone.callback(module.register_forward_pre_hook(begin).remove)
-            undone.callback(module.register_forward_hook(lambda *_, o=opened: o.close()).remove)
+            undo.callback(module.register_forward_pre_hook(begin).remove)
+            undo.callback(module.register_forward_hook(lambda *_, o=opened: o.close()).remove)
         yield
 
 
@@ -310,7 +306,7 @@ def _open(opened: ExitStack, *_: Any) -> None:
     opened.enter_context(record_function(REDUCTION))
 
 
-def _named(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _ranged(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(kernel)
     def run(*args: Any, **options: Any) -> Any:
         with record_function(name):

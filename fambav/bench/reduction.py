@@ -1,7 +1,7 @@
 """What each reduction method costs where it acts, in layers of the model.
 
-mixer before, asked to tell  ->  choose  ->  merge or drop  ->  mixer behind, across the gaps
-(telling)                        (reduce, with its backward)    (aging)
+mixer before, with intermediates  ->  choose  ->  merge or drop  ->  mixer behind, across the gaps
+(intermediates)                       (reduce, with its backward)    (aging)
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from torch import Tensor, nn
 from fambav.bench.candidates import EAGER, REPLAYED
 from fambav.bench.operations import BATCH
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
-from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision, numerics
 from fambav.engine.timing import Run, Times, interleave, ratio, spread, with_replays
-from fambav.layers import Ask, BackboneInfo, Signals, Tokens
+from fambav.layers import BackboneInfo, Intermediates, Tokens
 from fambav.models import Backbone
 from fambav.reduction import Reducer, Reduction, make_reducer, make_reduction, no_reduction
 from fambav.registry import METHODS, family_of, nearest
+from fambav.timm_compat import timm
 
 SHARE = 0.05  # of the patches, where no count is given
 TITLE = "one reduction by each method, against a plain layer"
 PLAIN = "plain"  # what all methods are compared with
 
 Part = tuple[str, str]  # method and part, such as "choose"
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a module is called with
 
 
 def reduction(
@@ -56,10 +57,10 @@ def reduction(
             reduce_ms       all of the reduction, choosing included, forward and backward
             layer_ms        a plain layer at the length before, norm and mixer, forward and backward
             share_of_layer  reduce over layer
-            telling         a mixer that is asked what the method reads over a plain one
+            intermediates   a mixer that returns those which the method reads over a plain one
             aging           a mixer that scans across the gaps over one at its length that does not
-            net             reduce and what telling adds, in layers; a token that went saves one
-                            part in `length` of a layer at each layer behind
+            net             reduce and what intermediates add, in layers; a token that went saves
+                            one part in `length` of a layer at each layer behind
         Those of a PlainMamba have its param_order: "raster" as in released weights, "permuted" for
         methods that scan across gaps, which need that; the plain layer is of the same order.
         On a GPU these are times of replays; where a part of a method cannot be replayed, all of its
@@ -88,9 +89,9 @@ def reduction(
     if not rows:
         raise ValueError(next(iter(skipped.values()), "method is empty, expected one or more"))
     about = dict(model=model, batch=batch, length=bench.info.tokens, layer=bench.layer + 1)
-    told = settings(device, dtype, **about, rounds=rounds)
     ordered = [rows[name] for name in names if name in rows]
-    return Report(title=TITLE, settings=told, rows=ordered, skipped=skipped)
+    about = settings(device, dtype, **about, rounds=rounds)
+    return Report(title=TITLE, settings=about, rows=ordered, skipped=skipped)
 
 
 def _known(methods: Sequence[str]) -> None:
@@ -112,7 +113,7 @@ def nearest_count(method: Reducer, info: BackboneInfo) -> int:
     wanted = max(1, round(SHARE * patches))
     for count in sorted(range(1, patches), key=lambda n: (abs(n - wanted), n)):
         try:
-            method.shape(info.grid, count)
+            method.grid_after(info.grid, count)
         except ValueError:
             continue
         return count
@@ -177,9 +178,9 @@ class _Bench:
         plain = {part: ms for (*whose, part), ms in times.items() if whose == [PLAIN, launch]}
         layer, mixer = plain["layer"], plain[_mixer_name(found.info.tokens)]
         net = reduce = own["reduce"]
-        telling = own.get("telling")
-        if telling is not None:
-            net = [a + b - c for a, b, c in zip(reduce, telling, mixer, strict=True)]
+        returning = own.get("intermediates")
+        if returning is not None:
+            net = [a + b - c for a, b, c in zip(reduce, returning, mixer, strict=True)]
         return {
             "method": name,
             "hook": found.hook,
@@ -191,7 +192,7 @@ class _Bench:
             "reduce_ms": spread(reduce)["median_ms"],
             "layer_ms": spread(layer)["median_ms"],
             "share_of_layer": ratio(reduce, layer),
-            "telling": ratio(telling, mixer),
+            "intermediates": ratio(returning, mixer),
             "aging": ratio(own.get("aging"), plain.get(_mixer_name(found.schedule.final))),
             "net": ratio(net, layer),
         }
@@ -199,73 +200,74 @@ class _Bench:
     def _plain(self) -> dict[Part, Run]:
         """Return what runs a layer that nothing is done at, and its mixer."""
         block = self._blocks[self.layer]
-        (tokens, *_), hidden = self._caught(no_reduction(self.info), block, block.mixer)
+        ((tokens, *_), _), call = self._caught(no_reduction(self.info), block, block.mixer)
         tokens, leaves = token_leaves(tokens)
         layer = self._both(lambda: streams(block(tokens)), [*leaves, *block.parameters()])
-        return {(PLAIN, "layer"): layer, self._mixer_part(hidden): self._mixer(block.mixer, hidden)}
+        return {(PLAIN, "layer"): layer, self._mixer_part(call): self._mixer(block.mixer, call)}
 
     def _runs(self, name: str, reduction: Reduction) -> dict[Part, Run]:
         """Return what runs the parts of a method, and the plain mixers beside them."""
         after = reduction.hook == "after"
         mixers = [self._blocks[self.layer + step + after].mixer for step in (-1, 0)]
-        (met, *_), before, behind = self._caught(reduction, reduction, *mixers)
+        ((met, *_), _), before, behind = self._caught(reduction, reduction, *mixers)
         method = cast(Reducer, reduction.method)
-        left, count = met.living(), reduction.schedule.removed
+        kept, count = met.kept(), reduction.schedule.removed
         tokens, leaves = token_leaves(met)
 
         def choose() -> object:
             with torch.no_grad(), self._precision.autocast():
-                return method.select(left, count)
+                return method.select(kept, count)
 
         def forward() -> Iterable[Tensor | None]:
             fewer = reduction(tokens, layer=self.layer)
-            return (*streams(fewer), fewer.gap)
+            return (*streams(fewer), fewer.skipped_dt)
 
         found = {(name, "choose"): choose, (name, "reduce"): self._both(forward, leaves)}
         if reduction.needs:
-            found[name, "telling"] = self._mixer(mixers[0], before, delta=reduction.gap == "cached")
-        if len(behind) > 1 and cast(Ask, behind[1]).gap is not None:
-            hidden, asked = behind
+            delta = reduction.gap_policy == "cached"
+            found[name, "intermediates"] = self._mixer(mixers[0], before, delta=delta)
+        (hidden, *given), options = behind
+        if options.get("gap_policy") is not None:
             found[name, "aging"] = self._mixer(mixers[1], behind)
-            # Scattered over a grid, they must be looked up there without aging, too.
-            plain = (hidden, Ask(asked.tokens)) if self.info.needs_positions else (hidden,)
+            # At positions on a grid, they have to be placed there without aging, too.
+            plain: Call = ((hidden, *given) if self.info.needs_positions else (hidden,), {})
             found[self._mixer_part(plain)] = self._mixer(mixers[1], plain)
         return found
 
-    def _caught(self, reduction: Reduction, *modules: nn.Module) -> list[tuple[Any, ...]]:
+    def _caught(self, reduction: Reduction, *modules: nn.Module) -> list[Call]:
         """Send the images through the model; return what each of these modules is called with."""
-        caught = dict[nn.Module, tuple[Any, ...]]()
+        caught = dict[nn.Module, Call]()
 
-        def look(module: nn.Module, given: tuple[Any, ...]) -> None:
-            caught[module] = given
+        def note(module: nn.Module, *call: Any) -> None:
+            caught[module] = cast(Call, call)
 
         self._net.reduction = reduction
         with ExitStack() as hooks, torch.no_grad(), self._precision.autocast():
             for module in modules:
-                hooks.callback(module.register_forward_pre_hook(look).remove)
+                hook = module.register_forward_pre_hook(note, with_kwargs=True)
+                hooks.callback(hook.remove)
             self._net(self._images)
         self._net.reduction = no_reduction(self.info)
         return [caught[module] for module in modules]
 
-    def _mixer_part(self, given: tuple[Any, ...]) -> Part:
-        return PLAIN, _mixer_name(given[0].shape[1])
+    def _mixer_part(self, call: Call) -> Part:
+        return PLAIN, _mixer_name(call[0][0].shape[1])
 
-    def _mixer(self, mixer: nn.Module, given: tuple[Any, ...], *, delta: bool = False) -> Run:
+    def _mixer(self, mixer: nn.Module, call: Call, *, delta: bool = False) -> Run:
         """Return what runs a mixer; `delta` for a gradient that comes through the step sizes."""
-        hidden, *ask = given
+        (hidden, *given), options = call
         hidden = _leaf(hidden)
         leaves = [hidden, *mixer.parameters()]
-        if not ask:
+        if not given:
             return self._both(lambda: (mixer(hidden),), leaves)
-        asked = cast(Ask, ask[0])
-        if asked.tokens.gap is not None:
-            gap = _leaf(asked.tokens.gap)
-            leaves.append(gap)
-            asked = asked._replace(tokens=asked.tokens._replace(gap=gap))
+        tokens = cast(Tokens, given[0])
+        if tokens.skipped_dt is not None:
+            leaves.append(_leaf(tokens.skipped_dt))
+            tokens = tokens._replace(skipped_dt=leaves[-1])
 
         def forward() -> Iterable[Tensor | None]:
-            x, signals = mixer(hidden, asked)
-            return x, cast(Signals, signals).delta if delta else None
+            x, found = mixer(hidden, tokens, **options)
+            return x, cast(Intermediates, found).delta if delta else None
 
         return self._both(forward, leaves)
 
@@ -300,17 +302,17 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def token_leaves(tokens: Tokens) -> tuple[Tokens, list[Tensor]]:
-    """Return tokens whose streams and signals are leaves, and these leaves."""
-    found: list[Tensor] = []
+    """Return tokens whose streams and intermediates are leaves, and these leaves."""
+    leaves: list[Tensor] = []
 
     def leaf(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        found.append(_leaf(x))
-        return found[-1]
+        leaves.append(_leaf(x))
+        return leaves[-1]
 
-    signals = tokens.signals
-    if signals is not None:
-        signals = Signals(signals.order, *map(leaf, signals[1:]))
+    found = tokens.intermediates
+    if found is not None:
+        found = Intermediates(found.order, *map(leaf, found[1:]))
     x, residual = map(leaf, (tokens.x, tokens.residual))
-    return tokens._replace(x=cast(Tensor, x), residual=residual, signals=signals), found
+    return tokens._replace(x=cast(Tensor, x), residual=residual, intermediates=found), leaves

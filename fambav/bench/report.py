@@ -1,4 +1,4 @@
-"""What was measured, as a table to read and as JSON."""
+"""Results of a benchmark, as a text table and as JSON."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from typing import Any
 import torch
 
 from fambav.engine.record import environment
+from fambav.table import aligned
 
 Row = Mapping[str, Any]
 
 
 class MeasureError(RuntimeError):
-    """Something cannot be measured here, or is worse than it may be."""
+    """Something cannot be measured here, or fails a limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one benchmark found.
+    """The results of one benchmark.
 
     Attributes:
-        title: What was done.
-        settings: On what, where, when and with which versions.
-        rows: A mapping for each candidate, all with the same keys; None where there is no value.
-        skipped: What could not run here, with the reason.
-        tables: Further tables by their titles, each made like `rows`.
+        title: Of the benchmark.
+        settings: Its sizes, the device, the date and versions.
+        rows: A mapping for each candidate, all with the same keys; None for no value.
+        skipped: Candidates that could not run here, with the reason.
+        tables: Further tables by their titles, each like `rows`.
     """
 
     title: str
@@ -40,16 +41,16 @@ class Report:
 
     def json(self) -> str:
         """Return everything as JSON, with a line for each row."""
-        told = asdict(self)
-        rows, tables = told.pop("rows"), told.pop("tables")
+        head = asdict(self)
+        rows, tables = head.pop("rows"), head.pop("tables")
         more = ",\n".join(f"  {json.dumps(title)}: {_json(own)}" for title, own in tables.items())
-        made = f' "tables": {{\n{more}\n }},\n' if tables else ""
-        return f'{json.dumps(told, indent=1)[:-2]},\n{made} "rows": {_json(rows)}\n}}'
+        body = f' "tables": {{\n{more}\n }},\n' if tables else ""
+        return f'{json.dumps(head, indent=1)[:-2]},\n{body} "rows": {_json(rows)}\n}}'
 
     def text(self) -> str:
         """Return tables to read."""
-        told = ", ".join(f"{n.replace('_', ' ')} {_cell(v)}" for n, v in self.settings.items())
-        lines = [f"{self.title}: {told}", "", *table(self.rows)]
+        about = ", ".join(f"{n.replace('_', ' ')} {_cell(v)}" for n, v in self.settings.items())
+        lines = [f"{self.title}: {about}", "", *table(self.rows)]
         for title, rows in self.tables.items():
             lines += ["", title, "", *table(rows)]
         lines += [f"{name} is absent: {reason}" for name, reason in self.skipped.items()]
@@ -59,7 +60,7 @@ class Report:
 def settings(
     device: torch.device, dtype: torch.dtype | None = None, **sizes: Any
 ) -> dict[str, Any]:
-    """Return `sizes`, and where, when and with which versions something was measured."""
+    """Return `sizes`, the device, the date and the versions of a measurement."""
     about = environment()
     return {
         **sizes,
@@ -74,25 +75,25 @@ def settings(
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the device is called."""
+    """Return the name of a GPU, or the architecture of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype without torch's."""
+    """Return the name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
-    """Return what a run computes in on this device, if nothing else is said."""
+    """Return the default dtype of training on this device."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def positive(**numbers: int) -> None:
-    """Refuse a number below 1.
+    """Check that all numbers are at least 1.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If one is not.
     """
     for name, value in numbers.items():
         if value < 1:
@@ -113,17 +114,12 @@ def _cell(value: Any) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Lay rows out below the names of their columns; return the lines."""
+    """Return the lines of a text table with a header."""
     if not rows:
         return []
     lines = [[name.replace("_", " ") for name in rows[0]]]
     lines += [[_cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    place = ["<" if isinstance(value, str) else ">" for value in rows[0].values()]
-    return [
-        "  ".join(f"{c:{p}{w}}" for c, p, w in zip(cells, place, widths, strict=True)).rstrip()
-        for cells in lines
-    ]
+    return aligned(lines, ["<" if isinstance(value, str) else ">" for value in rows[0].values()])
 
 
 def _json(rows: Sequence[Row]) -> str:

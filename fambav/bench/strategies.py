@@ -1,11 +1,11 @@
-"""What token fusion saves in a training step, and what the merging itself costs.
+"""Savings of token fusion in a training step, and the cost of merging itself.
 
 Peak memory is fitted to the tokens of each plan:
 
     peak = constant + a * tokens over all mixers + b * tokens that the layers that fuse receive
 
-`a` is what a mixer keeps for each token, `b` what fusing adds for each token that it looks at: a
-layer that fuses pays as soon as it has removed b / a of its tokens from every layer from it up.
+`a` is the memory that a mixer keeps per token, `b` that which fusing adds per token compared: a
+layer that fuses pays off once it has removed b / a of its tokens from every layer from it up.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ def strategies(
 
     Args:
         model: One of ours.
-        plans: Which layers fuse how many tokens, as `parse_plan` reads them; none is added.
+        plans: Which layers fuse how many tokens, schedules as for `fambav.reduce`; none is added.
         method: How tokens are merged.
         backend: What operations run by; None for the fastest.
         cuda_graphs: Record the passes of every step.
 
     Returns:
-        A row for every plan: the share of token-layers and of the step's time that are left, how
-        many times faster the step is, and the time of all merging, forward and backward, alone.  On
-        a GPU merging is timed as a replay, without the launches that hide behind other kernels.
-        With enough plans, also the model of memory and how far it is off.
+        A row for every plan: the remaining share of token-layers, of step time and of memory, the
+        speed-up of the step, and the time of all merging, forward and backward, on its own.  On a
+        GPU merging is timed as a replay, without launches that overlap with other kernels.  With
+        enough plans, also the fit of memory and its error.
 
     Raises:
-        ValueError: If a plan cannot be read or carried out, or a number is too small.
+        ValueError: If a plan is malformed or cannot be carried out, or a number is too small.
     """
     batch = STEP_BATCH[device.type] if batch is None else batch
     dtype = training_dtype(device) if dtype is None else dtype
@@ -115,21 +115,21 @@ def _row(
 
 
 def fit_memory(schedules: Sequence[Schedule], peaks: Sequence[float]) -> Row | None:
-    """Fit peaks of memory, in MiB, to the tokens of each plan by least squares.
+    """Fit peak memory, in MiB, to the tokens of each plan by least squares.
 
     Returns:
-        The model, and how far it is off; None if the plans do not tell its three numbers apart,
-        with one to spare.
+        The coefficients and the error of the fit; None with fewer than four plans, or if they do
+        not determine the three coefficients.
     """
     rows = [(1.0, *map(float, tokens_seen(schedule))) for schedule in schedules]
-    seen, wanted = torch.tensor(rows, dtype=torch.float64), torch.tensor(peaks, dtype=torch.float64)
-    if len(rows) < 4 or int(torch.linalg.matrix_rank(seen)) < 3:
+    x, y = torch.tensor(rows, dtype=torch.float64), torch.tensor(peaks, dtype=torch.float64)
+    if len(rows) < 4 or int(torch.linalg.matrix_rank(x)) < 3:
         return None
-    # By an orthogonal basis, since tokens are thousands and the first column is 1.
-    basis, triangle = torch.linalg.qr(seen)
-    found = torch.linalg.solve_triangular(triangle, (basis.mT @ wanted)[:, None], upper=True)[:, 0]
-    constant, mixing, fusing = found.tolist()
-    residuals = (wanted - seen @ found).tolist()
+    # By QR, since the normal equations of columns of 1 and of thousands are ill-conditioned.
+    q, upper = torch.linalg.qr(x)
+    fit = torch.linalg.solve_triangular(upper, (q.mT @ y)[:, None], upper=True)[:, 0]
+    constant, mixing, fusing = fit.tolist()
+    residuals = (y - x @ fit).tolist()
     rms = math.sqrt(sum(r * r for r in residuals) / len(residuals))
     return {
         "plans": len(residuals),
@@ -143,46 +143,49 @@ def fit_memory(schedules: Sequence[Schedule], peaks: Sequence[float]) -> Row | N
 
 
 def tokens_seen(schedule: Schedule) -> tuple[int, int]:
-    """Return the tokens summed over all mixers, and over the layers that fuse, before they do."""
-    counts, seen = schedule.counts, schedule.lengths
-    gone = 0 if schedule.after else 1
-    met = sum(n + gone * count for n, count in zip(seen, counts, strict=True) if count)
-    return sum(seen), met
+    """Return the tokens summed over all mixers, and over the inputs of the layers that fuse."""
+    counts, lengths = schedule.counts, schedule.lengths
+    removed = 0 if schedule.after else 1
+    fused = sum(n + removed * count for n, count in zip(lengths, counts, strict=True) if count)
+    return sum(lengths), fused
 
 
 class Merging:
-    """All that a model's reduction does in one step, on the very tokens that it meets there.
+    """The reduction of a model in one step, on the tokens that it gets there.
 
     Args:
-        step: A model, and a batch that goes through it once to find those tokens.
+        step: A model and a batch, which passes through it once to collect those tokens.
         layers: Only the first so many that merge; None for all.
+
+    Attributes:
+        inputs: Tokens and index of each layer that merges.
     """
 
     def __init__(self, step: Step, *, layers: int | None = None) -> None:
         self._reduction, self._backend = cast(Backbone, step.net).reduction, step.backend
         self._precision, counts = step.update.precision, self._reduction.schedule.counts
-        met: list[tuple[Tokens, int]] = []
+        inputs: list[tuple[Tokens, int]] = []
 
-        def look(_: nn.Module, given: tuple[Tokens], options: dict[str, int]) -> None:
+        def collect(_: nn.Module, args: tuple[Tokens], options: dict[str, int]) -> None:
             if counts[options["layer"]]:
-                met.append((token_leaves(given[0])[0], options["layer"]))
+                inputs.append((token_leaves(args[0])[0], options["layer"]))
 
-        hook = self._reduction.register_forward_pre_hook(look, with_kwargs=True)
+        hook = self._reduction.register_forward_pre_hook(collect, with_kwargs=True)
         with torch.no_grad(), use_backend(self._backend), self._precision.autocast():
             step.net(step.batch[0])
         hook.remove()
-        self.met = met[:layers]
+        self.inputs = inputs[:layers]
         self._grads = [
             [torch.randn_like(stream[:, counts[layer] :]) for stream in streams(tokens)]
-            for tokens, layer in self.met
+            for tokens, layer in self.inputs
         ]
 
     def run(self) -> object:
-        """Merge at every layer, and pass gradients back."""
-        found = []
+        """Merge at every layer, forward and backward; return the gradients."""
+        grads_in = []
         with use_backend(self._backend):
-            for (tokens, layer), grads in zip(self.met, self._grads, strict=True):
+            for (tokens, layer), grads in zip(self.inputs, self._grads, strict=True):
                 with self._precision.autocast():
                     fewer = self._reduction(tokens, layer=layer)
-                found.append(torch.autograd.grad(streams(fewer), streams(tokens), grads))
-        return found
+                grads_in.append(torch.autograd.grad(streams(fewer), streams(tokens), grads))
+        return grads_in

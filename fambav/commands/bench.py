@@ -15,7 +15,7 @@ from fambav.registry import DATA_SETS, FAMILIES, METHODS, MODELS, SCAN_BACKENDS
 
 VIMS = FAMILIES["vim"].models
 DTYPES = ("float32", "bfloat16", "float16")
-PLAN = "strategy:layer:tokens or strategy:tokens, such as upper:6:9 or all:7, or none"
+PLAN = "a schedule as of --reduction-schedule, such as upper:6:9, all:7 or r:5@3-23/2, or none"
 NUMBER: dict[str, Any] = dict(type=int, metavar="N")
 SWITCH: dict[str, Any] = dict(action="store_true")
 # What may be given to `add_flags`; a flag that is not given is left to the function's own default.
@@ -42,20 +42,20 @@ FLAGS: dict[str, dict[str, Any]] = {
         metavar="NAME",
         help="models of timm to compare with, such as deit_tiny_patch16_224",
     ),
-    "ceilings": dict(
-        SWITCH, help="measure a large product and a large copy in the same rounds, and shares"
+    "roofline": dict(
+        SWITCH, help="measure peak compute and bandwidth in the same rounds, and shares of them"
     ),
-    "parts": dict(SWITCH, help="tell the share of every layer and of every kind of operation"),
+    "profile": dict(SWITCH, help="report the share of every layer and of every kind of operation"),
     "cuda-graphs": dict(SWITCH, help="measure each also as a replay of a CUDA graph"),
     "data-set": dict(choices=DATA_SETS, metavar="NAME"),
     "data-path": dict(metavar="FOLDER"),
     "workers": dict(NUMBER, nargs="+", help="loader processes; several are measured in turn"),
 }
 SPELLED = dict(dtypes="dtype", lengths="length", names="backend", vim="model", plans="plan")
-SPELLED |= dict(methods="method", peers="peer", parts="split")
+SPELLED |= dict(methods="method", peers="peer")
 
 COMMON = "batch rounds warmup device dtype"
-MODEL = "rounds warmup device dtypes names peers ceilings parts cuda-graphs"
+MODEL = "rounds warmup device dtypes names peers roofline profile cuda-graphs"
 # By name: the function of fambav.bench, its flags, and what it does.
 KINDS = {
     "scan": (
@@ -132,7 +132,7 @@ def add_flags(parser: argparse.ArgumentParser, names: str) -> None:
 
 
 def measure(function: Callable[..., Any], given: dict[str, Any]) -> None:
-    """Call a benchmark with flags, the device and dtypes in the place of their names; show it.
+    """Call a benchmark with the values of flags, devices and dtypes as objects; print its report.
 
     Args:
         function: Returns a report.

@@ -14,11 +14,11 @@ def run(words: list[str]) -> None:
     Parser("fambav doctor", description=run.__doc__).parse_args(words)
     import torch
 
-    from fambav import ecosystem, ops
+    from fambav import ops, timm_compat
 
     print(f"python      {platform.python_version()} on {platform.platform()}")
     for name in ("torch", "torchvision", "timm", "pillow", "triton", "numba"):
-        note = f" ({ecosystem.TORCHVISION})" if name == "torchvision" else ""
+        note = f" ({timm_compat.TORCHVISION})" if name == "torchvision" else ""
         print(f"{name:<11} {_version(name)}{note}")
     print(f"cpu         {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):

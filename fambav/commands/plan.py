@@ -15,4 +15,4 @@ def run(words: list[str]) -> None:
         print(found.notice)
     from fambav import training
 
-    print(training.reduction(found).told())
+    print(training.reduction(found).summary())

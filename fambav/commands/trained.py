@@ -13,7 +13,7 @@ from fambav.registry import METHODS, nearest
 METHOD_SETTINGS = {
     "reduction_hook": "hook",
     "scan_policy": "scan",
-    "gap_policy": "gap",
+    "gap_policy": "gap_policy",
     "class_token_policy": "class_policy",
     "reduction_options": "",
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fambav.ecosystem import timm
+from fambav.timm_compat import timm
 
 _EMBEDDINGS = ("pos_embed", "cls_token", "dist_token")
 

@@ -2,16 +2,16 @@
 
 grid.yaml -> cells -> a process and result.json of each -> results.csv, results.json, results.md
 
-metrics     which metrics are shown, and which way is better
-provenance  the machine and the recipe of a run, and where two of them differ
+metrics     the metrics of tables, and whether higher is better
+provenance  the machine and the config fingerprint of a run, and where two of them differ
 runs        the files of a finished run, and the table of several
-grid_file   what a YAML file asks for
+grid_file   the YAML file of a grid
 rows        its rows
 grid        the cells that have to run
 sweep       carries them out, what is finished apart
-process     a cell in a process of its own, and what it leaves in its folder
+process     a cell in a process of its own, and the files in its folder
 cell        what that process does
-results     means over seeds, the tables for programs, and what a folder holds, read back
+results     means over seeds, the tables for programs, and their reader
 summary     the table for people
 
 What is offered here loads no torch; `fambav.experiments.sweep` does.

@@ -1,4 +1,4 @@
-"""The rows of a grid's file: their names, their settings, and what a paper says of them."""
+"""The rows of a grid's file: their names, their settings, and the figures that a paper reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fambav.experiments.metrics import METRICS
 from fambav.registry import nearest
 
 OWN = ("seed", "output_dir", "resume", "finetune", "eval")  # settings that the grid itself sets
-NONE = "-"  # a part of a name that says nothing
+NONE = "-"  # an empty part of a name
 
 _METRICS = tuple(metric.name for metric in METRICS)
 PAPER = (*_METRICS, "seconds", "memory")  # figures of a paper; the file has seconds as `time`
@@ -25,13 +25,13 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: What the file calls it; of several labels, those that say something.
+        name: What the file calls it; of several labels, those that are not NONE.
         slug: The same as the name of a folder.
         labels: What stands in the columns of names.
         settings: What differs from the row without reduction, by the names of settings.
         file: The YAML file that it is read from instead of the grid's base.
         paper: What a paper reports of it, by PAPER: metrics in percent, seconds of training, peak
-            memory in the paper's own unit; None where it does not say.
+            memory in the paper's own unit; None where it has none.
     """
 
     name: str
@@ -47,7 +47,7 @@ def read_rows(path: Path, given: Any, *, names: int, taken: Sequence[str]) -> li
 
     Args:
         path: The file.
-        given: What it says under `rows`.
+        given: Its entry `rows`.
         names: How many columns name a row.
         taken: Names that a row may not have.
 
@@ -124,19 +124,19 @@ def _paper(label: str, given: Any) -> dict[str, float | None] | None:
         example = f"{{{_METRICS[0]}: 70.5, time: '4:08:40'}}"
         refuse(label, given, f"figures such as {example}")
     known = (*_METRICS, "time", "memory")
-    found: dict[str, float | None] = dict.fromkeys(PAPER)
+    figures: dict[str, float | None] = dict.fromkeys(PAPER)
     for key, value in given.items():
         if key not in known:
             raise ConfigError(
                 f"{label}: {format_value(key)} is no figure; {nearest(str(key), known)}"
             )
         if key == "time":
-            found["seconds"] = _seconds(f"{label}: time", value)
+            figures["seconds"] = _seconds(f"{label}: time", value)
         elif type(value) not in (int, float):
             refuse(f"{label}: {key}", value, "a number")
         else:
-            found[key] = float(value)
-    return found
+            figures[key] = float(value)
+    return figures
 
 
 def _seconds(label: str, given: Any) -> float:

@@ -24,14 +24,14 @@ _TOKENS = ("tokens", "token-layers")
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run came to.
+    """The figures of a run.
 
     Attributes:
         name: Name of its folder, and how far it came if it is not finished.
         model: Name of the model.
         reduction: How tokens are removed, in short.
-        metrics: METRICS of the raw weights after the last epoch, by name; None if the log does not
-            say, which it does of the primary one.
+        metrics: METRICS of the raw weights after the last epoch, by name; None where the log has
+            none, but it always has the primary one.
         ema: The primary metric of the averaged weights, None without.
         epochs: How many of them are finished.
         seconds: Training time over those epochs, without evaluation.
@@ -40,8 +40,8 @@ class Result:
         memory_kind: What that counts.
         tokens: Tokens in the last layer, None if the model has no such thing.
         share: Tokens summed over the layers, as a share of what they are without reduction.
-        machine: Where it ran; empty if no file says so.
-        recipe: How it was trained, without its reduction, its seed and the places of files.
+        machine: Where it ran; empty without env.json.
+        recipe: Fingerprint of its config: without reduction, seed and the locations of files.
     """
 
     name: str
@@ -61,13 +61,13 @@ class Result:
 
     def flat(self) -> dict[str, Any]:
         """Return all of it as JSON holds it, each metric under its own name."""
-        found: dict[str, Any] = {}
+        flat: dict[str, Any] = {}
         for name, value in vars(self).items():
             if name == "metrics":
-                found |= self.metrics
+                flat |= self.metrics
             else:
-                found[f"ema_{PRIMARY.name}" if name == "ema" else name] = value
-        return found
+                flat[f"ema_{PRIMARY.name}" if name == "ema" else name] = value
+        return flat
 
 
 def read_run(folder: Path) -> Result:
@@ -124,12 +124,12 @@ def read_log(log: Path) -> list[dict[str, Any]]:
 
 
 def log_metrics(record: dict[str, Any]) -> dict[str, float | None]:
-    """Return METRICS of a line of log.txt by name, None where it does not say."""
+    """Return METRICS of a line of log.txt by name, None where it has none."""
     return {metric.name: record.get(f"test_{metric.name}") for metric in METRICS}
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """Return what a run says of its machine and versions; nothing if it has no such file.
+    """Return a run's env.json, its machine and versions; nothing without such a file.
 
     Raises:
         ValueError: If the file is damaged.
@@ -168,18 +168,18 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> Table:
             differences.
 
     Raises:
-        ValueError: If they are, and `mixed` does not say so; it names what differs.
+        ValueError: If they are without `mixed`; the message names what differs.
     """
     for what in () if mixed else ("machine", "recipe"):
-        if found := differing(getattr(result, what) for result in results):
+        if differences := differing(getattr(result, what) for result in results):
             raise ValueError(
-                f"runs differ in {described(found)}, expected one {what}; "
+                f"runs differ in {described(differences)}, expected one {what}; "
                 "--mixed shows them without time, memory and differences"
             )
     if mixed:
-        found = differing([{**result.recipe, **result.machine} for result in results])
-        apart = f"not comparable in time and memory: {described(found)}"
-        note = apart if found else "no differences"
+        differences = differing([{**result.recipe, **result.machine} for result in results])
+        apart = f"not comparable in time and memory: {described(differences)}"
+        note = apart if differences else "no differences"
     else:
         kinds = sorted({result.memory_kind for result in results})
         note = f"memory: {'; '.join(kinds)}; in brackets: against {results[0].name}"
@@ -236,14 +236,14 @@ def _row(result: Result, first: Result | None) -> list[str]:
     base = None if result is first else first
     cells = [result.name, result.model, result.reduction]
     for name, value in result.metrics.items():
-        cells.append(_shown(name, value, None if base is None else base.metrics[name], 2))
-    cells.append(_shown(PRIMARY.name, result.ema, None, 2))
+        cells.append(_with_change(name, value, None if base is None else base.metrics[name], 2))
+    cells.append(_with_change(PRIMARY.name, result.ema, None, 2))
     if first is not None:
         whole = base is not None and result.epochs == base.epochs
         labelled = base is not None and result.memory_kind == base.memory_kind
         for name, same in (("seconds", whole), ("speed", True), ("memory_mib", labelled)):
             known = getattr(base, name) if base and same else None
-            cells.append(_shown(name, getattr(result, name), known or None, 1))
+            cells.append(_with_change(name, getattr(result, name), known or None, 1))
     return [
         *cells,
         "-" if result.tokens is None else str(result.tokens),
@@ -251,7 +251,7 @@ def _row(result: Result, first: Result | None) -> list[str]:
     ]
 
 
-def _shown(name: str, value: float | None, base: float | None, digits: int) -> str:
+def _with_change(name: str, value: float | None, base: float | None, digits: int) -> str:
     if value is None:
         return "-"
     change = "" if base is None else f" ({difference(name, value, base)})"

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from fambav.experiments.grid import DENSE, FREE, SCRATCH, TUNED, Grid
+from fambav.experiments.grid import FREE, SCRATCH, TUNED, UNREDUCED, Grid
 from fambav.experiments.metrics import METRICS, PRIMARY, difference
 from fambav.experiments.results import FLOPS, Record, Results, described_versions, estimate
 from fambav.experiments.rows import PAPER, Row
 from fambav.table import Table
 
 _HOUR = 3600.0
-_TRAINED = (SCRATCH, TUNED, DENSE)
+_TRAINED = (SCRATCH, TUNED, UNREDUCED)
 _COSTS = ("seconds", "memory")  # of what a paper reports
 
 
@@ -21,10 +21,10 @@ class _Column(NamedTuple):
     head: str
     name: str  # of the figure
     phases: tuple[str, ...]  # where it is looked for, the first that has it
-    compared: bool = True  # whether the difference to the row without reduction is shown
+    compared: bool = True  # whether it has the difference to the row without reduction
     digits: int = 2
     unit: float = 1.0  # what the figure is divided by
-    spread: bool = True  # whether the deviation over seeds is shown
+    spread: bool = True  # whether it has the deviation over seeds
     costs: bool = False  # whether it depends on the machine
 
 
@@ -96,11 +96,11 @@ def _cell(results: Results, row: Row, column: _Column) -> str:
     if not values:
         return "-"
     known, seeds = estimate(list(values.values())), len(results.grid.seeds)
-    text = f"{known.mean / column.unit:.{column.digits}f}"
-    if column.spread and known.std is not None:
-        text += f" ± {known.std / column.unit:.{column.digits}f}"
-    if column.spread and known.count < seeds:
-        text += f" [{known.count} of {seeds}]"
+    if column.spread:
+        missing = f" [{known.count} of {seeds}]" * (known.count < seeds)
+        text = known.text(column.digits, column.unit) + missing
+    else:
+        text = f"{known.mean / column.unit:.{column.digits}f}"
     baseline = results.grid.baseline
     if row.name == baseline.name or not column.compared:
         return text
@@ -108,7 +108,7 @@ def _cell(results: Results, row: Row, column: _Column) -> str:
     common = sorted(values.keys() & base.keys())
     if not common:
         return text
-    ours, theirs = (fmean(found[seed] for seed in common) for found in (values, base))
+    ours, theirs = (fmean(known[seed] for seed in common) for known in (values, base))
     return f"{text} ({difference(column.name, ours, theirs, column.digits)})"
 
 

@@ -1,28 +1,30 @@
 """Modules that two or more models are made of."""
 
-from fambav.layers.block import Add, AddNorm, Block, Hooks, run_block
+from fambav.layers.block import Add, AddNorm, Block, Hooks, ResidualBlock
 from fambav.layers.drop import Dropout, DropPath, shard
 from fambav.layers.embed import PatchEmbed
 from fambav.layers.info import BackboneInfo, Stage
 from fambav.layers.mamba import Mamba
 from fambav.layers.mamba2d import Mamba2D
-from fambav.layers.tokens import Ask, Signals, Tokens
+from fambav.layers.tokens import INTERMEDIATES, OUTPUT, Intermediates, Tokens, take_rows
 
 __all__ = [
+    "INTERMEDIATES",
+    "OUTPUT",
     "Add",
     "AddNorm",
-    "Ask",
     "BackboneInfo",
     "Block",
     "DropPath",
     "Dropout",
     "Hooks",
+    "Intermediates",
     "Mamba",
     "Mamba2D",
     "PatchEmbed",
-    "Signals",
+    "ResidualBlock",
     "Stage",
     "Tokens",
-    "run_block",
     "shard",
+    "take_rows",
 ]

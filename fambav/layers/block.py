@@ -1,4 +1,4 @@
-"""The residual block: add, normalise, mix, with room for something at three points.
+"""The residual block: add, normalise, mix, with hooks at three points.
 
 tokens = before(tokens)
 residual = residual + drop_path(x)      tokens = between(norm(residual), residual)
@@ -8,6 +8,7 @@ tokens = after(mixer(tokens))
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fambav.layers.drop import DropPath
-from fambav.layers.tokens import Ask, Signals, Tokens
+from fambav.layers.tokens import OUTPUT, Intermediates, Tokens, zero_masked
 from fambav.ops import add_rms_norm
 
 Hook = Callable[[Tokens], Tokens]
@@ -27,23 +28,29 @@ def unchanged(tokens: Tokens) -> Tokens:
 
 
 class Hooks(NamedTuple):
-    """What is done to the tokens at a block, and what its mixer is asked.
+    """What is done to the tokens at a block, and what its mixer needs and returns beside x.
 
     Attributes:
         before: Called with the output of the block before, ahead of its drop path.
         between: Called with the normalised sum as x.
-        after: Called with the mixer's output as x and its signals.
-        asked: Whether the mixer is told about its tokens, and asked for `needs`; a need of its
-            output alone is served without asking.
-        needs, gap: As in `Ask`.
+        after: Called with the mixer's output as x and its intermediates.
+        want: Intermediates that are read behind the mixer, fields of `Intermediates`.
+        gap_policy: How the scan's state ages over tokens that went, see `registry.GAP_POLICIES`;
+            None if it does not.
+        positions: Whether the mixer has to know where the tokens come from.
     """
 
     before: Hook = unchanged
     between: Hook = unchanged
     after: Hook = unchanged
-    asked: bool = False
-    needs: frozenset[str] = frozenset()
-    gap: str | None = None
+    want: frozenset[str] = frozenset()
+    gap_policy: str | None = None
+    positions: bool = False
+
+    @property
+    def unfused(self) -> bool:
+        """Whether the mixer has to run composed of single scans; its output alone does not."""
+        return bool(self.want - OUTPUT) or self.gap_policy is not None or self.positions
 
 
 NO_HOOKS = Hooks()
@@ -79,21 +86,21 @@ class AddNorm(nn.Module):
         return normed, residual
 
 
-class Block(nn.Module):
-    """A mixer on the normalised residual stream.
+class ResidualBlock(nn.Module):
+    """What a block does, with parts that its subclass makes, whose names are those of its weights.
 
-    Args:
-        dim: Width of a token.
-        mixer: Maps (batch, length, dim) to the same shape; with an `Ask` it also returns `Signals`.
-        drop_path: Probability that a sample skips the output of the block before.
+    Attributes:
+        norm: Maps x and residual to the normalised sum and the sum.
+        mixer: Maps (batch, length, dim) to the same shape; given `Tokens` too, it also returns
+            `Intermediates`, see `Mamba.forward`.
+        drop_path: Of the output of the block before.
+        grad_checkpointing: Compute norm and mixer again in the backward pass.
     """
 
-    def __init__(self, dim: int, mixer: nn.Module, *, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.mixer = mixer
-        self.norm = AddNorm(dim)
-        self.drop_path = DropPath(drop_path)
-        self.grad_checkpointing = False
+    norm: nn.Module
+    mixer: nn.Module
+    drop_path: nn.Module
+    grad_checkpointing = False
 
     def forward(self, tokens: Tokens, hooks: Hooks = NO_HOOKS) -> Tokens:
         """Return tokens with the mixer's output as x and the sum of everything before as residual.
@@ -102,58 +109,38 @@ class Block(nn.Module):
             tokens: Output of the block before; without a residual in the first block.
             hooks: May return fewer tokens.
         """
-        return run_block(
-            tokens,
-            hooks,
-            norm=self.norm,
-            mixer=self.mixer,
-            drop_path=self.drop_path,
-            checkpointing=self.grad_checkpointing,
-        )
+        tokens = hooks.before(tokens)
+        # Outside of the part that is computed twice, so that randomness is drawn once.
+        tokens = tokens._replace(x=self.drop_path(tokens.x))
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            mix = partial(self._mix, hooks)
+            tokens = checkpoint(mix, tokens, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tokens = self._mix(hooks, tokens)
+        return hooks.after(tokens)
+
+    def _mix(self, hooks: Hooks, tokens: Tokens) -> Tokens:
+        x, residual = self.norm(tokens.x, tokens.residual)
+        tokens = hooks.between(tokens._replace(x=x, residual=residual))
+        if not hooks.unfused:
+            x = self.mixer(tokens.x)
+            found = Intermediates(mixed=x) if hooks.want else None
+            return tokens._replace(x=x, intermediates=found)
+        x, found = self.mixer(tokens.x, tokens, want=hooks.want, gap_policy=hooks.gap_policy)
+        return tokens._replace(x=zero_masked(x, tokens.keep_index), intermediates=found)
 
 
-def run_block(
-    tokens: Tokens,
-    hooks: Hooks,
-    *,
-    norm: nn.Module,
-    mixer: nn.Module,
-    drop_path: nn.Module,
-    checkpointing: bool,
-) -> Tokens:
-    """Do what a block does, with parts of any names.
+class Block(ResidualBlock):
+    """A mixer on the normalised residual stream.
 
     Args:
-        tokens: Output of the block before.
-        hooks: What is done at its three points.
-        norm: Maps x and residual to the normalised sum and the sum.
-        mixer: As a `Block`'s.
-        drop_path: Of x.
-        checkpointing: Compute norm and mixer again in the backward pass.
+        dim: Width of a token.
+        mixer: As of a `ResidualBlock`.
+        drop_path: Probability that a sample skips the output of the block before.
     """
 
-    def mix(tokens: Tokens) -> Tokens:
-        x, residual = norm(tokens.x, tokens.residual)
-        tokens = hooks.between(tokens._replace(x=x, residual=residual))
-        if not hooks.asked:
-            x = mixer(tokens.x)
-            return tokens._replace(x=x, signals=Signals(mixed=x) if hooks.needs else None)
-        x, signals = mixer(tokens.x, Ask(tokens, hooks.needs, hooks.gap))
-        return tokens._replace(x=silenced(x, tokens.alive), signals=signals)
-
-    tokens = hooks.before(tokens)
-    # Outside of the part that is computed twice, so that randomness is drawn once.
-    tokens = tokens._replace(x=drop_path(tokens.x))
-    if checkpointing and torch.is_grad_enabled():
-        tokens = checkpoint(mix, tokens, use_reentrant=False, preserve_rng_state=False)
-    else:
-        tokens = mix(tokens)
-    return hooks.after(tokens)
-
-
-def silenced(x: Tensor, alive: Tensor | None) -> Tensor:
-    """Silence what a mixer's biases say at masked places."""
-    if alive is None:
-        return x
-    mask = torch.zeros(x.shape[:2], dtype=x.dtype, device=x.device).scatter(1, alive, 1)
-    return x * mask[..., None]
+    def __init__(self, dim: int, mixer: nn.Module, *, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.norm = AddNorm(dim)
+        self.drop_path = DropPath(drop_path)

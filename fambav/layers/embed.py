@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from fambav.registry import CLASS_TOKENS, nearest
@@ -55,16 +56,13 @@ def patch_grid(img_size: tuple[int, int], *, patch_size: int, stride: int) -> tu
     return height, width
 
 
-def class_places(class_token: str, patches: int) -> tuple[int, ...]:
-    """Say where class tokens stand in the sequence that the model starts with.
+def cls_index_of(class_token: str, patches: int) -> tuple[int, ...]:
+    """Return where class tokens are in the sequence that the model starts with, ascending.
 
     Args:
         class_token: "middle" after half of the patches, "head" before all, "double" before and
             after, or "none".
         patches: Number of patches.
-
-    Returns:
-        Ascending places in the sequence of patches and class tokens.
 
     Raises:
         ValueError: If class_token is none of these.
@@ -80,43 +78,32 @@ def class_places(class_token: str, patches: int) -> tuple[int, ...]:
     }[class_token]
 
 
-def insert(x: Tensor, extra: Sequence[Tensor], places: Sequence[int]) -> Tensor:
-    """Put rows into a sequence.
+def insert(x: Tensor, extra: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    """Put rows into a sequence: (batch, length, dim) -> (batch, length + k, dim).
 
     Args:
-        x: Sequence, (batch, length, dim).
+        x: The sequence.
         extra: k rows, each (1, 1, dim).
-        places: Where the rows stand in the result, k ascending numbers.
-
-    Returns:
-        The sequence with the rows, (batch, length + k, dim).
+        indices: Of the rows in the result, k ascending numbers.
     """
     pieces, start = [], 0
-    for before, (row, place) in enumerate(zip(extra, places, strict=True)):
-        pieces += [x[:, start : place - before], row.expand(x.shape[0], -1, -1)]
-        start = place - before
+    for before, (row, index) in enumerate(zip(extra, indices, strict=True)):
+        pieces += [x[:, start : index - before], row.expand(x.shape[0], -1, -1)]
+        start = index - before
     return torch.cat([*pieces, x[:, start:]], dim=1)
 
 
-def take(x: Tensor, places: Tensor) -> Tensor:
-    """Return the rows of x, (batch, length, dim), at places, (batch, k): (batch, k, dim)."""
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def resize_grid(x: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Stretch a raster of vectors bicubically.
+    """Resize a grid of vectors bicubically, in x's dtype.
 
     Args:
-        x: Vectors in raster order, (1, old height * old width, dim).
-        old: Height and width of the raster.
+        x: Vectors row by row, (1, old height * old width, dim).
+        old: Height and width of the grid.
         new: Height and width wanted.
-
-    Returns:
-        Vectors in raster order, (1, new height * new width, dim), in x's dtype.
     """
-    raster = x.float().unflatten(1, old).permute(0, 3, 1, 2)
-    raster = F.interpolate(raster, size=new, mode="bicubic", align_corners=False)
-    return raster.flatten(2).mT.to(x.dtype)
+    maps = rearrange(x.float(), "n (h w) c -> n c h w", h=old[0], w=old[1])
+    maps = F.interpolate(maps, size=new, mode="bicubic", align_corners=False)
+    return rearrange(maps, "n c h w -> n (h w) c").to(x.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -152,5 +139,5 @@ class PatchEmbed(nn.Module):
         if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
             expected = ", ".join(map(str, wanted))
             raise ValueError(f"images are {tuple(images.shape)}, expected (batch, {expected})")
-        patches: Tensor = self.proj(images)
-        return patches.flatten(2).mT
+        patches: Tensor = rearrange(self.proj(images), "b c h w -> b (h w) c")
+        return patches

@@ -1,4 +1,4 @@
-"""What a backbone tells about itself: plain data, known before the first image."""
+"""The description of a backbone: plain data, known before the first image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Stage(NamedTuple):
         grid: Height and width of the grid of patches.
         tokens: Tokens before the first layer, class tokens included.
         directions: In how many directions a mixer scans.
-        intermediates: Fields of `Signals` that a mixer can return beside its output.
+        intermediates: Fields of `Intermediates` that a mixer can return.
     """
 
     depth: int
@@ -34,9 +34,9 @@ class BackboneInfo(NamedTuple):
         family: Kind of model, a key of `fambav.registry.FAMILIES`; published schedules are for one
             family.
         stages: From the image to the output.
-        cls_index: Where the class tokens stand before the first layer, from 0.
+        cls_index: Where the class tokens are before the first layer, from 0.
         unaligned: Why its scans cannot age their state over tokens that went; None if they can.
-        needs_positions: Whether its mixers must be told where the tokens that are left come from.
+        needs_positions: Whether its mixers have to know where the kept tokens come from.
     """
 
     family: str
@@ -83,5 +83,5 @@ class BackboneInfo(NamedTuple):
 
     @property
     def intermediates(self) -> frozenset[str]:
-        """Fields of `Signals` that a mixer can return beside its output."""
+        """Fields of `Intermediates` that a mixer can return."""
         return self.stage.intermediates

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple, cast, overload
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,39 +20,27 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooked
 from torch.utils.module_tracker import ModuleTracker
 
-from fambav.layers.tokens import Ask, Signals
+from fambav.layers.tokens import Intermediates, Tokens
 from fambav.ops import Direction, bimamba_scan
-from fambav.ops.aligned_scan import aligned_scan, skipped, steps_between
 from fambav.ops.bimamba import ScanInputs, directed_scan, scan_inputs
 from fambav.ops.dispatch import without_autocast
+from fambav.ops.scan_aligned import aligned_scan, count_skipped, estimate_skipped_dt
 from fambav.registry import BIMAMBA, nearest
 
-SIGNALS = frozenset(Signals._fields) - {"order"}  # all that it can tell when asked
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes that a new mixer starts from
-_PLAIN = (nn.Linear, nn.Conv1d)  # what kernels compute in the place of
+_PLAIN = (nn.Linear, nn.Conv1d)  # modules that kernels compute in their stead
 _WATCHED = "is watched by hooks on all modules"
 
-
-class Recurrence(NamedTuple):
-    """What the scan of one direction reads beside u, delta, B and C.
-
-    Attributes:
-        A: Decay rate, (dim, state), float32 or wider.
-        D: Skip weight, (dim,), float32 or wider.
-        dt_bias: Added to delta before softplus, (dim,); None if delta includes it.
-    """
-
-    A: Tensor
-    D: Tensor
-    dt_bias: Tensor | None
+# A, (inner, state); D, (inner,); bias of the step size, (inner,), None if delta includes it.
+Recurrence = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Mamba(nn.Module):
     """Project, scan, gate, project.
 
-    Everything between the projections is (batch, length, dim) in memory, and the backward direction
-    is a scan from the last token to the first: no sequence is copied to be reversed. Both
-    directions share the gate, which is therefore applied once, to their sum.
+    Everything between the projections is (batch, length, inner) in memory, and the backward
+    direction is a scan from the last token to the first: no sequence is copied to be reversed.
+    Both directions share the gate, which is therefore applied once, to their sum.
 
     Args:
         dim: Width of a token.
@@ -75,6 +63,13 @@ class Mamba(nn.Module):
         ValueError: If bimamba_type is unknown.
     """
 
+    conv1d: nn.Conv1d
+    conv1d_b: nn.Conv1d
+    x_proj: nn.Linear
+    x_proj_b: nn.Linear
+    dt_proj: nn.Linear
+    dt_proj_b: nn.Linear
+
     def __init__(
         self,
         dim: int,
@@ -96,70 +91,72 @@ class Mamba(nn.Module):
         self.bimamba_type, self.reach = bimamba_type, kernel - 1
         self.halved = divide_out and bimamba_type == "v2"
         self.splits = (rank, state, state)
+        self._ends = ("", "_b") if bimamba_type == "v2" else ("",)  # of names of a direction's own
 
         # Names and order are those of the published weights.
-        self.A_log = decay_rates(inner, state)
+        self.A_log = init_A_log(inner, state)
         self.D = nn.Parameter(torch.ones(inner))
         if bimamba_type != "none":
-            self.A_b_log = decay_rates(inner, state)
+            self.A_b_log = init_A_log(inner, state)
         if bimamba_type == "v2":
             self.D_b = nn.Parameter(torch.ones(inner))
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv1d = nn.Conv1d(inner, inner, kernel, groups=inner)
-        self.x_proj = nn.Linear(inner, sum(self.splits), bias=False)
-        self.dt_proj = step_sizes(rank, inner)
-        if bimamba_type == "v2":
-            self.conv1d_b = nn.Conv1d(inner, inner, kernel, groups=inner)
-            self.x_proj_b = nn.Linear(inner, sum(self.splits), bias=False)
-            self.dt_proj_b = step_sizes(rank, inner)
-            if legacy_init:
-                nn.init.zeros_(self.dt_proj_b.bias)
+        for end in self._ends:
+            self.add_module(f"conv1d{end}", nn.Conv1d(inner, inner, kernel, groups=inner))
+            self.add_module(f"x_proj{end}", nn.Linear(inner, sum(self.splits), bias=False))
+            self.add_module(f"dt_proj{end}", init_dt_proj(rank, inner))
+        if legacy_init and bimamba_type == "v2":
+            nn.init.zeros_(self.dt_proj_b.bias)
         self.out_proj = nn.Linear(inner, dim, bias=False)
         with torch.no_grad():
             self.out_proj.weight /= depth**0.5
         parts = (f"{name}{end}" for end in self._ends for name in ("conv1d", "x_proj", "dt_proj"))
         self._called = *parts, "out_proj"
 
-    @overload
-    def forward(self, hidden: Tensor, ask: None = ...) -> Tensor: ...
-
-    @overload
-    def forward(self, hidden: Tensor, ask: Ask) -> tuple[Tensor, Signals]: ...
-
-    def forward(self, hidden: Tensor, ask: Ask | None = None) -> Tensor | tuple[Tensor, Signals]:
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: Tokens | None = None,
+        *,
+        want: frozenset[str] = frozenset(),
+        gap_policy: str | None = None,
+    ) -> Tensor | tuple[Tensor, Intermediates]:
         """Mix along length.
 
         Args:
             hidden: (batch, length, dim).
-            ask: Where the tokens come from and what to tell of them. Whoever asks gets the mixer
-                composed of single scans, which costs more than the fused one.
+            tokens: Whose features they are: their positions and skipped step sizes.  With these the
+                mixer runs composed of single scans, which costs more than the fused one.
+            want: Fields of `Intermediates` to return.
+            gap_policy: How the state ages over tokens that went, see `registry.GAP_POLICIES`; None
+                if it does not.
 
         Returns:
-            Shaped like hidden; with `ask` also what was asked for.
+            Shaped like hidden; with `tokens` also the wanted intermediates.
         """
-        xz = self.in_proj(hidden)
+        xz = self.in_proj(hidden)  # (batch, length, 2 * inner)
         if (replaced := self.unfused) is not None:
             self._warn(replaced)
-        elif ask is None and self.bimamba_type == "v2":
+        elif tokens is None and self.bimamba_type == "v2":
             forward, backward = self._directions()
             scale = 0.5 if self.halved else 1.0
             return bimamba_scan(xz, forward, backward, self.out_proj.weight, scale=scale)
-        x, z = xz.chunk(2, dim=-1)
+        x, z = xz.chunk(2, dim=-1)  # both (batch, length, inner)
         inputs, recurrences = self._by_kernels(x) if replaced is None else self._by_modules(x)
         if self.bimamba_type == "v1":  # scans the same both ways
             inputs *= 2
-            recurrences.append(recurrences[0]._replace(A=rates(self.A_b_log)))
-        if ask is None:
-            scanned = zip(inputs, recurrences, strict=True)
-            ys = [directed_scan(i, *r, reverse=bool(end)) for end, (i, r) in enumerate(scanned)]
+            recurrences.append((A_from_log(self.A_b_log), *recurrences[0][1:]))
+        if tokens is None:
+            pairs = enumerate(zip(inputs, recurrences, strict=True))
+            ys = [directed_scan(i, *r, reverse=bool(end)) for end, (i, r) in pairs]
         else:
-            ys, told = self._told(inputs, recurrences, ask)
-        out: Tensor = self.out_proj(sum(ys[1:], ys[0]) * self._gate(z))
-        if ask is None:
+            ys, scanned = self._scan_kept(inputs, recurrences, tokens, gap_policy)
+        out: Tensor = self.out_proj(sum(ys[1:], ys[0]) * self._gate(z))  # (batch, length, dim)
+        if tokens is None:
             return out
-        told |= {"z": z, "mixed": out}
-        wanted = {name: tensor for name, tensor in told.items() if name in ask.needs}
-        return out, Signals(order=_order(hidden, len(recurrences)), **wanted)
+        found = {name: torch.stack(x, dim=1) for name, x in scanned.items() if name in want}
+        found |= {name: x for name, x in (("z", z), ("mixed", out)) if name in want}
+        return out, Intermediates(order=_order(hidden, len(recurrences)), **found)
 
     @property
     def unfused(self) -> tuple[str, str] | None:
@@ -175,7 +172,7 @@ class Mamba(nn.Module):
         return (self._called[0], _WATCHED) if _all_watched() else None
 
     def _warn(self, unfused: tuple[str, str]) -> None:
-        """Say once for all mixers of a model that they are not fused."""
+        """Warn once for all mixers of a model that they are not fused."""
         name, reason = f"{self.name}.{unfused[0]}".lstrip("."), unfused[1]
         if not self.warned:
             self.warned.append(name)
@@ -185,11 +182,6 @@ class Mamba(nn.Module):
                 stacklevel=2,
             )
 
-    @property
-    def _ends(self) -> tuple[str, ...]:
-        """What the names of each direction's own modules end with."""
-        return ("", "_b") if self.bimamba_type == "v2" else ("",)
-
     def _part(self, name: str, end: str) -> nn.Module:
         return cast(nn.Module, getattr(self, name + end))
 
@@ -197,20 +189,20 @@ class Mamba(nn.Module):
         """Return what each scan reads, computed from the weights of the sub-modules."""
         directions = self._directions()
         inputs = [scan_inputs(x, d, reverse=bool(end)) for end, d in enumerate(directions)]
-        return inputs, [Recurrence(d.A, d.D, d.dt_bias) for d in directions]
+        return inputs, [(d.A, d.D, d.dt_bias) for d in directions]
 
     def _by_modules(self, x: Tensor) -> tuple[list[ScanInputs], list[Recurrence]]:
         """Return the same by calling the sub-modules; backward ones see the sequence reversed."""
-        inputs, recurrences = [], []
+        inputs, recurrences = list[ScanInputs](), list[Recurrence]()
         for end in self._ends:
             rows = F.pad((x.flip(1) if end else x).mT, (self.reach, 0))  # (batch, inner, length)
-            u = F.silu(self._part("conv1d", end)(rows)).mT
+            u = F.silu(self._part("conv1d", end)(rows)).mT  # (batch, length, inner)
             dt, B, C = self._part("x_proj", end)(u).split(self.splits, dim=-1)
-            each = u, step_sizes_of(self._part("dt_proj", end), dt), B, C
+            each = u, apply_dt_proj(self._part("dt_proj", end), dt), B, C
             u, delta, B, C = (t.flip(1) if end else t for t in each)
             inputs.append((u, delta, B, C))
             A_log, D = (self.A_b_log, self.D_b) if end else (self.A_log, self.D)
-            recurrences.append(Recurrence(rates(A_log), wide(D), dt_bias=None))
+            recurrences.append((A_from_log(A_log), upcast(D), None))
         return inputs, recurrences
 
     def _directions(self) -> tuple[Direction, ...]:
@@ -224,34 +216,42 @@ class Mamba(nn.Module):
     def _gate(self, z: Tensor) -> Tensor:
         return F.silu(z) * 0.5 if self.halved else F.silu(z)
 
-    def _told(
-        self, inputs: list[ScanInputs], recurrences: list[Recurrence], ask: Ask
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def _scan_kept(
+        self,
+        inputs: list[ScanInputs],
+        recurrences: list[Recurrence],
+        tokens: Tokens,
+        gap_policy: str | None,
+    ) -> tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]:
         """Scan each direction over tokens of which some may be gone.
 
         Returns:
-            What each scan gives, (batch, length, inner), and the signals of all, stacked.
+            Each scan's output, (batch, length, inner), and by name what each of them used.
         """
-        ys, told = [], []
-        for end, ((u, delta, B, C), own) in enumerate(zip(inputs, recurrences, strict=True)):
-            delta = wide(delta) if own.dt_bias is None else wide(delta) + own.dt_bias
-            delta = F.softplus(delta)
-            gap = self._gap(ask, delta, end)
-            ys.append(aligned_scan(u, delta, own.A, B, C, own.D, gap, reverse=bool(end)))
-            told.append({"u": u, "delta": delta, "B": B, "C": C, "y": ys[-1]})
-        stacked = {name: [one[name] for one in told] for name in told[0] if name in ask.needs}
-        return ys, {name: torch.stack(tensors, dim=1) for name, tensors in stacked.items()}
+        ys, used = [], []
+        for end, ((u, delta, B, C), (A, D, bias)) in enumerate(
+            zip(inputs, recurrences, strict=True)
+        ):
+            delta = F.softplus(upcast(delta) if bias is None else upcast(delta) + bias)
+            skipped_dt = self._skipped_dt(tokens, gap_policy, delta, end)
+            ys.append(aligned_scan(u, delta, A, B, C, D, skipped_dt, reverse=bool(end)))
+            used.append((u, delta, B, C, ys[-1]))
+        names = ("u", "delta", "B", "C", "y")
+        return ys, dict(zip(names, zip(*used, strict=True), strict=True))
 
-    def _gap(self, ask: Ask, delta: Tensor, end: int) -> Tensor | None:
+    def _skipped_dt(
+        self, tokens: Tokens, gap_policy: str | None, delta: Tensor, end: int
+    ) -> Tensor | None:
         """Return the step sizes of what is gone before each token; None for none."""
-        tokens = ask.tokens
-        if ask.gap is None:
+        if gap_policy is None:
             return None
-        if ask.gap == "cached":
-            return None if tokens.gap is None else tokens.gap[:, end]
-        absent = skipped(tokens.position, reverse=bool(end))
-        bias = wide(bias_of(self._part("dt_proj", self._ends[end % len(self._ends)])))
-        return steps_between(ask.gap, delta=delta, skipped=absent, bias=bias, reverse=bool(end))
+        if gap_policy == "cached":
+            return None if tokens.skipped_dt is None else tokens.skipped_dt[:, end]
+        absent = count_skipped(tokens.position, reverse=bool(end))
+        bias = upcast(bias_of(self._part("dt_proj", self._ends[end % len(self._ends)])))
+        return estimate_skipped_dt(
+            gap_policy, delta=delta, skipped=absent, bias=bias, reverse=bool(end)
+        )
 
 
 def _order(hidden: Tensor, directions: int) -> Tensor:
@@ -263,20 +263,19 @@ def _order(hidden: Tensor, directions: int) -> Tensor:
 def _direction(
     conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor
 ) -> Direction:
-    """Collect the parameters of one direction."""
     return Direction(
-        conv_weight=conv.weight[:, 0],
+        conv_weight=conv.weight[:, 0],  # (inner, 1, kernel) -> (inner, kernel)
         conv_bias=cast(Tensor, conv.bias),
         x_proj=x_proj.weight,
         dt_proj=dt_proj.weight,
-        dt_bias=wide(dt_proj.bias),
-        A=rates(A_log),
-        D=wide(D),
+        dt_bias=upcast(dt_proj.bias),
+        A=A_from_log(A_log),
+        D=upcast(D),
     )
 
 
 def not_plain(module: nn.Module | None) -> str | None:
-    """Say why calling a module may do other than its weights say, or None."""
+    """Return why calling a module may do other than its weights say, or None."""
     kind = type(module)
     if kind not in _PLAIN:  # a parametrization makes a class of its own
         return f"is a {kind.__module__}.{kind.__name__}"
@@ -304,7 +303,7 @@ def _all_watched() -> bool:
     return not all(isinstance(getattr(h, "__self__", None), ModuleTracker) for h in hooks)
 
 
-def step_sizes_of(dt_proj: nn.Module, dt: Tensor) -> Tensor:
+def apply_dt_proj(dt_proj: nn.Module, dt: Tensor) -> Tensor:
     """Call `dt_proj`, (batch, length, rank) -> (batch, length, inner), in its own dtype.
 
     Autocast would round the sum of product and bias, whose exponential is the step size.
@@ -328,22 +327,22 @@ def bias_of(linear: nn.Module) -> Tensor:
     return bias
 
 
-def rates(A_log: Tensor) -> Tensor:
+def A_from_log(A_log: Tensor) -> Tensor:
     """Return A from the logarithm of its negative."""
-    return -wide(A_log).exp()
+    return -upcast(A_log).exp()
 
 
-def wide(parameter: Tensor) -> Tensor:
+def upcast(parameter: Tensor) -> Tensor:
     """Give a parameter of the scan the dtype of the state, whatever that of the tokens is."""
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
-def decay_rates(inner: int, state: int) -> nn.Parameter:
-    """Logarithms of 1 .. state for each channel, (inner, state)."""
+def init_A_log(inner: int, state: int) -> nn.Parameter:
+    """Return logarithms of 1 .. state for each channel, (inner, state)."""
     return nn.Parameter(torch.arange(1.0, state + 1).log().repeat(inner, 1))
 
 
-def step_sizes(rank: int, inner: int) -> nn.Linear:
+def init_dt_proj(rank: int, inner: int) -> nn.Linear:
     """Map to steps that start, after softplus, evenly spread in log from DT_MIN to DT_MAX."""
     linear = nn.Linear(rank, inner)
     nn.init.uniform_(linear.weight, -(rank**-0.5), rank**-0.5)

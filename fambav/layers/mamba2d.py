@@ -1,7 +1,7 @@
-"""The Mamba mixer over a grid, scanned along four snakes.
+"""The Mamba mixer over a grid, scanned along four snake orders.
 
     x, z = in_proj(hidden)      u = silu(conv2d(x))      dt, B, C = x_proj(u)
-    y = scan(u, softplus(dt_proj(dt)), A, B + what the last move adds, C, D)      of every snake
+    y = scan(u, softplus(dt_proj(dt)), A, B + what the last move adds, C, D)      of every order
     out = out_proj((sum of y) * silu(z))
 
 Source: Yang et al., "PlainMamba", arXiv:2403.17695; Gu and Dao, "Mamba", arXiv:2312.00752,
@@ -12,62 +12,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fambav.layers.embed import take
 from fambav.layers.mamba import (
+    A_from_log,
+    apply_dt_proj,
     bias_of,
-    decay_rates,
+    init_A_log,
+    init_dt_proj,
     not_plain,
-    rates,
-    step_sizes,
-    step_sizes_of,
-    wide,
+    upcast,
 )
-from fambav.layers.tokens import Ask, Signals, Tokens
+from fambav.layers.tokens import Intermediates, Tokens, take_rows
 from fambav.ops import selective_scan
-from fambav.ops.aligned_scan import aligned_scan, steps_between
 from fambav.ops.bimamba import ScanInputs
-from fambav.ops.scan_order import (
+from fambav.ops.cross_scan import (
     MOVES,
-    Orders,
-    among,
-    by_step,
-    by_token,
-    collect,
-    rows,
-    snakes,
-    spread,
+    ScanOrder,
+    cross_merge,
+    cross_scan,
+    kept_order,
+    select_rows,
+    snake_order,
+    to_scan_order,
+    to_token_order,
 )
+from fambav.ops.scan_aligned import aligned_scan, estimate_skipped_dt
 from fambav.registry import PARAM_ORDERS, nearest
 
 Grid = tuple[int, int]
 
-DIRECTIONS = 4  # snakes along which the grid is scanned
-SIGNALS = frozenset(("u", "delta", "B", "C", "y", "z", "mixed"))  # all that it can tell
+DIRECTIONS = 4  # snake orders in which the grid is scanned
 UNALIGNED = (
     "its weights pair the token of a step with the step size of another one, which may be gone;"
     " param_order 'permuted' pairs it with its own"
 )
-
-
-class Places(NamedTuple):
-    """Where tokens are.
-
-    Attributes:
-        grid: Height and width of the grid.
-        position: Place on it of each token, row by row, (batch, length), int64; None if the tokens
-            are the whole grid row by row.
-        orders: In which they are scanned.
-    """
-
-    grid: Grid
-    position: Tensor | None
-    orders: Orders
 
 
 class Mamba2D(nn.Module):
@@ -111,72 +93,83 @@ class Mamba2D(nn.Module):
         self.splits = (rank, state, state)
 
         # Names and order are those of the published weights.
-        self.A_log = decay_rates(inner, state)
+        self.A_log = init_A_log(inner, state)
         self.D = nn.Parameter(torch.ones(inner))
         self.direction_Bs = nn.Parameter(0.02 * torch.randn(len(MOVES), state))
         self.in_proj = nn.Linear(dim, 2 * inner)
         self.conv2d = nn.Conv2d(inner, inner, kernel, padding=kernel // 2, groups=inner)
         self.x_proj = nn.Linear(inner, sum(self.splits), bias=False)
-        self.dt_proj = step_sizes(rank, inner)
+        self.dt_proj = init_dt_proj(rank, inner)
         self.out_proj = nn.Linear(inner, dim)
 
-    @overload
-    def forward(self, hidden: Tensor, ask: None = ...) -> Tensor: ...
-
-    @overload
-    def forward(self, hidden: Tensor, ask: Ask) -> tuple[Tensor, Signals]: ...
-
-    def forward(self, hidden: Tensor, ask: Ask | None = None) -> Tensor | tuple[Tensor, Signals]:
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: Tokens | None = None,
+        *,
+        want: frozenset[str] = frozenset(),
+        gap_policy: str | None = None,
+    ) -> Tensor | tuple[Tensor, Intermediates]:
         """Mix on the grid.
 
         Args:
             hidden: (batch, length, dim).
-            ask: Where the tokens come from and what to tell of them; without, they are the whole
-                grid that the model starts with, row by row.
+            tokens: Whose features they are: their positions, grid and skipped step sizes; without,
+                they are the whole grid that the model starts with, row by row.
+            want: Fields of `Intermediates` to return.
+            gap_policy: How the state ages over tokens that went, see `registry.GAP_POLICIES`; None
+                if it does not.
 
         Returns:
-            Shaped like hidden; with `ask` also what was asked for.  What it tells of a token is
-            what its scan step used, so step sizes, B and C are those of other tokens if
-            param_order is "raster".
+            Shaped like hidden; with `tokens` also the wanted intermediates.  Those of a token are
+            what its scan step used, so step sizes, B and C are those of other tokens if param_order
+            is "raster".
 
         Raises:
-            ValueError: If the tokens do not fit the grid, or the state cannot age as asked.
+            ValueError: If the tokens do not fit the grid, or the state cannot age so.
         """
-        places = self._places(hidden, ask)
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        u = on_image(x, places.grid, places.position, lambda image: F.silu(self.conv2d(image)))
-        inputs = self._scan_inputs(u, places.orders)
-        if ask is None or (ask.gap is None and "delta" not in ask.needs):
+        grid, position, orders = self._layout(hidden, tokens)
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)  # both (batch, length, inner)
+        u = apply_on_grid(x, grid, position, lambda image: F.silu(self.conv2d(image)))
+        inputs = self._scan_inputs(u, orders)
+        if gap_policy is None and "delta" not in want:
             y = self._scan(inputs)
         else:
-            inputs, y = self._aged_scan(inputs, places, ask)
-        y = y.unflatten(0, (hidden.shape[0], -1))
-        out: Tensor = self.out_proj(collect(y, places.orders) * F.silu(z))
-        if ask is None:
+            u, delta, B, C = inputs
+            bias = self._bias()
+            delta = F.softplus(upcast(delta) if bias is None else upcast(delta) + bias)
+            inputs = u, delta, B, C
+            skipped_dt = self._skipped_dt(delta, grid, orders, tokens, gap_policy=gap_policy)
+            y = aligned_scan(u, delta, A_from_log(self.A_log), B, C, upcast(self.D), skipped_dt)
+        y = y.unflatten(0, (hidden.shape[0], -1))  # (batch, directions, length, inner)
+        out: Tensor = self.out_proj(cross_merge(y, orders) * F.silu(z))  # (batch, length, dim)
+        if tokens is None:
             return out
-        told = dict(zip(("u", "delta", "B", "C", "y"), (*inputs, y), strict=True))
-        stacked = {
-            name: by_token(tensor.view(*y.shape[:3], -1), places.orders)
-            for name, tensor in told.items()
-            if name in ask.needs
+        scanned = zip(("u", "delta", "B", "C", "y"), (*inputs, y), strict=True)
+        found = {
+            name: to_token_order(x.view(*y.shape[:3], -1), orders)
+            for name, x in scanned
+            if name in want
         }
-        whole = {name: x for name, x in (("z", z), ("mixed", out)) if name in ask.needs}
-        return out, Signals(order=places.orders.order, **stacked, **whole)
+        found |= {name: x for name, x in (("z", z), ("mixed", out)) if name in want}
+        return out, Intermediates(order=orders.order, **found)
 
-    def _places(self, hidden: Tensor, ask: Ask | None) -> Places:
-        """Say where the tokens are: on a whole grid, or on some places of the start's."""
-        grid, position = (self.grid, None) if ask is None else standing(ask.tokens, self.grid)
-        whole = snakes(grid, hidden.device)
+    def _layout(
+        self, hidden: Tensor, tokens: Tokens | None
+    ) -> tuple[Grid, Tensor | None, ScanOrder]:
+        """Return the grid, positions on it as from `grid_position`, and the scan orders."""
+        grid, position = (self.grid, None) if tokens is None else grid_position(tokens, self.grid)
+        whole = snake_order(grid, hidden.device)
         if position is not None:
-            return Places(grid, position, among(whole, position))
+            return grid, position, kept_order(whole, position)
         if hidden.shape[1] != grid[0] * grid[1]:
             raise ValueError(
                 f"hidden has {hidden.shape[1]} tokens, expected {grid[0] * grid[1]} for a grid of"
                 f" {grid[0]} x {grid[1]}"
             )
-        return Places(grid, None, whole)
+        return grid, None, whole
 
-    def _scan_inputs(self, u: Tensor, orders: Orders) -> ScanInputs:
+    def _scan_inputs(self, u: Tensor, orders: ScanOrder) -> ScanInputs:
         """Return u, delta, B and C of each step, all (batch * directions, length, their width).
 
         The step size is before softplus and before the bias that the scan adds.
@@ -187,15 +180,16 @@ class Mamba2D(nn.Module):
         elif self._adds_bias:
             delta = F.linear(dt, self.dt_proj.weight)
         else:
-            delta = step_sizes_of(self.dt_proj, dt)
-        own = delta, B, C
+            delta = apply_dt_proj(self.dt_proj, dt)
+        own = delta, B, C  # each (batch, length, its width)
         if self.param_order == "permuted":
-            delta, B, C = (spread(x, orders) for x in own)
+            delta, B, C = (cross_scan(x, orders) for x in own)
         else:
-            raster = own if orders.raster is None else [rows(x, orders.raster) for x in own]
+            raster = own if orders.raster is None else [select_rows(x, orders.raster) for x in own]
             delta, B, C = (x[:, None].expand(-1, orders.directions, -1, -1) for x in raster)
         B = B + self.direction_Bs[orders.move]
-        u, delta, B, C = (x.flatten(0, 1) for x in (spread(u, orders), delta, B, C))
+        # (batch, directions, length, width) -> (batch * directions, length, width)
+        u, delta, B, C = (x.flatten(0, 1) for x in (cross_scan(u, orders), delta, B, C))
         return u, delta, B, C
 
     @property
@@ -205,69 +199,64 @@ class Mamba2D(nn.Module):
 
     def _bias(self) -> Tensor | None:
         """Return what the scan adds to the step size before softplus, (inner,)."""
-        return wide(bias_of(self.dt_proj)) if self._adds_bias else None
+        return upcast(bias_of(self.dt_proj)) if self._adds_bias else None
 
     def _scan(self, inputs: ScanInputs) -> Tensor:
         """Scan, (batch * directions, length, inner)."""
         u, delta, B, C = inputs
         y: Tensor = selective_scan(
-            u.mT,
-            delta.mT,
-            rates(self.A_log),
-            B.mT,
-            C.mT,
-            wide(self.D),
+            *(u.mT, delta.mT, A_from_log(self.A_log), B.mT, C.mT, upcast(self.D)),
             delta_bias=self._bias(),
             delta_softplus=True,
         )
         return y.mT
 
-    def _aged_scan(self, inputs: ScanInputs, places: Places, ask: Ask) -> tuple[ScanInputs, Tensor]:
-        """Scan across gaps; also return the inputs with the step size after softplus."""
-        u, delta, B, C = inputs
-        bias = self._bias()
-        delta = F.softplus(wide(delta) if bias is None else wide(delta) + bias)
-        gap = self._gap(delta, places, ask)
-        y = aligned_scan(u, delta, rates(self.A_log), B, C, wide(self.D), gap)
-        return (u, delta, B, C), y
-
-    def _gap(self, delta: Tensor, places: Places, ask: Ask) -> Tensor | None:
-        """Return the step sizes of what is gone before each step; None for none."""
-        if ask.gap is None:
+    def _skipped_dt(
+        self,
+        delta: Tensor,
+        grid: Grid,
+        orders: ScanOrder,
+        tokens: Tokens | None,
+        *,
+        gap_policy: str | None,
+    ) -> Tensor | None:
+        """Return the step sizes of what is gone before each step, like delta; None for none."""
+        if gap_policy is None:
             return None
         if self.param_order == "raster":
-            raise ValueError(f"gap policy is {ask.gap!r}, expected none, since {UNALIGNED}")
-        if ask.gap == "cached":
-            carried = ask.tokens.gap
-            return None if carried is None else by_step(carried, places.orders).flatten(0, 1)
-        if places.orders.skipped is None:
-            if places.grid != self.grid:
+            raise ValueError(f"gap policy is {gap_policy!r}, expected none, since {UNALIGNED}")
+        if gap_policy == "cached":
+            carried = None if tokens is None else tokens.skipped_dt
+            return None if carried is None else to_scan_order(carried, orders).flatten(0, 1)
+        if orders.skipped is None:
+            if grid != self.grid:
                 raise ValueError(
-                    f"gap policy is {ask.gap!r}, expected 'cached' for a grid that became smaller"
+                    f"gap policy is {gap_policy!r}, expected 'cached' for a grid that became"
+                    " smaller"
                 )
             return None
-        bias = wide(bias_of(self.dt_proj)) * (1 + self.dt_bias_twice)
-        skipped = places.orders.skipped.flatten(0, 1)
-        return steps_between(ask.gap, delta=delta, skipped=skipped, bias=bias)
+        bias = upcast(bias_of(self.dt_proj)) * (1 + self.dt_bias_twice)
+        skipped = orders.skipped.flatten(0, 1)  # (batch * directions, length)
+        return estimate_skipped_dt(gap_policy, delta=delta, skipped=skipped, bias=bias)
 
 
-def standing(tokens: Tokens, grid: Grid) -> tuple[Grid, Tensor | None]:
-    """Say where tokens are.
+def grid_position(tokens: Tokens, grid: Grid) -> tuple[Grid, Tensor | None]:
+    """Return where tokens are.
 
     Args:
         tokens: Without class tokens.
         grid: Height and width of the grid that the model starts with.
 
     Returns:
-        The grid, and the place on it of each token, row by row, (batch, length), or None if they
+        The grid, and the index on it of each token, row by row, (batch, length), or None if they
         are the whole of it row by row.
     """
-    if tokens.alive is not None:
+    if tokens.keep_index is not None:
         return grid, None
     return (grid, tokens.position) if tokens.grid is None else (tokens.grid, None)
 
 
-def on_image(
+def apply_on_grid(
     x: Tensor, grid: Grid, position: Tensor | None, function: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Apply a function of images to tokens.
@@ -275,14 +264,19 @@ def on_image(
     Args:
         x: Tokens, (batch, length, dim).
         grid: Height and width of the image.
-        position: Where they are, as `standing` says; the image is zero at all other places.
+        position: As from `grid_position`; the image is zero at all other places.
         function: Keeps the shape (batch, dim, height, width).
 
     Returns:
         Its values where the tokens are, shaped like x.
     """
     if position is None:
-        return function(x.mT.unflatten(2, grid)).flatten(2).mT
+        return _on_whole_grid(x, grid, function)
     index = position[..., None].expand_as(x)
     whole = x.new_zeros(x.shape[0], grid[0] * grid[1], x.shape[2]).scatter(1, index, x)
-    return take(function(whole.mT.unflatten(2, grid)).flatten(2).mT, position)
+    return take_rows(_on_whole_grid(whole, grid, function), position)
+
+
+def _on_whole_grid(x: Tensor, grid: Grid, function: Callable[[Tensor], Tensor]) -> Tensor:
+    # (batch, height * width, dim) -> (batch, dim, height, width) and back
+    return function(x.mT.unflatten(2, grid)).flatten(2).mT

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 
-class Signals(NamedTuple):
-    """What a mixer computed on its way, in the order of its tokens; only what was asked for.
+class Intermediates(NamedTuple):
+    """What a mixer computed on its way, in the order of its tokens; None where it was not wanted.
 
     Attributes:
-        order: Places of the tokens in the order in which they are scanned, (batch or 1,
-            directions, length), int64; the directions of a Vim mixer are forward, backward.  None
-            of a mixer that was not asked.
+        order: Index of the token of each scan step, (batch or 1, directions, length), int64; the
+            directions of a Vim mixer are forward, backward.  None of a mixer that ran fused.
         u: What is scanned, (batch, directions, length, inner).
         delta: Step sizes after softplus, shaped like u.
         B, C: Weights of a token into and out of the state, (batch, directions, length, state).
@@ -32,14 +31,14 @@ class Signals(NamedTuple):
     z: Tensor | None = None
     mixed: Tensor | None = None
 
-    def at(self, places: Tensor) -> Signals:
-        """Return what is told of some tokens, in their order; that of the scan stays.
+    def at(self, index: Tensor) -> Intermediates:
+        """Return those of the tokens at `index`, (batch, k); `order` stays as it is."""
+        rows = (None if tensor is None else take_rows(tensor, index) for tensor in self[1:])
+        return Intermediates(self.order, *rows)
 
-        Args:
-            places: Along length, (batch, some), int64.
-        """
-        told = (None if tensor is None else _at(tensor, places) for tensor in self[1:])
-        return Signals(self.order, *told)
+
+OUTPUT = frozenset({"mixed"})  # known without a mixer that returns intermediates
+INTERMEDIATES = frozenset(Intermediates._fields) - {"order"}
 
 
 class Tokens(NamedTuple):
@@ -49,92 +48,101 @@ class Tokens(NamedTuple):
         x: Output of the last mixer or input of the next, (batch, length, dim).
         residual: Sum of the mixer outputs before it, (batch, length, dim); None before layer 0.
         size: Patches behind each token, 1 for a class token, (batch, length), float32.
-        position: Place at the start of the token, or of the token that absorbed the others of its
+        position: Index at the start of the token, or of the token that absorbed the others of its
             group, (batch, length), int64.
-        class_places: Where the k class tokens are now, exact for each sample, (batch, k), int64.
-        source: Place now of the token that each token of the start is part of, -1 if that was
+        cls_index: Where the k class tokens are now, exact for each sample, (batch, k), int64.
+        source: Index now of the token that each token of the start is part of, -1 if that was
             dropped, (batch, start length), int64; None unless tracing.
         grid: Height and width of the grid that the patches form, row by row; None if they do not.
-        gap: Step sizes, summed, of the tokens that went between each token and the one scanned
-            before it, (batch, directions, length, inner), float32; None unless they are kept.
-        alive: Where masked tokens stay in x and residual, the places there of those that are left,
-            (batch, left), int64; all else is about those. None where tokens that go are gone.
-        signals: What the last mixer computed; None if nothing was asked for or tokens went since.
+        skipped_dt: Step sizes, summed, of the tokens removed between each token and the one scanned
+            before it, (batch, directions, length, inner), float32; None unless they are carried.
+        keep_index: Where removed tokens are masked, the indices in x and residual of the kept ones,
+            (batch, kept), int64; all other fields are about those.  None where none is masked.
+        intermediates: Of the last mixer; None if none were wanted or tokens went since.
     """
 
     x: Tensor
     residual: Tensor | None
     size: Tensor
     position: Tensor
-    class_places: Tensor
+    cls_index: Tensor
     source: Tensor | None = None
     grid: tuple[int, int] | None = None
-    gap: Tensor | None = None
-    alive: Tensor | None = None
-    signals: Signals | None = None
+    skipped_dt: Tensor | None = None
+    keep_index: Tensor | None = None
+    intermediates: Intermediates | None = None
 
     @classmethod
     def start(
         cls,
         x: Tensor,
         *,
-        class_places: tuple[int, ...],
+        cls_index: tuple[int, ...],
         grid: tuple[int, int] | None = None,
         trace: bool = False,
     ) -> Tokens:
-        """Wrap embedded tokens.
+        """Wrap embedded tokens: of size 1, each at its own position, without a residual.
 
         Args:
             x: The embedded sequence, class tokens included, (batch, length, dim).
-            class_places: Where the class tokens stand; empty without one.
+            cls_index: Where the class tokens are; empty without one.
             grid: Height and width of the grid that the patches form.
-            trace: Carry `source`, which says where each token of the start went.
-
-        Returns:
-            Tokens of size 1, each at its own position, without a residual.
+            trace: Carry `source`.
         """
         batch, length, _ = x.shape
         position = torch.arange(length, device=x.device).expand(batch, length)
-        places = (position[:, place : place + 1] for place in class_places)
+        columns = (position[:, index : index + 1] for index in cls_index)
         return cls(
             x=x,
             residual=None,
             size=torch.ones(batch, length, device=x.device),
             position=position,
-            class_places=torch.cat((position[:, :0], *places), dim=1),
+            cls_index=torch.cat((position[:, :0], *columns), dim=1),  # (batch, k), also for k = 0
             source=position if trace else None,
             grid=grid,
         )
 
-    def living(self) -> Tokens:
-        """Return the tokens that are left, without the masked ones in between."""
-        if self.alive is None:
+    def intermediate(self, name: str) -> Tensor:
+        """Return one of the intermediates.
+
+        Raises:
+            ValueError: If the mixer did not return it.
+        """
+        found: Tensor | None = getattr(self.intermediates, name, None)
+        if found is None:
+            raise ValueError(
+                f"intermediates have no {name}, expected it of the mixer before the reduction"
+            )
+        return found
+
+    def kept(self) -> Tokens:
+        """Return the kept tokens alone, without masked ones in between."""
+        if self.keep_index is None:
             return self
+        found = self.intermediates
         return self._replace(
-            x=_at(self.x, self.alive),
-            residual=None if self.residual is None else _at(self.residual, self.alive),
+            x=take_rows(self.x, self.keep_index),
+            residual=None if self.residual is None else take_rows(self.residual, self.keep_index),
             grid=None,
-            alive=None,
-            signals=None if self.signals is None else self.signals.at(self.alive),
+            keep_index=None,
+            intermediates=None if found is None else found.at(self.keep_index),
         )
 
 
-def _at(stream: Tensor, places: Tensor) -> Tensor:
-    """Pick places along the last axis but one, (batch, ..., length, width)."""
-    rows = places[..., None] if stream.dim() == 3 else places[:, None, :, None]
-    return stream.gather(-2, rows.expand((*stream.shape[:-2], -1, stream.shape[-1])))
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Take rows along the last axis but one: (batch, ..., length, dim) -> (batch, ..., k, dim).
 
-
-class Ask(NamedTuple):
-    """What a mixer is told and asked beside its features.
-
-    Attributes:
-        tokens: Whose features they are: positions, grid and gaps.
-        needs: Fields of `Signals` to return.
-        gap: How the state ages over tokens that went; see `registry.GAP_POLICIES`.  None does not
-            let it age.
+    Args:
+        x: Three axes, or four with the directions of a scan as the second.
+        index: (batch, k), int64.
     """
+    rows = index[..., None] if x.dim() == 3 else index[:, None, :, None]
+    return x.gather(-2, rows.expand(*x.shape[:-2], -1, x.shape[-1]))
 
-    tokens: Tokens
-    needs: frozenset[str] = frozenset()
-    gap: str | None = None
+
+def zero_masked(x: Tensor, keep_index: Tensor | None) -> Tensor:
+    """Set masked tokens, which a mixer's biases reach, to zero again, (batch, length, dim)."""
+    if keep_index is None:
+        return x
+    mask = torch.zeros(x.shape[:2], dtype=x.dtype, device=x.device).scatter(1, keep_index, 1)
+    return x * mask[..., None]

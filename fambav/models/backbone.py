@@ -1,30 +1,27 @@
-"""A stack of equal layers over a sequence of tokens, and what timm asks of such a model.
+"""A stack of equal layers over a sequence of tokens.
 
 images -> embed -> depth x layer, each with the hooks of a reduction -> pool -> head
 """
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, cast, overload
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from fambav.layers.block import Add, Hooks
 from fambav.layers.drop import DropPath
-from fambav.layers.embed import class_places, pair, patch_grid, take
-from fambav.layers.info import BackboneInfo
 from fambav.layers.mamba import Mamba
-from fambav.layers.tokens import Tokens
-from fambav.models.entry import chosen_layers, data_config
+from fambav.layers.tokens import Tokens, take_rows
+from fambav.models.entry import chosen_layers
 from fambav.models.flops import ModelCost
-from fambav.models.weights import adapt, official, published_class_token, resize_pos_embed
+from fambav.models.timm_model import TimmModel
 from fambav.ops.match import others
-from fambav.reduction import Reduction, Schedule, no_reduction, unmerge
-from fambav.registry import FAMILIES
+from fambav.reduction import Schedule, unmerge
 
 Rows = Tensor | tuple[Tensor, Tensor]
 
@@ -33,73 +30,27 @@ class Trace(NamedTuple):
     """Where the tokens went.
 
     Attributes:
-        sources: For each layer, the place behind it of the token that each token of the start is
+        sources: For each layer, the index behind it of the token that each token of the start is
             part of, -1 for one that was dropped, (batch, start length), int64.
     """
 
     sources: tuple[Tensor, ...]
 
 
-class Backbone(nn.Module):
+class Backbone(TimmModel):
     """A classifier of layers that map tokens to tokens of the same width.
 
     Attributes:
-        dim: Width of a token.
-        depth: Number of layers.
-        img_size: Height and width of an image, in pixels.
-        grid: Patches along height and width.
-        length: Tokens at the start, class tokens included.
         patch_embed: Has `in_chans`, the channels of an image.
         layers: They map tokens and `Hooks` to tokens, and have `grad_checkpointing`.
-        reduction: Removes tokens; may be replaced at any time, see `fambav.reduce`.
-        undecayed: Last names of the parameters that weight decay would pull away from what they
-            mean.
-        classifier, first_conv, final_norm, position: Names of the modules that give the output,
-            read the image and normalise the sum of all layers, and of the position embedding.
-        fixed_input_size: Whether images of another size are refused.
-        global_pool: What the head reads, see `reset_classifier`.
-        feature_info: Channels and stride of each layer, in timm's words.
         draws_whole_update: Whether a forward pass draws random numbers for all batches of an
             update and keeps its share, so that all batches start from one seed.
     """
 
-    undecayed: ClassVar[tuple[str, ...]] = ()
-    classifier: ClassVar[str] = "head"
-    first_conv: ClassVar[str] = "patch_embed.proj"
-    position: ClassVar[str] = "pos_embed"
-    final_norm: ClassVar[str] = "norm_f"
-    fixed_input_size: ClassVar[bool] = True
     draws_whole_update: ClassVar[bool] = True
-    dim: int
-    depth: int
-    img_size: tuple[int, int]
-    grid: tuple[int, int]
-    length: int
     patch_embed: Any
-    layers: Any
     drop_path: DropPath
     head: nn.Module
-    reduction: Reduction
-    num_classes: int
-    pretrained_cfg: dict[str, Any]
-    class_token: str
-    class_places: tuple[int, ...]
-    patch_size: int
-    stride: int
-    in_chans: int
-    global_pool: str
-    feature_info: list[dict[str, Any]]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a reduction is in training or evaluation as the model is."""
-        if isinstance(value, Reduction):
-            value.train(self.training)
-        super().__setattr__(name, value)
-
-    @property
-    @abstractmethod
-    def info(self) -> BackboneInfo:
-        """What a reduction has to know."""
 
     @abstractmethod
     def flop_parts(self) -> ModelCost:
@@ -115,7 +66,7 @@ class Backbone(nn.Module):
 
     @property
     def schedule(self) -> Schedule:
-        """Tokens removed by and left at each layer."""
+        """Tokens removed by and kept at each layer."""
         return self.reduction.schedule
 
     @property
@@ -169,11 +120,11 @@ class Backbone(nn.Module):
 
         Args:
             images: Of a size that the model takes.
-            trace: Also tell where each token went.
+            trace: Also return where each token went.
 
         Returns:
             A row for each token of the start, class tokens at `info.cls_index`.  Members of a
-            merged token have its row; a dropped one has the mean over the patches that are left,
+            merged token have its row; a dropped one has the mean over the kept patches,
             so that the mean over all is theirs.  With trace, these and a `Trace`.
 
         Raises:
@@ -194,12 +145,11 @@ class Backbone(nn.Module):
             x: The rows.
             pre_logits: Return what the head reads, (batch, dim).
         """
-        index = torch.tensor([self.info.cls_index], dtype=torch.int64, device=x.device)
-        index = index.expand(len(x), -1)
+        index = self._cls_index(x)
         if self.global_pool == "token":
-            x = take(x, index).mean(dim=1)
+            x = take_rows(x, index).mean(dim=1)
         elif self.global_pool == "avg":
-            x = take(x, others(index, x.shape[1])).mean(dim=1)
+            x = take_rows(x, others(index, x.shape[1])).mean(dim=1)
         logits: Tensor = x if pre_logits else self.head(x)
         return logits
 
@@ -228,7 +178,7 @@ class Backbone(nn.Module):
         Returns:
             The rows of `forward_features` and the list in the order of the layers, or the list.
             There is a value for each patch of the start: as in `forward_features`, members of a
-            merged token have its own, dropped ones the mean over the patches that are left.
+            merged token have its own, dropped ones the mean over the kept patches.
 
         Raises:
             ValueError: If a layer is not there or the format is unknown.
@@ -238,138 +188,17 @@ class Backbone(nn.Module):
             raise ValueError(f"output_fmt is {output_fmt!r}, expected 'NCHW' or 'NLC'")
         tokens, found = self.embed(x, trace=self.schedule.removed > 0), list[Rows]()
         grid, length = cast("tuple[int, int]", tokens.grid), tokens.x.shape[1]
-        index = torch.tensor([self.info.cls_index], dtype=torch.int64, device=x.device)
-        index = index.expand(len(x), -1)
+        index = self._cls_index(x)
         last = wanted[-1] + 1 if stop_early else self.depth
         for layer, block in enumerate(self.layers[:last]):
             tokens = block(tokens, self.hooks(layer, tokens))
             if layer in wanted:
                 rows = self._rows(tokens, norm=norm)
-                patches = take(rows, others(index, length))
+                patches = take_rows(rows, others(index, length))
                 if output_fmt == "NCHW":
-                    patches = patches.mT.unflatten(2, grid)
-                found.append((patches, take(rows, index)) if return_prefix_tokens else patches)
+                    patches = rearrange(patches, "b (h w) c -> b c h w", h=grid[0])
+                found.append((patches, take_rows(rows, index)) if return_prefix_tokens else patches)
         return found if intermediates_only else (self._whole(tokens), found)
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,  # noqa: FBT001, FBT002  the signature is timm's
-        prune_head: bool = True,  # noqa: FBT001, FBT002
-    ) -> list[int]:
-        """Take away what is not needed for some intermediates.
-
-        Args:
-            indices: As for `forward_intermediates`; layers behind the last one go.
-            prune_norm: The final norm goes too.
-            prune_head: The head goes too.
-
-        Returns:
-            The layers that are meant, from 0.
-        """
-        wanted = chosen_layers(indices, self.depth)
-        self.depth = wanted[-1] + 1
-        del self.layers[self.depth :], self.feature_info[self.depth :]
-        self.reduction = self.reduction.of_first_layers(self.info)
-        if prune_norm:
-            self.set_submodule(self.final_norm, Add())
-        if prune_head:
-            self.reset_classifier(0, "")
-        return wanted
-
-    def set_input_size(
-        self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None
-    ) -> None:
-        """Take images of another size from now on; the position embedding is resized.
-
-        Args:
-            img_size: Side of an image or (height, width), in pixels.
-            patch_size: No other than the model's.
-
-        Raises:
-            ValueError: If patches do not divide the images, would have another size, or tokens
-                are reduced, whose schedule is for the size that there is.
-        """
-        if patch_size not in (None, self.patch_size):
-            raise ValueError(f"patch_size is {patch_size}, expected {self.patch_size}")
-        size = self.img_size if img_size is None else pair(img_size, name="img_size")
-        if size == self.img_size:
-            return
-        if self.schedule.removed:
-            raise ValueError(
-                f"img_size is {size}, expected {self.img_size} while tokens are reduced;"
-                " reduce(model, 'none') ends that"
-            )
-        old, embedding = self.grid, self.get_parameter(self.position)
-        self.lay_out(size)
-        owner, _, name = self.position.rpartition(".")
-        resized = nn.Parameter(
-            resize_pos_embed(embedding.detach(), self, old), requires_grad=embedding.requires_grad
-        )
-        setattr(self.get_submodule(owner), name, resized)
-        self.reduction = no_reduction(self.info)
-        self.pretrained_cfg.update(input_size=(self.in_chans, *size), pool_size=self.grid)
-        self._traits = {**getattr(self, "_traits", {}), "img_size": size}  # timm's own record
-
-    def lay_out(self, img_size: tuple[int, int]) -> None:
-        """Set the grid of patches, and the places of class tokens, for images of a size."""
-        self.grid = patch_grid(img_size, patch_size=self.patch_size, stride=self.stride)
-        self.img_size = img_size
-        patches = self.grid[0] * self.grid[1]
-        self.class_places = class_places(self.class_token, patches)
-        self.length = patches + len(self.class_places)
-
-    def describe(self) -> None:
-        """Say what images are read and what the layers return, in timm's words."""
-        inside = self.position.rpartition("pos_embed")[0]
-        self.feature_info = [
-            {"num_chs": self.dim, "reduction": self.stride, "module": f"{inside}layers.{layer}"}
-            for layer in range(self.depth)
-        ]
-        self.pretrained_cfg = self.default_cfg = data_config(
-            type(self),
-            img_size=self.img_size,
-            patch_size=self.patch_size,
-            stride=self.stride,
-            in_chans=self.in_chans,
-            num_classes=self.num_classes,
-        )
-
-    def group_matcher(
-        self,
-        coarse: bool = False,  # noqa: FBT001, FBT002  the signature is timm's
-    ) -> dict[str, Any]:
-        """Return patterns of the names of parameters in the order of depth: a layer is a group."""
-        del coarse  # a layer is the smallest group
-        inside = re.escape(self.position.rpartition("pos_embed")[0])
-        return {
-            "stem": rf"^{inside}(?:cls_token|pos_embed|patch_embed)",
-            "blocks": [
-                (rf"^{inside}layers\.(\d+)", None),
-                (rf"^{re.escape(self.final_norm)}", (99999,)),
-            ],
-        }
-
-    def get_classifier(self) -> nn.Module:
-        """Return the head's linear map."""
-        return self.get_submodule(self.classifier)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one.
-
-        Args:
-            num_classes: Its outputs; 0 for none.
-            global_pool: "token", the class tokens' mean; "avg", the mean over patches; "" for
-                every token by itself; None as before.
-
-        Raises:
-            ValueError: If num_classes is negative, or there is no such pooling.
-        """
-        if global_pool is not None:
-            self.global_pool = self._pooling(global_pool)
-        like = self.get_parameter(self.position)
-        owner, _, name = self.classifier.rpartition(".")
-        setattr(self.get_submodule(owner), name, self._new_head(num_classes, like))
 
     def pool(self, tokens: Tokens) -> Tensor:
         """Return the feature, (batch, dim): class tokens where they are now, or all patches.
@@ -378,11 +207,11 @@ class Backbone(nn.Module):
         """
         if not self.global_pool:
             return self._whole(tokens)
-        tokens = tokens.living()
+        tokens = tokens.kept()
         tokens = tokens._replace(x=self.drop_path(tokens.x))
         if self.global_pool == "token":  # each row is normalised on its own, so only these are
-            x = take(tokens.x, tokens.class_places)
-            residual = take(cast(Tensor, tokens.residual), tokens.class_places)
+            x = take_rows(tokens.x, tokens.cls_index)
+            residual = take_rows(cast(Tensor, tokens.residual), tokens.cls_index)
             return self.normed(tokens._replace(x=x, residual=residual))[0].mean(dim=1)
         return mean_patch(self.normed(tokens)[0], tokens)
 
@@ -394,96 +223,32 @@ class Backbone(nn.Module):
             sources.append(tokens.source)
         return tokens, sources
 
+    def _cls_index(self, x: Tensor) -> Tensor:
+        """Return where class tokens are at the start, for each sample of x, (batch, k), int64."""
+        index = torch.tensor([self.info.cls_index], dtype=torch.int64, device=x.device)
+        return index.expand(len(x), -1)
+
     def _whole(self, tokens: Tokens) -> Tensor:
         """Return a normalised row for each token of the start, behind the last layer."""
         return self._rows(tokens._replace(x=self.drop_path(tokens.x)), norm=True)
 
     def _rows(self, tokens: Tokens, *, norm: bool) -> Tensor:
         """Return the residual stream's sum, (batch, start length, dim), normalised if wanted."""
-        left = tokens.living()
+        kept = tokens.kept()
         if norm:
-            rows = self.normed(left)[0]
+            rows = self.normed(kept)[0]
         else:
-            rows = Add()(left.x, left.residual)[1].to(self.get_parameter(self.position).dtype)
-        if left.source is None or not self.schedule.removed:
+            rows = Add()(kept.x, kept.residual)[1].to(self.get_parameter(self.position).dtype)
+        if kept.source is None or not self.schedule.removed:
             return rows
-        return unmerge(rows, left.source, mean_patch(rows, left))
-
-    def _pooling(self, name: str | None) -> str:
-        """Return the name of a pooling that this model has; None for its own."""
-        known = ("token", "avg", "") if self.class_places else ("avg", "")
-        if name is None:
-            return known[0]
-        if name not in known:
-            able = " or ".join(map(repr, known))
-            raise ValueError(f"global_pool is {name!r}, expected {able} of this model")
-        return name
-
-    def remap(
-        self,
-        payload: Mapping[str, Any],
-        *,
-        ema: bool = False,
-        class_token: str | None = None,
-        grid: tuple[int, int] | None = None,
-        head: Literal["strict", "drop"] = "strict",
-    ) -> dict[str, Tensor]:
-        """Pick the weights out of what a file holds, ours or a published one, and fit them.
-
-        Args:
-            payload: As for `official`.
-            ema: Take the moving average.
-            class_token: Where the class token stood in training; None asks the file.
-            grid: As for `adapt`.
-            head: As for `adapt`.
-
-        Returns:
-            Weights that load strictly into this model.
-
-        Raises:
-            ValueError: As `official` and `adapt`.
-        """
-        weights, place = official(payload, ema=ema), None
-        if "class_token" in FAMILIES[self.info.family].arguments:
-            place = class_token or published_class_token(payload)
-        return adapt(weights, self, class_token=place, grid=grid, head=head)
-
-    def no_weight_decay(self) -> set[str]:
-        """Name the parameters that weight decay would pull away from what they mean."""
-        return {
-            name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in self.undecayed
-        }
-
-    def set_grad_checkpointing(
-        self,
-        enable: bool = True,  # noqa: FBT001, FBT002  the signature is timm's
-    ) -> None:
-        """Keep only each layer's input for the backward pass and compute the rest again."""
-        for block in self.layers:
-            block.grad_checkpointing = enable
-
-    def _new_head(self, num_classes: int, like: Tensor) -> nn.Module:
-        """Return a classifier of `num_classes` outputs, 0 for none, beside `like`.
-
-        Raises:
-            ValueError: If num_classes is negative.
-        """
-        if num_classes < 0:
-            raise ValueError(f"num_classes is {num_classes}, expected 0 or more")
-        self.num_classes = num_classes
-        head: nn.Module = nn.Identity()
-        if num_classes:
-            head = nn.Linear(self.dim, num_classes)
-            nn.init.normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
-        return head.to(like).train(self.training)
+        return unmerge(rows, kept.source, mean_patch(rows, kept))
 
 
 def mean_patch(rows: Tensor, tokens: Tokens) -> Tensor:
-    """Average rows of patches, (batch, length, dim), each as often as it stands for patches."""
+    """Average rows of patches, (batch, length, dim), weighted by the patches behind each."""
     size = tokens.size
-    if tokens.class_places.shape[1]:
-        size = size.scatter(1, tokens.class_places, 0)
+    if tokens.cls_index.shape[1]:
+        size = size.scatter(1, tokens.cls_index, 0)
     share = size / size.sum(dim=1, keepdim=True)
     return (rows * share[..., None]).sum(dim=1).to(rows.dtype)
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fambav.ecosystem import timm
 from fambav.layers.embed import pair, patch_grid
 from fambav.registry import nearest
+from fambav.timm_compat import timm
 
 if TYPE_CHECKING:  # which is described with what is written here
-    from fambav.models.backbone import Backbone
+    from fambav.models.timm_model import TimmModel
 
 _BUILDER = (  # arguments of timm's builder, beside those of the model
     *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_model_args"),
@@ -26,7 +26,7 @@ _SOURCES = ("state_dict", "file", "url", "hf_hub_id")
 
 
 def register(
-    model: type[Backbone], variants: Mapping[str, Mapping[str, Any]]
+    model: type[TimmModel], variants: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Callable[..., nn.Module]]:
     """Register variants of a model with timm, and what images they read.
 
@@ -49,7 +49,7 @@ def register(
 
 
 def data_config(
-    model: type[Backbone],
+    model: type[TimmModel],
     *,
     img_size: int | Sequence[int] = 224,
     patch_size: int = 16,
@@ -103,7 +103,7 @@ def chosen_layers(indices: int | Sequence[int] | None, depth: int) -> list[int]:
 
 
 def _entry_point(
-    model: type[Backbone], name: str, config: Mapping[str, Any]
+    model: type[TimmModel], name: str, config: Mapping[str, Any]
 ) -> Callable[..., nn.Module]:
     """Return the function that timm calls to build `name`."""
     known = tuple(inspect.signature(model).parameters)
@@ -128,7 +128,7 @@ def _entry_point(
                 feature_cfg={"out_indices": 3, "feature_cls": "getter"},
                 **{**config, **arguments},
             )
-        ours = cast("Backbone", net.model if arguments.get("features_only") else net)
+        ours = cast("TimmModel", net.model if arguments.get("features_only") else net)
         made = cast("dict[str, Any]", net.pretrained_cfg)
         made.update(input_size=(ours.in_chans, *ours.img_size), pool_size=ours.grid)
         if ours is net:
@@ -143,20 +143,20 @@ def _entry_point(
     return build
 
 
-def _fitted(state_dict: Mapping[str, Any], net: Backbone) -> dict[str, Tensor]:
-    """Fit the weights of a file that timm has read; a head of other classes is left as it is."""
+def _fitted(state_dict: Mapping[str, Any], net: TimmModel) -> dict[str, Tensor]:
+    """Fit the weights of a file that timm has read; a head of other classes stays as it is."""
     return net.remap(state_dict, head="drop")
 
 
 def _check_source(name: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse `pretrained` where nothing says which weights.
+    """Refuse `pretrained` where nothing names the weights.
 
     Raises:
         ValueError: If neither configuration names a file or the like.
     """
     given = [arguments.get("pretrained_cfg"), arguments.get("pretrained_cfg_overlay")]
-    told = [one if isinstance(one, Mapping) else vars(one) for one in given if one]
-    if not any(one.get(source) for one in told for source in _SOURCES):
+    configs = [one if isinstance(one, Mapping) else vars(one) for one in given if one]
+    if not any(one.get(source) for one in configs for source in _SOURCES):
         raise ValueError(
             f"pretrained is set, expected none: {name} is built with new weights; name a file of"
             " weights, pretrained_cfg_overlay={'file': ...}"

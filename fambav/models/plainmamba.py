@@ -14,14 +14,21 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from fambav.layers.block import NO_HOOKS, Hooks, run_block, silenced
+from fambav.layers.block import NO_HOOKS, Hooks, ResidualBlock
 from fambav.layers.drop import DropPath
-from fambav.layers.embed import pair, resize_grid
+from fambav.layers.embed import resize_grid
 from fambav.layers.info import BackboneInfo, Stage
-from fambav.layers.mamba2d import DIRECTIONS, SIGNALS, UNALIGNED, Mamba2D, on_image, standing
-from fambav.layers.tokens import Tokens
+from fambav.layers.mamba2d import (
+    DIRECTIONS,
+    UNALIGNED,
+    Mamba2D,
+    apply_on_grid,
+    grid_position,
+)
+from fambav.layers.tokens import INTERMEDIATES, Tokens, zero_masked
 from fambav.models.backbone import Backbone, drop_path_rates
 from fambav.models.entry import register
 from fambav.models.flops import Cost, ModelCost, mamba2d_cost, stem_cost
@@ -42,7 +49,7 @@ class AddLayerNorm(nn.LayerNorm):
         return F.layer_norm(total, self.normalized_shape, weight, bias, self.eps).to(x.dtype), total
 
 
-class Layer(nn.Module):
+class Layer(ResidualBlock):
     """A mixer on the normalised residual stream.
 
     Args:
@@ -50,9 +57,6 @@ class Layer(nn.Module):
         mixer: Of the grid.
         drop_path: Probability that a sample skips the output of the layer before.
         dwconv: Convolve the sum behind the mixer, each channel for itself.
-
-    Attributes:
-        grad_checkpointing: Compute norm and mixer again in the backward pass.
     """
 
     def __init__(self, dim: int, mixer: Mamba2D, *, drop_path: float, dwconv: bool) -> None:
@@ -65,35 +69,25 @@ class Layer(nn.Module):
             self.dw = nn.Sequential(conv, nn.BatchNorm2d(dim), nn.GELU())
         self.mamba = mixer
         self.drop_path = DropPath(drop_path)
-        self.grad_checkpointing = False
 
     @property
-    def mixer(self) -> Mamba2D:
+    def mixer(self) -> Mamba2D:  # type: ignore[override]  # its weights have another name
         """The mixer, under the name that it has in other models."""
         return self.mamba
 
     def forward(self, tokens: Tokens, hooks: Hooks = NO_HOOKS) -> Tokens:
-        """Return tokens with the mixer's output as x and the sum of everything before as residual.
-
-        Behind a convolution of the sum, that is x, and there is no residual.
+        """Do what a `ResidualBlock` does; behind a convolution, x is the sum, without a residual.
 
         Args:
             tokens: Output of the layer before; without a residual in the first layer.
             hooks: May return fewer tokens.
         """
-        tokens = run_block(
-            tokens,
-            hooks,
-            norm=self.norm,
-            mixer=self.mamba,
-            drop_path=self.drop_path,
-            checkpointing=self.grad_checkpointing,
-        )
+        tokens = super().forward(tokens, hooks)
         if self.dw is None:
             return tokens
         total = (cast(Tensor, tokens.residual) + tokens.x).to(tokens.x.dtype)
-        x = on_image(total, *standing(tokens, self.mamba.grid), self.dw)
-        return tokens._replace(x=silenced(x, tokens.alive), residual=None)
+        x = apply_on_grid(total, *grid_position(tokens, self.mamba.grid), self.dw)
+        return tokens._replace(x=zero_masked(x, tokens.keep_index), residual=None)
 
 
 class PatchEmbed(nn.Module):
@@ -209,17 +203,21 @@ class PlainMamba(Backbone):
         dt_bias_twice: bool = True,
     ) -> None:
         super().__init__()
-        self.dim = self.embed_dim = self.num_features = self.head_hidden_size = dim
-        self.depth, self.param_order = depth, param_order
-        self.in_chans, self.patch_size, self.stride = in_chans, patch_size, patch_size
+        self.param_order = param_order
         if patch_size % 2:
             raise ValueError(f"patch_size is {patch_size}, expected an even number of pixels")
         if stem_convs < 0:
             raise ValueError(f"stem_convs is {stem_convs}, expected 0 or more")
         if drop_rate:
             raise ValueError(f"drop_rate is {drop_rate}, expected 0: there is no dropout")
-        self.lay_out(pair(img_size, name="img_size"))
-        self.global_pool = self._pooling(global_pool)
+        self.set_sizes(
+            dim,
+            depth,
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            global_pool=global_pool,
+        )
         rates = drop_path_rates(drop_path_rate, depth)
         mixer = partial(
             Mamba2D,
@@ -247,7 +245,9 @@ class PlainMamba(Backbone):
         """What a reduction has to know."""
         return BackboneInfo(
             family="plainmamba",
-            stages=(Stage(self.depth, self.dim, self.grid, self.length, DIRECTIONS, SIGNALS),),
+            stages=(
+                Stage(self.depth, self.dim, self.grid, self.length, DIRECTIONS, INTERMEDIATES),
+            ),
             unaligned=UNALIGNED if self.param_order == "raster" else None,
             needs_positions=True,
         )
@@ -274,7 +274,7 @@ class PlainMamba(Backbone):
         return self.backbone.patch_embed
 
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:
-        """Cut images into patches and add where each stands."""
+        """Cut images into patches and add the position embedding."""
         sides = tuple(images.shape[2:])
         if self.schedule.removed and sides != self.img_size:
             raise ValueError(
@@ -284,8 +284,8 @@ class PlainMamba(Backbone):
         maps = self.patch_embed(images)
         grid, position = (maps.shape[2], maps.shape[3]), self.backbone.pos_embed
         resized = position if grid == self.grid else resize_grid(position, self.grid, grid)
-        x = maps.flatten(2).mT + resized
-        return Tokens.start(x, class_places=(), grid=grid, trace=trace)
+        x = rearrange(maps, "b c h w -> b (h w) c") + resized
+        return Tokens.start(x, cls_index=(), grid=grid, trace=trace)
 
     def normed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the final norm of the residual stream's last sum, and the sum."""
@@ -293,10 +293,10 @@ class PlainMamba(Backbone):
         return normed, total
 
     def hooks(self, layer: int, tokens: Tokens) -> Hooks:
-        """Return what a layer is to do; mixers know one grid and must be told of another."""
+        """Return what a layer is to do; mixers know one grid and have to be given another."""
         hooks = self.reduction.hooks(layer)
         known = tokens.grid == self.grid or tokens.grid is None
-        return hooks if known else hooks._replace(asked=True)
+        return hooks if known else hooks._replace(positions=True)
 
     def set_input_size(
         self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from fambav.layers.block import AddNorm, Block
 from fambav.layers.drop import Dropout, DropPath
-from fambav.layers.embed import PatchEmbed, insert, pair
+from fambav.layers.embed import PatchEmbed, insert
 from fambav.layers.info import BackboneInfo, Stage
-from fambav.layers.mamba import SIGNALS, Mamba
-from fambav.layers.tokens import Tokens
+from fambav.layers.mamba import Mamba
+from fambav.layers.tokens import INTERMEDIATES, Tokens
 from fambav.models.backbone import Backbone, drop_path_rates
 from fambav.models.entry import register
 from fambav.models.flops import Cost, ModelCost, mamba_cost, stem_cost
@@ -41,7 +41,7 @@ class Vim(Backbone):
         num_classes: Length of the output; 0 returns the feature.
         class_token: "middle" (as the published weights), "head" (as the Famba-V paper), "double",
             whose features are averaged, or "none", where the head reads the mean over patches, in
-            which a fused token counts as often as it stands for patches.
+            which a fused token counts once for each patch in it.
         bimamba_type: Mixer, "v2", "v1" or "none"; see `fambav.layers.mamba`.
         divide_out: Halve the sum of both directions; v2 only.
         state: Numbers of state per channel.
@@ -54,7 +54,7 @@ class Vim(Backbone):
 
     Attributes:
         grid: Patches along height and width.
-        class_places: Where the class tokens stand at the start.
+        cls_index: Where the class tokens are at the start.
         length: Tokens at the start, class tokens included.
         reduction: Removes tokens; may be replaced at any time, see `fambav.reduce`.
 
@@ -93,12 +93,16 @@ class Vim(Backbone):
         fusion_plan: str | None = None,
     ) -> None:
         super().__init__()
-        self.dim = self.embed_dim = self.num_features = self.head_hidden_size = dim
-        self.depth, self.class_token, self.bimamba_type = depth, class_token, bimamba_type
-        self.in_chans, self.patch_size = in_chans, patch_size
-        self.stride = patch_size if stride is None else stride
-        self.lay_out(pair(img_size, name="img_size"))
-        self.global_pool = self._pooling(global_pool)
+        self.class_token, self.bimamba_type = class_token, bimamba_type
+        self.set_sizes(
+            dim,
+            depth,
+            img_size=img_size,
+            patch_size=patch_size,
+            stride=stride,
+            in_chans=in_chans,
+            global_pool=global_pool,
+        )
         self.fuse(fusion_strategy, fusion_layer, fusion_token, fusion_method, fusion_plan)
 
         self.class_names = _class_names(class_token)
@@ -136,11 +140,11 @@ class Vim(Backbone):
         """Choose where tokens are fused.  Has no parameters, so any weights fit any choice.
 
         Args:
-            strategy: Layers that fuse, "none", "all", "interleaved", "lower" or "upper".
-            layer: First (upper) or last (lower) layer that does, counted from 1.
-            token: Tokens removed by each of them.
+            strategy: Layers that fuse, as in `fambav.reduction.from_fusion`.
+            layer: Likewise.
+            token: Likewise.
             method: How, "famba-v" or "ordered".
-            plan: Instead of a strategy, "layer:tokens,..." with layers counted from 1.
+            plan: As in `from_fusion`.
 
         Raises:
             ValueError: If that cannot be done or would do nothing.
@@ -155,8 +159,10 @@ class Vim(Backbone):
         directions = 1 if self.bimamba_type == "none" else 2
         return BackboneInfo(
             family="vim",
-            stages=(Stage(self.depth, self.dim, self.grid, self.length, directions, SIGNALS),),
-            cls_index=self.class_places,
+            stages=(
+                Stage(self.depth, self.dim, self.grid, self.length, directions, INTERMEDIATES),
+            ),
+            cls_index=self.cls_index,
         )
 
     def flop_parts(self) -> ModelCost:
@@ -171,11 +177,11 @@ class Vim(Backbone):
         )
 
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:
-        """Cut images into patches, put the class tokens among them and add where each stands."""
+        """Cut images into patches, insert the class tokens and add the position embedding."""
         class_tokens = [getattr(self, name) for name in self.class_names]
-        x = insert(self.patch_embed(images), class_tokens, self.class_places)
+        x = insert(self.patch_embed(images), class_tokens, self.cls_index)
         x = self.pos_drop(x + self.pos_embed)
-        return Tokens.start(x, class_places=self.class_places, grid=self.grid, trace=trace)
+        return Tokens.start(x, cls_index=self.cls_index, grid=self.grid, trace=trace)
 
     def normed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the final norm of the residual stream's last sum, and the sum."""

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fambav.layers.embed import class_places, insert, resize_grid, take
+from fambav.layers.embed import cls_index_of, insert, resize_grid
+from fambav.layers.tokens import take_rows
 from fambav.ops.match import others
 
 if TYPE_CHECKING:  # a model is fitted by what is written here
-    from fambav.models.backbone import Backbone
+    from fambav.models.timm_model import TimmModel
 
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 _RAW, _AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
@@ -46,16 +47,16 @@ def official(payload: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tens
 
 
 def published_class_token(payload: Mapping[str, Any]) -> str | None:
-    """Say where the class token of a checkpoint of Vim's or Famba-V's own code stands.
+    """Return where the class token of a checkpoint of Vim's or Famba-V's own code is.
 
-    Their weights have the same names wherever it stands, but the command line is saved beside them.
-    Famba-V's flags tell its checkpoints from Vim's.
+    Their weights have the same names wherever it is, but the command line is saved beside them.
+    Famba-V's flags distinguish its checkpoints from Vim's.
 
     Args:
         payload: What the file holds, with the command line under "args".
 
     Returns:
-        "middle" for Vim's, "head" for Famba-V's, None if the file does not say.
+        "middle" for Vim's, "head" for Famba-V's, None if the file does not show it.
 
     Raises:
         ValueError: If Famba-V's code trained the model in a way that is not offered here.
@@ -73,10 +74,10 @@ def published_class_token(payload: Mapping[str, Any]) -> str | None:
 
 
 def check_class_token(saved: str, wanted: str) -> None:
-    """Refuse weights that were trained with the class token at another place.
+    """Refuse weights that were trained with the class token in another position.
 
     Raises:
-        ValueError: If the places differ.
+        ValueError: If the positions differ.
     """
     if saved != wanted:
         raise ValueError(
@@ -87,7 +88,7 @@ def check_class_token(saved: str, wanted: str) -> None:
 
 def adapt(
     state_dict: Mapping[str, Tensor],
-    model: Backbone,
+    model: TimmModel,
     *,
     class_token: str | None = None,
     grid: tuple[int, int] | None = None,
@@ -98,7 +99,7 @@ def adapt(
     Args:
         state_dict: The weights.
         model: What they are for.
-        class_token: Where the class token stood in training, if that is known.
+        class_token: Where the class token was in training, if that is known.
         grid: Patches along height and width in training.  None takes them for as many on both
             sides, and is refused where that is in doubt.
         head: "strict" refuses another number of classes; "drop" keeps the model's head then.
@@ -110,7 +111,7 @@ def adapt(
 
     Raises:
         ValueError: If class tokens, classes, names or shapes do not fit, or the grid has to be
-            told.
+            given.
     """
     if class_token is not None:
         check_class_token(class_token, model.class_token)
@@ -129,24 +130,24 @@ def adapt(
 
 
 def resize_pos_embed(
-    pos_embed: Tensor, model: Backbone, grid: tuple[int, int] | None = None
+    pos_embed: Tensor, model: TimmModel, grid: tuple[int, int] | None = None
 ) -> Tensor:
     """Resize a position embedding to a model's grid.
 
     Args:
         pos_embed: The rows of patches and class tokens, (1, length, dim).
-        model: Has the class tokens at the same place in its own sequence.
+        model: Has the class tokens in the same position in its own sequence.
         grid: Patches along height and width in training; None if that is not known.
 
     Returns:
         (1, model.length, dim); pos_embed itself if the grid is the model's.
 
     Raises:
-        ValueError: If grid does not have as many places as there are patches; if it is None and
+        ValueError: If grid does not have as many cells as there are patches; if it is None and
             they make no square, or make a square and the model's other grid just as well.
     """
     length = pos_embed.shape[1]
-    patches = length - len(model.class_places)
+    patches = length - len(model.cls_index)
     if grid is None:
         side = math.isqrt(max(patches, 0))
         grid, own = (side, side), math.prod(model.grid)
@@ -154,26 +155,26 @@ def resize_pos_embed(
             raise ValueError(
                 f"grid is None, expected patches along height and width in training, such as"
                 f" adapt(..., grid={model.grid}): the {patches} rows of the checkpoint's pos_embed"
-                " do not tell them"
+                " do not show them"
             )
     if grid[0] * grid[1] != patches:
         raise ValueError(
-            f"grid is {grid[0]} x {grid[1]}, expected {patches} places as the checkpoint's"
-            f" pos_embed has {length} rows with {len(model.class_places)} class tokens"
+            f"grid is {grid[0]} x {grid[1]}, expected {patches} cells as the checkpoint's"
+            f" pos_embed has {length} rows with {len(model.cls_index)} class tokens"
         )
     if grid == model.grid:
         return pos_embed
-    places = torch.tensor([class_places(model.class_token, patches)], dtype=torch.int64)
-    places = places.to(pos_embed.device)
-    class_rows = take(pos_embed, places).split(1, dim=1) if model.class_places else ()
-    raster = resize_grid(take(pos_embed, others(places, length)), grid, model.grid)
-    return insert(raster, class_rows, model.class_places)
+    index = torch.tensor([cls_index_of(model.class_token, patches)], dtype=torch.int64)
+    index = index.to(pos_embed.device)  # (1, k)
+    class_rows = take_rows(pos_embed, index).split(1, dim=1) if model.cls_index else ()
+    raster = resize_grid(take_rows(pos_embed, others(index, length)), grid, model.grid)
+    return insert(raster, class_rows, model.cls_index)
 
 
 def _fit_head(
-    weights: dict[str, Tensor], model: Backbone, own: Mapping[str, Tensor], head: str
+    weights: dict[str, Tensor], model: TimmModel, own: Mapping[str, Tensor], head: str
 ) -> dict[str, Tensor]:
-    """Check the number of classes, or put the model's head in the place of one that differs."""
+    """Check the number of classes, or replace a head that differs by the model's."""
     name = f"{model.classifier}.weight"
     shape = weights[name].shape if name in weights else ()
     saved = shape[0] if shape else 0

@@ -1,11 +1,10 @@
-"""Choosing an implementation of an operation.
+"""Backend dispatch: which implementation of an operation runs.
 
-Every operation has a table of backends in the order tried; the last is the reference and refuses
-nothing.  The choice looks only at devices, dtypes and shapes, so equal calls take equal paths.
+Every operation has a table of backends in order of preference; the last is the reference and
+supports everything.  The choice is deterministic: it depends on devices, dtypes and shapes alone.
 
 A backend may be forced with `force`, with `set_backend`, or for the scan with FAMBAV_BACKEND.  A
-forced backend that cannot run raises `BackendError`: asking for one implementation and silently
-getting another is how measurements go wrong.
+forced backend that cannot run raises `BackendError`; there is no silent fallback.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
-def never(*tensors: Tensor | None) -> str | None:
-    """Refuse nothing."""
+def no_reason(*tensors: Tensor | None) -> str | None:
+    """Return None: everything is supported."""
     del tensors
     return None
 
 
 def always(*tensors: Tensor | None) -> bool:
-    """Stand for any call."""
+    """Return True: eligible by default for any tensors."""
     del tensors
     return True
 
@@ -51,28 +50,29 @@ class Backend(NamedTuple):
     """One implementation of an operation.
 
     Attributes:
-        name: What it is called when forced.
+        name: By which it is forced.
         run: The implementation.
-        refuses: Takes the tensors of a call; says why they cannot run here, or None.
-        missing: Says why this machine cannot run any call, or None.
-        default: Takes the tensors of a call; whether it may be chosen unasked.
+        unsupported: Takes the tensors of a call; returns why it cannot run them, or None.
+        unavailable: Returns why it cannot run on this machine at all, or None.
+        default: Takes the tensors of a call; whether it is eligible when no backend is forced.
     """
 
     name: str
     run: Callable[..., Any]
-    refuses: Callable[..., str | None] = never
-    missing: Callable[[], str | None] = never
+    unsupported: Callable[..., str | None] = no_reason
+    unavailable: Callable[[], str | None] = no_reason
     default: Callable[..., bool] = always
 
 
 class Table:
-    """The backends of one operation, in the order tried.
+    """The backends of one operation, in order of preference.
 
     Args:
         op: Name of the operation.
-        backends: Its implementations; the last one refuses nothing.
-        follows: An operation that this one is made of.  What is forced there is forced here too;
-            a backend that is not in this table forces the last one, which calls that operation.
+        backends: Its implementations; the last one supports everything.
+        follows: An operation that the reference of this one calls.  A backend forced there is
+            forced here too; if this table lacks it, the last backend runs, which calls that
+            operation.
     """
 
     def __init__(self, op: str, *backends: Backend, follows: str | None = None) -> None:
@@ -89,37 +89,44 @@ class Table:
         raise BackendError(f"backend of {self.op} is {name!r}, expected one of {known}")
 
     def pick(self, *tensors: Tensor | None) -> Callable[..., Any]:
-        """Return the first implementation that runs `tensors`, or the forced one.
+        """Return the forced implementation, or the first that supports `tensors`.
+
+        Kernels are never launched over an empty batch: there the reference runs.
+
+        Args:
+            tensors: Of the call; the first has the batch.
 
         Raises:
-            BackendError: If the forced backend is unknown or refuses.
+            BackendError: If the forced backend is unknown or cannot run.
         """
         forced = self._forced()
         if forced is None:
-            return next(
-                b.run for b in self.backends if b.default(*tensors) and not _refusal(b, tensors)
+            backend = next(
+                b for b in self.backends if b.default(*tensors) and not _reason(b, tensors)
             )
-        backend = self[forced]
-        reason = _refusal(backend, tensors)
-        if reason is not None:
-            raise BackendError(f"backend {forced!r} of {self.op} cannot run: {reason}")
-        return backend.run
+        else:
+            backend = self[forced]
+            reason = _reason(backend, tensors)
+            if reason is not None:
+                raise BackendError(f"backend {forced!r} of {self.op} cannot run: {reason}")
+        empty = tensors[0] is not None and not tensors[0].numel()
+        return self.backends[-1].run if empty else backend.run
 
     def _forced(self) -> str | None:
         own = _forced.get(self.op)
-        theirs = None if self.follows is None else _forced.get(self.follows)
-        if own is not None or theirs is None:
+        followed = None if self.follows is None else _forced.get(self.follows)
+        if own is not None or followed is None:
             return own
-        fused = any(backend.name == theirs for backend in self.backends)
-        return theirs if fused else self.backends[-1].name
+        known = any(backend.name == followed for backend in self.backends)
+        return followed if known else self.backends[-1].name
 
 
 _tables: dict[str, Table] = {}
 _forced: dict[str, str | None] = {SCAN: os.environ.get("FAMBAV_BACKEND") or None}
 
 
-def _refusal(backend: Backend, tensors: tuple[Tensor | None, ...]) -> str | None:
-    return backend.refuses(*tensors) or backend.missing()
+def _reason(backend: Backend, tensors: tuple[Tensor | None, ...]) -> str | None:
+    return backend.unsupported(*tensors) or backend.unavailable()
 
 
 @contextmanager
@@ -153,15 +160,17 @@ def set_backend(backend: str | None, op: str = SCAN) -> None:
         BackendError: If the operation has no such backend, or this machine cannot run it.
     """
     if backend is not None:
-        reason = _table(op)[backend].missing()
+        reason = _table(op)[backend].unavailable()
         if reason is not None:
             raise BackendError(f"backend {backend!r} of {op} cannot run: {reason}")
     _forced[op] = backend
 
 
 def backends() -> list[tuple[str, str, str | None]]:
-    """List (operation, backend, why it cannot run on this machine or None)."""
-    return [(table.op, b.name, b.missing()) for table in _tables.values() for b in table.backends]
+    """List (operation, backend, why it is unavailable on this machine or None)."""
+    return [
+        (table.op, b.name, b.unavailable()) for table in _tables.values() for b in table.backends
+    ]
 
 
 def _table(op: str) -> Table:
@@ -174,17 +183,17 @@ def expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Check the shape of an argument.
 
     Raises:
-        ValueError: If it is another.
+        ValueError: If it differs.
     """
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
 def expect_beside(name: str, tensor: Tensor, shape: tuple[int, ...], first: Tensor) -> None:
-    """Check the shape of an argument, that it holds real numbers, and that it is where `first` is.
+    """Check that an argument has this shape, a floating-point dtype, and the device of `first`.
 
     Raises:
-        ValueError: If one of them is another.
+        ValueError: If it has not.
     """
     expect(name, tensor, shape)
     if not tensor.is_floating_point():

@@ -1,10 +1,10 @@
-"""Which tokens are alike: the balanced bipartite matching, and the orders made of it.
+"""Bipartite soft matching: the most similar pairs of tokens, and the token orders made of them.
 
-Tokens at even places are compared with tokens at odd places.  Each even token points at the odd
-token most like it, and the count most similar pairs are chosen.
+Tokens at even indices are compared with tokens at odd ones.  Each even token is matched to the most
+similar odd token, and the `count` most similar pairs are chosen.
 
 The whole choice is one operator, opaque to `torch.compile` and without a gradient.  Scores are full
-float32 products in every backend, whatever precision is set for other products.
+float32 products in every backend, whatever matmul precision is set.
 
 Source: Bolya et al., "Token Merging", arXiv:2210.09461, section 3.
 """
@@ -18,23 +18,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fambav.ops.cross_scan import select_rows
 from fambav.ops.dispatch import Backend, Table, without_autocast
 from fambav.ops.kernels import TRITON, on_gpu
 
-_Places = tuple[Tensor, Tensor, Tensor]
+_Indices = tuple[Tensor, Tensor, Tensor]
 
 
 class Selection(NamedTuple):
-    """Which tokens one call keeps and which it folds into others, as places before the call.
+    """Which tokens are kept and which are merged into others, as indices before the reduction.
 
-    No place is both kept and folded; one that is neither is dropped.
+    No token is both kept and merged; one that is neither is dropped.
 
     Attributes:
-        keep: Tokens that stay, in their new order, (batch, kept), int64.
-        source: Tokens that are folded into others, (batch, count), int64.
-        target: Tokens that absorb them, each in keep, (batch, count), int64; may repeat.
-        silent: Sources of which only the residual stream is folded in, (batch, count), bool; None
-            for none.
+        keep: Kept tokens, in their new order, (batch, kept), int64.
+        source: Tokens that are merged into others, (batch, count), int64.
+        target: Tokens that they are merged into, each in keep, (batch, count), int64; may repeat.
+        silent: Sources of which only the residual stream is merged, (batch, count), bool; None for
+            none.
     """
 
     keep: Tensor
@@ -44,111 +45,112 @@ class Selection(NamedTuple):
 
 
 def match(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Choose the pairs of an even and an odd place that are most alike, by cosine.
+    """Choose the most similar pairs of an even and an odd index, by cosine similarity.
 
-    Compared in float32.  Of equal scores the lower place wins, among targets and among sources.
-    A token of zeros is equally unlike all others.  A score that is no number is above all others.
+    Compared in float32.  Ties go to the lower index, among targets and among sources.  A token of
+    zeros has similarity 0 to all others.  NaN scores rank highest.
 
     Args:
         x: Features to compare, (batch, length, dim).
-        count: Pairs to choose, at most the even places that may be paired.
-        masked: Places that may not be paired, (batch, k), int64; None if all may.
+        count: Pairs to choose, at most the even indices that are not masked.
+        masked: Indices that are not paired, (batch, k), int64; None for none.
 
     Returns:
-        source, target: Even and odd places, the best pair first, (batch, count), int64.  Sources
-        are distinct.
+        source, target: Even and odd indices, the most similar pair first, (batch, count), int64.
+        Sources are distinct.
 
     Raises:
-        IndexError: If there are fewer than count even places, or no odd one.
+        IndexError: If there are fewer than count even indices, or no odd one.
+
+    Source: Bolya et al., "Token Merging", arXiv:2210.09461, section 3.
     """
-    nobody = x.new_empty(len(x), 0, dtype=torch.int64)
-    selection = evens_then_odds(x, count, nobody if masked is None else masked)
+    none = x.new_empty(x.shape[0], 0, dtype=torch.int64)
+    selection = evens_then_odds(x, count, none if masked is None else masked)
     return selection.source, selection.target
 
 
-def evens_then_odds(x: Tensor, count: int, class_places: Tensor) -> Selection:
-    """Pair even with odd places; the even ones that are left come first, then all odd ones.
+def evens_then_odds(x: Tensor, count: int, cls_index: Tensor) -> Selection:
+    """Pair even with odd indices; keep the remaining even ones first, then all odd ones.
 
     Args:
         x: Features to compare, (batch, length, dim).
-        count: Pairs to make, at most the even places without a class token.
-        class_places: Tokens that stay alone, (batch, k), int64.
+        count: Pairs to choose, at most the even indices without a class token.
+        cls_index: Class tokens, which are not paired, (batch, k), int64.
 
     Returns:
-        The pairs as `match` chooses them, and both parts in ascending order.
+        The pairs of `match`; both parts of keep are ascending.
 
     Raises:
-        IndexError: If there are fewer than count even places, or no odd one.
+        IndexError: If there are fewer than count even indices, or no odd one.
     """
-    return _select(x, count, class_places, in_order=False)
+    return _select(x, count, cls_index, in_order=False)
 
 
-def in_order(x: Tensor, count: int, class_places: Tensor) -> Selection:
-    """Pair every second patch with one between; what is left stays in its order.
+def in_order(x: Tensor, count: int, cls_index: Tensor) -> Selection:
+    """Pair every second patch with one between; keep the rest in order.
 
     Args:
         x: Features to compare, (batch, length, dim).
-        count: Pairs to make, at most half of the patches, rounded up.
-        class_places: Tokens that do not count as patches, (batch, k), int64.
+        count: Pairs to choose, at most half of the patches, rounded up.
+        cls_index: Class tokens, which do not count as patches, (batch, k), int64.
 
     Returns:
-        The pairs as `match` chooses them among the patches, and all places that are left in
-        ascending order.
+        The pairs of `match` among the patches; keep is ascending.
 
     Raises:
         IndexError: If count is larger, or there are fewer than two patches.
     """
-    return _select(x, count, class_places, in_order=True)
+    return _select(x, count, cls_index, in_order=True)
 
 
-def others(places: Tensor, length: int) -> Tensor:
-    """Return the places of 0 .. length-1 that are not among `places`, ascending.
+def others(indices: Tensor, length: int) -> Tensor:
+    """Return the indices of 0 .. length-1 that are not among `indices`, ascending.
 
     Args:
-        places: Distinct places, (batch, k), int64.
-        length: Places there are.
+        indices: Distinct, (batch, k), int64.
+        length: Number of all indices.
 
     Returns:
         (batch, length - k), int64.
     """
-    batch, k = places.shape
-    skipped = places.sort(dim=1).values - torch.arange(k, device=places.device)
-    rank = torch.arange(length - k, device=places.device).expand(batch, -1).contiguous()
-    return rank + torch.searchsorted(skipped, rank, right=True)
+    batch, k = indices.shape
+    before = indices.sort(dim=1).values - torch.arange(k, device=indices.device)
+    rank = torch.arange(length - k, device=indices.device).expand(batch, -1).contiguous()
+    return rank + torch.searchsorted(before, rank, right=True)
 
 
-def _select(x: Tensor, count: int, class_places: Tensor, *, in_order: bool) -> Selection:
-    evens, odds = halves(x.shape[1], class_places.shape[1], in_order=in_order)
+def _select(x: Tensor, count: int, cls_index: Tensor, *, in_order: bool) -> Selection:
+    evens, odds = halves(x.shape[1], cls_index.shape[1], in_order=in_order)
     if count > evens or not odds:
         raise IndexError(
-            f"count is {count}, expected at most {evens if odds else 0} of {x.shape[1]} places"
+            f"count is {count}, expected at most {evens if odds else 0} of {x.shape[1]} tokens"
         )
-    return Selection(*torch.ops.fambav.match(x.detach(), class_places, count, in_order=in_order))
+    return Selection(*torch.ops.fambav.match(x.detach(), cls_index, count, in_order=in_order))
 
 
 def halves(length: int, classes: int, *, in_order: bool) -> tuple[int, int]:
-    """Return how many tokens are compared with how many others."""
+    """Return the numbers of even and of odd tokens."""
     compared = length - classes if in_order else length
     return compared - compared // 2, compared // 2
 
 
-# `custom_op` would add the layers of a gradient, which cost as much as a short sequence's choice.
+# `custom_op` would add autograd layers, which cost as much as the matching of a short sequence.
 torch.library.define(
     "fambav::match",
-    "(Tensor x, Tensor class_places, int count, *, bool in_order) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor cls_index, int count, *, bool in_order) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl("fambav::match", "default")
-def _match(x: Tensor, class_places: Tensor, count: int, *, in_order: bool) -> _Places:
-    """Return what a `Selection` holds."""
-    run = MATCH.pick(x, class_places)
-    places: _Places = run(x, class_places, count, in_order=in_order)
-    return places
+def _match(x: Tensor, cls_index: Tensor, count: int, *, in_order: bool) -> _Indices:
+    """Return keep, source and target of a `Selection`."""
+    run = MATCH.pick(x, cls_index)
+    indices: _Indices = run(x, cls_index, count, in_order=in_order)
+    return indices
 
 
-def _shapes(x: Tensor, class_places: Tensor, count: int, *, in_order: bool) -> _Places:
-    del class_places, in_order
+def _shapes(x: Tensor, cls_index: Tensor, count: int, *, in_order: bool) -> _Indices:
+    del cls_index, in_order
     batch, length, _ = x.shape
     keep, source, target = (
         x.new_empty(batch, n, dtype=torch.int64) for n in (length - count, count, count)
@@ -159,37 +161,37 @@ def _shapes(x: Tensor, class_places: Tensor, count: int, *, in_order: bool) -> _
 torch.library.register_fake("fambav::match", _shapes)
 
 
-def _triton(x: Tensor, class_places: Tensor, count: int, *, in_order: bool) -> _Places:
-    from fambav.ops.triton_kernels.match import select
+def _triton(x: Tensor, cls_index: Tensor, count: int, *, in_order: bool) -> _Indices:
+    from fambav.ops.triton.match import select
 
-    places: _Places = select(x, class_places, count, in_order=in_order)
-    return places
+    indices: _Indices = select(x, cls_index, count, in_order=in_order)
+    return indices
 
 
-def _reference(x: Tensor, class_places: Tensor, count: int, *, in_order: bool) -> _Places:
+def _reference(x: Tensor, cls_index: Tensor, count: int, *, in_order: bool) -> _Indices:
     length = x.shape[1]
     if in_order:
-        patches = others(class_places, length)
-        features = x.gather(1, patches[..., None].expand(-1, -1, x.shape[2]))
-        source, target = (patches.gather(1, places) for places in _pairs(features, count))
+        patches = others(cls_index, length)
+        features = select_rows(x, patches)  # (batch, patches, dim)
+        source, target = (patches.gather(1, index) for index in _pairs(features, count))
         return others(source, length), source, target
-    source, target = _pairs(x, count, masked=class_places)
+    source, target = _pairs(x, count, masked=cls_index)
     even = 2 * others(source // 2, length - length // 2)
     odd = torch.arange(1, length, 2, device=x.device).expand(x.shape[0], -1)
     return torch.cat((even, odd), dim=1), source, target
 
 
 def _pairs(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Do what `match` says."""
+    """Return source and target of `match`."""
     with without_autocast(x), _full_products():
         x = x.float()
-        even, odd = x[:, 0::2], x[:, 1::2]
+        even, odd = x[:, 0::2], x[:, 1::2]  # whose products are (batch, evens, odds)
         scale = 1 / x.norm(dim=-1).clamp_min(1e-12)
         score = (even @ odd.mT).mul_(scale[:, 0::2, None]).mul_(scale[:, None, 1::2])
     if masked is not None and masked.shape[1]:
-        taken = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        taken = taken.scatter(1, masked, value=True)
-        score.masked_fill_(taken[:, 0::2, None] | taken[:, None, 1::2], -torch.inf)
+        alone = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        alone = alone.scatter(1, masked, value=True)
+        score.masked_fill_(alone[:, 0::2, None] | alone[:, None, 1::2], -torch.inf)
     best, partner = score.max(dim=-1)
     source = best.sort(dim=-1, descending=True, stable=True).indices.narrow(1, 0, count)
     return 2 * source, 2 * partner.gather(1, source) + 1
@@ -197,7 +199,7 @@ def _pairs(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tens
 
 @contextmanager
 def _full_products() -> Iterator[None]:
-    """Multiply float32 as it is, without TF32 or bfloat16, and leave what was set as it was."""
+    """Disable TF32 and bfloat16 in float32 products; restore the setting afterwards."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -206,7 +208,7 @@ def _full_products() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    # Where a program has set this newer property, torch refuses to answer in the older words.
+    # Once a program has set this newer property, torch refuses to read the older setting.
     devices: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
     settings = [device.matmul.fp32_precision for device in devices]
     for device in devices:
@@ -220,6 +222,6 @@ def _full_products() -> Iterator[None]:
 
 MATCH = Table(
     "match",
-    Backend("triton", _triton, TRITON.refuses, TRITON.missing, default=on_gpu),
+    Backend("triton", _triton, TRITON.unsupported, TRITON.unavailable, default=on_gpu),
     Backend("reference", _reference),
 )

@@ -1,7 +1,9 @@
 """Weighted means over groups of tokens, for both streams of a model at once.
 
-The gradient of a mean is a lookup: each token takes its share of what its group got, so nothing is
-added up in the backward pass.  Kept for it are one share and one place of each token.
+The gradient of a mean is a gather: each token gets its share of the gradient of its group.  The
+backward pass needs no sum and keeps one share and one group index per token.
+
+Source: the size-weighted averages of Bolya et al., "Token Merging", arXiv:2210.09461, section 3.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from fambav.ops.match import Selection
 
 
 class Pooled(NamedTuple):
-    """What is left of tokens when groups have become their means.
+    """Tokens after pooling.
 
     Attributes:
         x: Mean of each group, (batch, kept, dim).
         residual: The same of the other stream, or None.
         size: Sum of each group's sizes, (batch, kept), float32.
-        place: Which group each token is in, (batch, length), int64.
+        place: Group index of each token, (batch, length), int64.
     """
 
     x: Tensor
@@ -36,7 +38,7 @@ class Pooled(NamedTuple):
 def pool(
     x: Tensor, residual: Tensor | None, weight: Tensor, size: Tensor, selection: Selection
 ) -> Pooled:
-    """Replace every group, a kept token and the sources folded into it, by its weighted mean.
+    """Replace every group, a kept token and the sources merged into it, by its weighted mean.
 
     Both streams are averaged in float32 (float64 if they are) and come back in their own dtype.  A
     token without sources is unchanged to the last bit.  Weights and sizes get no gradient.
@@ -46,14 +48,15 @@ def pool(
         residual: Another, shaped like x; None for none.
         weight: Weight of each token in its group, (batch, length), float32, at least 0, and greater
             for one that is kept.
-        size: What is added up within each group, (batch, length), float32.
-        selection: The groups and their new order; every place is in one.
+        size: Summed within each group, (batch, length), float32.
+        selection: The groups and their new order; every token is in one.
 
     Returns:
         A token for each group, in the order of `selection.keep`.
 
     Raises:
         ValueError: If a shape does not fit that of x, or the selection's shapes each other.
+        BackendError: If a backend is forced that cannot run these tensors.
     """
     batch, length, _ = x.shape
     kept, count = selection.keep.shape[1], selection.source.shape[1]
@@ -80,7 +83,7 @@ def _reference(
     target: Tensor,
 ) -> Pooled:
     (batch, length), kept = size.shape, keep.shape[1]
-    order = torch.arange(kept, device=keep.device).expand(batch, kept)
+    order = torch.arange(kept, device=keep.device).expand(batch, kept)  # of the groups
     place = torch.zeros(batch, length, dtype=keep.dtype, device=keep.device)
     into = place.scatter_(1, keep, order).gather(1, target)
     place.scatter_(1, source, into)
@@ -89,21 +92,27 @@ def _reference(
     both = groups.total(torch.stack((weight, size), dim=-1).flatten(0, 1))
     total, size = both.unflatten(0, (batch, kept)).unbind(-1)
     share = weight.to(torch.promote_types(x.dtype, weight.dtype)) / total.gather(1, place)
-    given = share.flatten(), _rows(place, kept), *groups
-    x_mean: Tensor = _Mean.apply(x, *given)
-    residual_mean = None if residual is None else cast(Tensor, _Mean.apply(residual, *given))
+    arguments = kept, share.flatten(), _rows(place, kept), *groups
+    x_mean: Tensor = _Mean.apply(x, *arguments)
+    residual_mean = None if residual is None else cast(Tensor, _Mean.apply(residual, *arguments))
     return Pooled(x_mean, residual_mean, size, place)
 
 
 class _Groups(NamedTuple):
-    """Rows of a batch laid end to end: kept, disappearing, and where the latter go afterwards."""
+    """Row indices into the flattened batch.
+
+    Attributes:
+        keep: Kept rows, (batch kept,).
+        source: Merged rows, (batch count,).
+        into: Of each source, the row of the result, (batch count,).
+    """
 
     keep: Tensor
     source: Tensor
     into: Tensor
 
     def total(self, rows: Tensor) -> Tensor:
-        """Add `rows`, (batch * length, n), up within each group, in an order that is fixed."""
+        """Sum `rows`, (batch length, n), within each group, in a fixed order."""
         moved = rows.index_select(0, self.source)
         return rows.index_select(0, self.keep).index_put_((self.into,), moved, accumulate=True)
 
@@ -115,6 +124,7 @@ class _Mean(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        kept: int,
         share: Tensor,
         place: Tensor,
         keep: Tensor,
@@ -122,30 +132,31 @@ class _Mean(torch.autograd.Function):
         into: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(share, place)
+        ctx.shape = x.shape
         rows = x.flatten(0, 1)
         out = _scaled(rows.index_select(0, keep), share.index_select(0, keep))
         moved = _scaled(rows.index_select(0, source), share.index_select(0, source))
         out.index_put_((into,), moved, accumulate=True)
-        return out.to(x.dtype).view(x.shape[0], -1, x.shape[2])
+        return out.to(x.dtype).view(x.shape[0], kept, x.shape[2])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         share, place = ctx.saved_tensors
         rows = _scaled(grad.flatten(0, 1).index_select(0, place), share)
-        return (rows.to(grad.dtype).view(grad.shape[0], -1, grad.shape[2]), *(None,) * 5)
+        return (rows.to(grad.dtype).view(ctx.shape), *(None,) * 6)
 
 
 def _scaled(rows: Tensor, share: Tensor) -> Tensor:
-    """Multiply each row by its share, at least in float32, reusing the memory of `rows`."""
+    """Multiply each row by its share, at least in float32; may overwrite `rows`."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return rows.to(dtype).mul_(share.to(dtype)[:, None])
 
 
-def _rows(places: Tensor, length: int) -> Tensor:
-    """Turn places along sequences of `length`, (batch, n), into rows of (batch * length, dim)."""
-    first = torch.arange(places.shape[0], device=places.device)[:, None] * length
-    return (places + first).flatten()
+def _rows(index: Tensor, length: int) -> Tensor:
+    """Turn indices along sequences of `length`, (batch, n), into row indices of the batch."""
+    first = torch.arange(index.shape[0], device=index.device)[:, None] * length
+    return (index + first).flatten()
 
 
 def _triton(x: Tensor, residual: Tensor | None, *tensors: Tensor) -> Pooled:
@@ -153,10 +164,10 @@ def _triton(x: Tensor, residual: Tensor | None, *tensors: Tensor) -> Pooled:
     return Pooled(x, None if residual is None else pooled, size, place)
 
 
-def _refuses(*tensors: Tensor) -> str | None:
+def _unsupported(*tensors: Tensor) -> str | None:
     if any(t.dtype == torch.float64 for t in tensors):
         return "a tensor is float64, expected float32, float16 or bfloat16"
-    return TRITON.refuses(*tensors)
+    return TRITON.unsupported(*tensors)
 
 
 @custom_op(
@@ -166,8 +177,8 @@ def _refuses(*tensors: Tensor) -> str | None:
     " Tensor target) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(x: Tensor, residual: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return both streams (the second empty if there is none), size, and share and place."""
-    from fambav.ops.triton_kernels.pool import pool_forward
+    """Return both streams (the second may be empty), size, and share and group of each token."""
+    from fambav.ops.triton.pool import pool_forward
 
     pooled: tuple[Tensor, ...] = pool_forward(x, residual, *tensors)
     return pooled
@@ -191,10 +202,10 @@ def _forward_shapes(
 )
 def _backward(grads: list[Tensor], share: Tensor, place: Tensor) -> list[Tensor]:
     """Return the gradients of the streams whose means have these gradients."""
-    from fambav.ops.triton_kernels.pool import pool_backward
+    from fambav.ops.triton.pool import pool_backward
 
-    found: list[Tensor] = pool_backward(grads, share, place)
-    return found
+    streams: list[Tensor] = pool_backward(grads, share, place)
+    return streams
 
 
 @_backward.register_fake
@@ -204,22 +215,24 @@ def _backward_shapes(grads: list[Tensor], share: Tensor, place: Tensor) -> list[
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    residual, (_, other, *numbers) = inputs[1], output
-    ctx.mark_non_differentiable(*numbers, *([other] if residual is None else []))
+    residual, (_, other, size, share, place) = inputs[1], output
+    no_gradient = (size, share, place) if residual is not None else (other, size, share, place)
+    ctx.mark_non_differentiable(*no_gradient)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*numbers[1:])
+    ctx.save_for_backward(share, place)
 
 
 def _gradient(ctx: Any, *grads: Any) -> Any:
     streams = grads[:2]
-    found = iter(_backward([grad for grad in streams if grad is not None], *ctx.saved_tensors))
-    return *(None if grad is None else next(found) for grad in streams), *(None,) * 5
+    present = [grad for grad in streams if grad is not None]
+    inputs = iter(_backward(present, *ctx.saved_tensors))
+    return *(None if grad is None else next(inputs) for grad in streams), *(None,) * 5
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
 
 POOL = Table(
     "pool",
-    Backend("triton", _triton, _refuses, TRITON.missing, default=on_gpu),
+    Backend("triton", _triton, _unsupported, TRITON.unavailable, default=on_gpu),
     Backend("reference", _reference),
 )

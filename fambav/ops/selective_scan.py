@@ -3,21 +3,30 @@
     h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]
     y[t] = C[t] h[t] + D u[t]
 
-Source: Gu and Dao, "Mamba", arXiv:2312.00752, algorithm 2.
+The Triton and numba backends are one operator, `fambav::fused_scan`.  It keeps the state before
+each chunk of tokens for the backward pass, which recomputes the states in between.
+
+Source: Gu and Dao, "Mamba", arXiv:2312.00752, algorithm 2 and, for the recomputation, section
+3.3.2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from functools import partial
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
-from fambav.ops import selective_scan_cpu, selective_scan_cuda
+from fambav.ops import scan_chunked, scan_mamba_ssm
 from fambav.ops.dispatch import SCAN, Backend, Table, expect_beside
-from fambav.ops.fused_scan import NUMBA_SCAN, TRITON_SCAN
+from fambav.ops.kernels import NUMBA, TRITON, KernelSet, kernel_set, on_gpu
+
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias"
+_OPTIONS = "*, bool softplus, bool reverse, str kernels"
 
 
 @overload
@@ -73,31 +82,35 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan `u` along its last axis and gate the result.
 
-    A drop-in for mamba-ssm's `selective_scan_fn`, with a direction.  Fastest on a CPU if the last
-    axis is the slow one, as in the transpose of a (batch, length, dim) tensor, which is not copied.
+    A drop-in for mamba-ssm's `selective_scan_fn`, with a direction.  Any strides are taken; on a
+    CPU the transpose of a contiguous (batch, length, dim) tensor is fastest.  The batch may be
+    empty.
 
     Args:
-        u: Input, (batch, dim, length).
+        u: Input, (batch, dim, length), of any floating-point dtype.
         delta: Step size before bias and softplus, shaped like u.
         A: Decay rate, (dim, state), real.
-        B: Input weight, (batch, state, length), (batch, groups, state, length) where channel d
-            belongs to group d // (dim / groups), or the same at all times, (dim, state).
-        C: Output weight, with one of the shapes of B.
+        B: Input matrix: (batch, state, length); (batch, groups, state, length), where channel d
+            belongs to group d // (dim / groups); or constant over time, (dim, state).
+        C: Output matrix, in one of the shapes of B.
         D: Skip weight, (dim,).
         z: Gate, shaped like u; the result is multiplied by silu(z).
         delta_bias: Added to delta before softplus, (dim,).
         delta_softplus: Whether delta goes through softplus.
-        return_last_state: Whether to return the state after the last step taken.
+        return_last_state: Whether to return the state after the last step as well.
         reverse: Scan from the last token to the first.  The result keeps the order of u.
         out_dtype: Of the result; u's by default.
 
     Returns:
-        y, shaped like u and, but for backend cuda, with u's strides; with `return_last_state` also
-        h, (batch, dim, state).  The state is float32, or float64 if u is.
+        y, shaped like u and, except by backend cuda, with u's strides; with `return_last_state`
+        also h, (batch, dim, state).  The state is float32, or float64 if u is.
 
     Raises:
         ValueError: If a shape, dtype or device does not fit those of u and A.
         BackendError: If a backend is forced that cannot run these tensors.
+
+    Source: Gu and Dao, "Mamba", arXiv:2312.00752, equations 2 and 4, with delta B for the
+        discretized B, as in the authors' code.
     """
     B, C = (w.unsqueeze(1) if w.dim() == 3 else w for w in (B, C))
     _check(u, A, {"B": B, "C": C}, {"delta": delta, "z": z}, {"D": D, "delta_bias": delta_bias})
@@ -163,14 +176,14 @@ def _reference(
         step = F.softplus(step)
     weights = [_each_step(w.to(dtype), dim=u.shape[1], length=u.shape[2]) for w in (B, C)]
 
-    h = x.new_zeros(*x.shape[:2], A.shape[1])
+    h = x.new_zeros(*x.shape[:2], A.shape[1])  # (batch, dim, state)
     y = []
     steps = list(zip(x.unbind(-1), step.unbind(-1), *weights, strict=True))
     for x_t, step_t, B_t, C_t in reversed(steps) if reverse else steps:
         h = torch.exp(step_t.unsqueeze(-1) * A) * h + (step_t * x_t).unsqueeze(-1) * B_t
-        y.append((h * C_t).sum(dim=-1))
+        y.append((h * C_t).sum(dim=-1))  # (batch, dim)
 
-    out = torch.stack(y[::-1] if reverse else y, dim=-1)
+    out = torch.stack(y[::-1] if reverse else y, dim=-1)  # (batch, dim, length)
     if D is not None:
         out = out + D.to(dtype)[:, None] * x
     if z is not None:
@@ -179,7 +192,7 @@ def _reference(
 
 
 def _each_step(weight: Tensor, *, dim: int, length: int) -> Sequence[Tensor]:
-    """Cut a weight into steps, (batch, dim, state), where batch and dim may be 1."""
+    """Split B or C into steps, each (batch, dim, state), where batch and dim may be 1."""
     if weight.dim() == 2:
         return [weight.unsqueeze(0)] * length
     if weight.shape[1] > 1:
@@ -187,16 +200,150 @@ def _each_step(weight: Tensor, *, dim: int, length: int) -> Sequence[Tensor]:
     return weight.unbind(-1)
 
 
+def _unsupported(kernels: KernelSet, u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> str | None:
+    """Return why the kernels cannot scan these tensors, or None."""
+    if B.dim() != 4 or C.dim() != 4:
+        return "B or C is constant over time, expected one for each token"
+    if B.shape[1] != C.shape[1]:
+        return f"B has {B.shape[1]} groups and C {C.shape[1]}, expected the same"
+    return kernels.unsupported(u, A, B, C)
+
+
+def _fused(
+    kernels: KernelSet,
+    *tensors: Tensor | None,
+    softplus: bool,
+    reverse: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    options = dict(softplus=softplus, reverse=reverse, kernels=kernels.name)
+    y, last_state, _, _ = _forward(*tensors, out_dtype=out_dtype, keep=keep, **options)
+    return y, last_state
+
+
+def _by_token(x: Tensor) -> Tensor:
+    return x.movedim(-1, 1).unsqueeze(
+        0
+    )  # (batch, ..., length) -> (1 direction, batch, length, ...)
+
+
+def _arguments(tensors: tuple[Any, ...], kernels: str) -> tuple[list[Any], Tensor | None]:
+    """Return the kernels' arguments (u, delta, A, B, C, D, bias), and z as (batch, length, dim)."""
+    u, delta, A, B, C, D, z, bias = tensors
+    cast = Tensor.float if kernels == NUMBA.name else Tensor.detach
+    tokens = [_by_token(cast(x)) for x in (u, delta, B, C)]
+    A = A.float().contiguous()
+    D, bias = (None if x is None else [x.float().contiguous()] for x in (D, bias))
+    arguments = [tokens[0], tokens[1], [A], tokens[2], tokens[3], D, bias]
+    return arguments, None if z is None else _by_token(cast(z))[0]
+
+
+@custom_op(
+    "fambav::fused_scan",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_OPTIONS}, ScalarType out_dtype, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    *tensors: Any, softplus: bool, reverse: bool, kernels: str, out_dtype: torch.dtype, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, the last state, the states kept for backward, and y before the gate (or empty)."""
+    run = kernel_set(kernels).load()
+    arguments, z = _arguments(tensors, kernels)
+    out = torch.empty_like(tensors[0], dtype=out_dtype)
+    y = out if z is None else torch.empty_like(out)
+    options = dict(softplus=softplus, reverse=(reverse,))
+    last, kept = run.scan_forward(*arguments, _by_token(y), **options, keep=keep)
+    if z is not None:
+        run.gate_forward(_by_token(y), z, _by_token(out)[0], None, scale=1.0)
+    return out, last[0], kept, y if keep and z is not None else y.new_empty(0)
+
+
+@_forward.register_fake
+def _forward_shapes(*tensors: Any, **options: Any) -> Any:
+    u, _, A, _, _, _, z, _ = tensors
+    (batch, dim, length), state = u.shape, A.shape[1]
+    out = torch.empty_like(u, dtype=options["out_dtype"])
+    keep = options["keep"]
+    shape = kernel_set(options["kernels"]).kept_shape(1, batch, length, dim, state)
+    kept = u.new_empty(shape if keep else 0, dtype=torch.float32)
+    before = torch.empty_like(out) if keep and z is not None else out.new_empty(0)
+    return out, u.new_empty(batch, dim, state, dtype=torch.float32), kept, before
+
+
+@custom_op(
+    "fambav::fused_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor? grad, Tensor? grad_state, Tensor kept, Tensor y, {_INPUTS}, {_OPTIONS})"
+    " -> Tensor[]",
+)
+def _backward(
+    grad: Tensor | None,
+    grad_state: Tensor | None,
+    kept: Tensor,
+    y: Tensor,
+    *tensors: Any,
+    softplus: bool,
+    reverse: bool,
+    kernels: str,
+) -> list[Tensor]:
+    """Return the gradients of the inputs that are not None, in order."""
+    run = kernel_set(kernels).load()
+    arguments, z = _arguments(tensors, kernels)
+    grads: list[Any] = [None if x is None else torch.empty_like(x) for x in tensors]
+    dy = _by_token(torch.zeros_like(tensors[0]) if grad is None else grad)
+    if z is not None:
+        dout, dz = dy, grads[6]
+        dy = torch.empty_like(dout)
+        run.gate_backward(dout[0], _by_token(y)[0], z, dy[0], _by_token(dz)[0], scale=1.0)
+    outputs = [_by_token(x) for x in (grads[0], grads[1], grads[3], grads[4])]
+    dlast = None if grad_state is None else grad_state.float().unsqueeze(0).contiguous()
+    options = dict(softplus=softplus, reverse=(reverse,))
+    dA, dD, dbias = run.scan_backward(dy, dlast, kept, *arguments, *outputs, **options)
+    for n, parameter_grad in ((2, dA), (5, dD), (7, dbias)):
+        if grads[n] is not None:
+            grads[n].copy_(parameter_grad[0])
+    return [dx for dx in grads if dx is not None]
+
+
+@_backward.register_fake
+def _backward_shapes(grad: Any, grad_state: Any, kept: Any, y: Any, *tensors: Any, **_: Any) -> Any:
+    del grad, grad_state, kept, y
+    return [torch.empty_like(x) for x in tensors if x is not None]
+
+
+def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output[2:])
+    ctx.options = {name: keyword_only_inputs[name] for name in ("softplus", "reverse", "kernels")}
+
+
+def _gradient(ctx: Any, grad: Any, grad_state: Any, *_: Any) -> Any:
+    *inputs, kept, y = ctx.saved_tensors
+    grads = iter(_backward(grad, grad_state, kept, y, *inputs, **ctx.options))
+    return tuple(None if x is None else next(grads) for x in inputs)
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)
+
+
 SELECTIVE_SCAN = Table(
     SCAN,
-    TRITON_SCAN,
+    Backend(
+        "triton",
+        partial(_fused, TRITON),
+        partial(_unsupported, TRITON),
+        TRITON.unavailable,
+        default=on_gpu,
+    ),
     Backend(
         "cuda",
-        selective_scan_cuda.scan,
-        selective_scan_cuda.refuses,
-        selective_scan_cuda.EXTENSION.missing,
+        scan_mamba_ssm.scan,
+        scan_mamba_ssm.unsupported,
+        scan_mamba_ssm.EXTENSION.unavailable,
     ),
-    NUMBA_SCAN,
-    Backend("cpu", selective_scan_cpu.scan, selective_scan_cpu.refuses),
+    Backend("numba", partial(_fused, NUMBA), partial(_unsupported, NUMBA), NUMBA.unavailable),
+    Backend("cpu", scan_chunked.scan, scan_chunked.unsupported),
     Backend("reference", _reference),
 )

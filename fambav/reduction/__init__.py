@@ -1,14 +1,12 @@
-"""Fewer tokens: which (methods), where and how many (schedule), and what the scan makes of it."""
+"""Token reduction: which tokens go (methods), and where and how many (schedule)."""
 
 from fambav.ops.match import Selection, others
 from fambav.reduction.apply import merge, unmerge
-from fambav.reduction.merging import FambaV, Ordered, ToMe
-from fambav.reduction.mtr import MTR
-from fambav.reduction.pruning import EViT, PruneAligned, Random
-from fambav.reduction.r_meeto import RMeeTo
+from fambav.reduction.grid_merging import Storm
+from fambav.reduction.merging import FambaV, Ordered, RMeeTo, SequentialMerging, ToMe
+from fambav.reduction.pruning import MTR, UTRC, EViT, PruneAligned, Random
 from fambav.reduction.reducer import Reducer, known_options, make_reducer, read_options
 from fambav.reduction.reduction import (
-    OUTPUT,
     Reducible,
     Reduction,
     fused,
@@ -16,14 +14,17 @@ from fambav.reduction.reduction import (
     no_reduction,
     reduce,
 )
-from fambav.reduction.schedule import Schedule, fusion, parse_plan, plan
-from fambav.reduction.sequential import SequentialMerging
-from fambav.reduction.storm import Storm
-from fambav.reduction.utrc import UTRC
+from fambav.reduction.schedule import (
+    Schedule,
+    from_fusion,
+    make_schedule,
+    parse_schedule,
+    plan,
+    write_schedule,
+)
 
 __all__ = [
     "MTR",
-    "OUTPUT",
     "UTRC",
     "EViT",
     "FambaV",
@@ -39,17 +40,19 @@ __all__ = [
     "SequentialMerging",
     "Storm",
     "ToMe",
+    "from_fusion",
     "fused",
-    "fusion",
     "known_options",
     "make_reducer",
     "make_reduction",
+    "make_schedule",
     "merge",
     "no_reduction",
     "others",
-    "parse_plan",
+    "parse_schedule",
     "plan",
     "read_options",
     "reduce",
     "unmerge",
+    "write_schedule",
 ]

@@ -1,8 +1,8 @@
 """The interface of every reduction method.
 
-A method is a class with `select` and `limit`, registered by name.  It chooses which tokens stay,
-which are folded into others and which go; `apply` does that to everything a token carries, and
-`Reduction` decides at which layers, at which point of a block and what the scan makes of the gaps.
+A method is a class with `select` and `limit`, registered by name.  It chooses which tokens are
+kept, which are merged into others and which are dropped; `apply` does that to everything a token
+carries, and `Reduction` at which layers, at which point of a block, and how the scan goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fambav.layers import BackboneInfo, Tokens
 from fambav.ops.match import Selection
 from fambav.registry import HOOKS, REDUCERS, nearest
 
-Places = tuple[int, ...]
+Indices = tuple[int, ...]
 Grid = tuple[int, int]
 
 _WORDS = {"true": True, "false": False}
@@ -26,26 +26,26 @@ _WORDS = {"true": True, "false": False}
 class Reducer(nn.Module, ABC):
     """Chooses which tokens stay.  Its options are keyword-only arguments with defaults.
 
-    The attributes are what the method does unless its user says otherwise.
+    The attributes are what the method does by default.
 
     Attributes:
         hook: Where tokens go: "before" the add of a block, "between" its norm and mixer, or
             "after" its mixer.
         hooks: Where they may go.
         scan: What the scan makes of it, one of `registry.SCAN_POLICIES`.
-        gap: How the state ages if that is "aligned", one of `registry.GAP_POLICIES`.
+        gap_policy: How the state ages if that is "aligned", one of `registry.GAP_POLICIES`.
         class_policy: Where the class token goes, one of `registry.CLASS_TOKEN_POLICIES`.
-        ordered: Whether the tokens that are left are in the order of the scan.
+        ordered: Whether kept tokens are in the order of the scan.
         weighted: Whether the mean of a group counts the patches behind each token.
         summed: Whether a group becomes the plain sum of its tokens instead of a mean.
-        needs: What it reads of the mixer before it, fields of `Signals`.
+        needs: Intermediates of the mixer before it that it reads, fields of `Intermediates`.
         name: What it is registered as.
     """
 
     hook: ClassVar[str] = "between"
     hooks: ClassVar[tuple[str, ...]] = HOOKS
     scan: ClassVar[str] = "compact"
-    gap: ClassVar[str] = "cached"
+    gap_policy: ClassVar[str] = "cached"
     class_policy: str = "exact"
     ordered: bool = True
     weighted: bool = True
@@ -66,22 +66,22 @@ class Reducer(nn.Module, ABC):
         """Choose `count` >= 1 tokens of every sequence that go, and never a class token.
 
         Args:
-            tokens: Sequences of equal length; `signals` has what the method needs.
+            tokens: Sequences of equal length, with the `intermediates` that the method needs.
             count: At most `limit`.
         """
 
     @abstractmethod
-    def limit(self, length: int, class_places: Places) -> int:
+    def limit(self, length: int, cls_index: Indices) -> int:
         """Return how many of `length` tokens can go at once, whatever their features."""
 
-    def moved(self, length: int, class_places: Places, count: int) -> set[Places]:
+    def cls_index_after(self, length: int, cls_index: Indices, count: int) -> set[Indices]:
         """Return where the class tokens may be after `count` of `length` tokens went.
 
-        Matters only to a `limit` that looks at more than the number of class tokens.
+        Matters only to a `limit` that depends on more than the number of class tokens.
         """
-        return {class_places}
+        return {cls_index}
 
-    def shape(self, grid: Grid | None, count: int) -> Grid | None:
+    def grid_after(self, grid: Grid | None, count: int) -> Grid | None:
         """Return the grid that the patches form after `count` went; None if they form none.
 
         Raises:
@@ -96,7 +96,7 @@ class Reducer(nn.Module, ABC):
 
     @classmethod
     def presumed(cls, info: BackboneInfo) -> bool:
-        """Return whether that schedule is ours, since the paper does not tell its own."""
+        """Return whether that schedule is ours, since the paper does not give its own."""
         return False
 
 
@@ -139,7 +139,7 @@ def read_options(name: str, text: str) -> dict[str, Any]:
     return found
 
 
-def chosen(option: str, value: str, known: tuple[str, ...]) -> str:
+def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
     """Return the value of an option that must be one of some words.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A method at work in a model: where tokens go, how many, and what the scan makes of the gaps.
+"""A method at work in a model: where tokens go, how many, and how the scan goes on over them.
 
     method x schedule x point of a block x scan policy x class-token policy
 
@@ -11,16 +11,14 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fambav.layers import BackboneInfo, Hooks, Tokens
-from fambav.reduction import spelling
-from fambav.reduction.apply import aged, merge, put_class_tokens
+from fambav.reduction.apply import carried_dt, mask, merge, put_class_tokens
 from fambav.reduction.reducer import Reducer, make_reducer
-from fambav.reduction.schedule import Schedule, check, explained, fusion
+from fambav.reduction.schedule import Schedule, from_fusion, make_schedule
 from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, SCAN_POLICIES, nearest
 
-OUTPUT = frozenset({"mixed"})  # known of every mixer without asking
 _DELTA = frozenset({"delta"})
 
 
@@ -31,14 +29,14 @@ class Reduction(nn.Module):
         info: The model.
         method: Chooses the tokens; None for none, with a schedule that removes none.
         schedule: Where and how many, checked.
-        hook, scan, gap, class_policy: Instead of the method's own, see `Reducer`.
+        hook, scan, gap_policy, class_policy: Instead of the method's own, see `Reducer`.
 
     Raises:
         ValueError: If these do not go together, or the model cannot give what they need.
     """
 
     method: Reducer | None
-    hook, scan, gap, class_policy = "between", "compact", "none", "exact"
+    hook, scan, gap_policy, class_policy = "between", "compact", "none", "exact"
     needs: frozenset[str] = frozenset()
     remark: str | None = None
 
@@ -50,7 +48,7 @@ class Reduction(nn.Module):
         *,
         hook: str | None = None,
         scan: str | None = None,
-        gap: str | None = None,
+        gap_policy: str | None = None,
         class_policy: str | None = None,
     ) -> None:
         super().__init__()
@@ -62,11 +60,11 @@ class Reduction(nn.Module):
         self.hook = _one_of("reduction_hook", hook or method.hook, method.hooks)
         self.scan = _one_of("scan_policy", scan or method.scan, SCAN_POLICIES)
         self.class_policy = _class_policy(info, method, class_policy)
-        self.gap = _gap(method, self.scan, gap)
-        _check_class_tokens(info, method, self.scan, self.class_policy)
+        self.gap_policy = _gap_policy(method, self.scan, gap_policy)
+        _check_class_tokens(info, self.scan, self.class_policy)
         _check_scan(info, method, self.scan)
-        self.needs = method.needs | (_DELTA if self.gap == "cached" else frozenset())
-        _check_needs(info, method, self.needs, self._first_asked())
+        self.needs = method.needs | (_DELTA if self.gap_policy == "cached" else frozenset())
+        _check_needs(info, method, self.needs, self._first_read())
         self._hooks = [self._hooks_of(layer) for layer in range(info.depth)]
 
     def of_first_layers(self, info: BackboneInfo) -> Reduction:
@@ -75,8 +73,15 @@ class Reduction(nn.Module):
         if not any(counts):
             return no_reduction(info)
         made = Schedule.of(info.tokens, counts, after=self.hook == "after")
-        how = dict(hook=self.hook, scan=self.scan, gap=self.gap, class_policy=self.class_policy)
-        return Reduction(info, self.method, made, **how)
+        return Reduction(
+            info,
+            self.method,
+            made,
+            hook=self.hook,
+            scan=self.scan,
+            gap_policy=self.gap_policy,
+            class_policy=self.class_policy,
+        )
 
     @property
     def name(self) -> str:
@@ -95,28 +100,28 @@ class Reduction(nn.Module):
         count = self.schedule.counts[layer]
         if not count:
             return tokens
-        method, left = cast(Reducer, self.method), tokens.living()
+        method, kept = cast(Reducer, self.method), tokens.kept()
         selection = put_class_tokens(
-            method.select(left, count),
-            left.class_places,
+            method.select(kept, count),
+            kept.cls_index,
             self.class_policy,
-            length=left.position.shape[1],
+            length=kept.position.shape[1],
         )
         plain = method.summed or not method.weighted
-        weight = torch.ones_like(left.size) if plain else left.size
-        fewer = merge(left, selection, weight, summed=method.summed)
-        if self.gap == "cached":
-            fewer = fewer._replace(gap=aged(left, selection.keep))
+        weight = torch.ones_like(kept.size) if plain else kept.size
+        fewer = merge(kept, selection, weight, summed=method.summed)
+        if self.gap_policy == "cached":
+            fewer = fewer._replace(skipped_dt=carried_dt(kept, selection.keep))
         if self.scan == "masked":
-            return _spread(tokens, fewer, selection.keep)
-        return fewer._replace(grid=method.shape(left.grid, count))
+            return mask(tokens, fewer, selection.keep)
+        return fewer._replace(grid=method.grid_after(kept.grid, count))
 
     def extra_repr(self) -> str:
         """Show the counts when a model is printed."""
         return f"counts={self.schedule.counts}"
 
-    def told(self) -> str:
-        """Say in a few lines which tokens go where, as `fambav plan` prints it."""
+    def summary(self) -> str:
+        """Return in a few lines which tokens go where, as `fambav plan` prints it."""
         lines = [self.schedule.table()]
         if self.scan == "masked" and self.method is not None:
             lines.append(f"masked: every mixer runs on all {self.info.tokens} tokens")
@@ -124,23 +129,26 @@ class Reduction(nn.Module):
             lines.append(self.remark)
         return "\n".join(lines)
 
-    def _first_asked(self) -> int:
-        """Return the first layer, from 0, whose mixer must answer; -1 if none has run by then."""
+    def _first_read(self) -> int:
+        """Return the first layer, from 0, whose mixer is read; -1 if none has run by then."""
         counts = self.schedule.counts
         first = next((n for n, count in enumerate(counts) if count), len(counts))
         return first if self.hook == "after" else first - 1
 
     def _hooks_of(self, layer: int) -> Hooks:
-        counts = self.schedule.counts
+        counts, after = self.schedule.counts, self.hook == "after"
         found: dict[str, Any] = {}
         if counts[layer]:
             found[self.hook] = partial(self, layer=layer)
-        asked = layer if self.hook == "after" else layer + 1  # whose tokens this mixer's go to
-        needs = self.needs if asked < len(counts) and counts[asked] else frozenset()
-        gone = any(counts[: layer if self.hook == "after" else layer + 1])
-        gap = self.gap if gone and self.gap != "none" else None
-        told = bool(needs - OUTPUT) or gap is not None or (gone and self.info.needs_positions)
-        return Hooks(**found, asked=told, needs=needs, gap=gap)
+        reader = layer if after else layer + 1  # the layer that reads this layer's mixer
+        reads = reader < len(counts) and counts[reader] > 0
+        gone = any(counts[: layer if after else layer + 1])
+        return Hooks(
+            **found,
+            want=self.needs if reads else frozenset(),
+            gap_policy=self.gap_policy if gone and self.gap_policy != "none" else None,
+            positions=gone and self.info.needs_positions,
+        )
 
 
 class Reducible(Protocol):
@@ -170,22 +178,25 @@ def fused(
     method: str = "famba-v",
     plan: str | None = None,
 ) -> Reduction:
-    """Set a Famba-V strategy up for a model.
+    """Set a Famba-V fusion up for a model.
 
     Args:
         info: The model.
-        strategy: Layers that fuse, "none", "all", "interleaved", "lower" or "upper".
-        layer: First (upper) or last (lower) layer that does, counted from 1.
-        token: Tokens removed by each of them.
-        method: How, usually "famba-v" or "ordered".
-        plan: Instead of a strategy, "layer:tokens,..." with layers counted from 1.
+        strategy: Layers that fuse, as in `from_fusion`.
+        layer: Likewise.
+        token: Likewise.
+        method: How tokens are fused, usually "famba-v" or "ordered".
+        plan: As in `from_fusion`.
 
     Raises:
         ValueError: If that cannot be done or would do nothing.
     """
+    text = from_fusion(strategy, depth=info.depth, layer=layer, token=token, plan=plan)
     reducer = make_reducer(method)
-    made = fusion(strategy, info=info, reducer=reducer, count=token, layer=layer, plan=plan)
-    return Reduction(info, reducer, made) if made.removed else no_reduction(info)
+    if text is None:
+        return no_reduction(info)
+    given = ("fusion_token", token) if plan is None else ("fusion_plan", plan)
+    return Reduction(info, reducer, make_schedule(text, info, reducer, given=given))
 
 
 def make_reduction(
@@ -195,7 +206,7 @@ def make_reduction(
     *,
     hook: str | None = None,
     scan: str | None = None,
-    gap: str | None = None,
+    gap_policy: str | None = None,
     class_policy: str | None = None,
     **options: Any,
 ) -> Reduction:
@@ -204,15 +215,15 @@ def make_reduction(
     Args:
         info: The model.
         method: Name of a method, or "none".
-        schedule: Where and how many, as `spelling` explains; a number stands for so many at every
-            layer; "published" is what the method's paper says for such a model.
+        schedule: Where and how many, see `schedule`; a number stands for so many at every layer;
+            "published" is the schedule of the method's paper for such a model.
         hook: Where in a block, "before", "between" or "after"; the method's own by default.
-        scan: "compact" scans what is left as if nothing had been between; "aligned" lets the state
-            age over what went; "masked" keeps all tokens and silences those that went.
-        gap: How it ages: by the step sizes that the tokens had ("cached"), the layer's bias
+        scan: "compact" scans the kept tokens as if none had been between; "aligned" lets the state
+            age over those that went; "masked" keeps the length and sets those that went to zero.
+        gap_policy: How it ages: by the step sizes that the tokens had ("cached"), the layer's bias
             ("bias"), the step before ("hold_prev"), the token's own ("self"), not at all ("none").
-        class_policy: Where the class token goes: to its rank among what is left ("exact"), to the
-            same share of the sequence ("proportional"), to the "middle".
+        class_policy: Where the class token goes: to its rank among the kept tokens ("exact"), to
+            the same share of the sequence ("proportional"), to the "middle".
         options: The method's own.
 
     Raises:
@@ -224,18 +235,17 @@ def make_reduction(
     text = f"r:{schedule}" if isinstance(schedule, int) else schedule
     if text == "published":
         text = _published(reducer, info)
-    counts = spelling.counts(text, depth=info.depth, start=info.tokens, classes=len(info.cls_index))
-    over = check(counts, info, reducer, policy=_class_policy(info, reducer, class_policy))
-    if over is not None:
-        raise ValueError(
-            f"reduction_schedule is {text!r}, expected at most {over.limit} at layer {over.layer}; "
-            f"{explained(over, info, reducer)}"
-        )
-    made = Schedule.of(info.tokens, counts, after=(hook or reducer.hook) == "after")
-    policies = dict(hook=hook, scan=scan, gap=gap, class_policy=class_policy)
-    reduction = Reduction(info, reducer, made, **policies)
+    reduction = Reduction(
+        info,
+        reducer,
+        make_schedule(text, info, reducer, hook=hook, class_policy=class_policy),
+        hook=hook,
+        scan=scan,
+        gap_policy=gap_policy,
+        class_policy=class_policy,
+    )
     if schedule == "published" and reducer.presumed(info):
-        reduction.remark = f"schedule {text} is ours: the paper of {method} does not tell its own"
+        reduction.remark = f"schedule {text} is ours: the paper of {method} does not give its own"
     return reduction
 
 
@@ -285,25 +295,26 @@ def _class_policy(info: BackboneInfo, method: Reducer, policy: str | None) -> st
     return _one_of("class_token_policy", policy or own, CLASS_TOKEN_POLICIES)
 
 
-def _gap(method: Reducer, scan: str, gap: str | None) -> str:
+def _gap_policy(method: Reducer, scan: str, policy: str | None) -> str:
     """Return how the state ages; "none" unless scans are aligned."""
     if scan != "aligned":
-        if gap not in (None, "none"):
-            raise ValueError(f"gap_policy is {gap!r}, expected none unless scan_policy is aligned")
+        if policy not in (None, "none"):
+            raise ValueError(
+                f"gap_policy is {policy!r}, expected none unless scan_policy is aligned"
+            )
         return "none"
-    return _one_of("gap_policy", gap or method.gap, GAP_POLICIES)
+    return _one_of("gap_policy", policy or method.gap_policy, GAP_POLICIES)
 
 
-def _check_class_tokens(info: BackboneInfo, method: Reducer, scan: str, policy: str) -> None:
-    places = info.cls_index
+def _check_class_tokens(info: BackboneInfo, scan: str, policy: str) -> None:
     if policy == "exact":
         return
     expected = None
     if scan != "compact":
         expected = f"'exact' with scan_policy {scan}, which counts how far tokens are apart"
-    elif policy == "middle" and places != (info.tokens // 2,):
+    elif policy == "middle" and info.cls_index != (info.tokens // 2,):
         expected = "'exact' or 'proportional' for a model without one class token in the middle"
-    if not places:
+    if not info.cls_index:
         expected = "'exact' for a model without class tokens"
     if expected:
         raise ValueError(f"class_token_policy is {policy!r}, expected {expected}")
@@ -333,17 +344,3 @@ def _check_needs(info: BackboneInfo, method: Reducer, needs: frozenset[str], fir
             f"reduction is {method.name!r} at layer 1, expected a later layer or reduction_hook"
             f" after; it reads {read} of the mixer before"
         )
-
-
-def _spread(tokens: Tokens, fewer: Tokens, keep: Tensor) -> Tokens:
-    """Put what is left back to its places among zeros."""
-    alive = keep if tokens.alive is None else tokens.alive.gather(1, keep)
-
-    def among_zeros(stream: Tensor, like: Tensor) -> Tensor:
-        return torch.zeros_like(like).scatter(1, alive[..., None].expand_as(stream), stream)
-
-    residual = fewer.residual
-    if residual is not None:
-        residual = among_zeros(residual, cast(Tensor, tokens.residual))
-    x = among_zeros(fewer.x, tokens.x)
-    return fewer._replace(x=x, residual=residual, alive=alive, grid=tokens.grid)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from fambav.randomness import key
 from fambav.search.space import Counts, Problem, uniform_strategies, with_count
+from fambav.seeding import key
 
 PARENTS, CHILDREN = 6, 12
 CROSSED = 0.25  # share of children with two parents

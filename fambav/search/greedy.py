@@ -122,7 +122,7 @@ def pair_similarity(net: Backbone, images: Tensor, precision: Precision) -> Tens
 
 def _sorted_similarity(tokens: Tokens) -> Tensor:
     """Return the cosine of each even patch with the odd one most similar to it, highest first."""
-    index = others(tokens.class_places, tokens.x.shape[1])
+    index = others(tokens.cls_index, tokens.x.shape[1])
     # (batch, length, dim) -> (batch, patches, dim) -> (batch, even patches)
     patches = tokens.x.gather(1, index[..., None].expand(-1, -1, tokens.x.shape[2]))
     patches = F.normalize(patches.double(), dim=2, eps=1e-30)

@@ -151,4 +151,4 @@ def prefix_shared_logits(
 def _action(reduction: Reduction, layer: int) -> Any:
     """Return all that a reduction does at a layer; equal actions are computed once."""
     hooks, count = reduction.hooks(layer), reduction.schedule.counts[layer]
-    return count and reduction.name, count, hooks.asked, hooks.needs, hooks.gap
+    return count and reduction.name, count, hooks.want, hooks.gap_policy, hooks.positions

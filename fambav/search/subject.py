@@ -20,8 +20,8 @@ from fambav.engine.record import CHECKPOINT
 from fambav.engine.runtime import Precision, Processes, numerics, processes
 from fambav.models import Backbone
 from fambav.ops import force, set_backend
-from fambav.randomness import key
 from fambav.reduction import Reduction
+from fambav.seeding import key
 from fambav.training import batches, entries, saved
 from fambav.training.updates import precision
 

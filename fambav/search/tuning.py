@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from fambav.reduction import spelling
+from fambav.reduction.schedule import parse_schedule
 from fambav.reduction.schedule import plan as strategy_plan
 from fambav.search.parsing import Family
 from fambav.search.space import Counts, Plan, SearchSpace
@@ -144,7 +144,7 @@ def _members(family: Family, space: SearchSpace) -> Iterator[Member]:
     """Yield plans, of which some may not fit and some may be equal."""
     _, kind, rest = family
     depth, tokens, classes = space.info.depth, space.info.tokens, len(space.info.cls_index)
-    parse = partial(spelling.counts, depth=depth, start=tokens, classes=classes)
+    parse = partial(parse_schedule, info=space.info)
     removals = range(1, tokens)
     if kind == "keep":
         for percent in range(_PERCENT - 1, 0, -1):

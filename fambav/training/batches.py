@@ -11,7 +11,7 @@ from typing import Any
 from fambav import data
 from fambav.config import Config
 from fambav.data import Batches, DataSet, Samples, TrainBatchesLoader
-from fambav.data.resident import Resident, ResidentEvaluation, resident_train_loader
+from fambav.data.device_augment import DeviceEvalLoader, DeviceSet, device_train_loader
 from fambav.engine.runtime import Console, Processes
 
 _REPEATS = 3  # views of an image in an epoch of repeated augmentation
@@ -79,7 +79,7 @@ def train_batches(
     transform = _train_transform(config, found, input_size)
     make: Callable[..., TrainBatchesLoader]
     if config.augment.gpu_augment:
-        make = partial(resident_train_loader, Resident(found.train, device=group.device))
+        make = partial(device_train_loader, DeviceSet(found.train, device=group.device))
     else:
         make = partial(data.train_loader, _samples(config, found.train, replacing=True))
     loader = make(transform, **share)
@@ -94,7 +94,7 @@ def eval_batches(
     *,
     input_size: tuple[int, int],
     statistics: Any = None,
-) -> Batches | ResidentEvaluation:
+) -> Batches | DeviceEvalLoader:
     """Return this process's share of the held-out images.
 
     Args:
@@ -110,7 +110,7 @@ def eval_batches(
         batch_size=int(_EVAL_BATCH * config.optim.batch_size), rank=group.rank, world=group.world
     )
     if config.augment.gpu_augment:
-        return ResidentEvaluation(Resident(found.val, device=group.device), transform, **share)
+        return DeviceEvalLoader(DeviceSet(found.val, device=group.device), transform, **share)
     return data.eval_loader(
         _samples(config, found.val, replacing=False), transform, **share, **_reading(config, group)
     )
@@ -131,18 +131,11 @@ def eval_transform(config: Config, statistics: Any, input_size: tuple[int, int])
 
 def mixing(config: Config, num_classes: int) -> data.Mix | None:
     """Return what mixes training batches, or None."""
-    augment = config.augment
     return data.mixup(
+        config.augment,
         num_classes=num_classes,
         batch_size=config.optim.batch_size,
         seed=config.run.seed,
-        mixup=augment.mixup,
-        cutmix=augment.cutmix,
-        cutmix_minmax=augment.cutmix_minmax,
-        mixup_prob=augment.mixup_prob,
-        mixup_switch_prob=augment.mixup_switch_prob,
-        mixup_mode=augment.mixup_mode,
-        smoothing=augment.smoothing,
     )
 
 
@@ -158,7 +151,7 @@ def _samples(config: Config, samples: Samples, *, replacing: bool) -> Samples:
     """Let a few samples be unreadable, if that is asked for."""
     if config.data.on_bad_image == "error":
         return samples
-    return data.Tolerant(samples, replacing=replacing)
+    return data.SkipCorrupt(samples, replacing=replacing)
 
 
 def _reading(config: Config, group: Processes) -> dict[str, Any]:
@@ -170,23 +163,5 @@ def _reading(config: Config, group: Processes) -> dict[str, Any]:
 
 
 def _train_transform(config: Config, found: DataSet, input_size: tuple[int, int]) -> Any:
-    augment = config.augment
     mean, std = found.statistics(config.data.data_stats)
-    both: dict[str, Any] = dict(
-        input_size=input_size,
-        color_jitter=augment.color_jitter or 0.0,
-        hflip=augment.hflip,
-        mean=mean,
-        std=std,
-    )
-    if augment.three_augment:
-        return data.three_augment(src=augment.src, **both)
-    return data.train_transform(
-        aa=augment.aa,
-        train_interpolation=augment.train_interpolation,
-        reprob=augment.reprob,
-        remode=augment.remode,
-        recount=augment.recount,
-        affine=augment.affine,
-        **both,
-    )
+    return data.train_transform(config.augment, input_size=input_size, mean=mean, std=std)

@@ -11,16 +11,16 @@ import math
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fambav.engine.runtime import Precision
 from fambav.engine.timing import Run, Times, interleave, ratios
-from fambav.layers import Ask, Tokens
+from fambav.layers import OUTPUT, Tokens
 from fambav.models import Backbone
-from fambav.reduction import OUTPUT, Reduction
+from fambav.reduction import Reduction
 
 BATCH = 8
 TURN_MS = 20.0  # of the plain mixer; shorter turns drown in the noise of a busy machine
@@ -33,14 +33,14 @@ class Kind(NamedTuple):
     Attributes:
         reason: What they do, after "mixers".
         layers: Where, from 1.
-        needs, gap: As in `Ask`.
+        want, gap_policy: As in `Hooks`.
         whole: Whether this is measured on a whole grid, where nothing has to be looked up.
     """
 
     reason: str
     layers: Sequence[int]
-    needs: frozenset[str] = frozenset()
-    gap: str | None = None
+    want: frozenset[str] = frozenset()
+    gap_policy: str | None = None
     whole: bool = False
 
 
@@ -70,21 +70,21 @@ def kinds(reduction: Reduction) -> list[Kind]:
     """Group the mixers that a reduction asks by the reason; one that has two is in both groups."""
     schedule, needs = reduction.schedule, reduction.needs - OUTPUT
     hooks = {layer + 1: reduction.hooks(layer) for layer in range(reduction.info.depth)}
-    telling = [layer for layer, hook in hooks.items() if hook.needs - OUTPUT]
-    aging = [layer for layer, hook in hooks.items() if hook.gap is not None]
+    telling = [layer for layer, hook in hooks.items() if hook.want - OUTPUT]
+    aging = [layer for layer, hook in hooks.items() if hook.gap_policy is not None]
     # Only among tokens that went are there gaps: whoever scans across them has looked places up.
     placing = [
         layer
         for layer, hook in hooks.items()
         if reduction.info.needs_positions
-        and hook.gap is None
+        and hook.gap_policy is None
         and schedule.lengths[layer - 1] < schedule.start
     ]
     # Carried gaps are not there yet; those made of a token's own step cost about as much.
-    gap = "self" if reduction.gap == "cached" else reduction.gap
+    gap_policy = "self" if reduction.gap_policy == "cached" else reduction.gap_policy
     found = [
-        Kind(f"tell {', '.join(sorted(needs))}", telling, needs=needs, whole=True),
-        Kind("scan across gaps", aging, gap=gap),
+        Kind(f"tell {', '.join(sorted(needs))}", telling, want=needs, whole=True),
+        Kind("scan across gaps", aging, gap_policy=gap_policy),
         Kind("are told where tokens come from", placing),
     ]
     return [kind for kind in found if kind.layers]
@@ -95,18 +95,18 @@ def _times_as_long(net: Backbone, asked: Sequence[Kind], precision: Precision) -
     mixer = cast(nn.Module, net.layers[asked[-1].layers[-1] - 1].mixer)
     device = next(mixer.parameters()).device
     x = torch.ones(BATCH, net.length, net.dim, device=device, requires_grad=True)
-    tokens = Tokens.start(x, class_places=net.info.cls_index)
+    tokens = Tokens.start(x, cls_index=net.info.cls_index)
 
-    def run(*asking: Ask) -> None:
+    def run(*given: Tokens, **options: Any) -> None:
         with precision.autocast():
-            answer = mixer(x, *asking)
-        out: Tensor = answer[0] if asking else answer
+            returned = mixer(x, *given, **options)
+        out: Tensor = returned[0] if given else returned
         torch.autograd.grad(out.float().sum(), x)
 
     runs: list[Run] = [run]
     for kind in asked:
         where = tokens._replace(grid=net.grid if kind.whole else None)
-        runs.append(partial(run, Ask(where, kind.needs, kind.gap)))
+        runs.append(partial(run, where, want=kind.want, gap_policy=kind.gap_policy))
     plain, *others = _turns(runs, device)
     return [statistics.median(ratios(other, plain)) for other in others]
 

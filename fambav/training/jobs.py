@@ -13,8 +13,8 @@ from typing import Any, cast
 from torch import nn
 
 from fambav.config import Config
-from fambav.data import Batches, DataSet, eval_words
-from fambav.data.resident import ResidentEvaluation
+from fambav.data import Batches, DataSet, eval_crop
+from fambav.data.device_augment import DeviceEvalLoader
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.distill import Teacher
 from fambav.engine.evaluate import Scores, evaluate
@@ -26,7 +26,7 @@ from fambav.engine.record import KEPT
 from fambav.engine.runtime import Console, Processes, numerics, processes
 from fambav.models import Backbone
 from fambav.ops import force, set_backend
-from fambav.randomness import seed_all
+from fambav.seeding import seed_all
 from fambav.training import batches, entries, folder, pictured, saved
 from fambav.training.exposure import exposure
 from fambav.training.network import Sketch, model, sketch
@@ -97,7 +97,7 @@ def _job(config: Config, group: Processes) -> Job:
     console = Console(silent=not group.main)
     plan = sketch(config)
     if plan.reduction is not None:
-        console.say(plan.reduction.told())
+        console.say(plan.reduction.summary())
     _check_crop(config, plan)
     found = batches.data_set(config, group, input_size=plan.input_size)
     for note in found.notes:
@@ -116,7 +116,7 @@ def _check_crop(config: Config, plan: Sketch) -> None:
         ValueError: If there is one.
     """
     ratio, default = config.data.eval_crop_ratio, type(config.data).eval_crop_ratio
-    if ratio not in (default, eval_words(plan.input_size, ratio)["crop_pct"]):
+    if ratio not in (default, eval_crop(plan.input_size, ratio)["crop_pct"]):
         height, width = plan.input_size
         raise ValueError(
             f"eval_crop_ratio is {ratio:g}, expected {default:g}, its default: images of {height} x"
@@ -242,12 +242,12 @@ class Job:
         return Fit(
             update=step,
             batches=iter(loader),
-            places=loader.places,
+            places=loader.indices,
             updates=loader.updates_per_epoch,
             images=images,
             epochs=self.config.optim.epochs,
             score=partial(score, batches=held_out),
-            left_out=lambda: loader.left_out() + held_out.left_out(),
+            left_out=lambda: loader.skipped() + held_out.skipped(),
             facts=facts,
             strings=saved.as_strings(facts),
             tokens=schedule.lengths if schedule else (),
@@ -302,7 +302,7 @@ class Job:
     def _score(self) -> Callable[..., Scores]:
         return partial(evaluate, processes=self.group, precision=precision(self.config, self.group))
 
-    def _held_out(self, statistics: Any = None) -> Batches | ResidentEvaluation:
+    def _held_out(self, statistics: Any = None) -> Batches | DeviceEvalLoader:
         return batches.eval_batches(
             self.config,
             self.data,

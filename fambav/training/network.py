@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fambav.config import Config
-from fambav.ecosystem import timm
 from fambav.models import Backbone
 from fambav.reduction import Reduction, Schedule, fused, read_options, reduce
 from fambav.registry import FOREIGN, family_of, nearest
+from fambav.timm_compat import timm
 
 
 class Sketch(NamedTuple):
@@ -69,7 +69,7 @@ def _reduce(net: nn.Module, config: Config) -> None:
         asked.reduction_schedule,
         hook=asked.reduction_hook,
         scan=asked.scan_policy,
-        gap=asked.gap_policy,
+        gap_policy=asked.gap_policy,
         class_policy=asked.class_token_policy,
         **read_options(asked.reduction, asked.reduction_options),
     )

@@ -12,7 +12,7 @@ from torch import nn
 
 from fambav import data
 from fambav.config import Config, affecting, read_settings, refuse
-from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
+from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.finite import check_logits
 from fambav.engine.runtime import processes
@@ -104,7 +104,7 @@ def opened(path: str | Path, **settings: Any) -> Pretrained:
     size = sketch(config).input_size
     own = {
         **cast(dict[str, Any], net.pretrained_cfg),
-        **data.eval_words(size, config.data.eval_crop_ratio),
+        **data.eval_crop(size, config.data.eval_crop_ratio),
         "input_size": (_channels(net), *size),
         "num_classes": net.num_classes,
         "mean": mean,

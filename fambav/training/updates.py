@@ -14,7 +14,7 @@ from fambav.engine.distill import Teacher
 from fambav.engine.replay import Replayed
 from fambav.engine.runtime import Precision, Processes
 from fambav.models import Backbone
-from fambav.randomness import seed_all
+from fambav.seeding import seed_all
 from fambav.training.batches import mixing
 from fambav.training.teacher import lesson
 

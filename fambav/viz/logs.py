@@ -1,4 +1,4 @@
-"""What runs came to, epoch by epoch: accuracy, loss and learning rate."""
+"""Training curves of runs: accuracy, loss and learning rate by epoch."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fambav.layers import Tokens
 from fambav.layers.block import Hook
 from fambav.models import Backbone
-from fambav.ops.scan_order import among, snakes
+from fambav.ops.cross_scan import kept_order, snake_order
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -51,7 +51,7 @@ class TokenTrace(NamedTuple):
         rank: Step at which the first direction's scan of the whole image meets each patch, row by
             row, (patches,).
         steps: One for each layer.
-        logits: What the model says, (classes,).
+        logits: Of the image, (classes,).
     """
 
     image: Tensor
@@ -148,7 +148,7 @@ def _noting(between: Hook, seen: list[Tokens]) -> Hook:
 
     def hook(tokens: Tokens) -> Tokens:
         given = between(tokens)
-        seen.append(given.living())
+        seen.append(given.kept())
         return given
 
     return hook
@@ -158,7 +158,7 @@ def _scan_order(model: Backbone, position: Tensor) -> Tensor:
     """Return the tokens in the order of the first direction's scan, (length,)."""
     if not model.info.needs_positions:  # a sequence is scanned as it stands
         return torch.arange(position.shape[1])
-    return among(snakes(model.info.grid, position.device), position).order[0, 0]
+    return kept_order(snake_order(model.info.grid, position.device), position).order[0, 0]
 
 
 def _pixels(image: Tensor, statistics: Statistics) -> Pixels:
@@ -169,5 +169,5 @@ def _pixels(image: Tensor, statistics: Statistics) -> Pixels:
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    found: NDArray[Any] = tensor.cpu().numpy()
-    return found
+    array: NDArray[Any] = tensor.cpu().numpy()
+    return array

@@ -8,7 +8,7 @@ from fambav.bench.candidates import Candidate, image_size, relative, use_backend
 from fambav.bench.operations import Inputs, block, composed, scan
 from fambav.bench.passes import step, training
 from fambav.ops import BackendError, backends, causal_conv1d, force
-from fambav.ops.conv import CAUSAL_CONV1D
+from fambav.ops.causal_conv1d import CAUSAL_CONV1D
 from fambav.ops.kernels import NUMBA
 from tests.bench import find
 
@@ -75,7 +75,7 @@ def test_ratios_of_backends_and_growth_are_taken_within_a_round():
     assert relative(short, {}, (long, 60), None, None)["growth"] is None
 
 
-@pytest.mark.skipif(NUMBA.missing() is not None, reason="needs numba")
+@pytest.mark.skipif(NUMBA.unavailable() is not None, reason="needs numba")
 def test_the_kernels_called_directly_compute_what_the_composition_does():
     x = Inputs.draw(2, 7, 8, 3, device=CPU, dtype=torch.float32)
     dz, du, ddelta, dprojected, (dA, dD, dbias) = x.backward("numba")

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from fambav.bench import ceilings
 from fambav.bench import passes as module
+from fambav.bench import roofline
 from fambav.bench.candidates import Candidate, candidates
 from fambav.bench.passes import infer, latency, step
 from fambav.bench.profile import GROUPS
@@ -15,22 +15,22 @@ from fambav.cli import console
 from fambav.ops.kernels import NUMBA
 
 CPU = torch.device("cpu")
-NAMES = ("cpu", "numba") if NUMBA.missing() is None else ("cpu",)
+NAMES = ("cpu", "numba") if NUMBA.unavailable() is None else ("cpu",)
 PEER = "deit_tiny_patch16_224"
 QUICK = dict(model="vim_micro", rounds=3, warmup=0, device=CPU)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def low_ceilings():
+def small_peaks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ceilings, "SIDE", {"cpu": 64})
-        patch.setattr(ceilings, "COPIED", {"cpu": 2**16})
+        patch.setattr(roofline, "SIDE", {"cpu": 64})
+        patch.setattr(roofline, "COPIED", {"cpu": 2**16})
         yield
 
 
 @pytest.fixture(scope="module")
 def report():
-    more = dict(names=NAMES, peers=(PEER,), ceilings=True, parts=True)
+    more = dict(names=NAMES, peers=(PEER,), roofline=True, profile=True)
     return infer(plans=("no", "upper:3:9"), batch=2, **QUICK, **more)
 
 
@@ -102,7 +102,7 @@ def test_a_latency_is_of_one_image_from_an_idle_device(monkeypatch):
 
 def test_a_step_compares_dtypes_and_peers():
     dtypes = (torch.float32, torch.bfloat16)
-    more = dict(dtypes=dtypes, names=["cpu"], peers=(PEER,), ceilings=True, parts=True)
+    more = dict(dtypes=dtypes, names=["cpu"], peers=(PEER,), roofline=True, profile=True)
     found = step(batch=1, lengths=(9, 5), **QUICK | dict(rounds=1), **more)
     named = [(row["model"], row["dtype"], row["length"]) for row in found.rows]
     assert named == [
@@ -119,7 +119,7 @@ def test_a_step_compares_dtypes_and_peers():
     json.loads(found.json())
 
 
-@pytest.mark.skipif(NUMBA.missing() is not None, reason="needs numba")
+@pytest.mark.skipif(NUMBA.unavailable() is not None, reason="needs numba")
 def test_what_no_candidate_can_run_is_refused():
     bf16 = dict(names=("numba",), dtypes=(torch.bfloat16,), batch=1)
     for kind in (infer, step):
@@ -172,7 +172,7 @@ def test_an_empty_batch_is_refused(capsys, kind):
 
 def test_figures_are_written_where_they_are_wanted(capsys, tmp_path):
     target = tmp_path / "found.json"
-    line = f"latency --device cpu --model vim_micro --rounds 1 --warmup 0 --split --json {target}"
+    line = f"latency --device cpu --model vim_micro --rounds 1 --warmup 0 --profile --json {target}"
     assert console(["bench", *line.split()]) == 0
     told = capsys.readouterr()
     assert told.out.startswith("one call at a time: method famba-v, batch 1, ")
@@ -184,7 +184,7 @@ def test_figures_are_written_where_they_are_wanted(capsys, tmp_path):
 
 @pytest.mark.gpu
 def test_a_gpu_replays_forward_passes():
-    gpu = dict(device=torch.device("cuda", 0), batch=2, cuda_graphs=True, parts=True)
+    gpu = dict(device=torch.device("cuda", 0), batch=2, cuda_graphs=True, profile=True)
     found = infer(plans=("none", "upper:3:9"), peers=(PEER,), **QUICK | gpu)
     assert found.skipped == {}
     assert {row["launch"] for row in found.rows} == {"eager", "replayed"}

@@ -21,8 +21,8 @@ from fambav.bench.profile import (
     parts,
     profile,
 )
-from fambav.ecosystem import timm
 from fambav.ops.kernels import NUMBA
+from fambav.timm_compat import timm
 
 CPU = torch.device("cpu")
 
@@ -172,7 +172,7 @@ def test_on_a_cpu_each_operation_counts_without_what_it_calls():
     assert second == {"rest": 10}
 
 
-@pytest.mark.skipif(NUMBA.missing() is not None, reason="needs numba")
+@pytest.mark.skipif(NUMBA.unavailable() is not None, reason="needs numba")
 def test_operations_of_our_models_and_of_peers_are_told_apart():
     loaded = NUMBA.load()
     kernel = loaded.scan_forward
@@ -204,7 +204,7 @@ def test_operations_of_our_models_and_of_peers_are_told_apart():
     assert loaded.scan_forward is kernel
 
 
-@pytest.mark.skipif(NUMBA.missing() is not None, reason="needs numba")
+@pytest.mark.skipif(NUMBA.unavailable() is not None, reason="needs numba")
 def test_a_backward_pass_is_in_the_groups_too():
     step = training(Candidate("vim_micro", "upper:4:9"), batch=1, device=CPU)
     found = by_operation(step.run, step.net, rounds=1, device=CPU)

@@ -60,22 +60,20 @@ def test_shares_are_those_of_one_round(report, request):
         assert row["share_of_layer"] > 0
         assert row["launch"] == "eager"
         assert math.isfinite(row["net"])
-        if row["telling"] is None:
+        if row["intermediates"] is None:
             assert row["net"] == row["share_of_layer"]
         else:
-            assert (row["net"] > row["share_of_layer"]) == (row["telling"] > 1)
+            assert (row["net"] > row["share_of_layer"]) == (row["intermediates"] > 1)
 
 
 @pytest.mark.parametrize("report", ["vim", "plainmamba"])
-def test_only_methods_that_read_a_mixer_pay_for_telling_and_only_aligned_ones_for_aging(
-    report, request
-):
+def test_only_methods_that_read_a_mixer_pay_for_it_and_only_aligned_ones_for_aging(report, request):
     rows = request.getfixturevalue(report).rows
-    asking = {row["method"] for row in rows if row["telling"] is not None}
+    reading = {row["method"] for row in rows if row["intermediates"] is not None}
     aging = {row["method"] for row in rows if row["aging"] is not None}
     reading = {name for name in METHODS if make_reducer(name).needs}
     aligned = {name for name in METHODS if make_reducer(name).scan == "aligned"}
-    assert asking == reading | aligned  # a cached gap is read, too
+    assert reading == reading | aligned  # a cached gap is read, too
     assert aging == aligned == {"prune-aligned"}
 
 
@@ -98,7 +96,7 @@ def test_a_count_that_a_method_cannot_remove_is_its_reason():
 def test_half_precision_is_measured_as_well():
     report = reduction(model=VIM, methods=("utrc",), dtype=torch.bfloat16, **QUICK)
     assert report.settings["dtype"] == "bfloat16"
-    assert find(report, method="utrc")["telling"] > 0
+    assert find(report, method="utrc")["intermediates"] > 0
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fambav.bench.candidates import Candidate, parse_plan
+from fambav.bench.candidates import Candidate
 from fambav.bench.passes import training
 from fambav.bench.strategies import (
     MEMORY,
@@ -13,7 +13,6 @@ from fambav.bench.strategies import (
     strategies,
     tokens_seen,
 )
-from fambav.models import Vim
 from fambav.reduction import Schedule
 from tests.bench import find
 
@@ -42,14 +41,12 @@ def test_each_plan_stands_beside_none_with_the_share_it_leaves(report):
 def test_the_plans_measured_by_default_can_all_be_carried_out():
     shares = []
     for text in PLANS:
-        with torch.device("meta"):
-            net = Vim(dim=192, depth=24, num_classes=0, **parse_plan(text))
+        net = Candidate("vim_tiny", text).network(torch.device("meta"))
         shares.append(round(100 * net.schedule.share))
     assert shares == [64, 80, 57, 46, 56, 94]
 
 
 def test_none_is_measured_once_under_any_of_its_names():
-    assert parse_plan("no") == parse_plan("none") == {}
     found = strategies(model="vim_micro", plans=("no", "all:1"), **QUICK | dict(rounds=1))
     assert [row["plan"] for row in found.rows] == ["none", "all:1"]
 
@@ -62,7 +59,8 @@ def test_none_is_measured_once_under_any_of_its_names():
         ("all:6:9", "plan is 'all:6:9', expected all:tokens"),
         ("all:0", "plan is 'all:0', expected all:tokens"),
         ("all", "plan is 'all', expected all:tokens"),
-        ("all:40", "fusion_token is 40, expected at most"),
+        ("all:40", "plan is 'all:40', expected at most"),
+        ("upper:9:2", "plan is 'upper:9:2', expected a layer from 1 to 6"),
     ],
 )
 def test_a_plan_that_cannot_be_read_or_done_is_refused(plan, message):
@@ -74,13 +72,13 @@ def test_merging_meets_the_tokens_of_the_model_at_the_layers_that_fuse():
     candidate = Candidate("vim_micro", "upper:4:9", dtype=torch.bfloat16)
     step = training(candidate, batch=2, device=CPU)
     merging = Merging(step)
-    assert [(layer, tokens.x.shape[1]) for tokens, layer in merging.met] == [
+    assert [(layer, tokens.x.shape[1]) for tokens, layer in merging.inputs] == [
         (3, 65),
         (4, 56),
         (5, 47),
     ]
-    assert all(tokens.x.dtype == torch.bfloat16 for tokens, _ in merging.met)
-    for (tokens, _), (x, residual) in zip(merging.met, merging.run(), strict=True):
+    assert all(tokens.x.dtype == torch.bfloat16 for tokens, _ in merging.inputs)
+    for (tokens, _), (x, residual) in zip(merging.inputs, merging.run(), strict=True):
         assert x.shape == residual.shape == tokens.x.shape
         assert x.any()
         assert residual.any()

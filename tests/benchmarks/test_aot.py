@@ -124,7 +124,7 @@ def report(*rows, triton="3.7.1"):
     ids=str,
 )
 def test_equal_or_better_code_is_not_objected_to(changes):
-    assert aot.objections(report(row(**changes)), report(row())) == []
+    assert aot.regressions(report(row(**changes)), report(row())) == []
 
 
 @pytest.mark.parametrize(
@@ -139,31 +139,31 @@ def test_equal_or_better_code_is_not_objected_to(changes):
     ids=str,
 )
 def test_worse_code_is_objected_to(changes, objection):
-    worse = aot.objections(report(row(**changes)), report(row()))
+    worse = aot.regressions(report(row(**changes)), report(row()))
     assert worse == [f"scan bf16 on sm_90: {objection}"]
 
 
 def test_a_recorded_spill_is_objected_to_all_the_same():
     spilled = report(row(spill_bytes=8))
-    assert aot.objections(spilled, spilled) != []
+    assert aot.regressions(spilled, spilled) != []
 
 
 def test_forms_that_came_or_went_are_objected_to():
     both, one = report(row(), row("conv")), report(row())
-    assert aot.objections(both, one) == ["conv on sm_90 is not recorded, expected it to be"]
-    assert aot.objections(one, both) == ["conv on sm_90 is not compiled, expected it as recorded"]
+    assert aot.regressions(both, one) == ["conv on sm_90 is not recorded, expected it to be"]
+    assert aot.regressions(one, both) == ["conv on sm_90 is not compiled, expected it as recorded"]
 
 
 def test_forms_that_were_not_asked_for_are_not_missed():
     both = report(row(), row("conv"), row(arch=80))
-    assert aot.objections(report(row()), both, only="scan") == []
+    assert aot.regressions(report(row()), both, only="scan") == []
 
 
 def test_of_another_triton_only_spills_and_twice_the_registers_are_objected_to():
     recorded = report(row())
 
     def other(**changes):
-        return aot.objections(report(row(**changes), triton="3.6.0"), recorded)
+        return aot.regressions(report(row(**changes), triton="3.6.0"), recorded)
 
     assert other(registers=144, loops=(200,), instructions=999) == []
     assert other(registers=145) == ["scan bf16 on sm_90: registers are 145, expected at most 144"]
@@ -233,7 +233,7 @@ KERNELS = """
 import triton
 import triton.language as tl
 
-from fambav.ops.triton_kernels.variant import Variant
+from fambav.ops.triton.variant import Variant
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from kernels import KERNELS, best_form, main, ready_forms
 from fambav.cli import guarded
 from fambav.ops.kernels import TRITON
 
-needs_triton = pytest.mark.skipif(TRITON.missing() is not None, reason="needs triton")
+needs_triton = pytest.mark.skipif(TRITON.unavailable() is not None, reason="needs triton")
 
 
 def test_the_best_form_stands_beside_the_shipped_one():

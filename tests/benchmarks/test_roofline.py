@@ -24,8 +24,8 @@ from roofline import (
     step_us,
 )
 
-from fambav.bench.ceilings import mixer_bytes
 from fambav.bench.report import MeasureError
+from fambav.bench.roofline import mixer_bytes
 from fambav.models import Vim
 from fambav.ops.kernels import TRITON
 from tests.bench import find
@@ -40,9 +40,9 @@ def test_the_floor_is_the_largest_limit():
     limits = SLOW.limits_us(work, slots=12.0)
     # 16 lanes and 4 schedulers of 2 multiprocessors at 1 MHz
     assert limits == {"bytes_us": 5.0, "exp_us": 2.0, "issue_us": 150.0, "product_us": 2.0}
-    assert SLOW.floor_us(work, slots=12.0) == 150
+    assert SLOW.bound_us(work, slots=12.0) == 150
     assert SLOW.limits_us(work)["issue_us"] is None
-    assert SLOW.floor_us(work) == 5
+    assert SLOW.bound_us(work) == 5
 
 
 def test_products_of_float32_are_counted_at_half_the_rate():
@@ -55,7 +55,7 @@ def test_a_scan_reads_and_writes_each_tensor_once():
     tokens, inner = 3 * 70, 16
     one = tokens * inner * 2
     BC = 2 * tokens * 2 * 4 * 2
-    kept = 2 * 3 * 2 * inner * 4 * 4  # a float32 state every 64 tokens, for 70
+    kept = 2 * 3 * 4 * inner * 4 * 4  # a float32 state every 16 tokens of 70 but at the end
     found = kernel_work(SHAPE)
     assert found["scan_forward"].bytes == 6 * one + BC + kept
     assert found["scan_backward"].bytes == 9 * one + 2 * BC + kept
@@ -76,7 +76,7 @@ def test_the_bytes_inside_the_fused_mixer_are_those_of_its_kernels_and_products(
     ways = ("forward", "backward")
     ahead, back = (sum(found[f"{n}_{w}"].bytes for n in ("scan", "conv", "gate")) for w in ways)
     back += found["conv_forward"].bytes + sum(made[name].bytes for name in often) - once
-    kept = 3 * 70 * 16 * 2 + 2 * 3 * 2 * 16 * 4 * 4  # the sum; a float32 state every 64 tokens
+    kept = 3 * 70 * 16 * 2 + 2 * 3 * 4 * 16 * 4 * 4  # the sum; a float32 state every 16 tokens
     want = dict(forward=ahead + once - (0 if keep else kept), backward=back)
     assert mixer_bytes(**SHAPE._asdict(), keep=keep) == pytest.approx(want)
 
@@ -96,23 +96,23 @@ def test_the_floor_of_a_step_sums_its_blocks_at_their_lengths():
     shape = Shape.of(net, batch=2, itemsize=2)
     expected = 1e6 * ADAMW * sum(p.numel() for p in net.parameters()) / SLOW.bytes
     for before, after in ((65, 56), (56, 47)):
-        expected += SLOW.floor_us(merging_work(shape._replace(length=before), 9))
+        expected += SLOW.bound_us(merging_work(shape._replace(length=before), 9))
         at, left = (shape._replace(length=length) for length in (before, after))
         for name, work in (kernel_work(left) | product_work(left)).items():
             times = 2 if name in ("conv_forward", "gate_forward") else 1
             work = kernel_work(at)[name] if name.startswith("norm") else work
-            expected += times * SLOW.floor_us(work, 30.0 if name == "scan_backward" else None)
+            expected += times * SLOW.bound_us(work, 30.0 if name == "scan_backward" else None)
     assert step_us(net, shape, SLOW, {"scan_backward": 30.0}) == pytest.approx(expected)
 
 
 def test_on_a_cpu_floors_are_counted_and_said_to_be():
     report = roofline(model="vim_tiny", device=CPU)
-    assert report.title == "least times, counted and not timed"
+    assert report.title == "roofline bounds, without times"
     assert report.settings["machine"] == MACHINES["h200"].name
-    assert all(row["time_us"] is row["gap"] is None for row in report.rows)
+    assert all(row["time_us"] is row["time_over_bound"] is None for row in report.rows)
     assert find(report, kernel="conv_forward")["bound_by"] == "bytes"
     fused = roofline(model="vim_tiny", plan="upper:6:9", device=CPU)
-    whole, less = (find(found, kernel=STEP)["floor_us"] for found in (report, fused))
+    whole, less = (find(found, kernel=STEP)["bound_us"] for found in (report, fused))
     assert 0.6 < less / whole < 0.7  # 64% of the token-layers are left
     json.loads(report.json())
 
@@ -173,12 +173,12 @@ def test_the_clock_is_that_of_this_gpu_or_none(monkeypatch, told, mhz):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
     if mhz is None:
         with pytest.raises(MeasureError, match=r"clocks\.max\.sm is"):
-            module.highest_clock_hz(CPU)
+            module.max_clock_hz(CPU)
     else:
-        assert module.highest_clock_hz(CPU) == 1e6 * mhz
+        assert module.max_clock_hz(CPU) == 1e6 * mhz
 
 
-@pytest.mark.skipif(TRITON.missing() is not None, reason="needs triton")
+@pytest.mark.skipif(TRITON.unavailable() is not None, reason="needs triton")
 def test_every_kernel_that_is_counted_is_timed(monkeypatch):
     monkeypatch.setattr("roofline.captured", lambda run: run)
     small = Shape(batch=1, length=2, dim=16, inner=32, state=4, rank=2, itemsize=4)
@@ -190,5 +190,5 @@ def test_every_kernel_that_is_counted_is_timed(monkeypatch):
 @pytest.mark.gpu
 def test_floors_stand_beside_times_on_a_gpu():
     report = roofline(model="vim_micro", batch=8, rounds=3, device=torch.device("cuda", 0))
-    timed = {row["kernel"] for row in report.rows if row["gap"] is not None}
+    timed = {row["kernel"] for row in report.rows if row["time_over_bound"] is not None}
     assert {STEP, "merging", "scan_forward", "scan_backward", "norm_backward"} <= timed

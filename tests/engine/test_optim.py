@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fambav.ecosystem import timm
 from fambav.engine.optim import Average, cosine, groups, optimizer, scaled
+from fambav.timm_compat import timm
 from tests import golden
 
 CASES = ["base5e-4", "base1e-3", "vim_finetune30", "short20"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import fambav
-from fambav.ecosystem import timm
 from fambav.export.graph import onnx_model
 from fambav.export.recurrence import in_blocks
 from fambav.export.tracing import bare, traced
+from fambav.timm_compat import timm
 
 LOWERING = {torch.ops.fambav.recurrence.default: in_blocks}
 KINDS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fambav.layers import AddNorm, Block, Hooks, Signals, Tokens
+from fambav.layers import AddNorm, Block, Hooks, Intermediates, Tokens
 
 
 class Twice(nn.Module):
@@ -15,7 +15,7 @@ class Twice(nn.Module):
 
 
 def start(batch=2, length=5, dim=4, dtype=torch.float32):
-    return Tokens.start(torch.randn(batch, length, dim, dtype=dtype), class_places=(2,))
+    return Tokens.start(torch.randn(batch, length, dim, dtype=dtype), cls_index=(2,))
 
 
 def rms(x):
@@ -61,31 +61,31 @@ def test_the_three_points_of_a_block_see_output_normalised_sum_and_output():
     assert out.x is seen[2][0]
 
 
-def test_what_is_asked_of_the_mixer_reaches_it_and_its_answer_the_last_hook():
-    class Telling(nn.Module):
-        def forward(self, x, ask):
-            assert ask.tokens.x is x
-            assert (ask.needs, ask.gap) == ({"mixed"}, "bias")
-            return 2 * x, Signals(order=torch.arange(5)[None, None], mixed=2 * x)
+def test_what_is_wanted_of_the_mixer_reaches_it_and_its_intermediates_the_last_hook():
+    class Returning(nn.Module):
+        def forward(self, x, tokens, *, want, gap_policy):
+            assert tokens.x is x
+            assert (want, gap_policy) == ({"mixed"}, "bias")
+            return 2 * x, Intermediates(order=torch.arange(5)[None, None], mixed=2 * x)
 
     def look(tokens):
-        assert tokens.signals.mixed.equal(tokens.x)
+        assert tokens.intermediates.mixed.equal(tokens.x)
         return tokens
 
-    hooks = Hooks(after=look, asked=True, needs=frozenset({"mixed"}), gap="bias")
-    block, tokens = Block(4, Telling()), start()
-    assert block(tokens, hooks).signals.mixed.shape == (2, 5, 4)
+    hooks = Hooks(after=look, want=frozenset({"mixed"}), gap_policy="bias")
+    block, tokens = Block(4, Returning()), start()
+    assert block(tokens, hooks).intermediates.mixed.shape == (2, 5, 4)
     block.mixer = Twice()
-    assert block(block(tokens)).signals is None
+    assert block(block(tokens)).intermediates is None
 
 
 def test_masked_places_stay_silent_whatever_the_mixer_adds():
     class Loud(nn.Module):
-        def forward(self, x, ask):
-            return x + 1, Signals(order=torch.arange(5)[None, None])
+        def forward(self, x, tokens, *, want, gap_policy):
+            return x + 1, Intermediates(order=torch.arange(5)[None, None])
 
-    alive = torch.tensor([[0, 3], [1, 4]])
-    out = Block(4, Loud())(start()._replace(alive=alive), Hooks(asked=True))
+    keep_index = torch.tensor([[0, 3], [1, 4]])
+    out = Block(4, Loud())(start()._replace(keep_index=keep_index), Hooks(positions=True))
     silent = out.x.eq(0).all(dim=2)
     assert silent.tolist() == [[False, True, True, False, True], [True, False, True, True, False]]
 

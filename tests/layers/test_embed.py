@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from fambav.layers import take_rows
 from fambav.layers.embed import (
     PatchEmbed,
-    class_places,
+    cls_index_of,
     insert,
     pair,
     patch_grid,
     resize_grid,
-    take,
 )
 
 
@@ -78,7 +78,7 @@ def test_images_of_another_size_are_refused_in_a_sentence(shape):
     ("class_token", "places"), [("middle", (2,)), ("head", (0,)), ("double", (0, 6)), ("none", ())]
 )
 def test_class_tokens_stand_where_their_name_says(class_token, places):
-    assert class_places(class_token, 5) == places
+    assert cls_index_of(class_token, 5) == places
     x, extra = torch.arange(1.0, 6).reshape(1, 5, 1), [torch.zeros(1, 1, 1)] * len(places)
     out = insert(x.expand(2, -1, -1), extra, places)
     assert out.shape == (2, 5 + len(places), 1)
@@ -87,20 +87,20 @@ def test_class_tokens_stand_where_their_name_says(class_token, places):
 
 
 def test_the_published_middle_is_row_98_of_197():
-    assert class_places("middle", 196) == (98,)
-    assert class_places("middle", 27 * 27) == (364,)
+    assert cls_index_of("middle", 196) == (98,)
+    assert cls_index_of("middle", 27 * 27) == (364,)
 
 
 def test_an_unknown_place_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="class_token is 'centre', expected a known place"):
-        class_places("centre", 4)
+        cls_index_of("centre", 4)
     with pytest.raises(ValueError, match="did you mean 'middle'"):
-        class_places("midle", 4)
+        cls_index_of("midle", 4)
 
 
 def test_rows_are_taken_per_sample():
     x = torch.arange(12.0).reshape(2, 3, 2)
-    rows = take(x, torch.tensor([[2], [0]]))
+    rows = take_rows(x, torch.tensor([[2], [0]]))
     assert rows.tolist() == [[[4, 5]], [[6, 7]]]
 
 

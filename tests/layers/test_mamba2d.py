@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fambav.layers import Ask, Tokens
-from fambav.layers.mamba2d import SIGNALS, Mamba2D
+from fambav.layers import INTERMEDIATES, Tokens
+from fambav.layers.mamba2d import Mamba2D
 from tests.golden import fill, hashed, load
 
 GOLDEN, _ = load("plainmamba")
@@ -21,14 +21,14 @@ def mixer(dtype=torch.float32, **arguments):
 
 
 def some(length, samples=2, seed=0):
-    """Places of some tokens of the grid, in any order."""
+    """Indices of some tokens of the grid, in any order."""
     generator = torch.Generator().manual_seed(seed)
     every = (torch.randperm(20, generator=generator)[:length] for _ in range(samples))
     return torch.stack(list(every))
 
 
 def tokens(x, position, **known):
-    return Tokens.start(x, class_places=())._replace(position=position, **known)
+    return Tokens.start(x, cls_index=())._replace(position=position, **known)
 
 
 def snakes(height, width):
@@ -105,7 +105,7 @@ def test_a_part_of_a_grid_agrees_with_a_plain_loop(param_order, length):
     m = mixer(torch.float64, param_order=param_order)
     hidden, position = hashed("part", 2, length, 32, dtype=torch.float64), some(length)
     expected, _ = plain_loop(m, hidden, position)
-    out, _ = m(hidden, Ask(tokens(hidden, position)))
+    out, _ = m(hidden, tokens(hidden, position))
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
 
 
@@ -115,12 +115,12 @@ def test_states_age_over_gaps_as_in_a_plain_loop(policy):
     m = mixer(torch.float64, param_order="permuted")
     hidden, position = hashed("part", 2, 8, 32, dtype=torch.float64), some(8)
     expected, ys = plain_loop(m, hidden, position, policy)
-    ask = Ask(tokens(hidden, position), frozenset({"y"}), policy)
-    out, signals = m(hidden, ask)
+    given = tokens(hidden, position)
+    out, intermediates = m(hidden, given, want=frozenset({"y"}), gap_policy=policy)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
-    torch.testing.assert_close(signals.y, ys, atol=1e-12, rtol=0)
+    torch.testing.assert_close(intermediates.y, ys, atol=1e-12, rtol=0)
     if policy != "none":
-        plain, _ = m(hidden, ask._replace(gap=None))
+        plain, _ = m(hidden, given, want=frozenset({"y"}))
         assert (out - plain).abs().max() > 1e-4
 
 
@@ -128,17 +128,17 @@ def test_states_age_over_gaps_as_in_a_plain_loop(policy):
 def test_step_sizes_that_tokens_carry_are_used_in_every_direction():
     m = mixer(torch.float64, param_order="permuted")
     hidden, position = hashed("part", 2, 8, 32, dtype=torch.float64), some(8)
-    ask = Ask(tokens(hidden, position), frozenset({"delta"}), "self")
-    expected, signals = m(hidden, ask)
+    want = frozenset({"delta"})
+    expected, intermediates = m(hidden, tokens(hidden, position), want=want, gap_policy="self")
     ranks = torch.stack([torch.tensor([p for p, _ in walk]).argsort() for walk in snakes(*GRID)])
     step = ranks[None].expand(2, -1, -1).gather(2, position[:, None].expand(-1, 4, -1))
     before = step[..., None] - step[..., None, :]  # how far each other token is behind
     skipped = torch.where(before > 0, before, 99).min(dim=3).values - 1
-    gap = torch.where(skipped < 90, skipped, 0)[..., None] * signals.delta
-    out, _ = m(hidden, Ask(tokens(hidden, position, gap=gap), frozenset(), "cached"))
+    gap = torch.where(skipped < 90, skipped, 0)[..., None] * intermediates.delta
+    out, _ = m(hidden, tokens(hidden, position, skipped_dt=gap), gap_policy="cached")
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
-    nothing, _ = m(hidden, Ask(tokens(hidden, position), frozenset(), "cached"))
-    plain, _ = m(hidden, Ask(tokens(hidden, position)))
+    nothing, _ = m(hidden, tokens(hidden, position), gap_policy="cached")
+    plain, _ = m(hidden, tokens(hidden, position))
     torch.testing.assert_close(nothing, plain, atol=1e-12, rtol=0)
 
 
@@ -147,69 +147,76 @@ def test_all_places_in_any_order_give_what_the_whole_grid_gives(param_order):
     m = mixer(param_order=param_order)
     hidden, position = hashed("whole", 2, 20, 32), some(20)
     expected = m(hidden)
-    ask = Ask(tokens(hidden, torch.arange(20).expand(2, -1)))
-    torch.testing.assert_close(m(hidden, ask)[0], expected, atol=1e-6, rtol=0)
-    whole = Ask(tokens(hidden, position, grid=GRID))  # a grid needs no places
+    same = tokens(hidden, torch.arange(20).expand(2, -1))
+    torch.testing.assert_close(m(hidden, same)[0], expected, atol=1e-6, rtol=0)
+    whole = tokens(hidden, position, grid=GRID)  # a grid needs no places
     assert torch.equal(m(hidden, whole)[0], expected)
     index = position[..., None].expand(-1, -1, 32)
-    shuffled = Ask(tokens(hidden, position), frozenset({"mixed"}))
-    out, signals = m(hidden.gather(1, index), shuffled)
+    want = frozenset({"mixed"})
+    out, intermediates = m(hidden.gather(1, index), tokens(hidden, position), want=want)
     torch.testing.assert_close(out, expected.gather(1, index), atol=1e-6, rtol=0)
-    assert torch.equal(signals.mixed, out)
+    assert torch.equal(intermediates.mixed, out)
 
 
 def test_a_smaller_grid_is_mixed_like_a_grid_of_that_size():
     small, large = mixer(grid=(2, 3)), mixer()
     hidden = hashed("small", 2, 6, 32)
-    ask = Ask(tokens(hidden, some(6), grid=(2, 3)))
-    assert torch.equal(large(hidden, ask)[0], small(hidden))
+    given = tokens(hidden, some(6), grid=(2, 3))
+    assert torch.equal(large(hidden, given)[0], small(hidden))
 
 
 def test_masked_tokens_are_mixed_on_the_whole_grid():
     m, hidden = mixer(), hashed("whole", 2, 20, 32)
-    masked = tokens(hidden, some(8), alive=some(8))
-    assert torch.equal(m(hidden, Ask(masked))[0], m(hidden))
+    masked = tokens(hidden, some(8), keep_index=some(8))
+    assert torch.equal(m(hidden, masked)[0], m(hidden))
 
 
 @pytest.mark.parametrize("param_order", ["raster", "permuted"])
 @torch.no_grad()
-def test_signals_are_what_each_token_s_scan_step_used(param_order):
+def test_intermediates_are_what_each_token_s_scan_step_used(param_order):
     m = mixer(torch.float64, param_order=param_order)
     hidden, position = hashed("part", 2, 9, 32, dtype=torch.float64), some(9)
-    out, signals = m(hidden, Ask(tokens(hidden, position), SIGNALS))
-    assert set(signals._fields) == SIGNALS | {"order"}
+    out, intermediates = m(hidden, tokens(hidden, position), want=INTERMEDIATES)
+    assert set(intermediates._fields) == INTERMEDIATES | {"order"}
     _, ys = plain_loop(m, hidden, position)
-    torch.testing.assert_close(signals.y, ys, atol=1e-12, rtol=0)
-    A, again = -m.A_log.exp(), torch.zeros_like(signals.y)
+    torch.testing.assert_close(intermediates.y, ys, atol=1e-12, rtol=0)
+    A, again = -m.A_log.exp(), torch.zeros_like(intermediates.y)
     for sample in range(2):
         for direction in range(4):
             h = 0
-            for token in signals.order[sample, direction].tolist():
+            for token in intermediates.order[sample, direction].tolist():
                 u, delta, B, C = (
                     signal[sample, direction, token]
-                    for signal in (signals.u, signals.delta, signals.B, signals.C)
+                    for signal in (
+                        intermediates.u,
+                        intermediates.delta,
+                        intermediates.B,
+                        intermediates.C,
+                    )
                 )
                 h = torch.exp(delta[:, None] * A) * h + (delta * u)[:, None] * B
                 again[sample, direction, token] = h @ C + m.D * u
-    torch.testing.assert_close(signals.y, again, atol=1e-12, rtol=0)
-    gated = (signals.y.sum(dim=1) * F.silu(signals.z)) @ m.out_proj.weight.T + m.out_proj.bias
+    torch.testing.assert_close(intermediates.y, again, atol=1e-12, rtol=0)
+    gated = (
+        intermediates.y.sum(dim=1) * F.silu(intermediates.z)
+    ) @ m.out_proj.weight.T + m.out_proj.bias
     torch.testing.assert_close(gated, out, atol=1e-12, rtol=0)
-    assert signals.mixed is out
+    assert intermediates.mixed is out
 
 
-def test_only_what_is_asked_for_is_told():
+def test_only_what_is_wanted_is_returned():
     m, hidden = mixer(), hashed("whole", 2, 20, 32)
-    for needs in (frozenset(), frozenset({"C"}), frozenset({"delta", "z"})):
-        out, signals = m(hidden, Ask(tokens(hidden, some(20), grid=GRID), needs))
-        told = {name for name, signal in signals._asdict().items() if signal is not None}
-        assert told == needs | {"order"}
+    for want in (frozenset(), frozenset({"C"}), frozenset({"delta", "z"})):
+        out, intermediates = m(hidden, tokens(hidden, some(20), grid=GRID), want=want)
+        found = {name for name, signal in intermediates._asdict().items() if signal is not None}
+        assert found == want | {"order"}
         torch.testing.assert_close(out, m(hidden), atol=1e-6, rtol=0)
 
 
 def test_every_parameter_learns_from_a_part_of_a_grid():
     m = mixer(param_order="permuted").train()
     hidden = hashed("part", 2, 8, 32)
-    out, _ = m(hidden, Ask(tokens(hidden, some(8)), frozenset(), "hold_prev"))
+    out, _ = m(hidden, tokens(hidden, some(8)), gap_policy="hold_prev")
     (out * torch.randn(2, 8, 32)).sum().backward()
     assert [n for n, p in m.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -219,7 +226,7 @@ def test_gradients_of_a_part_are_those_of_a_plain_loop():
     weight = hashed("weight", 2, 6, 32, dtype=torch.float64)
     found = []
     for run in (
-        lambda x: m(x, Ask(tokens(x, position)))[0],
+        lambda x: m(x, tokens(x, position))[0],
         lambda x: plain_loop(m, x, position)[0],
     ):
         m.zero_grad()
@@ -241,7 +248,7 @@ def test_gradients_of_a_part_are_those_of_a_plain_loop():
 def test_tokens_that_cannot_be_mixed_are_refused(arguments, known, gap, message):
     hidden = hashed("part", 2, 8, 32)
     with pytest.raises(ValueError, match=message):
-        mixer(**arguments)(hidden, Ask(tokens(hidden, some(8), **known), frozenset(), gap))
+        mixer(**arguments)(hidden, tokens(hidden, some(8), **known), gap_policy=gap)
 
 
 def test_a_sequence_of_another_length_and_an_unknown_order_are_refused():
@@ -256,7 +263,7 @@ def test_bfloat16_is_close_to_float32():
     exact = m(hidden)
     with torch.autocast("cpu", torch.bfloat16):
         rough = m(hidden)
-        asked, _ = m(hidden, Ask(tokens(hidden, some(20), grid=GRID), SIGNALS))
+        composed, _ = m(hidden, tokens(hidden, some(20), grid=GRID), want=INTERMEDIATES)
     assert rough.dtype == torch.bfloat16
-    for out in (rough, asked):
+    for out in (rough, composed):
         assert (out.float() - exact).norm() < 0.02 * exact.norm()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import fambav.models  # noqa: F401  registers the models
-from fambav.ecosystem import timm
 from fambav.models import plainmamba, vim
 from fambav.reduction import reduce
 from fambav.registry import BIMAMBA, CLASS_TOKENS, FUSION_METHODS, MODELS
+from fambav.timm_compat import timm
 
 SIZES = [name for name in MODELS if "patch16" not in name]  # the others mean the same models
 SMALL = dict(depth=2, img_size=64, patch_size=16, num_classes=7)
@@ -105,8 +105,8 @@ def test_the_feature_is_read_where_each_sample_s_class_token_is_now(class_token,
     images = torch.randn(16, 3, 64, 64)
     rows, trace = model.forward_features(images, trace=True)
     feature, (tokens,) = model.forward_head(rows, pre_logits=True), kept
-    start = torch.tensor(model.class_places).expand(16, -1)
-    places = tokens.class_places
+    start = torch.tensor(model.cls_index).expand(16, -1)
+    places = tokens.cls_index
     assert torch.equal(trace.sources[-1].gather(1, start), places)
     assert torch.equal(tokens.position.gather(1, places), start)
     assert (tokens.size.gather(1, places) == 1).all()

@@ -5,8 +5,8 @@ import torch
 
 import fambav
 import fambav.models
-from fambav.ecosystem import timm
 from fambav.registry import CLASS_TOKENS
+from fambav.timm_compat import timm
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 KINDS = [
@@ -26,7 +26,7 @@ def followed(model, layer):
     handle = model.layers[layer].register_forward_hook(lambda _m, _a, tokens: kept.append(tokens))
     _, trace = model.forward_features(IMAGES, trace=True)
     handle.remove()
-    tokens = kept[0].living()
+    tokens = kept[0].kept()
     patches = [n for n in range(model.info.tokens) if n not in model.info.cls_index]
     return model.normed(tokens)[0], trace.sources[layer][:, patches], tokens
 
@@ -53,7 +53,7 @@ def test_a_dropped_patch_has_the_mean_over_those_that_are_left(name, arguments):
     for n, (sample, own) in enumerate(zip(found, source, strict=True)):
         values = sample.flatten(1).T
         size = tokens.size[n].clone()
-        size[tokens.class_places[n]] = 0
+        size[tokens.cls_index[n]] = 0
         mean = (rows[n] * size[:, None]).sum(dim=0) / size.sum()
         gone = own < 0
         assert gone.sum() == 14

@@ -5,10 +5,10 @@ import inspect
 import pytest
 import torch
 
-from fambav.ecosystem import timm
-from fambav.layers import Ask, Tokens
+from fambav.layers import Tokens
 from fambav.models import Backbone
 from fambav.registry import CLASS_TOKENS, FAMILIES, FOREIGN, MODELS, family_of
+from fambav.timm_compat import timm
 
 SMALL = dict(depth=2, img_size=(32, 48), num_classes=7)
 KINDS = [
@@ -46,18 +46,18 @@ def test_sizes_are_those_of_the_tokens(name, arguments):
     assert info.depth == len(model.layers) == 2
     assert info.grid == (8, 12)
     start = model.embed(torch.zeros(1, 3, 32, 48))
-    assert tuple(start.class_places[0].tolist()) == info.cls_index
+    assert tuple(start.cls_index[0].tolist()) == info.cls_index
 
 
 @pytest.mark.parametrize(("name", "arguments"), KINDS)
-def test_mixers_return_the_intermediates_and_scan_as_often_as_is_told(name, arguments):
+def test_mixers_return_the_intermediates_and_scan_as_often_as_info_says(name, arguments):
     model = build(name, **arguments)
     info, x = model.info, torch.randn(1, model.info.tokens, model.info.width)
-    tokens = Tokens.start(x, class_places=info.cls_index, grid=info.grid)
-    _, signals = model.layers[0].mixer(x, Ask(tokens, info.intermediates))
-    given = {n for n, value in signals._asdict().items() if value is not None}
+    tokens = Tokens.start(x, cls_index=info.cls_index, grid=info.grid)
+    _, intermediates = model.layers[0].mixer(x, tokens, want=info.intermediates)
+    given = {n for n, value in intermediates._asdict().items() if value is not None}
     assert given - {"order"} == info.intermediates
-    assert signals.y.shape[1] == signals.order.shape[1] == info.directions
+    assert intermediates.y.shape[1] == intermediates.order.shape[1] == info.directions
 
 
 @pytest.mark.parametrize("name", ["vim_micro", "plainmamba_micro"])

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fambav.ecosystem import timm
 from fambav.engine.checkpoint import CheckpointError
 from fambav.layers.block import Hooks
 from fambav.models import PlainMamba, adapt
 from fambav.reduction import reduce
+from fambav.timm_compat import timm
 from fambav.training.saved import put
 from tests import golden
 from tests.golden import fill, images
@@ -64,9 +64,9 @@ def test_weights_have_the_published_names_order_shapes_and_types(name, entries, 
         model = timm.create_model(name)
     lines = (KEYS / f"{name}.txt").read_text().splitlines()
     state = model.state_dict().items()
-    told = [f"{key}\t{tuple(value.shape)}\t{str(value.dtype)[6:]}" for key, value in state]
-    assert told == lines[1:]
-    assert len(told) == entries
+    found = [f"{key}\t{tuple(value.shape)}\t{str(value.dtype)[6:]}" for key, value in state]
+    assert found == lines[1:]
+    assert len(found) == entries
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
@@ -127,7 +127,7 @@ def test_images_that_patches_do_not_divide_are_refused():
         small()(torch.zeros(3, 32, 32))
 
 
-def test_intermediates_are_maps_with_the_stride_that_is_told():
+def test_intermediates_are_maps_with_the_stride_of_their_layer():
     model = small(dwconv=True).eval()
     rows, maps = model.forward_intermediates(IMAGES)
     assert [tuple(x.shape) for x in maps] == [(2, 32, 4, 4)] * 3
@@ -220,11 +220,11 @@ def test_tokens_are_reduced_at_every_layer_and_every_parameter_learns(method, ho
 def test_scans_are_aligned_with_parameters_of_their_own_tokens_only(gap):
     model = small(param_order="permuted", depth=4).eval()
     compact = reduce(model, "ordered", "r:3@2-4")(IMAGES)
-    aligned = reduce(model, "ordered", "r:3@2-4", scan="aligned", gap=gap)(IMAGES)
+    aligned = reduce(model, "ordered", "r:3@2-4", scan="aligned", gap_policy=gap)(IMAGES)
     assert compact.shape == aligned.shape
     assert not torch.equal(compact, aligned)
     with pytest.raises(ValueError, match="param_order 'permuted' pairs it with its own"):
-        reduce(small(), "ordered", "r:3@2-3", scan="aligned", gap=gap)
+        reduce(small(), "ordered", "r:3@2-3", scan="aligned", gap_policy=gap)
 
 
 def test_masked_tokens_stay_silent_behind_every_layer():
@@ -233,8 +233,8 @@ def test_masked_tokens_stay_silent_behind_every_layer():
         layer.register_forward_hook(lambda _m, _args, tokens: silent.append(tokens))
     model(IMAGES)
     for tokens, left in zip(silent, model.schedule.lengths, strict=True):
-        assert tokens.alive.shape == (2, left)
-        mask = torch.ones(2, 16).scatter(1, tokens.alive, 0).bool()
+        assert tokens.keep_index.shape == (2, left)
+        mask = torch.ones(2, 16).scatter(1, tokens.keep_index, 0).bool()
         assert not tokens.x[mask].any()
         assert tokens.residual is None or not tokens.residual[mask].any()
         assert tokens.x[~mask].all()
@@ -296,17 +296,17 @@ def test_it_compiles_without_a_graph_break(reduced):
 
 
 def test_hooks_of_one_s_own_may_ask_a_layer():
-    model, told = small().eval(), []
+    model, found = small().eval(), []
 
     def after(tokens):
-        told.append(tokens.signals)
+        found.append(tokens.intermediates)
         return tokens
 
     layer, tokens = model.layers[0], model.embed(IMAGES)
-    out = layer(tokens, Hooks(after=after, asked=True, needs=frozenset({"y", "delta"})))
+    out = layer(tokens, Hooks(after=after, want=frozenset({"y", "delta"})))
     torch.testing.assert_close(out.x, layer(tokens).x)
-    assert told[0].y.shape == told[0].delta.shape == (2, 4, 16, 64)
-    assert (told[0].delta > 0).all()
+    assert found[0].y.shape == found[0].delta.shape == (2, 4, 16, 64)
+    assert (found[0].delta > 0).all()
 
 
 def test_checkpoints_in_openmmlab_s_layout_load_and_may_lose_their_head(tmp_path):

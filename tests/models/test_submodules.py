@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fambav
 import fambav.models
-from fambav.ecosystem import timm
+from fambav.timm_compat import timm
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SAID = "such mixers run as single modules"
@@ -83,7 +83,7 @@ def test_a_hook_on_plainmambas_step_size_fires_and_changes_nothing(twice):
 @pytest.mark.parametrize("gap", ["cached", "bias", "hold_prev", "none"])
 def test_reductions_that_read_the_mixer_call_hooked_modules_too(gap):
     net, seen = model(), []
-    fambav.reduce(net, "prune-aligned", "tokens:45,30@2,4", gap=gap)
+    fambav.reduce(net, "prune-aligned", "tokens:45,30@2,4", gap_policy=gap)
     logits = net(IMAGES)
     names = [f"layers.{n}.mixer.{part}" for n in range(6) for part in PARTS]
     for name in names:
@@ -181,7 +181,7 @@ def test_it_is_said_once_by_each_model_and_never_by_a_plain_one():
 HOOKED = """
 import sys
 import fambav.cli, fambav.models
-from fambav.ecosystem import timm
+from fambav.timm_compat import timm
 
 @timm.models.register_model
 def vim_hooked(pretrained=False, **options):

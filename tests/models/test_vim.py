@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from fambav.ecosystem import timm
 from fambav.models import Vim
 from fambav.models.backbone import drop_path_rates
+from fambav.timm_compat import timm
 
 PUBLISHED = "vim_{}_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 
@@ -237,7 +237,7 @@ def test_intermediates_are_the_residual_stream_on_the_grid(class_token):
         intermediates_only=True,
     )
     (patches, prefix) = pairs[0]
-    assert (patches.shape[1], prefix.shape[1]) == (16, len(model.class_places))
+    assert (patches.shape[1], prefix.shape[1]) == (16, len(model.cls_index))
     read = prefix if class_token != "none" else patches
     torch.testing.assert_close(read.mean(dim=1), feature)
     normed = model.forward_intermediates(IMAGES, [2], norm=True, intermediates_only=True)[0]

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from fambav.ecosystem import timm
 from fambav.layers.embed import insert
 from fambav.models import Vim, adapt, check_class_token, official, published_class_token
 from fambav.models.weights import resize_pos_embed
+from fambav.timm_compat import timm
 
 
 def small(**arguments):
@@ -105,8 +105,8 @@ def ramp(model, scale):
     down, right = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     raster = torch.stack((down / scale[0], right / scale[1]), dim=-1).reshape(1, -1, 2)
     raster = torch.nn.functional.pad(raster, (0, model.dim - 2))
-    extra = [torch.full((1, 1, model.dim), -1.0 - i) for i in range(len(model.class_places))]
-    return insert(raster, extra, model.class_places)
+    extra = [torch.full((1, 1, model.dim), -1.0 - i) for i in range(len(model.cls_index))]
+    return insert(raster, extra, model.cls_index)
 
 
 @pytest.mark.parametrize("class_token", ["middle", "head", "double", "none"])
@@ -118,9 +118,9 @@ def test_position_embeddings_resize_around_their_class_rows(class_token, old, ne
     target = small(class_token=class_token, img_size=new)
     scale = [o / n for o, n in zip(old, new, strict=True)]
     out = resize_pos_embed(ramp(source, (1, 1)), target, source.grid)
-    rows = out[0, list(target.class_places), 0].tolist()
+    rows = out[0, list(target.cls_index), 0].tolist()
     assert rows == [-1.0 - i for i in range(len(rows))]
-    patches = [i for i in range(target.length) if i not in target.class_places]
+    patches = [i for i in range(target.length) if i not in target.cls_index]
     grid = out[0, patches, :2].reshape(*target.grid, 2)
     centre = torch.tensor([(side - 1) / 2 for side in source.grid])
     torch.testing.assert_close(grid.mean(dim=(0, 1)), centre, atol=0.05, rtol=0)
@@ -161,8 +161,8 @@ def test_weights_loaded_into_their_own_model_change_nothing_or_ask_for_the_grid(
 def test_a_model_of_another_size_takes_adapted_weights_strictly():
     source, target = small(), small(img_size=64)
     target.load_state_dict(adapt(source.state_dict(), target), strict=True)
-    middle = target.class_places[0]
-    assert torch.equal(target.pos_embed[0, middle], source.pos_embed[0, source.class_places[0]])
+    middle = target.cls_index[0]
+    assert torch.equal(target.pos_embed[0, middle], source.pos_embed[0, source.cls_index[0]])
 
 
 def test_another_number_of_classes_is_refused_or_drops_the_head():

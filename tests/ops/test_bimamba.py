@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fambav.ops.flop_formulas  # noqa: F401  registers the formulas
-from fambav.ops import BackendError, Direction, bimamba_scan, force, fused_bimamba
+from fambav.ops import BackendError, Direction, bimamba, bimamba_scan, force
 from tests.ops.agreement import (
     CHAINED,
     agree,
@@ -152,7 +152,7 @@ def test_torchs_own_checks_of_the_operator_pass(kernels):
         tensors[f"A_{end}"] = (-tensors[f"A_{end}"].exp()).detach().requires_grad_()
     options = dict(scale=0.5, kernels=kernels, keep=True)
     torch.use_deterministic_algorithms(False)  # what is kept may have places that nobody reads
-    torch.library.opcheck(fused_bimamba._forward, tuple(tensors.values()), options)
+    torch.library.opcheck(bimamba._forward, tuple(tensors.values()), options)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -187,7 +187,7 @@ def test_flops_are_those_of_the_products_the_convolutions_and_the_steps():
 
 def test_what_is_forced_for_the_scan_is_forced_here(monkeypatch):
     seen = []
-    monkeypatch.setattr(fused_bimamba, "_forward", lambda *_, kernels, **__: [seen.append(kernels)])
+    monkeypatch.setattr(bimamba, "_forward", lambda *_, kernels, **__: [seen.append(kernels)])
     tensors = inputs(3)
     for forced in ("numba", "triton"):
         with force(forced):
@@ -207,10 +207,6 @@ def test_backends_that_cannot_run_say_why():
     with force("numba"), pytest.raises(BackendError, match=told):
         run(double)
     assert run(double).dtype == torch.float64
-    empty = inputs(3, batch=0)
-    with force("numba"), pytest.raises(BackendError, match="the batch is empty"):
-        run(empty)
-    assert run(empty).shape == (0, 3, 6)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def table(monkeypatch):
     return Table(
         "op",
         Backend("small", lambda: "small", too_large),
-        Backend("absent", lambda: "absent", missing=lambda: "it is not installed"),
+        Backend("absent", lambda: "absent", unavailable=lambda: "it is not installed"),
         Backend("any", lambda: "any"),
     )
 

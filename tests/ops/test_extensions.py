@@ -6,8 +6,8 @@ from types import ModuleType
 
 import pytest
 
-from fambav.ops import BackendError, backends, extensions
-from fambav.ops.extensions import Extension
+from fambav.ops import BackendError, backends, kernels
+from fambav.ops.kernels import Extension
 
 NAME = "a_compiled_package"
 
@@ -26,9 +26,9 @@ class Broken:
 
 @pytest.fixture(autouse=True)
 def forget():
-    extensions._load.cache_clear()
+    kernels._module.cache_clear()
     yield
-    extensions._load.cache_clear()
+    kernels._module.cache_clear()
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_whatever_an_import_raises_is_kept_and_told(monkeypatch, extension, erro
         reason = extension.broken()
         assert reason.startswith(f"import of {NAME} fails: {told}")
         assert "\n" not in reason
-        assert reason in extension.missing()
+        assert reason in extension.unavailable()
 
 
 def test_a_module_without_the_function_is_refused(monkeypatch, extension):

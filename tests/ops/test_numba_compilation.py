@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("numba")
 import numba
 
-from fambav.ops import numba_kernels
-from fambav.ops.numba_kernels import compilation
+from fambav.ops import numba as numba_kernels
+from fambav.ops.numba import compilation
 
 
 @pytest.fixture(params=[1, 2, 4])
@@ -83,7 +83,7 @@ CODE = """
 import os, threading
 import numba, torch
 before = {n: getattr(numba.config, n) for n in dir(numba.config) if n.isupper()}
-import fambav.ops.numba_kernels as kernels
+import fambav.ops.numba as kernels
 assert before == {n: getattr(numba.config, n) for n in before}
 assert torch.get_num_threads() == 2
 assert sum(kernels.gate._gate_backward_kernel.stats.cache_hits.values()) == 1
@@ -114,10 +114,12 @@ def test_kept_code_is_told_apart_by_all_sources(tmp_path):
     found = set()
     for name, text in (("a", "1"), ("b", "2"), ("a", "3")):
         (tmp_path / f"{name}.py").write_text(text)
-        found.add(compilation.digest(tmp_path))
+        found.add(compilation.digest(*sorted(tmp_path.glob("*.py"))))
     assert len(found) == 3
     name = numba_kernels.gate._gate_forward_kernel.py_func.__qualname__
-    assert name.endswith(compilation.digest(Path(compilation.__file__).parent))
+    folder = Path(compilation.__file__).parent
+    constants = folder.with_name("kept_states.py")
+    assert name.endswith(compilation.digest(*sorted(folder.glob("*.py")), constants))
 
 
 def test_a_kernel_that_cannot_be_kept_is_compiled_and_that_is_said(monkeypatch):

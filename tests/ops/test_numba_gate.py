@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tests.ops.agreement import agree, draw
 
 pytest.importorskip("numba")
-from fambav.ops import numba_kernels
+from fambav.ops import numba as numba_kernels
 
 SCALE = 0.5
 

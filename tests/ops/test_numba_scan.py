@@ -7,7 +7,8 @@ from fambav.ops import force, selective_scan
 from tests.ops.agreement import agree, draw, expected_scans
 
 pytest.importorskip("numba")
-from fambav.ops import numba_kernels
+from fambav.ops import kept_states
+from fambav.ops import numba as numba_kernels
 
 FULL = dict(D=True, bias=True, softplus=True, dlast=True)
 BOTH = (False, True)
@@ -180,7 +181,7 @@ def test_nothing_is_kept_where_nothing_is_wanted():
     last, kept = numba_kernels.scan_forward(**inputs, y=y, **options, keep=False)
     assert kept.shape == (0,)
     same, kept = numba_kernels.scan_forward(**inputs, y=other, **options, keep=True)
-    assert kept.shape == numba_kernels.kept_shape(2, 2, 65, 24, 4)
+    assert kept.shape == kept_states.numba_shape(2, 2, 65, 24, 4)
     assert kept.is_contiguous()
     torch.testing.assert_close(other, y, rtol=0, atol=0)
     torch.testing.assert_close(same, last, rtol=0, atol=0)

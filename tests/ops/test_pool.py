@@ -195,7 +195,7 @@ def test_the_kernels_keep_a_share_and_a_place_of_each_token_for_the_backward_pas
 
 
 def test_no_copy_of_a_stream_is_made_beside_the_results():
-    from fambav.ops.triton_kernels.pool import pool_forward
+    from fambav.ops.triton.pool import pool_forward
 
     class Allocated(TorchDispatchMode):
         total = 0
@@ -250,7 +250,7 @@ def test_a_wrong_shape_is_named_with_the_right_one(changes, message):
 @pytest.mark.parametrize("method", ["famba-v", "ordered"])
 def test_a_reducer_compiles_without_a_graph_break(method, backend):
     x, residual = inputs(2, 17, 8, backend=backend).values()
-    start = Tokens.start(x.detach(), class_places=(8,), trace=True)
+    start = Tokens.start(x.detach(), cls_index=(8,), trace=True)
     reducer = reducing(method, (5,), start)
 
     def run(x, residual):

@@ -9,7 +9,7 @@ from tests.ops.places import LAYOUTS, close, like, place, unwritten_around
 
 pytest.importorskip("triton")
 
-from fambav.ops.triton_kernels import conv
+from fambav.ops.triton import conv
 
 DEVICE = device_of("triton")
 BOTH = (False, True)

@@ -9,7 +9,7 @@ from tests.ops.places import LAYOUTS, close, like, place, unwritten_around
 
 pytest.importorskip("triton")
 
-from fambav.ops.triton_kernels import gate
+from fambav.ops.triton import gate
 
 DEVICE = device_of("triton")
 

@@ -8,7 +8,7 @@ from tests.ops.places import close, place, unwritten_around
 
 pytest.importorskip("triton")
 
-from fambav.ops.triton_kernels import norm
+from fambav.ops.triton import norm
 
 DEVICE = device_of("triton")
 EPS = 1e-5

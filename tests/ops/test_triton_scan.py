@@ -19,11 +19,10 @@ from tests.ops.places import close, like, place, unwritten_around
 pytest.importorskip("triton")
 import triton.language as tl
 
-from fambav.ops import triton_kernels
+from fambav.ops import kept_states
+from fambav.ops import triton as triton_kernels
 
-MODULES = [
-    import_module(f"fambav.ops.triton_kernels.scan_{way}") for way in ("forward", "backward")
-]
+MODULES = [import_module(f"fambav.ops.triton.scan_{way}") for way in ("forward", "backward")]
 DEVICE = device_of("triton")
 FULL = dict(D=True, bias=True, softplus=True, dlast=True)
 BOTH, ONE = (False, True), (False,)
@@ -145,7 +144,7 @@ def test_states_are_kept_at_the_distance_asked_for():
         y = place(*given["u"].shape, device=DEVICE)
         options = dict(softplus=True, reverse=ONE, keep=True, chunk=chunk)
         kept[chunk] = triton_kernels.scan_forward(**inputs, y=y, **options)[1]
-        assert kept[chunk].shape == triton_kernels.kept_shape(1, 1, 11, 6, 4, chunk=chunk)
+        assert kept[chunk].shape == kept_states.triton_shape(1, 1, 11, 6, 4, chunk=chunk)
     assert kept[4].shape[2] == 2
     assert torch.equal(kept[2][:, :, [1, 3]], kept[4])
 
@@ -250,7 +249,7 @@ def test_without_a_gradient_nothing_is_kept():
         results.append((y, last))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
-    assert kept.shape == triton_kernels.kept_shape(1, 1, 18, 6, 1)
+    assert kept.shape == kept_states.triton_shape(1, 1, 18, 6, 1)
     assert kept.isfinite().all()
     assert kept.numel()
 

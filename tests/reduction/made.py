@@ -2,31 +2,28 @@
 
 import torch
 
-from fambav.layers import BackboneInfo, Stage, Tokens
-from fambav.layers.tokens import Signals
+from fambav.layers import INTERMEDIATES, BackboneInfo, Stage, Tokens
 from fambav.ops.match import others
-from fambav.reduction import Reduction, Schedule, fusion, make_reducer
+from fambav.reduction import Reduction, Schedule, from_fusion, make_reducer, make_schedule
 from tests import golden
 
-SIGNALS = frozenset(Signals._fields) - {"order"}
 
-
-def body(length, *, depth=1, class_places=(), grid=None, **rest):
+def body(length, *, depth=1, cls_index=(), grid=None, **rest):
     """Describe a model of width 8."""
-    grid = grid or (1, length - len(class_places))
-    directions, signals = rest.pop("directions", 2), rest.pop("signals", SIGNALS)
-    stage = Stage(depth, rest.pop("dim", 8), grid, length, directions, signals)
-    rest = {"family": "vim", "cls_index": tuple(class_places), **rest}
+    grid = grid or (1, length - len(cls_index))
+    directions, intermediates = rest.pop("directions", 2), rest.pop("intermediates", INTERMEDIATES)
+    stage = Stage(depth, rest.pop("dim", 8), grid, length, directions, intermediates)
+    rest = {"family": "vim", "cls_index": tuple(cls_index), **rest}
     return BackboneInfo(stages=(stage,), **rest)
 
 
 def reducing(method, counts, tokens, **how):
     """A method at work, that removes `counts` of tokens like these; with how, and its options."""
-    policies = {n: how.pop(n) for n in ("hook", "scan", "gap", "class_policy") if n in how}
+    policies = {n: how.pop(n) for n in ("hook", "scan", "gap_policy", "class_policy") if n in how}
     made = make_reducer(method, **how)
-    places = tokens.class_places[0].tolist()
+    places = tokens.cls_index[0].tolist()
     length = tokens.position.shape[1]
-    sizes = body(length, depth=len(counts), class_places=places, grid=tokens.grid)
+    sizes = body(length, depth=len(counts), cls_index=places, grid=tokens.grid)
     after = policies.get("hook", made.hook) == "after"
     schedule = Schedule.of(length, tuple(counts), after=after)
     return Reduction(sizes, made, schedule, **policies)
@@ -40,18 +37,20 @@ def reduce(tokens, method, *counts, **how):
     return tokens
 
 
-def schedule(strategy="none", *, depth, start, class_places, method="famba-v", **rest):
+def schedule(strategy="none", *, depth, start, cls_index, method="famba-v", count=0, **rest):
     """The plan of a strategy for a model of these sizes."""
-    sizes = body(start, depth=depth, class_places=class_places)
-    return fusion(strategy, info=sizes, reducer=make_reducer(method), **rest)
+    reducer = make_reducer(method)
+    text = from_fusion(strategy, depth=depth, token=count, **rest)
+    if text is None:
+        return Schedule.of(start, (0,) * depth)
+    given = ("fusion_plan", rest["plan"]) if "plan" in rest else ("fusion_token", count)
+    return make_schedule(text, body(start, depth=depth, cls_index=cls_index), reducer, given=given)
 
 
-def some(class_places, length=65, batch=3, grid=None):
+def some(cls_index, length=65, batch=3, grid=None):
     """Tokens of random features, the same ones each time."""
     torch.manual_seed(0)
-    start = Tokens.start(
-        torch.randn(batch, length, 8), class_places=class_places, grid=grid, trace=True
-    )
+    start = Tokens.start(torch.randn(batch, length, 8), cls_index=cls_index, grid=grid, trace=True)
     return start._replace(residual=torch.randn(batch, length, 8))
 
 
@@ -72,8 +71,8 @@ def agree(merged, tokens, groups, weight, *, summed=False):
     torch.testing.assert_close(merged.x[0], torch.stack(means))
     assert merged.size[0].tolist() == [tokens.size[0, g].sum() for g in groups]
     assert merged.position[0].tolist() == [tokens.position[0, g[0]] for g in groups]
-    assert merged.class_places[0].tolist() == [
-        groups.index([place]) for place in tokens.class_places[0].tolist()
+    assert merged.cls_index[0].tolist() == [
+        groups.index([place]) for place in tokens.cls_index[0].tolist()
     ]
     assert merged.source[0].tolist() == [where.get(old, -1) for old in tokens.source[0].tolist()]
 
@@ -93,12 +92,12 @@ def insert(name, length, places):
     return out
 
 
-def twin_order(groups, class_places, policy, length):
+def twin_order(groups, cls_index, policy, length):
     """Put the class tokens' groups, which are [place], where a policy wants them."""
     if policy == "exact":
         return groups
-    patches = [group for group in groups if group[0] not in class_places]
-    for place in sorted(class_places):
+    patches = [group for group in groups if group[0] not in cls_index]
+    for place in sorted(cls_index):
         new = place * len(groups) // length if policy == "proportional" else (len(groups) - 1) // 2
         patches.insert(new, [place])
     return patches

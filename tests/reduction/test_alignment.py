@@ -6,15 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fambav.layers import Ask, Tokens
+from fambav.layers import Tokens
 from fambav.layers.mamba import Mamba
 from fambav.ops import selective_scan
 from fambav.ops.bimamba import scan_inputs
 from fambav.reduction import make_reducer, reduce
-from fambav.reduction.scores import importance
+from fambav.reduction.pruning import importance
 from fambav.registry import GAP_POLICIES
 from tests.reduction import made
-from tests.reduction.telling import IMAGES, dropped, telling, vim
+from tests.reduction.scanned import IMAGES, dropped, scanned, vim
 
 SHARP = dict(atol=1e-10, rtol=0)
 READ = frozenset({"y", "z"})
@@ -92,8 +92,8 @@ def test_tokens_that_go_behind_the_last_mixer_change_nothing():
 def test_a_scan_across_no_gaps_is_the_plain_one(gap):
     torch.manual_seed(0)
     mixer, x = Mamba(8).double(), torch.randn(2, 9, 8).double()
-    tokens = Tokens.start(x, class_places=(4,))._replace(gap=torch.zeros(2, 2, 9, 16).double())
-    out, _ = mixer(x, Ask(tokens, frozenset(), gap))
+    tokens = Tokens.start(x, cls_index=(4,))._replace(skipped_dt=torch.zeros(2, 2, 9, 16).double())
+    out, _ = mixer(x, tokens, gap_policy=gap)
     torch.testing.assert_close(out, mixer(x), **SHARP)
 
 
@@ -108,7 +108,7 @@ def identity_convolution(net):
 
 def test_masked_scans_are_aligned_ones_where_convolutions_do_not_leak():
     masked, images = pruned(scan="masked")
-    aligned, _ = pruned(gap="bias")
+    aligned, _ = pruned(gap_policy="bias")
     leaking = masked(images) - aligned(images)
     assert leaking.abs().max() > 1e-6
     got, want = (identity_convolution(net)(images) for net in (masked, aligned))
@@ -118,30 +118,30 @@ def test_masked_scans_are_aligned_ones_where_convolutions_do_not_leak():
 
 
 def test_pruning_in_steps_leaves_the_gaps_of_pruning_at_once():
-    tokens = telling(17, class_places=(8,))
+    tokens = scanned(17, cls_index=(8,))
     once = made.reduce(tokens, "prune-aligned", 9)
     some = made.reduce(tokens, "prune-aligned", 4)
     order = torch.arange(13)
-    signals = tokens.signals.at(some.position)
-    signals = signals._replace(order=torch.stack((order, order.flip(0)))[None])
-    rest = made.reduce(some._replace(signals=signals), "prune-aligned", 5)
+    intermediates = tokens.intermediates.at(some.position)
+    intermediates = intermediates._replace(order=torch.stack((order, order.flip(0)))[None])
+    rest = made.reduce(some._replace(intermediates=intermediates), "prune-aligned", 5)
     assert rest.position.equal(once.position)
     assert rest.source.equal(once.source)
-    torch.testing.assert_close(rest.gap, once.gap)
-    assert once.gap.count_nonzero() > 0
+    torch.testing.assert_close(rest.skipped_dt, once.skipped_dt)
+    assert once.skipped_dt.count_nonzero() > 0
 
 
 def test_the_gap_is_the_sum_of_the_steps_between():
     y = torch.ones(2, 2, 9, 6)
     y[:, :, [0, 1, 5, 6]] = -1  # these go
-    tokens = telling(9, y=y, z=torch.ones(2, 9, 6))
+    tokens = scanned(9, y=y, z=torch.ones(2, 9, 6))
     fewer = made.reduce(tokens, "prune-aligned", 4)
-    delta = tokens.signals.delta
+    delta = tokens.intermediates.delta
     assert dropped(tokens, fewer) == [[0, 1, 5, 6]] * 2
     want = torch.zeros(2, 2, 5, 6)  # of 2, 3, 4, 7, 8
     want[:, 0, 3] = delta[:, 0, [5, 6]].sum(1)
     want[:, 1, 2] = delta[:, 1, [5, 6]].sum(1)
-    torch.testing.assert_close(fewer.gap, want)
+    torch.testing.assert_close(fewer.skipped_dt, want)
 
 
 def mirrored(mixer):
@@ -161,8 +161,8 @@ def mirrored(mixer):
 
 
 def heard(mixer, x):
-    tokens = Tokens.start(x, class_places=(x.shape[1] // 2,))
-    return tokens._replace(signals=mixer(x, Ask(tokens, READ))[1])
+    tokens = Tokens.start(x, cls_index=(x.shape[1] // 2,))
+    return tokens._replace(intermediates=mixer(x, tokens, want=READ)[1])
 
 
 @pytest.mark.parametrize(
@@ -187,12 +187,12 @@ def test_scores_of_reversed_tokens_are_reversed_where_directions_change_places(d
 
 
 def test_gradients_reach_the_steps_of_tokens_that_are_gone_between_others():
-    delta = telling(17, class_places=(8,)).signals.delta.double().requires_grad_()
-    tokens = telling(17, class_places=(8,), delta=delta)
+    delta = scanned(17, cls_index=(8,)).intermediates.delta.double().requires_grad_()
+    tokens = scanned(17, cls_index=(8,), delta=delta)
     fewer = made.reduce(tokens, "prune-aligned", 9)
     torch.manual_seed(0)
     mixer = Mamba(3, expand=2).double()
-    out, _ = mixer(torch.randn(2, 8, 3).double(), Ask(fewer, frozenset(), "cached"))
+    out, _ = mixer(torch.randn(2, 8, 3).double(), fewer, gap_policy="cached")
     out.square().sum().backward()
     reached = delta.grad.abs().sum(3) > 0
     for sample, gone in enumerate(dropped(tokens, fewer)):
@@ -232,11 +232,11 @@ def test_checkpointing_draws_once(hook):
 @pytest.mark.parametrize("method", ["prune-aligned", "evit", "random", "utrc", "mtr"])
 @pytest.mark.parametrize("gap", GAP_POLICIES)
 def test_every_method_runs_with_every_gap_policy(method, gap):
-    net = reduce(vim(), method, "r:3@1,3", scan="aligned", gap=gap, hook="after")
+    net = reduce(vim(), method, "r:3@1,3", scan="aligned", gap_policy=gap, hook="after")
     assert net.schedule.lengths == (17, 14, 14, 11)
     left = through(net, IMAGES)
     assert net(IMAGES).isfinite().all()
-    assert (left[-1].gap is not None) == (gap == "cached")
+    assert (left[-1].skipped_dt is not None) == (gap == "cached")
     assert (left[-1].position.diff(dim=1) > 0).all()
 
 
@@ -244,4 +244,4 @@ def test_class_tokens_stay_in_every_sample_of_a_model():
     net = reduce(vim(), "prune-aligned", "r:5@1,2,3")
     left = through(net, torch.randn(7, 3, 32, 32))
     for tokens in left:
-        assert tokens.position.gather(1, tokens.class_places).tolist() == [[8]] * 7
+        assert tokens.position.gather(1, tokens.cls_index).tolist() == [[8]] * 7

@@ -28,12 +28,10 @@ def test_merging_keeps_mass_and_class_tokens(tokens, method, counts):
     merged = reduce(tokens, method, *counts)
     assert merged.x.shape == merged.residual.shape == (3, 65 - sum(counts), 8)
     assert torch.equal(merged.size.sum(1), tokens.size.sum(1))
-    assert pick(merged.x, merged.class_places).equal(pick(tokens.x, tokens.class_places))
-    assert pick(merged.residual, merged.class_places).equal(
-        pick(tokens.residual, tokens.class_places)
-    )
-    assert merged.position.gather(1, merged.class_places).equal(tokens.class_places)
-    assert (merged.size.gather(1, merged.class_places) == 1).all()
+    assert pick(merged.x, merged.cls_index).equal(pick(tokens.x, tokens.cls_index))
+    assert pick(merged.residual, merged.cls_index).equal(pick(tokens.residual, tokens.cls_index))
+    assert merged.position.gather(1, merged.cls_index).equal(tokens.cls_index)
+    assert (merged.size.gather(1, merged.cls_index) == 1).all()
 
 
 @pytest.mark.parametrize("counts", [(1,), (31,), (9, 8, 7, 6, 5)])
@@ -54,7 +52,7 @@ def test_the_paper_way_puts_odd_places_after_the_even_ones_that_are_left(tokens)
 
 def test_the_paper_way_counts_a_token_once_however_many_patches_it_stands_for():
     x = torch.tensor([[[1.0, 0], [1, 1], [1, 0], [1, 1]]])
-    tokens = Tokens.start(x, class_places=())._replace(size=torch.tensor([[1.0, 2, 5, 3]]))
+    tokens = Tokens.start(x, cls_index=())._replace(size=torch.tensor([[1.0, 2, 5, 3]]))
     assert reduce(tokens, "famba-v", 2).x[0, 0].tolist() == [1, pytest.approx(1 / 3)]
     assert reduce(tokens, "ordered", 2).x[0, 0].tolist() == [1, pytest.approx(2 / 8)]
     for method in METHODS:
@@ -84,7 +82,7 @@ def test_similarity_ignores_length(method):
     x = torch.randn(2, 9, 4)
     x[:, 5] = 100 * torch.randn(2, 4)
     x[:, 3] = 0.01 * x[:, 2]
-    position = reduce(Tokens.start(x, class_places=()), method, 1).position
+    position = reduce(Tokens.start(x, cls_index=()), method, 1).position
     assert [sorted(set(range(9)) - set(row)) for row in position.tolist()] == [[2], [2]]
 
 
@@ -122,7 +120,7 @@ def test_merging_on_a_gpu_gives_the_same_bits_twice(method):
     x = torch.randn(64, 197, 192, device="cuda", requires_grad=True)
     runs = []
     for _ in range(2):
-        merged = reduce(Tokens.start(x, class_places=(98,)), method, 90, 40)
+        merged = reduce(Tokens.start(x, cls_index=(98,)), method, 90, 40)
         runs.append((merged.x, *torch.autograd.grad(merged.x.square().sum(), x)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -183,9 +181,9 @@ def tied(draw):
 @given(tied(), st.sampled_from(METHODS), st.integers(1, 6))
 def test_merging_is_what_loops_over_a_list_would_do(drawn, method, most):
     features, places = drawn
-    tokens = Tokens.start(features[0], class_places=places, trace=True)
+    tokens = Tokens.start(features[0], cls_index=places, trace=True)
     for x in features:
-        length, places = tokens.x.shape[1], tuple(tokens.class_places[0].tolist())
+        length, places = tokens.x.shape[1], tuple(tokens.cls_index[0].tolist())
         tokens = tokens._replace(x=x[:, :length])
         count = min(most, REDUCERS[method].limit(length, places))
         if count:
@@ -195,10 +193,10 @@ def test_merging_is_what_loops_over_a_list_would_do(drawn, method, most):
             tokens = merged
 
 
-def by_hand(rows, class_places, count, method):
+def by_hand(rows, cls_index, count, method):
     """Groups of places in their new order, the absorbing one first, written without tensors."""
-    free = [p for p in range(len(rows)) if method == "famba-v" or p not in class_places]
-    even, odd = ([p for p in free[k::2] if p not in class_places] for k in (0, 1))
+    free = [p for p in range(len(rows)) if method == "famba-v" or p not in cls_index]
+    even, odd = ([p for p in free[k::2] if p not in cls_index] for k in (0, 1))
     pairs = []
     for a in even:
         score, b = max((cosine(rows[a], rows[b]), -b) for b in odd)
@@ -223,8 +221,8 @@ def test_the_paper_way_equals_the_official_matching(case):
     if count == 0:
         return
     metric = golden.hashed(f"match:{length}:metric", 2, length, 16)
-    tokens = Tokens.start(golden.hashed(f"match:{length}:x", 2, length, 6), class_places=(0,))
-    selection = evens_then_odds(metric, count, tokens.class_places)
+    tokens = Tokens.start(golden.hashed(f"match:{length}:x", 2, length, 6), cls_index=(0,))
+    selection = evens_then_odds(metric, count, tokens.cls_index)
     assert selection.keep.equal(MATCH[f"{case}/order"].long())
     official = torch.stack((MATCH[f"{case}/src"], MATCH[f"{case}/dst"]), dim=-1)
     assert pairs(selection) == [sorted(row) for row in official.tolist()]
@@ -238,10 +236,10 @@ def pairs(selection):
 
 
 def test_two_weighted_calls_in_a_row_equal_the_official_ones():
-    tokens = Tokens.start(golden.hashed("match:13:x", 2, 13, 6), class_places=(0,), trace=True)
+    tokens = Tokens.start(golden.hashed("match:13:x", 2, 13, 6), cls_index=(0,), trace=True)
     metric = golden.hashed("match:13:metric", 2, 13, 16)
     for step, count in ((1, 3), (2, 2)):
-        selection = evens_then_odds(metric, count, tokens.class_places)
+        selection = evens_then_odds(metric, count, tokens.cls_index)
         tokens = merge(tokens, selection, tokens.size)
         metric = tokens.x
         torch.testing.assert_close(tokens.x, MATCH[f"chain/x{step}"], atol=1e-6, rtol=0)
@@ -255,23 +253,23 @@ def test_in_order_equals_the_official_merge_with_the_class_token_put_back_exactl
     first = ORDERED_CASES["cases"][case]
     length = first["t_in"]
     places = torch.full((2, 1), first["cls_in"])
-    tokens = Tokens.start(torch.zeros(2, length, 16), class_places=(first["cls_in"],))
+    tokens = Tokens.start(torch.zeros(2, length, 16), cls_index=(first["cls_in"],))
     for step, suffix in (("step1", ""), ("step2", "2")):
         about = case.removesuffix("step1") + step
         count = tokens.x.shape[1] - ORDERED_CASES["cases"][about]["t_out"]
         hidden, residual = (
-            insert(f"rmeeto:{length}:{name}{suffix}", tokens.x.shape[1], tokens.class_places)
+            insert(f"rmeeto:{length}:{name}{suffix}", tokens.x.shape[1], tokens.cls_index)
             for name in ("hidden", "residual")
         )
         tokens = reduce(tokens._replace(x=hidden, residual=residual), "ordered", count)
-        patches = others(tokens.class_places, tokens.x.shape[1])
+        patches = others(tokens.cls_index, tokens.x.shape[1])
         for mine, name in ((tokens.x, "hidden"), (tokens.residual, "residual")):
             official = ORDERED[f"{about}/{name}"]
             torch.testing.assert_close(pick(mine, patches), official, atol=2e-6, rtol=0)
             cls = golden.hashed(f"rmeeto:{length}:{name}{suffix}_cls", 2, 1, 16)
-            assert pick(mine, tokens.class_places).equal(cls)
+            assert pick(mine, tokens.cls_index).equal(cls)
         assert tokens.size.gather(1, patches).equal(ORDERED[f"{about}/size"])
-        assert tokens.class_places[:, 0].equal(ORDERED[f"{about}/cls_exact"].long())
+        assert tokens.cls_index[:, 0].equal(ORDERED[f"{about}/cls_exact"].long())
         anchor = ORDERED[f"{about}/anchor"].long()
         assert tokens.position.gather(1, patches).equal(anchor + (anchor >= places))
 

@@ -69,10 +69,10 @@ def test_no_patch_is_lost_and_class_tokens_stay_alone_in_every_sample(way, name,
     assert merged.size.sum(1).tolist() == tokens.size.sum(1).tolist()
     assert [sorted(set(row)) for row in merged.source.tolist()] == [list(range(left))] * 3
     for stream in ("x", "residual"):
-        was = pick(getattr(tokens, stream), tokens.class_places)
-        assert pick(getattr(merged, stream), merged.class_places).equal(was)
-    assert merged.position.gather(1, merged.class_places).equal(tokens.class_places)
-    members = (merged.source[:, :, None] == merged.class_places[:, None]).sum(1)
+        was = pick(getattr(tokens, stream), tokens.cls_index)
+        assert pick(getattr(merged, stream), merged.cls_index).equal(was)
+    assert merged.position.gather(1, merged.cls_index).equal(tokens.cls_index)
+    members = (merged.source[:, :, None] == merged.cls_index[:, None]).sum(1)
     assert (members == 1).all()
 
 
@@ -84,7 +84,7 @@ def test_the_order_of_the_scan_is_kept(way, name, policy):
     position = merged.position
     if policy != "exact":
         patches = torch.ones_like(position, dtype=torch.bool)
-        patches.scatter_(1, merged.class_places, value=False)
+        patches.scatter_(1, merged.cls_index, value=False)
         position = position[patches].view(3, -1)
     assert (position.diff(dim=1) > 0).all()
 
@@ -166,7 +166,7 @@ def test_not_a_number_costs_no_class_token(way):
     tokens = tokens_at("middle")
     tokens.x[0, 7] = tokens.x[1, 40:] = tokens.residual[1, 40:] = torch.nan
     merged = reduce(tokens, method, *counts_of(method)[:1], **options)
-    members = (merged.source[:, :, None] == merged.class_places[:, None]).sum(1)
+    members = (merged.source[:, :, None] == merged.cls_index[:, None]).sum(1)
     assert (members == 1).all()
 
 
@@ -179,7 +179,7 @@ def test_merging_compiles_without_a_graph_break(way):
 
     def run(x, residual):
         merged = reducer(tokens._replace(x=x, residual=residual), 0)
-        return merged.x, merged.residual, merged.size, merged.class_places
+        return merged.x, merged.residual, merged.size, merged.cls_index
 
     inputs = [t.clone().requires_grad_() for t in (tokens.x, tokens.residual)]
     got = torch.compile(run, backend="aot_eager", fullgraph=True)(*inputs)

@@ -6,19 +6,19 @@ import torch
 from fambav.reduction import make_reducer, make_reduction, reduce
 from fambav.registry import REDUCERS
 from tests.reduction import made
-from tests.reduction.telling import IMAGES, dropped, telling, vim
+from tests.reduction.scanned import IMAGES, dropped, scanned, vim
 
 
-def stepping(steps, x, *, class_places=()):
+def stepping(steps, x, *, cls_index=()):
     """Tokens of one sample with these step sizes, the same in all channels of both directions."""
     delta = torch.tensor(steps).view(1, 1, -1, 1).expand(1, 2, -1, 6)
-    tokens = telling(len(steps), class_places=class_places, batch=1, delta=delta)
+    tokens = scanned(len(steps), cls_index=cls_index, batch=1, delta=delta)
     return tokens._replace(x=x, residual=x.clone())
 
 
 def test_the_score_is_the_mean_over_channels_summed_over_directions():
     delta = torch.tensor([[[[0.1, 0.1], [0.3, 0.5]], [[0.9, 0.9], [0.1, 0.1]]]])
-    tokens = telling(2, class_places=(), batch=1, delta=delta)
+    tokens = scanned(2, cls_index=(), batch=1, delta=delta)
     assert dropped(tokens, made.reduce(tokens, "mtr", 1)) == [[1]]  # 0.5 < 1.0
 
 
@@ -48,7 +48,7 @@ def test_a_mean_counts_every_token_once():
 )
 def test_targets_are_rounded_up_and_all_that_are_left_at_most(targets, count, pool):
     delta = torch.arange(1.0, 17).view(1, 1, 16, 1).expand(1, 2, 16, 6)
-    tokens = telling(16, class_places=(), batch=1, delta=delta)
+    tokens = scanned(16, cls_index=(), batch=1, delta=delta)
     selection = make_reducer("mtr", targets=targets).select(tokens, count)
     assert selection.source.tolist() == [[*range(count - 1, -1, -1)]]
     assert selection.target.max() < count + pool
@@ -63,15 +63,15 @@ def test_class_tokens_take_no_part_and_order_is_kept(places):
     delta = torch.rand(4, 2, 17, 6) + 0.1
     for place in places:
         delta[:, :, place] = 0
-    tokens = telling(17, class_places=places, batch=4, delta=delta)
+    tokens = scanned(17, cls_index=places, batch=4, delta=delta)
     most = REDUCERS["mtr"].limit(17, places)
     assert most == 16 - len(places)
     for count in (1, 7, most):
         fewer = made.reduce(tokens, "mtr", count)
-        assert fewer.position.gather(1, fewer.class_places).tolist() == [list(places)] * 4
+        assert fewer.position.gather(1, fewer.cls_index).tolist() == [list(places)] * 4
         assert (fewer.position.diff(dim=1) > 0).all()
         assert fewer.size.sum(1).tolist() == [17] * 4
-        for new in fewer.class_places.unbind(1):
+        for new in fewer.cls_index.unbind(1):
             assert fewer.size[torch.arange(4), new].tolist() == [1] * 4
 
 
@@ -97,11 +97,11 @@ def test_a_model_runs_with_every_scan(scan):
 
 def test_there_is_no_published_schedule():
     with pytest.raises(ValueError, match="mtr has none for vim of width 384"):
-        make_reduction(made.body(197, class_places=(98,), depth=24, dim=384), "mtr")
+        make_reduction(made.body(197, cls_index=(98,), depth=24, dim=384), "mtr")
 
 
 def test_gradient_reaches_every_token_of_both_streams():
-    tokens = telling(17, class_places=(8,))
+    tokens = scanned(17, cls_index=(8,))
     x, residual = (t.clone().requires_grad_() for t in (tokens.x, tokens.residual))
     fewer = made.reduce(tokens._replace(x=x, residual=residual), "mtr", 6)
     (fewer.x.square().sum() + fewer.residual.square().sum()).backward()

@@ -10,9 +10,9 @@ from fambav.layers import Tokens
 from fambav.layers.drop import shard
 from fambav.ops.match import others
 from fambav.reduction import make_reducer, make_reduction, reduce
-from fambav.reduction.scores import importance, ranked
+from fambav.reduction.pruning import importance, ranked
 from tests.reduction import made
-from tests.reduction.telling import IMAGES, dropped, telling, vim
+from tests.reduction.scanned import IMAGES, dropped, scanned, vim
 
 PRUNERS = ("prune-aligned", "evit", "random")
 PLACES = {"head": (0,), "middle": (8,), "double": (0, 16), "none": ()}
@@ -28,7 +28,7 @@ def after(tokens, method, *counts, **how):
 
 def test_importance_sums_what_is_positive_over_channels_and_directions():
     y = torch.tensor([[[[1.0, -5], [2, 3]], [[4, -6], [-7, 0.5]]]])
-    tokens = telling(2, class_places=(), batch=1, y=y, mixed=y[:, 0])
+    tokens = scanned(2, cls_index=(), batch=1, y=y, mixed=y[:, 0])
     assert importance(tokens, signal="ungated").tolist() == [[5, 5.5]]
     assert importance(tokens, signal="ungated", directions="forward").tolist() == [[1, 5]]
     assert importance(tokens, signal="ungated", directions="backward").tolist() == [[4, 0.5]]
@@ -37,23 +37,23 @@ def test_importance_sums_what_is_positive_over_channels_and_directions():
 
 
 def test_the_gate_belongs_to_each_direction_before_negatives_are_left_out():
-    tokens = telling()
-    y, z = tokens.signals.y, tokens.signals.z
+    tokens = scanned()
+    y, z = tokens.intermediates.y, tokens.intermediates.z
     want = sum((y[:, end] * F.silu(z)).clamp(min=0).sum(2) for end in (0, 1))
     torch.testing.assert_close(importance(tokens), want)
 
 
 def test_two_directions_of_four_run_forward():
-    tokens = telling(directions=4, order=torch.arange(9).expand(1, 4, 9))
-    want = tokens.signals.y[:, [0, 2]].clamp(min=0).sum((1, 3))
+    tokens = scanned(directions=4, order=torch.arange(9).expand(1, 4, 9))
+    want = tokens.intermediates.y[:, [0, 2]].clamp(min=0).sum((1, 3))
     got = importance(tokens, signal="ungated", directions="forward")
     torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_importance_is_added_up_in_float32_at_least_and_has_no_gradient(dtype):
-    y = telling().signals.y.to(dtype).requires_grad_()
-    score = importance(telling(y=y), signal="ungated")
+    y = scanned().intermediates.y.to(dtype).requires_grad_()
+    score = importance(scanned(y=y), signal="ungated")
     assert score.dtype == torch.promote_types(dtype, torch.float32)
     assert not score.requires_grad
 
@@ -61,14 +61,14 @@ def test_importance_is_added_up_in_float32_at_least_and_has_no_gradient(dtype):
 def test_of_equal_scores_the_lower_place_is_kept_and_class_tokens_are_in_no_rank():
     score = torch.tensor([[1.0, 3, 1, 3, 9, 1]])
     assert ranked(score, torch.tensor([[4]])).tolist() == [[1, 3, 0, 2, 5]]
-    tokens = telling(y=torch.zeros(2, 2, 9, 6))
+    tokens = scanned(y=torch.zeros(2, 2, 9, 6))
     for method in ("prune-aligned", "evit"):
         assert dropped(tokens, after(tokens, method, 3)) == [[6, 7, 8]] * 2
 
 
 @pytest.mark.parametrize("method", ["prune-aligned", "evit"])
 def test_the_patches_of_least_importance_go_and_the_others_stay_as_they_are(method):
-    tokens = telling(17, class_places=(8,))
+    tokens = scanned(17, cls_index=(8,))
     fewer = after(tokens, method, 6)
     score = importance(tokens)
     for sample, gone in enumerate(dropped(tokens, fewer)):
@@ -86,7 +86,7 @@ def test_the_mixer_is_asked_for_nothing_that_a_signal_does_not_need(signal, need
     assert reducer.needs == frozenset(needs.split())
     net = reduce(vim(), "prune-aligned", "r:3@2,3", signal=signal)
     assert net(IMAGES).isfinite().all()
-    assert net.reduction.hooks(1).needs == reducer.needs | {"delta"}
+    assert net.reduction.hooks(1).want == reducer.needs | {"delta"}
 
 
 @pytest.mark.parametrize("method", PRUNERS)
@@ -96,18 +96,18 @@ def test_class_tokens_stay_in_every_sample_even_if_they_score_least(method, plac
     for place in places:
         y[:, :, place] = mixed[:, place] = -1
     z = torch.ones(5, 17, 6)
-    tokens = telling(17, class_places=places, batch=5, y=y, z=z, mixed=mixed)
+    tokens = scanned(17, cls_index=places, batch=5, y=y, z=z, mixed=mixed)
     most = make_reducer(method).limit(17, places)
     assert most == 16 - len(places)
     for count in (1, 9, most):
         fewer = after(tokens, method, count)
-        assert fewer.position.gather(1, fewer.class_places).tolist() == [list(places)] * 5
+        assert fewer.position.gather(1, fewer.cls_index).tolist() == [list(places)] * 5
         assert (fewer.position.diff(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("method", PRUNERS)
 def test_dropped_tokens_take_their_size_with_them_and_have_no_place(method):
-    tokens = telling(17, class_places=(8,))
+    tokens = scanned(17, cls_index=(8,))
     fewer = after(tokens, method, 6)
     assert fewer.size.tolist() == [[1] * 11] * 2
     for sample, gone in enumerate(dropped(tokens, fewer)):
@@ -117,10 +117,10 @@ def test_dropped_tokens_take_their_size_with_them_and_have_no_place(method):
 
 
 def test_the_fused_token_is_the_best_of_those_that_go_and_their_mean_over_patches():
-    tokens = telling(9)
+    tokens = scanned(9)
     tokens = tokens._replace(size=torch.tensor([[1.0, 2, 3, 4, 1, 5, 6, 7, 8]] * 2))
     fewer = after(tokens, "evit", 3, fuse=True)
-    order = ranked(importance(tokens), tokens.class_places)
+    order = ranked(importance(tokens), tokens.cls_index)
     for sample in range(2):
         target, *gone = order[sample, -4:].tolist()
         assert dropped(tokens, fewer)[sample] == sorted(gone)
@@ -138,7 +138,7 @@ def test_likeness_to_the_class_token_is_a_cosine():
     mixed = torch.randn(2, 9, 8)
     mixed[:, 2] = 100 * mixed[:, 4]
     mixed[:, 6] = -0.01 * mixed[:, 4]
-    tokens = telling(mixed=mixed)
+    tokens = scanned(mixed=mixed)
     assert dropped(tokens, after(tokens, "evit", 1, score="class")) == [[6]] * 2
     fewer = after(tokens, "evit", 7, score="class")
     assert fewer.position.tolist() == [[2, 4]] * 2
@@ -178,7 +178,7 @@ def test_options_without_a_meaning_are_refused_in_one_line(method, options, mess
 
 
 def test_random_draws_are_not_made_where_a_checkpoint_would_repeat_them():
-    body = made.body(17, class_places=(8,))
+    body = made.body(17, cls_index=(8,))
     with pytest.raises(ValueError, match="reduction_hook is 'between', expected a known name"):
         make_reduction(body, "random", "r:3", hook="between")
 
@@ -187,7 +187,7 @@ def test_in_training_every_sample_has_a_draw_of_its_own_from_the_seed():
     draws = []
     for _ in range(2):
         torch.manual_seed(1)
-        tokens = Tokens.start(torch.zeros(4, 17, 8), class_places=(8,))
+        tokens = Tokens.start(torch.zeros(4, 17, 8), cls_index=(8,))
         reduction = made.reducing("random", (5,), tokens)
         draws.append(dropped(tokens, reduction(tokens, 0)))
     assert draws[0] == draws[1]
@@ -196,7 +196,7 @@ def test_in_training_every_sample_has_a_draw_of_its_own_from_the_seed():
 
 def test_two_shards_draw_what_one_process_would():
     def gone(samples):
-        tokens = Tokens.start(torch.zeros(samples, 17, 8), class_places=(8,))
+        tokens = Tokens.start(torch.zeros(samples, 17, 8), cls_index=(8,))
         torch.manual_seed(3)
         return dropped(tokens, made.reducing("random", (5,), tokens)(tokens, 0))
 
@@ -209,7 +209,7 @@ def test_two_shards_draw_what_one_process_would():
 
 def test_in_evaluation_there_is_one_draw_for_each_length_and_no_generator_moves():
     before = torch.get_rng_state()
-    tokens = [Tokens.start(torch.zeros(3, n, 8), class_places=(8,)) for n in (17, 18)]
+    tokens = [Tokens.start(torch.zeros(3, n, 8), cls_index=(8,)) for n in (17, 18)]
     gone = [dropped(t, after(t, "random", 6)) for t in tokens]
     assert torch.get_rng_state().equal(before)
     assert gone[0] == [gone[0][0]] * 3
@@ -220,7 +220,7 @@ def test_in_evaluation_there_is_one_draw_for_each_length_and_no_generator_moves(
 
 
 def test_fixed_draws_take_any_patch_as_often_as_another():
-    tokens = Tokens.start(torch.zeros(1, 17, 8), class_places=(8,))
+    tokens = Tokens.start(torch.zeros(1, 17, 8), cls_index=(8,))
     times = torch.zeros(17)
     for seed in range(400):
         times[dropped(tokens, after(tokens, "random", 4, seed=seed))[0]] += 1
@@ -230,7 +230,7 @@ def test_fixed_draws_take_any_patch_as_often_as_another():
 
 
 def test_tokens_merged_at_random_join_the_nearest_that_stays():
-    tokens = telling(17, class_places=(8,))
+    tokens = scanned(17, cls_index=(8,))
     fewer = after(tokens, "random", 9, mode="merge")
     assert fewer.size.sum(1).tolist() == [17, 17]
     patches = [p for p in range(17) if p != 8]
@@ -240,7 +240,7 @@ def test_tokens_merged_at_random_join_the_nearest_that_stays():
             left = min(kept, key=lambda p, at=place: abs(patches.index(p) - at))
             now = fewer.source[sample, patch]
             assert fewer.position[sample, now] == left
-    assert fewer.position.gather(1, fewer.class_places).tolist() == [[8], [8]]
+    assert fewer.position.gather(1, fewer.cls_index).tolist() == [[8], [8]]
 
 
 def test_a_model_in_evaluation_stays_so_when_it_is_reduced():
@@ -254,7 +254,7 @@ def test_a_model_in_evaluation_stays_so_when_it_is_reduced():
 @pytest.mark.parametrize("method", ["prune-aligned", "evit"])
 def test_published_lengths_are_those_of_the_paper(method):
     def lengths(name, **sizes):
-        body = made.body(197, class_places=(98,), depth=24, grid=(14, 14), **sizes)
+        body = made.body(197, cls_index=(98,), depth=24, grid=(14, 14), **sizes)
         schedule = make_reduction(body, method).schedule
         return schedule.lengths[4:21:5], schedule.final
 
@@ -264,21 +264,21 @@ def test_published_lengths_are_those_of_the_paper(method):
         body = made.body(196, depth=depth, grid=(14, 14), family="plainmamba")
         assert make_reduction(body, method).schedule.lengths[5:18:6] == (138, 97, 68)
     for sizes in (dict(dim=768), dict(dim=192, depth=12), dict(dim=192, length=65)):
-        given = dict(length=197, depth=24, class_places=(32,)) | sizes
+        given = dict(length=197, depth=24, cls_index=(32,)) | sizes
         with pytest.raises(ValueError, match=f"{method} has none for vim"):
             make_reduction(made.body(given.pop("length"), **given), method)
 
 
-def test_a_published_schedule_that_is_ours_is_told_so():
+def test_a_published_schedule_that_is_ours_says_so():
     plain = made.body(196, depth=24, grid=(14, 14), family="plainmamba")
-    told = make_reduction(plain, "prune-aligned").told().splitlines()[-1]
+    line = make_reduction(plain, "prune-aligned").summary().splitlines()[-1]
     assert (
-        told
-        == "schedule keep:0.7@5,11,17 is ours: the paper of prune-aligned does not tell its own"
+        line
+        == "schedule keep:0.7@5,11,17 is ours: the paper of prune-aligned does not give its own"
     )
-    assert "ours" not in make_reduction(plain, "prune-aligned", "keep:0.7@5").told()
-    vim = made.body(197, class_places=(98,), depth=24, grid=(14, 14), dim=192)
-    assert "ours" not in make_reduction(vim, "prune-aligned").told()
+    assert "ours" not in make_reduction(plain, "prune-aligned", "keep:0.7@5").summary()
+    vim = made.body(197, cls_index=(98,), depth=24, grid=(14, 14), dim=192)
+    assert "ours" not in make_reduction(vim, "prune-aligned").summary()
 
 
 def test_parameters_that_belong_to_another_order_cannot_be_aligned():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import fambav
 import fambav.models
 from fambav.layers import Tokens
-from fambav.layers.tokens import Signals
+from fambav.layers.tokens import Intermediates
 from fambav.ops.match import others
 from fambav.reduction import make_reducer, make_reduction
 from tests import golden
@@ -43,26 +43,26 @@ HOW = {
 def test_two_steps_equal_the_official_ones(case):
     variant, sizes, _ = case.split("/")
     length, place = CASES[case]["t_in"], CASES[case]["cls_in"]
-    tokens = Tokens.start(torch.zeros(2, length, 16), class_places=(place,))
+    tokens = Tokens.start(torch.zeros(2, length, 16), cls_index=(place,))
     for step, suffix in (("step1", ""), ("step2", "2")):
         about, arrays = CASES[f"{variant}/{sizes}/{step}"], f"{variant}/{sizes}/{step}"
         here = tokens.x.shape[1]
         assert here == about["t_in"]
-        assert tokens.class_places.tolist() == [[about["cls_in"]]] * 2
+        assert tokens.cls_index.tolist() == [[about["cls_in"]]] * 2
         hidden, residual = (
-            insert(f"rmeeto:{length}:{name}{suffix}", here, tokens.class_places)
+            insert(f"rmeeto:{length}:{name}{suffix}", here, tokens.cls_index)
             for name in ("hidden", "residual")
         )
         tokens = tokens._replace(x=hidden, residual=residual)
         if about["t_out"] < here:
             tokens = reduce(tokens, "r-meeto", here - about["t_out"], **HOW[variant])
-        assert tokens.class_places.tolist() == [[about["cls_out"]]] * 2
-        patches = others(tokens.class_places, tokens.x.shape[1])
+        assert tokens.cls_index.tolist() == [[about["cls_out"]]] * 2
+        patches = others(tokens.cls_index, tokens.x.shape[1])
         for mine, name in ((tokens.x, "hidden"), (tokens.residual, "residual")):
             official = ARRAYS[f"{arrays}/{name}"]
             torch.testing.assert_close(pick(mine, patches), official, atol=2e-6, rtol=0)
             cls = golden.hashed(f"rmeeto:{length}:{name}{suffix}_cls", 2, 1, 16)
-            assert pick(mine, tokens.class_places).equal(cls)
+            assert pick(mine, tokens.cls_index).equal(cls)
         assert tokens.size.gather(1, patches).equal(ARRAYS[f"{arrays}/size"])
         anchor = ARRAYS[f"{arrays}/anchor"].long()
         assert tokens.position.gather(1, patches).equal(anchor + (anchor >= place))
@@ -70,23 +70,23 @@ def test_two_steps_equal_the_official_ones(case):
 
 @pytest.mark.parametrize("variant", ["l1", "l2"])
 def test_the_exact_policy_counts_the_patches_before_the_class_token(variant):
-    tokens = Tokens.start(torch.zeros(2, 17, 16), class_places=(8,))
+    tokens = Tokens.start(torch.zeros(2, 17, 16), cls_index=(8,))
     for step, suffix in (("step1", ""), ("step2", "2")):
-        hidden = insert(f"rmeeto:17:hidden{suffix}", tokens.x.shape[1], tokens.class_places)
+        hidden = insert(f"rmeeto:17:hidden{suffix}", tokens.x.shape[1], tokens.cls_index)
         how = dict(class_policy="exact", distance=variant)
         tokens = reduce(tokens._replace(x=hidden), "r-meeto", 5, **how)
         official = ARRAYS[f"{variant}/t17_p8_r5/{step}/cls_exact"]
-        assert tokens.class_places[:, 0].equal(official.long())
+        assert tokens.cls_index[:, 0].equal(official.long())
 
 
 @pytest.mark.parametrize("metric", ["B", "C", "delta"])
-def test_what_mixers_told_of_the_tokens_is_compared(metric):
+def test_intermediates_of_mixers_are_compared(metric):
     tokens = some((32,), length=65)
-    told = torch.randn(3, 2, 65, 4)
-    signals = Signals(torch.arange(65).expand(1, 2, 65), **{metric: told})
+    found = torch.randn(3, 2, 65, 4)
+    intermediates = Intermediates(torch.arange(65).expand(1, 2, 65), **{metric: found})
     how = dict(hook="after", metric=metric)
-    merged = reduce(tokens._replace(signals=signals), "r-meeto", 9, **how)
-    plain = reduce(Tokens.start(told.mean(1), class_places=(32,), trace=True), "r-meeto", 9)
+    merged = reduce(tokens._replace(intermediates=intermediates), "r-meeto", 9, **how)
+    plain = reduce(Tokens.start(found.mean(1), cls_index=(32,), trace=True), "r-meeto", 9)
     assert merged.source.equal(plain.source)
     assert make_reducer("r-meeto", metric=metric).needs == {metric}
 
@@ -113,7 +113,7 @@ def test_pruning_drops_what_merging_would_fold_in():
 def test_every_second_patch_can_go_if_there_are_partners_enough():
     for length in range(1, 12):
         for places in [(), (0,), (length // 2,), (0, length - 1)][: 4 if length > 1 else 2]:
-            tokens = Tokens.start(torch.randn(2, length, 4), class_places=places, trace=True)
+            tokens = Tokens.start(torch.randn(2, length, 4), cls_index=places, trace=True)
             patches = length - len(places)
             for nearest in (1, 2, 4):
                 how = dict(nearest=nearest, class_policy="exact")
@@ -151,7 +151,7 @@ def test_the_merge_is_what_loops_over_a_list_would_do(drawn, most):
     rows, places, options, policy = drawn
     x = torch.tensor([rows], dtype=torch.float32)
     sizes = torch.arange(1.0, len(rows) + 1)[None]
-    tokens = Tokens.start(x, class_places=places, trace=True)._replace(size=sizes)
+    tokens = Tokens.start(x, cls_index=places, trace=True)._replace(size=sizes)
     count = min(most, make_reducer("r-meeto", **options).limit(len(rows), places))
     if count:
         merged = reduce(tokens, "r-meeto", count, class_policy=policy, **options)
@@ -195,7 +195,7 @@ def like(a, b, distance):
     ("dim", "count", "final"), [(192, 5, 142), (384, 11, 76), (768, 11, 76), (256, None, None)]
 )
 def test_the_published_schedule_is_that_of_the_paper(dim, count, final):
-    sizes = body(197, depth=24, class_places=(98,), grid=(14, 14), dim=dim)
+    sizes = body(197, depth=24, cls_index=(98,), grid=(14, 14), dim=dim)
     if count is None:
         with pytest.raises(ValueError, match="r-meeto has none for vim of width 256 and depth 24"):
             make_reduction(sizes, "r-meeto")
@@ -249,7 +249,7 @@ def test_the_class_token_goes_where_the_official_code_puts_it(count, places):
     tokens = some((98,), length=197, batch=2)
     for place in places:
         tokens = reduce(tokens, "r-meeto", count)
-        assert tokens.class_places.tolist() == [[place]] * 2
+        assert tokens.cls_index.tolist() == [[place]] * 2
 
 
 def test_it_runs_where_there_is_no_class_token():

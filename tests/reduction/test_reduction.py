@@ -8,8 +8,7 @@ import torch
 
 import fambav
 import fambav.models
-from fambav.layers import Tokens
-from fambav.layers.tokens import Signals
+from fambav.layers import INTERMEDIATES, Tokens
 from fambav.reduction import (
     Reducer,
     Reduction,
@@ -34,13 +33,13 @@ class Every(Reducer):
 
     def select(self, tokens, count):
         self.seen.append(tokens)
-        patches = others(tokens.class_places, tokens.x.shape[1])
+        patches = others(tokens.cls_index, tokens.x.shape[1])
         nothing = patches[:, :0]
         return Selection(others(patches[:, :count], tokens.x.shape[1]), nothing, nothing)
 
     @staticmethod
-    def limit(length, class_places):
-        return length - len(class_places) - 1
+    def limit(length, cls_index):
+        return length - len(cls_index) - 1
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +121,7 @@ def test_what_is_no_model_of_ours_is_not_reduced():
 
 @pytest.mark.parametrize("bimamba_type", ["v2", "v1", "none"])
 @pytest.mark.parametrize("hook", ["before", "between", "after"])
-def test_a_method_is_told_what_it_needs_of_the_mixer_before(hook, bimamba_type):
+def test_a_method_gets_what_it_needs_of_the_mixer_before(hook, bimamba_type):
     net = fambav.reduce(
         vim(bimamba_type=bimamba_type),
         "every",
@@ -135,53 +134,57 @@ def test_a_method_is_told_what_it_needs_of_the_mixer_before(hook, bimamba_type):
     asked.register_forward_hook(lambda _, inputs, out: given.update(out=out[0]))
     net(IMAGES)
     (tokens,) = net.reduction.method.seen
-    signals, ends = tokens.signals, 1 if bimamba_type == "none" else 2
-    assert signals.u.shape == signals.delta.shape == signals.y.shape == (2, ends, 17, 64)
-    assert signals.B.shape == signals.C.shape == (2, ends, 17, 16)
-    assert signals.z.shape == (2, 17, 64)
-    assert signals.mixed is given["out"]
-    assert signals.order.tolist() == [[[*range(17)], [*range(16, -1, -1)]][:ends]]
-    assert [net.reduction.hooks(n).asked for n in range(4)].count(True) == 1
+    intermediates, ends = tokens.intermediates, 1 if bimamba_type == "none" else 2
+    assert (
+        intermediates.u.shape
+        == intermediates.delta.shape
+        == intermediates.y.shape
+        == (2, ends, 17, 64)
+    )
+    assert intermediates.B.shape == intermediates.C.shape == (2, ends, 17, 16)
+    assert intermediates.z.shape == (2, 17, 64)
+    assert intermediates.mixed is given["out"]
+    assert intermediates.order.tolist() == [[[*range(17)], [*range(16, -1, -1)]][:ends]]
+    assert [net.reduction.hooks(n).unfused for n in range(4)].count(True) == 1
 
 
 @pytest.mark.parametrize("hook", ["before", "between", "after"])
 def test_a_method_that_reads_the_output_alone_leaves_the_mixer_fused(hook):
     net, outputs = fambav.reduce(vim(), "every", "r:3@3", hook=hook, reads="mixed"), []
-    assert not any(net.reduction.hooks(n).asked for n in range(4))
-    asked = net.layers[2 if hook == "after" else 1].mixer
-    asked.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    assert not any(net.reduction.hooks(n).unfused for n in range(4))
+    mixer = net.layers[2 if hook == "after" else 1].mixer
+    mixer.register_forward_hook(lambda *call: outputs.append(call[-1]))
     net(IMAGES)
     (tokens,) = net.reduction.method.seen
-    assert tokens.signals.mixed.equal(outputs[0])
+    assert tokens.intermediates.mixed.equal(outputs[0])
 
 
-def test_an_asked_mixer_computes_what_a_fused_one_does_and_tells_what_it_scanned():
+def test_a_mixer_returns_what_it_scanned_beside_what_a_fused_one_computes():
     net = vim()
     mixer, x = net.layers[1].mixer, torch.randn(2, 9, 32)
-    from fambav.layers import Ask
-
-    ask = Ask(Tokens.start(x, class_places=()), frozenset(Signals._fields) - {"order"})
-    out, signals = mixer(x, ask)
+    out, intermediates = mixer(x, Tokens.start(x, cls_index=()), want=INTERMEDIATES)
     torch.testing.assert_close(out, mixer(x), atol=2e-6, rtol=1e-5)
-    gated = (signals.y.sum(1) * 0.5 * torch.nn.functional.silu(signals.z)) @ mixer.out_proj.weight.T
+    gated = (
+        intermediates.y.sum(1) * 0.5 * torch.nn.functional.silu(intermediates.z)
+    ) @ mixer.out_proj.weight.T
     torch.testing.assert_close(gated, out, atol=2e-6, rtol=1e-5)
-    assert (signals.delta > 0).all()
+    assert (intermediates.delta > 0).all()
 
 
 def test_masked_tokens_stay_as_zeros_and_nothing_else_changes_its_place():
     net = fambav.reduce(vim(), "every", "r:3@2,3", scan="masked")
     assert lengths(net) == (17,) * 4
     assert net.schedule.lengths == (17, 14, 11, 11)
-    assert "masked: every mixer runs on all 17 tokens" in net.reduction.told()
+    assert "masked: every mixer runs on all 17 tokens" in net.reduction.summary()
     tokens = net.embed(IMAGES)
     for layer, block in enumerate(net.layers):
         tokens = block(tokens, net.reduction.hooks(layer))
-    assert tokens.alive.tolist() == [[6, 7, *range(8, 17)]] * 2
+    assert tokens.keep_index.tolist() == [[6, 7, *range(8, 17)]] * 2
     assert tokens.residual[:, :6].eq(0).all()
     assert tokens.x[:, :6].eq(0).all()
-    left = tokens.living()
+    left = tokens.kept()
     assert left.x.shape == (2, 11, 32)
-    assert left.class_places.tolist() == [[2]] * 2
+    assert left.cls_index.tolist() == [[2]] * 2
     first, second = net.reduction.method.seen[-2:]
     assert (first.x.shape[1], second.x.shape[1]) == (17, 14)
 
@@ -191,18 +194,18 @@ def test_masked_tokens_stay_as_zeros_and_nothing_else_changes_its_place():
 )
 def test_the_class_token_goes_where_the_policy_says(policy, places):
     x = torch.arange(17.0).view(1, 17, 1)
-    tokens = Tokens.start(x, class_places=(8,))
+    tokens = Tokens.start(x, cls_index=(8,))
     reduction = reducing("every", (3, 3), tokens, class_policy=policy)
     for layer, place in enumerate(places):
         tokens = reduction(tokens, layer)
-        assert tokens.class_places.tolist() == [[place]]
+        assert tokens.cls_index.tolist() == [[place]]
         assert tokens.x[0, place] == 8
     patches = [p for p in tokens.position[0].tolist() if p != 8]
     assert patches == [6, 7, *range(9, 17)]
 
 
 def test_sizes_and_sources_of_what_is_dropped_go_with_it():
-    tokens = Tokens.start(torch.randn(2, 9, 3), class_places=(4,), trace=True)
+    tokens = Tokens.start(torch.randn(2, 9, 3), cls_index=(4,), trace=True)
     fewer = reducing("every", (2,), tokens)(tokens, 0)
     assert fewer.size.tolist() == [[1.0] * 7] * 2
     assert fewer.source.tolist() == [[-1, -1, *range(7)]] * 2
@@ -222,7 +225,7 @@ def test_some_may_be_folded_and_some_dropped_and_a_silent_source_reaches_one_str
                 silent=torch.tensor([[True, False], [False, False]]),
             )
 
-    start = Tokens.start(torch.randn(2, 6, 3), class_places=(), trace=True)
+    start = Tokens.start(torch.randn(2, 6, 3), cls_index=(), trace=True)
     tokens = start._replace(residual=torch.randn(2, 6, 3))
     fewer = Reduction(body(6), Mixed(), Schedule.of(6, (3,)))(tokens, 0)
     x, residual = tokens.x, tokens.residual
@@ -262,7 +265,7 @@ def test_every_method_does_on_a_gpu_what_it_does_on_a_cpu(method, family):
     assert (gradient - grad).norm() < 1e-3 * grad.norm()
 
 
-MIDDLE = dict(class_places=(8,), depth=4)
+MIDDLE = dict(cls_index=(8,), depth=4)
 
 
 @pytest.mark.parametrize(
@@ -273,16 +276,20 @@ MIDDLE = dict(class_places=(8,), depth=4)
         ({}, dict(schedule="published"), "every has none for vim of width 8 and depth 4"),
         ({}, dict(hook="inside"), "reduction_hook is 'inside', expected a known name"),
         ({}, dict(scan="skipped"), "scan_policy is 'skipped', expected a known name"),
-        ({}, dict(gap="bias"), "gap_policy is 'bias', expected none unless scan_policy is aligned"),
-        ({}, dict(scan="aligned", gap="old"), "gap_policy is 'old', expected a known name"),
+        (
+            {},
+            dict(gap_policy="bias"),
+            "gap_policy is 'bias', expected none unless scan_policy is aligned",
+        ),
+        ({}, dict(scan="aligned", gap_policy="old"), "gap_policy is 'old', expected a known name"),
         ({}, dict(class_policy="edge"), "class_token_policy is 'edge', expected a known name"),
         (
-            dict(class_places=()),
+            dict(cls_index=()),
             dict(class_policy="proportional"),
             "class_token_policy is 'proportional', expected 'exact' for a model without class",
         ),
         (
-            dict(class_places=(0,)),
+            dict(cls_index=(0,)),
             dict(class_policy="middle"),
             "class_token_policy is 'middle', expected 'exact' or 'proportional'",
         ),
@@ -302,7 +309,7 @@ MIDDLE = dict(class_places=(8,), depth=4)
             "scan_policy is 'aligned', expected another; its parameters stay behind",
         ),
         (
-            dict(signals=frozenset({"mixed"})),
+            dict(intermediates=frozenset({"mixed"})),
             dict(reads="delta mixed", schedule="r:3@2"),
             "reduction is 'every', which reads delta, mixed of the mixer, expected a method that",
         ),
@@ -320,17 +327,17 @@ def test_what_does_not_go_together_is_refused_in_one_line(sizes, how, message):
 
 def test_hooks_after_the_mixer_may_read_the_first_one():
     made = make_reduction(body(17, **MIDDLE), "every", "r:3", hook="after", reads="y")
-    assert [made.hooks(n).needs for n in range(4)] == [frozenset({"y"})] * 4
+    assert [made.hooks(n).want for n in range(4)] == [frozenset({"y"})] * 4
 
 
 def test_only_mixers_behind_a_gap_scan_across_it():
-    how = dict(scan="aligned", gap="self")
+    how = dict(scan="aligned", gap_policy="self")
     made = make_reduction(body(17, **MIDDLE), "every", "r:3@2", hook="after", **how)
-    assert [made.hooks(n).gap for n in range(4)] == [None, None, "self", "self"]
+    assert [made.hooks(n).gap_policy for n in range(4)] == [None, None, "self", "self"]
     made = make_reduction(body(17, **MIDDLE), "every", "r:3@2", **how)
-    assert [made.hooks(n).gap for n in range(4)] == [None, "self", "self", "self"]
-    plain = make_reduction(body(17, **MIDDLE), "every", "r:3@2", scan="aligned", gap="none")
-    assert not any(plain.hooks(n).asked for n in range(4))
+    assert [made.hooks(n).gap_policy for n in range(4)] == [None, "self", "self", "self"]
+    plain = make_reduction(body(17, **MIDDLE), "every", "r:3@2", scan="aligned", gap_policy="none")
+    assert not any(plain.hooks(n).unfused for n in range(4))
 
 
 def test_options_are_read_as_what_their_defaults_are():

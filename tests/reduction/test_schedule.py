@@ -4,18 +4,20 @@ import re
 from itertools import combinations
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fambav.models
 from fambav.layers import Tokens
-from fambav.reduction import parse_plan, plan
+from fambav.reduction import from_fusion, plan, write_schedule
 from fambav.registry import REDUCERS, STRATEGIES
 from tests.reduction.made import reduce, reducing, schedule
 
 METHODS = ("famba-v", "ordered")
 
-VIM = dict(depth=24, start=197, class_places=(0,))
+VIM = dict(depth=24, start=197, cls_index=(0,))
 LENGTHS = {
     ("none", None, 0): (197,) * 24,
     ("all", None, 7): tuple(range(190, 28, -7)),
@@ -29,12 +31,12 @@ LENGTHS = {
 SUMS = (4728, 2628, 2712, 3018, 3189, 2163, 2217, 2880)
 
 
-@pytest.mark.parametrize("class_places", [(), (0,), (98,), (0, 196)])
+@pytest.mark.parametrize("cls_index", [(), (0,), (98,), (0, 196)])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("row", "total"), list(zip(LENGTHS, SUMS, strict=True)))
-def test_published_plans_give_their_token_counts(row, total, method, class_places):
+def test_published_plans_give_their_token_counts(row, total, method, cls_index):
     strategy, layer, count = row
-    places = dict(VIM, class_places=class_places, method=method)
+    places = dict(VIM, cls_index=cls_index, method=method)
     made = schedule(strategy, count=count, layer=layer, **places)
     assert made.lengths == LENGTHS[row]
     assert made.removed == 197 - LENGTHS[row][-1]
@@ -108,28 +110,50 @@ def test_a_wrong_strategy_is_refused(kwargs, message):
         plan(**dict(depth=24, count=8) | kwargs)
 
 
+@pytest.mark.parametrize(
+    ("fusion", "text"),
+    [
+        (dict(), None),
+        (dict(strategy="no"), None),
+        (dict(strategy="all", token=7), "all:7"),
+        (dict(strategy="alternate", token=14), "interleaved:14"),
+        (dict(strategy="lower", layer=19, token=9), "lower:19:9"),
+        (dict(strategy="upper", layer=6, token=9), "upper:6:9"),
+        (dict(plan="6:9,8:12"), "6:9,8:12"),
+    ],
+)
+def test_a_fusion_is_a_schedule_like_others(fusion, text):
+    assert from_fusion(depth=24, **fusion) == text
+    if text is not None:
+        net = timm.create_model("vim_tiny", **{f"fusion_{n}": v for n, v in fusion.items()})
+        assert net.schedule == fambav.reduce(net, "famba-v", text).schedule
+        again = fambav.reduce(net, "famba-v", write_schedule(net.schedule.counts))
+        assert again.schedule == net.schedule
+
+
 def test_a_free_plan_names_layers_and_counts():
-    assert parse_plan("2:9, 4:12", 5) == (0, 9, 0, 12, 0)
-    assert parse_plan("5:1,1:3,2:0", 5) == (3, 0, 0, 0, 1)
-    made = schedule(plan="2:9,4:12", depth=5, start=65, class_places=(32,))
+    free = dict(depth=5, start=65, cls_index=(32,))
+    assert schedule(plan="2:9, 4:12", **free).counts == (0, 9, 0, 12, 0)
+    assert schedule(plan="5:1,1:3,2:0", **free).counts == (3, 0, 0, 0, 1)
+    made = schedule(plan="2:9,4:12", depth=5, start=65, cls_index=(32,))
     assert made.lengths == (65, 56, 56, 44, 44)
 
 
 @pytest.mark.parametrize("text", ["", "4", "4:", "4:9;5:9", "4:-1", "four:9", "4:9,", "4:1.5"])
 def test_a_free_plan_of_another_form_is_refused(text):
     with pytest.raises(ValueError, match=r"expected layer:count pairs such as 6:9,8:9"):
-        parse_plan(text, 24)
+        from_fusion(plan=text, depth=24)
 
 
 @pytest.mark.parametrize("text", ["0:9", "25:9", "4:9,4:3"])
 def test_a_free_plan_names_each_layer_once_and_within_depth(text):
     with pytest.raises(ValueError, match="expected each layer once, from 1 to 24"):
-        parse_plan(text, 24)
+        from_fusion(plan=text, depth=24)
 
 
 def test_a_free_plan_that_removes_nothing_is_refused():
     with pytest.raises(ValueError, match="fusion_plan is '4:0,5:0', expected one that removes"):
-        parse_plan("4:0,5:0", 24)
+        from_fusion(plan="4:0,5:0", depth=24)
 
 
 @pytest.mark.parametrize("also", [dict(strategy="all"), dict(count=2), dict(layer=4)])
@@ -152,7 +176,7 @@ def test_too_many_tokens_are_refused_with_the_arithmetic():
 
 
 def test_three_tokens_around_a_class_token_lose_none_the_paper_way_and_one_in_order():
-    around = dict(depth=1, start=3, class_places=(1,), count=1)
+    around = dict(depth=1, start=3, cls_index=(1,), count=1)
     with pytest.raises(ValueError, match=r"expected at most 0; .* can remove 0 without touching"):
         schedule("all", **around)
     assert schedule("all", method="ordered", **around).lengths == (2,)
@@ -160,13 +184,13 @@ def test_three_tokens_around_a_class_token_lose_none_the_paper_way_and_one_in_or
 
 def test_the_limit_follows_the_class_token_wherever_it_may_have_gone():
     # place 2 of 6 becomes 0 or 1 of 5; with 1, an odd place, one more could go
-    either = dict(depth=2, start=6, class_places=(2,))
+    either = dict(depth=2, start=6, cls_index=(2,))
     assert schedule(plan="1:1,2:2", **either).lengths == (5, 3)
     with pytest.raises(ValueError, match=r"at most 2 at layer 2; layer 2 has 6 - 1 = 5 tokens"):
         schedule(plan="1:1,2:3", **either)
     # place 3 of 6, an odd one, becomes 2 of 4, an even one
     with pytest.raises(ValueError, match=r"at most 1 at layer 2; layer 2 has 6 - 2 = 4 tokens"):
-        schedule(plan="1:2,2:2", depth=2, start=6, class_places=(3,))
+        schedule(plan="1:2,2:2", depth=2, start=6, cls_index=(3,))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -191,7 +215,7 @@ def test_no_more_and_no_fewer_tokens_than_the_limit_can_go(method):
     torch.manual_seed(0)
     for length, places in arrangements(9):
         x = torch.arange(2.0 * length * 4).cos().view(2, length, 4)
-        tokens = Tokens.start(x, class_places=places, trace=True)
+        tokens = Tokens.start(x, cls_index=places, trace=True)
         limit = REDUCERS[method].limit(length, places)
         if limit:
             assert spared(reduce(tokens, method, limit), tokens)
@@ -204,10 +228,10 @@ def test_no_more_and_no_fewer_tokens_than_the_limit_can_go(method):
 
 def spared(reduced, tokens):
     """Whether as many tokens as asked went, and each class token is alone and unchanged."""
-    k = tokens.class_places.shape[1]
-    at = reduced.class_places[..., None].expand(-1, -1, tokens.x.shape[2])
-    was = tokens.class_places[..., None].expand(-1, -1, tokens.x.shape[2])
-    alone = (reduced.source[:, :, None] == reduced.class_places[:, None, :]).sum(1).eq(1).all()
+    k = tokens.cls_index.shape[1]
+    at = reduced.cls_index[..., None].expand(-1, -1, tokens.x.shape[2])
+    was = tokens.cls_index[..., None].expand(-1, -1, tokens.x.shape[2])
+    alone = (reduced.source[:, :, None] == reduced.cls_index[:, None, :]).sum(1).eq(1).all()
     members = [len(set(row)) for row in reduced.source.tolist()]
     whole = members == [reduced.x.shape[1]] * len(members)
     return bool(
@@ -225,7 +249,7 @@ def test_the_paper_way_foresees_exactly_the_places_a_class_token_can_reach():
                     range(1, length, 2)
                 )
                 reached.add(tuple(order.index(p) for p in places))
-            assert REDUCERS["famba-v"].moved(length, places, count) == reached
+            assert REDUCERS["famba-v"].cls_index_after(length, places, count) == reached
 
 
 @st.composite
@@ -233,13 +257,13 @@ def arguments(draw):
     """Arguments of `schedule` that may or may not be possible."""
     depth, start = draw(st.integers(2, 6)), draw(st.integers(2, 40))
     strategy = draw(st.sampled_from(STRATEGIES[1:]))
-    class_places = draw(st.sampled_from([(), (0,), (start // 2,), (0, start - 1)]))
+    cls_index = draw(st.sampled_from([(), (0,), (start // 2,), (0, start - 1)]))
     layer = draw(st.integers(1, depth)) if strategy in ("lower", "upper") else None
     return dict(
         strategy=strategy,
         depth=depth,
         start=start,
-        class_places=class_places,
+        cls_index=cls_index,
         count=draw(st.integers(1, 12)),
         layer=layer,
         method=draw(st.sampled_from(METHODS)),
@@ -260,7 +284,7 @@ def test_a_schedule_is_what_happens_and_the_advice_in_a_refusal_works(wanted, se
         with pytest.raises(ValueError, match=f"expected at most {most};"):
             schedule(**wanted | dict(count=most + 1))
     x = torch.randn(3, made.start, 4, generator=torch.Generator().manual_seed(seed))
-    start = tokens = Tokens.start(x, class_places=wanted["class_places"], trace=True)
+    start = tokens = Tokens.start(x, cls_index=wanted["cls_index"], trace=True)
     reduction = reducing(wanted["method"], made.counts, start)
     for layer, length in enumerate(made.lengths):
         tokens = reduction(tokens, layer)
@@ -269,7 +293,7 @@ def test_a_schedule_is_what_happens_and_the_advice_in_a_refusal_works(wanted, se
 
 
 def test_the_table_shows_every_layer_that_removes_tokens():
-    made = schedule("upper", depth=6, start=65, class_places=(32,), count=12, layer=3)
+    made = schedule("upper", depth=6, start=65, cls_index=(32,), count=12, layer=3)
     assert made.table() == (
         "  layer  tokens in  removed  tokens out\n"
         "    1-2         65        -          65\n"

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fambav.reduction import spelling
-from fambav.reduction.schedule import Schedule
+from fambav.reduction import Schedule, parse_schedule
+from tests.reduction.made import body
 
 
 def counts(text, depth=24, start=197, classes=1):
-    return spelling.counts(text, depth=depth, start=start, classes=classes)
+    return parse_schedule(text, body(start, depth=depth, cls_index=range(classes)))
 
 
 def at(layers, count, depth=24):
@@ -23,6 +23,12 @@ def at(layers, count, depth=24):
         ("r:5@3-23/2", at(range(3, 24, 2), 5)),
         ("r:11@5,10-12", at((5, 10, 11, 12), 11)),
         ("list:7,7,0,9", (7, 7, 0, 9, *(0,) * 20)),
+        ("4:9,2:7,3:0", (0, 7, 0, 9, *(0,) * 20)),
+        ("all:7", (7,) * 24),
+        ("interleaved:7", at(range(2, 25, 2), 7)),
+        ("alternate:7", at(range(2, 25, 2), 7)),
+        ("lower:4:7", at(range(1, 5), 7)),
+        ("upper:20:7", at(range(20, 25), 7)),
         ("keep:0.8@10,20", (*at((10,), 39)[:19], 31, 0, 0, 0, 0)),
         ("keep:0.5,0.25@2,3", (0, 98, 73, *(0,) * 21)),
         ("tokens:157,125,101@5,10,15", (*at((5,), 40)[:9], 32, 0, 0, 0, 0, 24, *(0,) * 9)),
@@ -68,6 +74,16 @@ def test_shares_are_of_the_patches_that_are_left_and_rounded_up():
         ("r:5@10,5", "ascending layers"),
         ("r:5@5,5", "ascending layers"),
         ("list:5@3", "one of r:5"),
+        ("none", "one of r:5"),
+        ("4:9;5:9", "one of r:5"),
+        ("4:0", "one that removes tokens"),
+        ("4:9,4:3", "each layer once, from 1 to 24"),
+        ("25:9", "each layer once, from 1 to 24"),
+        ("all", "all:tokens"),
+        ("interleaved:2:7", "interleaved:tokens"),
+        ("lower:7", "lower:layer:tokens"),
+        ("upper:0:7", "upper:layer:tokens"),
+        ("upper:25:7", "a layer from 1 to 24"),
         ("list:" + "1," * 24 + "1", "at most 24 numbers"),
         ("ramp:16", "two numbers"),
         ("ramp:16,2", "a whole number of tokens and a slope"),
@@ -88,10 +104,16 @@ def test_a_schedule_that_makes_no_sense_is_refused_in_one_line(text, expected):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_misspelt_form_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'upper'"):
+        counts("uper:6:9")
+
+
 @settings(deadline=None, derandomize=True, database=None)
 @given(
     st.text(alphabet="rkeptokensamplist:@,-/.0123456789 ", max_size=20)
     | st.from_regex(r"\A(r|ramp|list|keep|tokens):[0-9.,-]{1,8}(@[0-9,/-]{1,8})?\Z")
+    | st.from_regex(r"\A(all|interleaved|lower|upper|[0-9]):[0-9:,]{1,8}\Z")
 )
 def test_any_text_is_a_schedule_or_refused(text):
     try:

@@ -52,7 +52,7 @@ def test_only_neighbours_merge():
 
 def test_the_mean_counts_patches_only_if_asked():
     x = torch.tensor([[[1.0, 0], [1, 1]]])
-    tokens = Tokens.start(x, class_places=())._replace(size=torch.tensor([[1.0, 3]]))
+    tokens = Tokens.start(x, cls_index=())._replace(size=torch.tensor([[1.0, 3]]))
     assert reduce(tokens, "stm", 1).x[0, 0].tolist() == [1, 0.5]
     assert reduce(tokens, "stm", 1, weighted=True).x[0, 0].tolist() == [1, 0.75]
     assert reduce(tokens, "stm", 1).size.tolist() == [[4]]
@@ -66,7 +66,7 @@ def test_no_more_and_no_fewer_tokens_than_the_limit_can_go(options):
         pairs = allowed(length, places, options)
         assert limit == len({a for a, _ in pairs})
         if limit:
-            tokens = Tokens.start(torch.randn(2, length, 4), class_places=places, trace=True)
+            tokens = Tokens.start(torch.randn(2, length, 4), cls_index=places, trace=True)
             merged = reduce(tokens, "stm", limit, **options)
             assert [sorted(set(row)) for row in merged.source.tolist()] == [
                 list(range(length - limit))
@@ -86,21 +86,21 @@ def test_it_foresees_exactly_the_places_a_class_token_can_reach(options):
             for gone in combinations(movable, count):
                 left = [p for p in range(length) if p not in gone]
                 reached.add(tuple(left.index(p) for p in places))
-            assert method.moved(length, places, count) == reached
+            assert method.cls_index_after(length, places, count) == reached
 
 
 def test_a_schedule_that_fits_whatever_the_images_is_accepted_and_no_larger_one():
-    sizes = body(65, depth=4, class_places=(32,))
+    sizes = body(65, depth=4, cls_index=(32,))
     with pytest.raises(ValueError, match=r"expected at most 31 at layer 1.*stm can remove 31"):
         make_reduction(sizes, "stm", 40)
     reduction = make_reduction(sizes, "stm", "list:31,14,5,1")
     for seed in range(20):
         torch.manual_seed(seed)
-        tokens = Tokens.start(torch.randn(3, 65, 8), class_places=(32,), trace=True)
+        tokens = Tokens.start(torch.randn(3, 65, 8), cls_index=(32,), trace=True)
         for layer in range(4):
             tokens = reduction(tokens, layer)
         assert tokens.x.shape == (3, 14, 8)
-        members = (tokens.source[:, :, None] == tokens.class_places[:, None]).sum(1)
+        members = (tokens.source[:, :, None] == tokens.cls_index[:, None]).sum(1)
         assert (members == 1).all()
 
 
@@ -122,7 +122,7 @@ def test_the_merge_is_what_loops_over_a_list_would_do(rows, cls, options, weight
     policy = policy if places else "exact"
     x = torch.tensor([rows], dtype=torch.float32)
     sizes = torch.arange(1.0, length + 1)[None]
-    tokens = Tokens.start(x, class_places=places, trace=True)._replace(size=sizes)
+    tokens = Tokens.start(x, cls_index=places, trace=True)._replace(size=sizes)
     count = min(most, make_reducer("stm", **options).limit(length, places))
     if count:
         how = dict(options, weighted=weighted, class_policy=policy)

@@ -12,7 +12,7 @@ from fambav.layers import Tokens
 from fambav.reduction import make_reducer, make_reduction
 from tests.reduction.made import agree, body, reduce, some, twin_order
 
-SHAPE = make_reducer("storm").shape
+SHAPE = make_reducer("storm").grid_after
 
 
 def test_the_grid_keeps_its_proportions_as_nearly_as_it_can():
@@ -56,7 +56,7 @@ def test_every_count_leaves_the_grid_that_was_foreseen(grid):
     tokens = some((), length=grid[0] * grid[1], grid=grid)
     for count in range(1, grid[0] * grid[1]):
         try:
-            height, width = method.shape(grid, count)
+            height, width = method.grid_after(grid, count)
         except ValueError:
             continue
         assert count <= method.limit(grid[0] * grid[1], ())
@@ -84,7 +84,7 @@ def test_tokens_stay_in_their_row_and_column_but_for_a_place():
 def test_alike_neighbours_merge_first():
     x = torch.arange(16.0).square().view(1, 16, 1)
     x[0, 6], x[0, 13] = x[0, 7], x[0, 12]
-    tokens = Tokens.start(x, class_places=(), grid=(2, 8), trace=True)
+    tokens = Tokens.start(x, cls_index=(), grid=(2, 8), trace=True)
     source = reduce(tokens, "storm", 2, metric="hidden").source[0].tolist()
     assert source[6] == source[7]
     assert source[12] == source[13]
@@ -92,7 +92,7 @@ def test_alike_neighbours_merge_first():
 
 def test_merges_are_shared_among_windows():
     x = torch.arange(20.0).square().flip(0).view(1, 20, 1)  # alike at the end
-    tokens = Tokens.start(x, class_places=(), grid=(1, 20), trace=True)
+    tokens = Tokens.start(x, cls_index=(), grid=(1, 20), trace=True)
     for window, expected in ((10, [12, 14, 16, 18]), (5, [6, 8, 16, 18])):
         how = dict(metric="hidden", window=window)
         source = reduce(tokens, "storm", 4, **how).source[0].tolist()
@@ -138,7 +138,7 @@ def test_the_merge_is_what_loops_over_a_list_would_do(drawn, cls, policy, window
         rows.insert(place, (9, 9, 9))
     policy = policy if places else "exact"
     x = torch.tensor([rows], dtype=torch.float32)
-    tokens = Tokens.start(x, class_places=places, grid=grid, trace=True)
+    tokens = Tokens.start(x, cls_index=places, grid=grid, trace=True)
     tokens = tokens._replace(size=torch.arange(1.0, length + 1)[None] % 3 + 1)
     how = dict(window=window, weighted=kind != "plain", class_policy=policy)
     how["merge"] = "sum" if kind == "sum" else "mean"

@@ -27,7 +27,7 @@ def test_it_removes_at_the_input_of_a_block_and_loses_the_order():
     method = make_reducer("tome")
     assert (method.hook, method.ordered, method.weighted) == ("before", False, True)
     with pytest.raises(ValueError, match="expected 'compact' with tome, which loses order"):
-        make_reduction(body(65, depth=2, class_places=(32,)), "tome", 3, scan="aligned")
+        make_reduction(body(65, depth=2, cls_index=(32,)), "tome", 3, scan="aligned")
 
 
 def test_its_limits_are_those_of_famba_v():
@@ -37,15 +37,17 @@ def test_its_limits_are_those_of_famba_v():
             limit = tome.limit(length, places)
             assert limit == paper.limit(length, places)
             for count in range(1, limit + 1):
-                assert tome.moved(length, places, count) == paper.moved(length, places, count)
+                assert tome.cls_index_after(length, places, count) == paper.cls_index_after(
+                    length, places, count
+                )
 
 
 def test_the_ramp_of_its_paper_goes_from_twice_the_mean_to_nothing():
-    ramp = make_reduction(body(197, depth=12, class_places=(0,)), "tome", "ramp:8,-1").schedule
+    ramp = make_reduction(body(197, depth=12, cls_index=(0,)), "tome", "ramp:8,-1").schedule
     assert ramp.counts[0] == 16
     assert ramp.counts[-1] == 0
     with pytest.raises(ValueError, match="tome has none for vim"):
-        make_reduction(body(197, depth=12, class_places=(0,)), "tome")
+        make_reduction(body(197, depth=12, cls_index=(0,)), "tome")
 
 
 ROWS = [(0, 0, 0), (1, 0, 0), (-2, 0, 0), (0, 4, 0), (0, -0.5, 0), (0, 0, 8), (2, 0, 0)]
@@ -62,7 +64,7 @@ def test_the_merge_is_what_loops_over_a_list_would_do(rows, class_token, most):
     places = dict(none=(), head=(0,), middle=(len(rows) // 2,), double=(0, last))[class_token]
     x = torch.tensor([rows], dtype=torch.float32)
     sizes = torch.arange(1.0, len(rows) + 1)[None]
-    tokens = Tokens.start(x, class_places=places, trace=True)._replace(size=sizes)
+    tokens = Tokens.start(x, cls_index=places, trace=True)._replace(size=sizes)
     count = min(most, make_reducer("tome").limit(len(rows), places))
     if count:
         agree(reduce(tokens, "tome", count), tokens, by_hand(rows, places, count), tokens.size)

@@ -7,13 +7,13 @@ from fambav.layers import Tokens
 from fambav.reduction import make_reducer, make_reduction, reduce
 from fambav.registry import REDUCERS
 from tests.reduction import made
-from tests.reduction.telling import IMAGES, dropped, telling, vim
+from tests.reduction.scanned import IMAGES, dropped, scanned, vim
 
 
-def scored(x, score, *, class_places=(), residual=None):
+def scored(x, score, *, cls_index=(), residual=None):
     """Tokens whose importance is `score` in each sample."""
     mixed = torch.tensor(score)[..., None].expand(len(x), -1, 1)
-    tokens = telling(x.shape[1], class_places=class_places, batch=len(x), mixed=mixed)
+    tokens = scanned(x.shape[1], cls_index=cls_index, batch=len(x), mixed=mixed)
     return tokens._replace(x=x, residual=x.clone() if residual is None else residual)
 
 
@@ -53,7 +53,7 @@ def test_pruned_tokens_are_the_least_important_of_those_that_go_and_only_x_is_wi
     ("share", "count", "silent"), [(0.5, 1, 0), (0.5, 3, 1), (0.5, 4, 2), (1.0, 5, 5), (0.2, 4, 1)]
 )
 def test_the_number_that_is_pruned_is_rounded_halves_down(share, count, silent):
-    selection = make_reducer("utrc", prune_share=share).select(telling(12), count)
+    selection = make_reducer("utrc", prune_share=share).select(scanned(12), count)
     assert selection.silent.sum(1).tolist() == [silent] * 2
 
 
@@ -70,13 +70,13 @@ def test_class_tokens_take_no_part_and_order_is_kept(places):
     mixed = torch.rand(4, 17, 8)
     for place in places:
         mixed[:, place] = -1
-    tokens = telling(17, class_places=places, batch=4, mixed=mixed)
+    tokens = scanned(17, cls_index=places, batch=4, mixed=mixed)
     for count in (1, 5, (17 - len(places)) // 2):
         fewer = made.reduce(tokens, "utrc", count)
-        assert fewer.position.gather(1, fewer.class_places).tolist() == [list(places)] * 4
+        assert fewer.position.gather(1, fewer.cls_index).tolist() == [list(places)] * 4
         assert (fewer.position.diff(dim=1) > 0).all()
         assert fewer.size.sum(1).tolist() == [17] * 4
-        for old, new in zip(places, fewer.class_places.unbind(1), strict=True):
+        for old, new in zip(places, fewer.cls_index.unbind(1), strict=True):
             assert fewer.x[torch.arange(4), new].equal(tokens.x[:, old])
             assert fewer.size[torch.arange(4), new].tolist() == [1] * 4
 
@@ -119,11 +119,11 @@ def test_a_model_runs_with_every_signal_and_scan(signal, scan):
 
 def test_there_is_no_published_schedule_for_images():
     with pytest.raises(ValueError, match="utrc has none for vim of width 192"):
-        make_reduction(made.body(197, class_places=(98,), depth=24, dim=192), "utrc")
+        make_reduction(made.body(197, cls_index=(98,), depth=24, dim=192), "utrc")
 
 
 def test_gradients_reach_both_streams_except_pruned_tokens_of_x():
-    tokens = telling(17, class_places=(8,))
+    tokens = scanned(17, cls_index=(8,))
     x, residual = (t.clone().requires_grad_() for t in (tokens.x, tokens.residual))
     given = tokens._replace(x=x, residual=residual)
     selection = make_reducer("utrc").select(given, 4)

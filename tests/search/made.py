@@ -6,8 +6,8 @@ from fambav import training
 from fambav.config import Config
 from fambav.data import load
 from fambav.engine import checkpoint
-from fambav.randomness import seed_all
 from fambav.search.space import Problem
+from fambav.seeding import seed_all
 from fambav.training import saved
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import fambav.models  # noqa: F401  registers the models
-from fambav.ecosystem import timm
 from fambav.engine.runtime import Precision
 from fambav.search.cost_models import Stopwatch
 from fambav.search.greedy import merged_dissimilarity, pair_similarity
 from fambav.search.objective import Objective, prefix_shared_logits
 from fambav.search.space import Plan, SearchSpace
+from fambav.timm_compat import timm
 
 PRECISION = Precision(torch.device("cpu"), None)
 

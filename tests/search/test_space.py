@@ -7,7 +7,7 @@ from fambav.search.space import Plan, SearchSpace
 from tests.reduction.made import body
 from tests.search.made import problem
 
-SIZES = body(17, depth=4, class_places=(8,), grid=(4, 4))
+SIZES = body(17, depth=4, cls_index=(8,), grid=(4, 4))
 
 
 def test_a_plan_is_written_as_a_fusion_plan_is():
@@ -23,17 +23,17 @@ def test_a_space_knows_what_its_method_can_do():
 
 
 def test_a_space_hands_its_arguments_to_the_method():
-    made = SearchSpace(SIZES, "ordered", scan="aligned", gap="bias").reduction((4, 0, 0, 0))
-    wanted = make_reduction(SIZES, "ordered", "list:4", scan="aligned", gap="bias")
-    assert (made.scan, made.gap) == (wanted.scan, wanted.gap) == ("aligned", "bias")
+    made = SearchSpace(SIZES, "ordered", scan="aligned", gap_policy="bias").reduction((4, 0, 0, 0))
+    wanted = make_reduction(SIZES, "ordered", "list:4", scan="aligned", gap_policy="bias")
+    assert (made.scan, made.gap_policy) == (wanted.scan, wanted.gap_policy) == ("aligned", "bias")
     assert not made.training
 
 
 def test_what_a_model_cannot_do_is_refused_in_its_own_words():
     with pytest.raises(ValueError, match="gap_policy is 'bias', expected none unless"):
-        SearchSpace(SIZES, "ordered", gap="bias")
+        SearchSpace(SIZES, "ordered", gap_policy="bias")
     with pytest.raises(ValueError, match="which reads y, z of the mixer"):
-        SearchSpace(body(17, depth=4, class_places=(8,), signals=frozenset()), "evit")
+        SearchSpace(body(17, depth=4, cls_index=(8,), intermediates=frozenset()), "evit")
 
 
 def test_counts_are_lowered_from_the_first_layer_on_until_they_fit():

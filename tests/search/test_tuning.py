@@ -7,7 +7,7 @@ from fambav.search.space import SearchSpace
 from fambav.search.tuning import bisect, members_of
 from tests.reduction.made import body
 
-SPACE = SearchSpace(body(17, depth=4, class_places=(8,), grid=(4, 4)), "ordered")
+SPACE = SearchSpace(body(17, depth=4, cls_index=(8,), grid=(4, 4)), "ordered")
 
 
 def counting(accept):

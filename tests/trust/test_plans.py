@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from fambav import models  # noqa: F401  registers them
-from fambav.ecosystem import timm
 from fambav.reduction import plan
+from fambav.timm_compat import timm
 
 EXAMPLES = 500
 CLASS_TOKENS = ("middle", "head", "double", "none")

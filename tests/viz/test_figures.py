@@ -41,7 +41,16 @@ def every():
     return found
 
 
-NAMES = ("groups", "strategies", "similarity", "likeness", "scan", "layers", "curves", "frame")
+NAMES = (
+    "groups",
+    "strategies",
+    "similarity",
+    "mean_similarity",
+    "scan",
+    "layers",
+    "curves",
+    "frame",
+)
 
 
 @pytest.fixture(scope="module")

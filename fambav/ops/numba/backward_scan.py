@@ -1,0 +1,291 @@
+"""Selective scan backward: a task goes back along all tokens with a few vectors of channels.
+
+Each chunk of tokens is rescanned from its kept state, one element of the state after the other, so
+that a pass over the chunk stays in the L1 cache.  The values of a token are one row of the work
+buffer, because a loop over many buffers runs out of registers for their addresses.
+
+Source: as `forward_scan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numba import types
+from torch import Tensor
+
+from fambav.ops.kept_states import NUMBA_CHUNK as CHUNK
+from fambav.ops.numba import functions
+from fambav.ops.numba.compilation import (
+    COUNTER,
+    floats,
+    inlined,
+    kernel,
+    launch,
+    next_task,
+)
+from fambav.ops.numba.forward_scan import per_channel
+from fambav.ops.numba.functions import LN_2, LOG2_E, ZERO, exp2
+from fambav.ops.numba.lanes import WIDTH, broadcast, total
+from fambav.ops.numba.memory import get, number, put, read, vectors, write
+
+MOST_BLOCKS = 8  # vectors of channels of a task
+ENOUGH_TASKS = 16  # for threads to share a small batch
+
+# The columns of a row of the work buffer.  DX and DDELTA are sums over the state; DDELTA is the
+# part through the decay alone.
+DELTA, SLOPE, X, DY, DX, DDELTA, DECAY, DECAYED = range(8)
+ROW = 8
+
+
+@inlined
+def _load_chunk(
+    work: Any, u: Any, delta: Any, dy: Any, shift: Any, place: Any, tokens: Any, softplus: Any
+) -> None:
+    """Fill the work buffer from the inputs."""
+    k, b, channel, count = place
+    first, stride, steps = tokens
+    for i in range(steps):
+        t, row = first + i * stride, i * ROW
+        delta_t = read(delta, k, b, t, channel, count) + shift
+        if softplus:
+            delta_t, slope = functions.softplus(delta_t)
+            put(work, row + SLOPE, slope)
+        put(work, row + DELTA, delta_t)
+        put(work, row + X, delta_t * read(u, k, b, t, channel, count))
+        put(work, row + DY, read(dy, k, b, t, channel, count))
+        put(work, row + DX, broadcast(ZERO))
+        put(work, row + DDELTA, broadcast(ZERO))
+
+
+@inlined
+def _scan_again(
+    work: Any, sums: Any, weights: Any, first: int, steps: int, rate: Any, h: Any
+) -> None:
+    """Scan one element of the state along a chunk; accumulate the gradient of C."""
+    for i in range(steps):
+        row, pair = i * ROW, 2 * (first + i)
+        decay = exp2(get(work, row + DELTA) * rate)
+        decayed = decay * h
+        put(work, row + DECAY, decay)
+        put(work, row + DECAYED, decayed)
+        h = decayed + get(work, row + X) * number(weights, pair)
+        put(sums, pair + 1, get(sums, pair + 1) + get(work, row + DY) * h)
+
+
+@inlined
+def _scan_back(
+    work: Any, sums: Any, weights: Any, first: int, steps: int, rate: Any, dh: Any, dA: Any
+) -> Any:
+    """Backpropagate one element of the state along a chunk; accumulate the gradient of B."""
+    for i in range(steps - 1, -1, -1):
+        row, pair = i * ROW, 2 * (first + i)
+        dh = dh + get(work, row + DY) * number(weights, pair + 1)
+        put(sums, pair, get(sums, pair) + dh * get(work, row + X))
+        put(work, row + DX, get(work, row + DX) + dh * number(weights, pair))
+        dexponent = dh * get(work, row + DECAYED)
+        put(work, row + DDELTA, get(work, row + DDELTA) + dexponent * rate)
+        dA = dA + dexponent * get(work, row + DELTA)
+        dh = dh * get(work, row + DECAY)
+    return dh, dA
+
+
+@inlined
+def _store_chunk(
+    work: Any, u: Any, du: Any, ddelta: Any, skip: Any, place: Any, tokens: Any, softplus: Any
+) -> Any:
+    """Write the gradients of u and delta; return those of D and bias of this chunk."""
+    k, b, channel, count = place
+    first, stride, steps = tokens
+    dD, dbias = broadcast(ZERO), broadcast(ZERO)
+    for i in range(steps):
+        t, row = first + i * stride, i * ROW
+        u_t = read(u, k, b, t, channel, count)
+        dy_t, dx = get(work, row + DY), get(work, row + DX)
+        ddelta_t = dx * u_t + get(work, row + DDELTA) * LN_2
+        if softplus:
+            ddelta_t = ddelta_t * get(work, row + SLOPE)
+        write(ddelta, k, b, t, channel, count, ddelta_t)
+        write(du, k, b, t, channel, count, dx * get(work, row + DELTA) + dy_t * skip)
+        dD = dD + dy_t * u_t
+        dbias = dbias + ddelta_t
+    return dD, dbias
+
+
+@kernel(
+    COUNTER,
+    *(floats(4), floats(4), floats(4)),
+    *(floats(4), floats(4), floats(4), floats(5), floats(5), floats(4), floats(4)),
+    *(floats(4), floats(4), floats(6), floats(6), floats(4)),
+    *(types.boolean, types.boolean[::1], types.int64),
+)
+def _scan_backward_kernel(
+    counter: Any,
+    dy: Any,
+    dlast: Any,
+    kept: Any,
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    bias: Any,
+    du: Any,
+    ddelta: Any,
+    dB: Any,
+    dC: Any,
+    dparameters: Any,
+    softplus: bool,
+    reverse: Any,
+    most: int,
+) -> None:
+    directions, batch, length, dim = u.shape
+    groups, state = B.shape[3:]
+    width = dim // groups
+    parts = len(dB)
+    A_log2e, dh, dA = vectors(most * state), vectors(most * state), vectors(most * state)
+    dD, dbias = vectors(most), vectors(most)
+    work = vectors(CHUNK * ROW)
+    weights, sums = np.empty(2 * state * CHUNK, np.float32), vectors(2 * state * CHUNK)
+    while True:
+        task = next_task(counter)
+        if task >= directions * batch * groups * parts:
+            break
+        part, group = task % parts, task // parts % groups
+        b, k = task // (parts * groups) % batch, task // (parts * groups * batch)
+        start = group * width + part * most * WIDTH
+        end = min(start + most * WIDTH, (group + 1) * width)
+        blocks = -(-(end - start) // WIDTH)
+
+        for block in range(blocks):
+            channel = start + block * WIDTH
+            count = min(WIDTH, end - channel)
+            for n in range(state):
+                at = block * state + n
+                put(A_log2e, at, read(A, k, 0, n, channel, count) * LOG2_E)
+                later = read(dlast, k, b, n, channel, count) if dlast.size else broadcast(ZERO)
+                put(dh, at, later)
+                put(dA, at, broadcast(ZERO))
+            put(dD, block, broadcast(ZERO))
+            put(dbias, block, broadcast(ZERO))
+
+        for chunk in range(-(-length // CHUNK) - 1, -1, -1):
+            steps = min(CHUNK, length - chunk * CHUNK)
+            first = length - 1 - chunk * CHUNK if reverse[k] else chunk * CHUNK
+            tokens = (first, -1 if reverse[k] else 1, steps)
+            for n in range(state):
+                for i in range(steps):
+                    t, pair = first + i * tokens[1], 2 * (n * CHUNK + i)
+                    weights[pair], weights[pair + 1] = B[k, b, t, group, n], C[k, b, t, group, n]
+                    put(sums, pair, broadcast(ZERO))
+                    put(sums, pair + 1, broadcast(ZERO))
+
+            for block in range(blocks):
+                channel = start + block * WIDTH
+                count = min(WIDTH, end - channel)
+                place = (k, b, channel, count)
+                shift = read(bias, k, 0, 0, channel, count) if bias.size else broadcast(ZERO)
+                skip = read(D, k, 0, 0, channel, count) if D.size else broadcast(ZERO)
+                _load_chunk(work, u, delta, dy, shift, place, tokens, softplus)
+                for n in range(state):
+                    at, row = block * state + n, n * CHUNK
+                    rate = get(A_log2e, at)
+                    h = read(kept, k, b, chunk * state + n, channel, count)
+                    _scan_again(work, sums, weights, row, steps, rate, h)
+                    earlier, more = _scan_back(
+                        work, sums, weights, row, steps, rate, get(dh, at), get(dA, at)
+                    )
+                    put(dh, at, earlier)
+                    put(dA, at, more)
+                dD_more, dbias_more = _store_chunk(
+                    work, u, du, ddelta, skip, place, tokens, softplus
+                )
+                put(dD, block, get(dD, block) + dD_more)
+                put(dbias, block, get(dbias, block) + dbias_more)
+
+            for n in range(state):
+                for i in range(steps):
+                    t, pair = first + i * tokens[1], 2 * (n * CHUNK + i)
+                    dB[part, k, b, t, group, n] = total(get(sums, pair))
+                    dC[part, k, b, t, group, n] = total(get(sums, pair + 1))
+
+        for block in range(blocks):
+            channel = start + block * WIDTH
+            count = min(WIDTH, end - channel)
+            for n in range(state):
+                write(dparameters, b, k, n, channel, count, get(dA, block * state + n))
+            write(dparameters, b, k, state, channel, count, get(dD, block))
+            write(dparameters, b, k, state + 1, channel, count, get(dbias, block))
+
+
+def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
+    """Write the sum over the first axis to `out`, in a fixed order; overwrites the first part."""
+    for part in parts[1:]:
+        parts[0].add_(part)
+    return out.copy_(parts[0])
+
+
+def _division(blocks: int, rows: int) -> tuple[int, int]:
+    """Return the most blocks of a task, and the tasks that share a row."""
+    most = min(MOST_BLOCKS, -(-rows * blocks // ENOUGH_TASKS))
+    return most, -(-blocks // most)
+
+
+def scan_backward(
+    dy: Tensor,
+    dlast: Tensor | None,
+    kept: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Sequence[Tensor],
+    B: Tensor,
+    C: Tensor,
+    D: Sequence[Tensor] | None,
+    bias: Sequence[Tensor] | None,
+    du: Tensor,
+    ddelta: Tensor,
+    dB: Tensor,
+    dC: Tensor,
+    *,
+    softplus: bool,
+    reverse: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Write the gradients of u, delta, B and C; return those of A, D and bias.
+
+    Tensors have any strides; those of another dtype than float32 are copied.
+
+    Args:
+        dy: Gradient of y, (directions, batch, length, dim).
+        dlast: Gradient of the state after the last step, (directions, batch, dim, state).
+        kept: As returned by `scan_forward`.
+        u, delta, A, B, C, D, bias, softplus, reverse: As in `scan_forward`.
+        du, ddelta, dB, dC: Outputs for the gradients of u, delta, B and C.
+
+    Returns:
+        The gradients of A, (directions, dim, state), and of D and bias, (directions, dim) or None.
+    """
+    directions, batch, _, dim = u.shape
+    groups, state = B.shape[3:]
+    most, parts = _division(-(-dim // groups // WIDTH), directions * batch * groups)
+    dB_parts, dC_parts = (B.new_empty(parts, *B.shape, dtype=torch.float32) for _ in range(2))
+    dparameters = u.new_empty(batch, directions, state + 2, dim, dtype=torch.float32)
+    inputs = (u, delta, per_channel(A), B, C, per_channel(D), per_channel(bias))
+    launch(
+        _scan_backward_kernel,
+        directions * batch * groups * parts,
+        (dy, None if dlast is None else dlast.mT, kept, *inputs),
+        (du, ddelta, dB_parts, dC_parts, dparameters),
+        softplus,
+        np.array(reverse, dtype=np.bool_),
+        most,
+    )
+    sum_parts(dB_parts, dB)
+    sum_parts(dC_parts, dC)
+    sums = sum_parts(dparameters, torch.empty_like(dparameters[0]))
+    dD = None if D is None else sums[:, state].clone()
+    dbias = None if bias is None else sums[:, state + 1].clone()
+    return sums[:, :state].mT.contiguous(), dD, dbias

@@ -1,0 +1,366 @@
+"""Selective scans of both directions, as a Triton kernel.
+
+    h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]
+    y[t] = C[t] h[t] + D u[t]
+
+A program loops over all tokens of a sample in one direction, with the state of a block of channels
+in registers.  A thread owns the whole state of its channels: reductions over the state stay within
+the thread, softplus is computed once per delta, and B and C of the token, which all threads need,
+are loaded as short vectors.  The state is therefore one tensor (channels, PART) per PART elements,
+since the compiler gives a thread as many neighbours of a row as a 16-byte load brings.
+
+The state is kept for the backward pass every CHUNK tokens: the scratch of one chunk, over all
+programs resident on an H200, is 26 MB and fits in its L2 cache; that of 32 tokens would not.
+
+Issue slots per 32 state-steps in SASS (sm_90, Triton 3.7) at state 16 with softplus, bias and D:
+9.8 in bfloat16 and 8.1 in float32 with two channels per thread, 11.3 and 9.1 with one.
+"""
+
+# mypy: disable-error-code="assignment, var-annotated"
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fambav.ops.kept_states import TRITON_CHUNK as CHUNK
+from fambav.ops.kept_states import state_parts, triton_shape
+from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
+from fambav.ops.triton.variant import Variant
+
+LANES = 32  # threads of a warp, each of which owns one channel of a tensor
+ENOUGH_PROGRAMS = 1024  # eight warps per multiprocessor of a large GPU
+
+SIZES = ("length", "size", "groups", "blocks", "images", "reverse")  # not specialized on
+
+LOG2_E = tl.constexpr(1.4426950216293335)  # rounded to float32
+LOG2_E_REST = tl.constexpr(1.9259629911266175e-08)  # its rounding error
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def upcast(x) -> tl.tensor:
+    """Cast to float32; two bfloat16 in a word take one instruction each."""
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def softplus(x) -> tuple[tl.tensor, tl.tensor]:
+    """Return log(1 + exp(x)) and its derivative, with small relative errors for all x.
+
+    The polynomial is log(1 + e) / e for e in 0..1, relative error 3.4e-7 in float32, fitted by
+    iteratively reweighted least squares.  The rounding error of |x| log2(e) is compensated in e,
+    whose relative error would otherwise grow with |x|.
+    """
+    x_abs = tl.abs(x)
+    power = x_abs * LOG2_E
+    lost = tl.fma(x_abs, LOG2_E_REST, tl.fma(x_abs, LOG2_E, -power))
+    e = tl.exp2(-power)
+    e = tl.fma(e * lost, -LN_2, e)
+    log = tl.fma(e, -0.00853916816, 0.0440894887)
+    log = tl.fma(e, log, -0.10768152)
+    log = tl.fma(e, log, 0.177452281)
+    log = tl.fma(e, log, -0.244954586)
+    log = tl.fma(e, log, 0.332754791)
+    log = tl.fma(e, log, -0.499974042)
+    log = tl.fma(e, log, 0.999999821) * e
+    return tl.maximum(x, 0.0) + log, tl.exp2((tl.minimum(x, 0.0) - log) * LOG2_E)
+
+
+@triton.jit
+def of_channels(first, second, direction, channel, here) -> tl.tensor:
+    """Load the parameters of the channels in this direction; 0 outside of the mask."""
+    if first is None:
+        value = tl.zeros(channel.shape, tl.float32)
+    else:
+        own = tl.where(direction == 0, first, second)
+        value = tl.load(own + channel, mask=here, other=0.0)
+    return value
+
+
+@triton.jit
+def step_size(delta, shift, SOFTPLUS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Return the step size and its derivative from delta before bias and softplus."""
+    delta += shift
+    slope = tl.full(delta.shape, 1.0, tl.float32)
+    if SOFTPLUS:
+        delta, slope = softplus(delta)
+    return delta, slope
+
+
+@triton.jit
+def token_part(rows, t, p: tl.constexpr, PART: tl.constexpr, STATE: tl.constexpr) -> tl.tensor:
+    """Load part p of B or C of the token t, PART elements, as float32.
+
+    The rows are a pointer to token 0 and the strides of tokens and state.  All threads load the
+    same elements; pointers that were live across the loop would be distributed over the threads,
+    and the elements exchanged.
+    """
+    number = p * PART + tl.arange(0, PART)[None, :]
+    at = rows[0] + t * rows[1] + number * rows[2]
+    if p * PART + PART <= STATE:
+        return upcast(tl.load(at))
+    return upcast(tl.load(at, mask=number < STATE, other=0.0))
+
+
+@triton.jit
+def of_token(rows, t, channel, here) -> tl.tensor:
+    """Load the channels of the token t as float32.
+
+    The rows are a pointer to token 0 and the strides of tokens and channels.
+    """
+    at = rows[0] + t * rows[1] + channel.to(tl.int64) * rows[2]
+    return upcast(tl.load(at, mask=here, other=0.0))
+
+
+@triton.jit
+def put_token(rows, t, channel, here, value) -> None:
+    """Store the channels of the token t in the dtype of the rows."""
+    at = rows[0] + t * rows[1] + channel.to(tl.int64) * rows[2]
+    tl.store(at, value.to(rows[0].dtype.element_ty), mask=here)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *SIZES,
+        *("u_direction", "u_batch", "u_token"),
+        *("delta_direction", "delta_batch", "delta_token"),
+        *("y_direction", "y_batch", "y_token"),
+    ]
+)
+def _scan_forward_kernel(
+    u, delta, A_0, A_1, B, C, D_0, D_1, bias_0, bias_1, y, last, kept,
+    length, size, groups, blocks, images, reverse,
+    u_direction, u_batch, u_token, u_channel,
+    delta_direction, delta_batch, delta_token, delta_channel,
+    B_direction, B_batch, B_token, B_group, B_state,
+    C_direction, C_batch, C_token, C_group, C_state,
+    y_direction, y_batch, y_token, y_channel,
+    STATE: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    KEEP: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0)
+    direction = tl.program_id(1).to(tl.int64)
+    image = (place // (blocks * groups)).to(tl.int64)
+    group = place // blocks % groups
+    number = tl.arange(0, PART)[None, :]
+    dim = size * groups
+    row = direction * images + image
+    back = (reverse >> tl.program_id(1)) & 1
+    first = (back * (length - 1)).to(tl.int64)
+    step = (1 - 2 * back).to(INDEX)
+
+    channels = ()  # of each row, like all that follow
+    heres = ()
+    decays = ()
+    shifts = ()
+    skips = ()
+    h = ()
+    for r in tl.static_range(ROWS):
+        in_group = (place % blocks * ROWS + r) * BLOCK + tl.arange(0, BLOCK)[:, None]
+        here = in_group < size
+        channel = group * size + in_group
+        for p in tl.static_range(PARTS):
+            inside = here & (p * PART + number < STATE)
+            at = channel * STATE + p * PART + number
+            rate = of_channels(A_0, A_1, direction, at, inside)
+            decays = decays + (rate * LOG2_E,)
+            h = h + (tl.zeros([BLOCK, PART], tl.float32),)
+        channels = channels + (channel,)
+        heres = heres + (here,)
+        shifts = shifts + (of_channels(bias_0, bias_1, direction, channel, here),)
+        skips = skips + (of_channels(D_0, D_1, direction, channel, here),)
+
+    u += direction * u_direction + image * u_batch + first * u_token
+    delta += direction * delta_direction + image * delta_batch + first * delta_token
+    B += direction * B_direction + image * B_batch + group * B_group + first * B_token
+    C += direction * C_direction + image * C_batch + group * C_group + first * C_token
+    y += direction * y_direction + image * y_batch + first * y_token
+    kept += row * ((length - 1) // CHUNK) * PARTS * PART * dim + number
+    u_rows, delta_rows = (u, u_token, u_channel), (delta, delta_token, delta_channel)
+    B_rows, C_rows = (B, B_token, B_state), (C, C_token, C_state)
+    y_rows = (y, y_token, y_channel)
+
+    for start in range(0, length, CHUNK):
+        for s in range(start, tl.minimum(start + CHUNK, length)):
+            t = s * step
+            B_t = ()
+            C_t = ()
+            for p in tl.static_range(PARTS):
+                B_t = B_t + (token_part(B_rows, t, p, PART, STATE),)
+                C_t = C_t + (token_part(C_rows, t, p, PART, STATE),)
+            grown = ()
+            for r in tl.static_range(ROWS):
+                u_t = of_token(u_rows, t, channels[r], heres[r])
+                delta_t = of_token(delta_rows, t, channels[r], heres[r])
+                delta_t, _ = step_size(delta_t, shifts[r], SOFTPLUS)
+                x = delta_t * u_t
+                y_t = tl.zeros([BLOCK, PART], tl.float32)
+                for p in tl.static_range(PARTS):
+                    h_p = tl.exp2(delta_t * decays[r * PARTS + p]) * h[r * PARTS + p] + x * B_t[p]
+                    y_t += h_p * C_t[p]
+                    grown = grown + (h_p,)
+                y_t = tl.sum(y_t, axis=1, keep_dims=True) + skips[r] * u_t
+                put_token(y_rows, t, channels[r], heres[r], y_t)
+            h = grown
+        if KEEP and start + CHUNK < length:
+            for r in tl.static_range(ROWS):
+                for p in tl.static_range(PARTS):
+                    part = (start // CHUNK * PARTS + p) * dim.to(tl.int64) + channels[r]
+                    tl.store(kept + part * PART, h[r * PARTS + p], mask=heres[r])
+
+    for r in tl.static_range(ROWS):
+        for p in tl.static_range(PARTS):
+            state_number = p * PART + number
+            to = last + (row * dim + channels[r]) * STATE + state_number
+            tl.store(to, h[r * PARTS + p], mask=heres[r] & (state_number < STATE))
+
+
+def scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Sequence[Tensor],
+    B: Tensor,
+    C: Tensor,
+    D: Sequence[Tensor] | None,
+    bias: Sequence[Tensor] | None,
+    y: Tensor,
+    *,
+    softplus: bool,
+    reverse: Sequence[bool],
+    keep: bool,
+    block: int | None = None,
+    warps: int | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """Scan the tokens of every sample in one or two directions.
+
+    Args:
+        u: Input, (directions, batch, length, dim), any strides.
+        delta: Step size before bias and softplus, shaped like u, any strides.
+        A: Decay rates of each direction, (dim, state), float32.
+        B: Input matrix, (directions, batch, length, groups, state), any strides; fastest if the
+            state is contiguous and all other strides are multiples of 16.
+        C: Output matrix, shaped like B, any strides.
+        D: Skip weights of each direction, (dim,), float32, or None.
+        bias: Added to delta, of each direction, (dim,), float32, or None.
+        y: Output for the result, shaped like u, any strides and float dtype.
+        softplus: Whether delta goes through softplus.
+        reverse: Whether each direction goes from the last token to the first.
+        keep: Whether to keep the states that the backward pass needs.
+        block: Channels of a program, a power of 2, at least 32.
+        warps: Warps of a program.
+        chunk: Tokens from one kept state to the next.
+
+    Returns:
+        The state after the last step, (directions, batch, dim, state), and the kept states, of
+        `kept_states.triton_shape`, or an empty tensor; both float32.
+    """
+    directions, batch, length, dim = u.shape
+    groups, state = B.shape[3:]
+    last = u.new_empty(directions, batch, dim, state, dtype=torch.float32)
+    shape = triton_shape(directions, batch, length, dim, state, chunk=chunk) if keep else (0,)
+    kept = u.new_empty(shape, dtype=torch.float32)
+    warps = warps or 1
+    block = block or fast_block(batch * directions * groups, dim // groups, state)
+    blocks = triton.cdiv(dim // groups, block)
+    form = _form(state, block, warps, chunk, softplus=softplus, keep=keep)
+    index = index_type(length, u, delta, B, C, y)
+    with on_device(u):
+        _scan_forward_kernel[(batch * groups * blocks, directions)](
+            u, delta, *each_way(A), B, C, *each_way(D), *each_way(bias), y, last, kept,
+            length, dim // groups, groups, blocks, batch, directions_back(reverse),
+            *u.stride(), *delta.stride(), *B.stride(), *C.stride(), *y.stride(),
+            **form, INDEX=index, num_warps=warps, **OPTIONS,
+        )  # fmt: skip
+    return last, kept
+
+
+def _form(
+    state: int, block: int, warps: int, chunk: int = CHUNK, *, softplus: bool = True, keep: bool
+) -> dict[str, Any]:
+    """Return the constants of a specialization, without the type of its offsets."""
+    rows = max(block // (LANES * warps), 1)
+    form = state_form(state) | dict(CHUNK=chunk, BLOCK=block // rows, ROWS=rows)
+    return form | dict(SOFTPLUS=softplus, KEEP=keep)
+
+
+def fast_block(walks: int, size: int, state: int) -> int:
+    """Return the channels of a forward program.
+
+    Two channels per thread share the loads of B and C, if programs still fill the GPU and registers
+    suffice.
+
+    Args:
+        walks: Groups of channels of all samples in all directions.
+        size: Channels of a group.
+        state: State size of a channel.
+    """
+    enough = walks * triton.cdiv(size, 2 * LANES) >= ENOUGH_PROGRAMS
+    return 2 * LANES if enough and size > LANES and state <= 16 else LANES
+
+
+def each_way(tensors: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return contiguous parameters of both directions; those of a single direction twice."""
+    if tensors is None:
+        return None, None
+    return tensors[0].contiguous(), tensors[-1].contiguous()
+
+
+def directions_back(reverse: Sequence[bool]) -> int:
+    """Return a bit mask of the directions that go backwards."""
+    return sum(back << k for k, back in enumerate(reverse))
+
+
+def state_form(state: int) -> dict[str, Any]:
+    """Return the constants of how the state is split into parts."""
+    part, parts = state_parts(state)
+    return dict(STATE=state, PART=part, PARTS=parts)
+
+
+def index_type(length: int, *tensors: Tensor) -> Any:
+    """Return the integer type for offsets between any two tokens of a sample."""
+    distance = length * max(abs(tensor.stride(2)) for tensor in tensors)
+    return tl.int32 if distance < 2**31 else tl.int64
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the usual specializations: channels and state contiguous."""
+    for dtype, state, rows, keep in product(POINTERS, (1, 8, 16), (1, 2), (True, False)):
+        form = _form(state, LANES * rows, 1, keep=keep) | dict(INDEX=tl.int32)
+        what = f"{POINTERS[dtype][1:]} N{state} BD{LANES * rows}{' keep' if keep else ''}"
+        work = (LANES * rows * state,)
+        yield variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
+
+
+def variant(
+    name: str, kernel: Any, dtype: torch.dtype, form: dict[str, Any], work: tuple[int, ...]
+) -> Variant:
+    """Describe a specialization of a scan whose tokens have one dtype."""
+    tokens = ("u", "delta", "B", "C", "y", "dy", "du", "ddelta")
+    numbers_of = [name for name in kernel.arg_names if name not in form]
+    strided = [name for name in numbers_of if name.rpartition("_")[0] in tokens]
+    types = dict.fromkeys(numbers_of, "*fp32")
+    types |= {name: POINTERS[dtype] for name in numbers_of if name in tokens}
+    types |= dict.fromkeys((*strided, *SIZES), "i32")
+    ones = tuple(name for name in strided if name.endswith(("_channel", "_state")))
+    rows = ("_direction", "_batch", "_token", "_group")
+    aligned = [name for name in strided if name.startswith(("B_", "C_")) and name.endswith(rows)]
+    aligned += [name for name in numbers_of if types[name] != "i32"]
+    return Variant(name, kernel, types, form, 1, tuple(aligned), ones, work)
