@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from fambav.reduction.schedule import parse_schedule
@@ -128,7 +129,7 @@ def members_of(family: Family, space: SearchSpace) -> list[Member]:
         ValueError: If the model lacks a layer, or no plan can be carried out.
     """
     names: dict[Counts, str] = {}
-    for name, counts in _MEMBERS.get(family.kind, _strategy)(family, space):
+    for name, counts in _members(family, space):
         if any(counts) and space.fits(counts):
             names.setdefault(counts, name)
     if not names:
@@ -139,42 +140,32 @@ def members_of(family: Family, space: SearchSpace) -> list[Member]:
     return [(names[counts], counts) for counts in ordered]
 
 
-def _strategy(family: Family, space: SearchSpace) -> Iterator[Member]:
-    layer, depth = int(family.rest) if family.rest else None, space.info.depth
-    if layer is not None and not 1 <= layer <= depth:
-        raise ValueError(f"family is {family.text!r}, expected a layer from 1 to {depth}")
-    for count in range(1, space.info.tokens):
-        yield f"r {count}", strategy_plan(family.kind, depth=depth, count=count, layer=layer)
-
-
-def _constant(family: Family, space: SearchSpace) -> Iterator[Member]:
-    for count in range(1, space.info.tokens):
-        yield f"r {count}", _parse(f"r:{count}@{family.rest}", space)
-
-
-def _keep(family: Family, space: SearchSpace) -> Iterator[Member]:
-    patches = space.info.tokens - len(space.info.cls_index)
-    for percent in range(_PERCENT - 1, 0, -1):
-        if patches * (_PERCENT - percent) >= _PERCENT:  # else no patch goes
-            share = percent / _PERCENT
-            yield f"keep {share:g}", _parse(f"keep:{share:g}@{family.rest}", space)
-
-
-def _scaled(family: Family, space: SearchSpace) -> Iterator[Member]:
-    """Yield a plan times the factors that change its largest count by one token."""
-    counts = tuple(map(int, family.rest.split(",")))
-    depth, most = space.info.depth, max(counts)
-    if len(counts) != depth or not most:
-        raise ValueError(
-            f"family is {family.text!r}, expected {depth} counts, one for each layer, not all 0"
-        )
-    for count in range(1, space.info.tokens):
-        scaled = tuple((2 * each * count + most) // (2 * most) for each in counts)
-        yield f"scale {count / most:.3g}", scaled
-
-
-_MEMBERS = {"r": _constant, "keep": _keep, "scale": _scaled}
-
-
-def _parse(schedule: str, space: SearchSpace) -> Counts:
-    return parse_schedule(schedule, space.info)
+def _members(family: Family, space: SearchSpace) -> Iterator[Member]:
+    """Yield plans, of which some may not fit and some may be equal."""
+    _, kind, rest = family
+    depth, tokens, classes = space.info.depth, space.info.tokens, len(space.info.cls_index)
+    parse = partial(parse_schedule, info=space.info)
+    removals = range(1, tokens)
+    if kind == "keep":
+        for percent in range(_PERCENT - 1, 0, -1):
+            if (tokens - classes) * (_PERCENT - percent) >= _PERCENT:  # else no patch goes
+                share = f"{percent / _PERCENT:g}"
+                yield f"keep {share}", parse(f"keep:{share}@{rest}")
+    elif kind == "r":
+        yield from ((f"r {count}", parse(f"r:{count}@{rest}")) for count in removals)
+    elif kind == "scale":
+        weights = [int(weight) for weight in rest.split(",")]
+        if len(weights) != depth or not any(weights):
+            raise ValueError(
+                f"family is {family.text!r}, expected {depth} counts, one for each layer, not all 0"
+            )
+        most = max(weights)
+        for count in removals:  # of the largest weight, the others rounded to the nearest
+            scaled = tuple((2 * weight * count + most) // (2 * most) for weight in weights)
+            yield f"scale {count / most:.3g}", scaled
+    else:
+        layer = int(rest) if rest else None
+        if layer is not None and not 1 <= layer <= depth:
+            raise ValueError(f"family is {family.text!r}, expected a layer from 1 to {depth}")
+        for count in removals:
+            yield f"r {count}", strategy_plan(kind, depth=depth, count=count, layer=layer)
