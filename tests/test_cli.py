@@ -110,7 +110,7 @@ def test_help_is_not_an_error(capsys):
         (["bench", "floors"], "invalid choice: 'floors'"),
         (["bench", "scan", "--device", "cuda:99"], "device is cuda:99, expected"),
         (["doctor", "now"], "unrecognized arguments: now"),
-        (["predict"], "images are missing, expected fambav predict CHECKPOINT IMAGE ..."),
+        (["predict"], "images are missing, expected fambav predict RUN|CHECKPOINT IMAGE ..."),
         (["predict", "a.pth"], "images are missing"),
         (["predict", "a.pth", "b.png", "--topk", "0"], "--topk is 0, expected at least 1"),
         (["predict", "a.pth", "b.png", "--modle", "x"], "--modle is not a flag"),

@@ -22,7 +22,7 @@ from fambav import cli
 from fambav.config import parse
 from fambav.engine import checkpoint, fit, train
 from fambav.engine.evaluate import Scores
-from fambav.engine.record import Recorder
+from fambav.engine.run_dir import Recorder
 from fambav.models import Vim
 from fambav.training import jobs, model, predict
 from tests.data.made import made_cifar, made_cifar10

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fambav.commands.parser import Parser
 from fambav.commands.trained import (
+    RUN,
     read_settings,
     reduction_arguments,
     refuse_folders,
@@ -54,7 +55,7 @@ def run(words: list[str]) -> None:
         trials=given.trials,
         seed=given.seed,
     )
-    with opened(given.checkpoint, asked=asked, changes=changes) as subject:
+    with opened(given.checkpoint, config=asked, changes=changes) as subject:
         found = find(subject, search, lambda line: print(line, flush=True))
         print(_front_text(found))
         print(_answer_text(given, found))
@@ -74,7 +75,7 @@ def _parser() -> Parser:
         "--model, --data-set and whatever else describes it."
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of weights or a run's folder")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=RUN)
     add("--budget", required=True, metavar="KIND:MOST", help="token-layers:0.7, flops:0.75, ms:9")
     add("--method", nargs="+", default=["ordered"], metavar="NAME", help="ordered by default")
     add("--images", type=int, default=256, metavar="N", help="of the training set (256)")

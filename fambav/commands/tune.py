@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fambav.commands.parser import Parser
 from fambav.commands.trained import (
+    RUN,
     read_settings,
     reduction_arguments,
     refuse_folders,
@@ -42,7 +43,7 @@ def run(words: list[str]) -> None:
     from fambav.search.subject import opened
     from fambav.search.tuning import tune
 
-    with opened(given.checkpoint, asked=asked, changes=changes) as subject:
+    with opened(given.checkpoint, config=asked, changes=changes) as subject:
         space = Space(subject.net.info, given.method, **reduction_arguments(given.method, how))
         plans, count = levels(given.family, space), len(subject.data.val)
         print(f"{given.method} {given.family.told()} on the {count} held-out images", flush=True)
@@ -70,7 +71,7 @@ def _parser() -> Parser:
         "--model, --data-set and whatever else describes it."
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of weights or a run's folder")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=RUN)
     add("--margin", type=float, required=True, metavar="POINTS", help="of top-1, in percent")
     add("--method", default="ordered", metavar="NAME", help="ordered by default")
     add("--family", default="all", metavar="PLANS", help=f"{FAMILIES}; all by default")

@@ -25,7 +25,7 @@ from fambav.engine.evaluate import Scores
 from fambav.engine.finite import NotFiniteError, check_weights
 from fambav.engine.maxima import Maxima
 from fambav.engine.memory import Meter, resident_mib
-from fambav.engine.record import BEST, CHECKPOINT, PREVIOUS, WEIGHTS, Record, Recorder
+from fambav.engine.run_dir import BEST, CHECKPOINT, PREVIOUS, WEIGHTS, Record, Recorder
 from fambav.engine.runtime import Console
 from fambav.engine.train import DivergedError, Losses, Summary, Update, train_epoch
 

@@ -52,7 +52,7 @@ def figures(folder: Path) -> dict[str, Any]:
     asked = config.load(folder / SETTINGS)
     with opened(asked) as job:
         if asked.run.eval:
-            plan, scores = job.sketch.schedule, job.evaluate()._asdict()
+            plan, scores = job.layout.schedule, job.evaluate()._asdict()
             metrics = {metric.name: scores[metric.name] for metric in METRICS}
             return {**metrics, "token_layers": plan and plan.share}
         _warm_up(job)
@@ -78,7 +78,7 @@ def _warm_up(job: Job) -> None:
     """
     asked, device = job.config, job.group.device
     net = model(asked, num_classes=job.data.num_classes).to(device).train()
-    images = torch.zeros(asked.optim.batch_size, 3, *job.sketch.input_size, device=device)
+    images = torch.zeros(asked.optim.batch_size, 3, *job.layout.input_size, device=device)
     with precision(asked, job.group).autocast():
         total = net(images).float().sum()
     total.backward()

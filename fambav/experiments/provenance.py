@@ -27,7 +27,7 @@ def machine(environment: Facts, *, without: Collection[str] = ()) -> dict[str, A
     """Return where something was measured.
 
     Args:
-        environment: What `engine.record.environment` says.
+        environment: What `engine.run_dir.environment` says.
         without: Entries to leave out.
     """
     names = (name for name in MACHINE if name in environment and name not in without)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 
-from fambav.engine import record
+from fambav.engine import run_dir
 from fambav.engine.checkpoint import write_text
 from fambav.engine.lock import locked
 from fambav.experiments.grid import Cell, Grid
@@ -51,8 +51,8 @@ def run(
         OSError: If the folder cannot be written.
     """
     with locked(folder):
-        record.prepare(folder)
-        about = record.environment(jobs=jobs)
+        run_dir.prepare(folder)
+        about = run_dir.environment(jobs=jobs)
         records = {c.name: known for c in grid.cells if (known := finished(c, folder))}
         left = [cell for cell in grid.cells if cell.name not in records]
         if not mixed:

@@ -185,11 +185,12 @@ def _pairs(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tens
         x = x.float()
         even, odd = x[:, 0::2], x[:, 1::2]
         scale = 1 / x.norm(dim=-1).clamp_min(1e-12)
-        score = (even @ odd.mT).mul_(scale[:, 0::2, None]).mul_(scale[:, None, 1::2])
+        # Nothing changes in place, so that the exported graph of a model can hold this.
+        score = (even @ odd.mT) * scale[:, 0::2, None] * scale[:, None, 1::2]
     if masked is not None and masked.shape[1]:
         taken = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         taken = taken.scatter(1, masked, value=True)
-        score.masked_fill_(taken[:, 0::2, None] | taken[:, None, 1::2], -torch.inf)
+        score = score.masked_fill(taken[:, 0::2, None] | taken[:, None, 1::2], -torch.inf)
     best, partner = score.max(dim=-1)
     source = best.sort(dim=-1, descending=True, stable=True).indices.narrow(1, 0, count)
     return 2 * source, 2 * partner.gather(1, source) + 1

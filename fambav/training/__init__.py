@@ -3,9 +3,9 @@
 Config -> plan -> data -> run folder -> model -> update -> fit
 """
 
+from fambav.training.inference import from_pretrained, predict
 from fambav.training.jobs import run
 from fambav.training.network import model, reduction, schedule
-from fambav.training.prediction import from_pretrained, predict
-from fambav.training.saved import record
+from fambav.training.run_state import record
 
 __all__ = ["from_pretrained", "model", "predict", "record", "reduction", "run", "schedule"]

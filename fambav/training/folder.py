@@ -1,4 +1,4 @@
-"""The run folder, from its name to what is written before the first update."""
+"""The run folder: its name, and the files written before the first update."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from fambav.config import Config
 from fambav.data import DataSet
-from fambav.engine import checkpoint, record
+from fambav.engine import checkpoint, run_dir
 from fambav.engine.fit import Fit
-from fambav.engine.record import Recorder
+from fambav.engine.run_dir import Recorder
 from fambav.reduction import Schedule
 
 
 def named(config: Config, source: Path | None) -> Path:
-    """Return the folder asked for, that of the run to go on with, or a new one."""
+    """Return the folder in the settings, that of the run to go on with, or a new one."""
     if config.run.output_dir is not None:
         return Path(config.run.output_dir)
     if source is not None:
@@ -49,15 +49,15 @@ def open_folder(
         OSError: If the folder cannot be written.
     """
     console = fit.console
-    record.prepare(folder)
+    run_dir.prepare(folder)
     if source is None or source.parent.resolve() != folder.resolve():
-        kept = record.set_aside(folder)
+        kept = run_dir.set_aside(folder)
         if kept is not None:
             console.say(f"{folder} holds an earlier run; its files are now in {kept}")
     if source is not None:
         fit.repair(source, folder)
     group, precision = fit.update.processes, fit.update.precision.name
-    about = record.environment(
+    about = run_dir.environment(
         processes=group.world,
         device=str(group.device),
         precision=precision,

@@ -15,21 +15,22 @@ from torch import nn
 from fambav.config import Config
 from fambav.data import Batches, DataSet, eval_words
 from fambav.data.resident import ResidentEvaluation
-from fambav.engine.checkpoint import CheckpointError, State
+from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.distill import Teacher
 from fambav.engine.evaluate import Scores, evaluate
 from fambav.engine.fit import Fit, Progress, restore
 from fambav.engine.lock import locked
 from fambav.engine.maxima import Maxima
 from fambav.engine.memory import Meter
-from fambav.engine.record import KEPT
+from fambav.engine.run_dir import KEPT, weights_file
 from fambav.engine.runtime import Console, Processes, numerics, processes
 from fambav.models import Backbone
 from fambav.ops import force, set_backend
 from fambav.randomness import seed_all
-from fambav.training import batches, entries, folder, pictured, saved
+from fambav.training import batches, folder, pictured, run_state
 from fambav.training.exposure import exposure
-from fambav.training.network import Sketch, model, sketch
+from fambav.training.network import Layout, layout, model
+from fambav.training.run_state import RunState
 from fambav.training.teacher import described, teacher
 from fambav.training.updates import images_per_update, precision, rate_warning, update
 
@@ -61,13 +62,13 @@ def opened(config: Config) -> Iterator[Job]:
     Raises:
         ValueError: If something that is asked for is missing or does not fit together.
     """
-    with _settings(config), processes(config.run.device) as group:
+    with process_settings(config), processes(config.run.device) as group:
         _check_device(config, group)
         yield _job(config, group)
 
 
 @contextmanager
-def _settings(config: Config) -> Iterator[None]:
+def process_settings(config: Config) -> Iterator[None]:
     """Set what holds for the whole process, and put it back at the end."""
     backend, exact = config.model.scan_backend, config.run.deterministic
     products, threads = config.optim.matmul_precision, config.run.threads
@@ -95,7 +96,7 @@ def _check_device(config: Config, group: Processes) -> None:
 def _job(config: Config, group: Processes) -> Job:
     """Lay out the model and open the data, and say what was found."""
     console = Console(silent=not group.main)
-    plan = sketch(config)
+    plan = layout(config)
     if plan.reduction is not None:
         console.say(plan.reduction.told())
     _check_crop(config, plan)
@@ -106,10 +107,10 @@ def _job(config: Config, group: Processes) -> Job:
     height, width = plan.input_size
     size = {"input_size": height} if height == width else {}
     complete = config.replace(num_classes=found.num_classes, **size)
-    return Job(config=complete, sketch=plan, data=found, group=group, console=console)
+    return Job(config=complete, layout=plan, data=found, group=group, console=console)
 
 
-def _check_crop(config: Config, plan: Sketch) -> None:
+def _check_crop(config: Config, plan: Layout) -> None:
     """Refuse a share of the image to keep where nothing is cut.
 
     Raises:
@@ -130,14 +131,14 @@ class Job:
 
     Attributes:
         config: The settings, with what the model and the data set decide filled in.
-        sketch: What is known of the model.
+        layout: What is known of the model.
         data: The data set.
         group: The processes.
         console: Where lines go.
     """
 
     config: Config
-    sketch: Sketch
+    layout: Layout
     data: DataSet
     group: Processes
     console: Console
@@ -148,15 +149,14 @@ class Job:
         Returns:
             The scores of the raw weights.
         """
-        path = self._source() or Path(self.config.run.finetune)
-        state = saved.read(path)
+        state = RunState.read(weights_file(self._source() or Path(self.config.run.finetune)))
         net, score = self._model(), self._score()
-        saved.put(path, state, net)
-        held_out = self._held_out(saved.statistics(state, self.config, self.data))
+        state.load_into(net)
+        held_out = self._held_out(state.statistics_under(self.config, self.data))
         raw = score(net, batches=held_out)
         self.console.say(raw.line())
-        if self.config.optim.model_ema and state.get("model_ema"):
-            saved.put(path, state, net, ema=True)
+        if self.config.optim.model_ema and state.entries.get("model_ema"):
+            state.load_into(net, ema=True)
             self.console.say(f"EMA {score(net, batches=held_out).line().removeprefix('* ')}")
         text = f"Accuracy of the network on the {raw.samples} test images: {raw.acc1:.1f}%"
         self.console.say(text)
@@ -164,17 +164,18 @@ class Job:
 
     def train(self) -> None:
         """Train from the beginning, or from where a checkpoint left off, to the last epoch."""
-        source, state = self._start()
+        state = self._start()
+        source = None if state is None else state.path
         warning = rate_warning(self.config, self.group)
         if warning is not None:
             self.console.say(warning)
-        fit = self._fit(source, state)
+        fit = self._fit(state)
         place = folder.named(self.config, source)
         self.group.wait()  # until every process has read what the main one may now replace
         with fit.signals, locked(place) if self.group.main else nullcontext():
             if self.group.main:
                 fit.recorder = folder.open_folder(
-                    place, self.config, self.sketch.schedule, self.data, fit, source=source
+                    place, self.config, self.layout.schedule, self.data, fit, source=source
                 )
             with closing(fit.recorder) if fit.recorder else nullcontext():
                 fit()
@@ -183,39 +184,39 @@ class Job:
                     if shown is not None:
                         fit.recorder.picture("tokens", shown, fit.progress.epochs)
 
-    def _start(self) -> tuple[Path | None, State | None]:
+    def _start(self) -> RunState | None:
         """Read the checkpoint to go on from, if there is to be one.
 
         With auto, a damaged one gives way to the one before, and that to the best.
         """
         asked = self._source()
         if asked is None or self.config.run.resume != "auto":
-            return asked, None if asked is None else entries.load(asked)
+            return None if asked is None else RunState.read(asked)
         there = [path for name in KEPT if (path := asked.with_name(name)).exists()]
         if not there:
             self.console.say(f"resume is auto and there is no {asked}: starting anew")
-            return None, None
+            return None
         *others, last = there
         for path in others:
             try:
-                return path, entries.load(path)
+                return RunState.read(path)
             except CheckpointError as error:
                 self.console.say(f"{error}; trying the one before")
-        return last, entries.load(last)
+        return RunState.read(last)
 
-    def _fit(self, source: Path | None, state: State | None) -> Fit:
-        """Build a run that stands where `source` was saved."""
+    def _fit(self, state: RunState | None) -> Fit:
+        """Build a run that stands where `state` was saved."""
         taught_by = self._teacher()
         digest = None if taught_by is None else taught_by.digest()
-        if source is not None and state is not None:
-            self._check(source, state, digest)
-        start = 0 if state is None else int(state["epoch"]) + 1
-        start_update = None if state is None else state.get("updates")
+        if state is not None:
+            self._check(state, digest)
+        start = 0 if state is None else state.epochs
+        start_update = None if state is None else state.updates
         loader = batches.train_batches(
             self.config,
             self.data,
             self.group,
-            input_size=self.sketch.input_size,
+            input_size=self.layout.input_size,
             start_epoch=start,
             start_update=start_update,
         )
@@ -228,9 +229,9 @@ class Job:
             teacher=taught_by,
         )
         score, held_out = self._score(), self._held_out()
-        schedule, images = self.sketch.schedule, images_per_update(self.config, self.group)
-        reduction = self.sketch.reduction
-        facts = saved.facts(
+        schedule, images = self.layout.schedule, images_per_update(self.config, self.group)
+        reduction = self.layout.reduction
+        facts = run_state.facts(
             self.config,
             self.data,
             schedule,
@@ -249,7 +250,7 @@ class Job:
             score=partial(score, batches=held_out),
             left_out=lambda: loader.left_out() + held_out.left_out(),
             facts=facts,
-            strings=saved.as_strings(facts),
+            strings=run_state.as_strings(facts),
             tokens=schedule.lengths if schedule else (),
             meter=Meter(
                 self.group.device,
@@ -258,7 +259,7 @@ class Job:
                 checkpointed=self.config.model.grad_checkpointing,
             ),
             console=self.console,
-            progress=Progress() if state is None else restore(state, step),
+            progress=Progress() if state is None else restore(state.entries, step),
             every=self.config.run.log_every,
             maxima=Maxima(_layers(step.model)) if self.config.run.log_activations else None,
             save_every=self.config.run.save_every,
@@ -266,7 +267,7 @@ class Job:
 
     def _source(self) -> Path | None:
         """The checkpoint to go on from; with auto, where one would be."""
-        return saved.source(self.config.run.resume, self.config.run.output_dir)
+        return run_state.resume_path(self.config.run.resume, self.config.run.output_dir)
 
     def _teacher(self) -> Teacher | None:
         """Build the teacher, if there is to be one, and say what it is."""
@@ -276,22 +277,22 @@ class Job:
             self.console.say(described(self.config))
         return found
 
-    def _check(self, source: Path, state: State, teacher: str | None) -> None:
+    def _check(self, state: RunState, teacher: str | None) -> None:
         """Refuse a checkpoint that is not of this very run."""
         images = images_per_update(self.config, self.group)
         world = self.group.world
-        saved.same_run(source, state, self.config, images=images, teacher=teacher, world=world)
-        updates = state.get("updates")
-        point = f"epoch {state['epoch']}" if updates is None else f"update {updates}"
-        self.console.say(f"going on from {source}, after {point}")
+        state.check_same_run(self.config, images=images, teacher=teacher, world=world)
+        done = state.updates
+        point = f"epoch {state.epochs - 1}" if done is None else f"update {done}"
+        self.console.say(f"going on from {state.path}, after {point}")
 
     def _model(self, *, fresh: bool = False) -> nn.Module:
         """Build the model; a fresh one for training starts from --finetune, if that is given."""
         seed_all(self.config.run.seed, "init")
         net = model(self.config, num_classes=self.data.num_classes)
         if fresh and self.config.run.finetune:
-            path = Path(self.config.run.finetune)
-            saved.put(path, entries.load(path), net, head="drop")
+            path = weights_file(Path(self.config.run.finetune))
+            RunState.read(path).load_into(net, head="drop")
         net.to(self.group.device)
         if isinstance(net, Backbone) and self.group.main:
             composed = exposure(net, precision(self.config, self.group))
@@ -307,7 +308,7 @@ class Job:
             self.config,
             self.data,
             self.group,
-            input_size=self.sketch.input_size,
+            input_size=self.layout.input_size,
             statistics=statistics,
         )
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a model at the end of its training."""
+"""The picture that TensorBoard gets of a model at the end of its training."""
 
 from __future__ import annotations
 

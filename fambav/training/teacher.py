@@ -8,12 +8,13 @@ from torch import nn
 
 from fambav.config import Config
 from fambav.engine import distill
-from fambav.engine.checkpoint import CheckpointError, State
+from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.distill import Teacher
+from fambav.engine.run_dir import weights_file
 from fambav.engine.train import Lesson, Loss
 from fambav.models import official
-from fambav.training import entries, saved
 from fambav.training.network import model
+from fambav.training.run_state import RunState
 
 
 def teacher(config: Config, *, num_classes: int) -> Teacher | None:
@@ -38,12 +39,11 @@ def teacher(config: Config, *, num_classes: int) -> Teacher | None:
     if not asked.teacher_path:
         hint = "; --finetune FILE would give the model's own" * (asked.teacher_model is None)
         raise ValueError(f"teacher_path is '', expected a file of the teacher's weights{hint}")
-    path = Path(asked.teacher_path)
-    state = entries.load(path)
+    state = RunState.read(weights_file(Path(asked.teacher_path)))
     net = model(_settings(config, state), num_classes=num_classes)
-    _check_classes(path, state, net, num_classes)
+    _check_classes(state, net, num_classes)
     try:
-        saved.put(path, state, net)
+        state.load_into(net)
     except CheckpointError as error:
         size = config.model.input_size
         raise type(error)(f"{error}; the teacher is {_name(config)} at {size} pixels") from error
@@ -73,7 +73,7 @@ def _name(config: Config) -> str:
     return config.distillation.teacher_model or f"{config.model.model} with every token kept"
 
 
-def _settings(config: Config, state: State) -> Config:
+def _settings(config: Config, state: RunState) -> Config:
     """What the teacher is built from: the model in training without reduction, or a name.
 
     A file of ours says more of a named model than its name does, such as its class token's place.
@@ -81,13 +81,13 @@ def _settings(config: Config, state: State) -> Config:
     name = config.distillation.teacher_model
     if name is None:
         return config.dense()
-    known = saved.settings(state)
+    known = state.config
     if known is None or known.model.model != name:
         known = Config.from_flat({"model": name})
     return known.dense().replace(input_size=config.model.input_size)
 
 
-def _check_classes(path: Path, state: State, net: nn.Module, wanted: int) -> None:
+def _check_classes(state: RunState, net: nn.Module, wanted: int) -> None:
     """Refuse weights whose classes are not those of the model in training.
 
     Raises:
@@ -96,10 +96,11 @@ def _check_classes(path: Path, state: State, net: nn.Module, wanted: int) -> Non
     found = net.pretrained_cfg["classifier"]  # type: ignore[index]  # timm and Vim set it
     name = found if isinstance(found, str) else found[0]  # of several heads the first
     try:
-        weight = official(state).get(f"{name}.weight")
+        weight = official(state.entries).get(f"{name}.weight")
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{state.path}: {error}") from error
     if weight is not None and len(weight) != wanted:
         raise CheckpointError(
-            f"{path} has {len(weight)} classes, expected {wanted} of a teacher, as the data set has"
+            f"{state.path} has {len(weight)} classes, expected {wanted} of a teacher, as the data"
+            " set has"
         )

@@ -21,12 +21,12 @@ from fambav.config import OPTIONS
 from fambav.data import DataError, DataSet
 from fambav.engine.checkpoint import write_text
 from fambav.engine.finite import check_logits
-from fambav.engine.record import environment
+from fambav.engine.run_dir import environment
 from fambav.engine.runtime import processes
 from fambav.experiments import Estimate, Point, Result
 from fambav.experiments.metrics import METRICS, PRIMARY
 from fambav.table import Table
-from fambav.training.prediction import Pretrained, load_run
+from fambav.training.inference import LoadedRun, load_run
 from fambav.viz.front import pareto
 from fambav.viz.render import Source, held_out, names_of, render
 from fambav.viz.style import save
@@ -106,7 +106,7 @@ def write_report(
     write_text(target, page + "\n")
 
 
-def class_accuracy(run: Pretrained, found: DataSet) -> Table:
+def class_accuracy(run: LoadedRun, found: DataSet) -> Table:
     """Measure the accuracy of every class on the held-out images, the weakest class first.
 
     Args:

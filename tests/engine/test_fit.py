@@ -12,7 +12,7 @@ from fambav.engine.evaluate import Scores
 from fambav.engine.fit import Fit, Progress, restore, snapshot
 from fambav.engine.memory import Meter
 from fambav.engine.optim import Average
-from fambav.engine.record import Recorder
+from fambav.engine.run_dir import Recorder
 from fambav.engine.runtime import Console, Precision, Processes
 from fambav.engine.train import Update
 from tests.identical import scalars

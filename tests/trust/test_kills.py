@@ -8,7 +8,7 @@ import time
 import pytest
 
 from fambav.engine import checkpoint, fit, train
-from fambav.engine.record import Recorder
+from fambav.engine.run_dir import Recorder
 from tests.identical import assert_same_folders, same
 from tests.trust import forked
 from tests.trust.forked import dies, run
@@ -51,9 +51,9 @@ def in_the_middle_of_a_write():
 
 
 def in_the_middle_of_a_log_line():
-    from fambav.engine import record
+    from fambav.engine import run_dir
 
-    real, calls = record._append, []
+    real, calls = run_dir._append, []
 
     def half(path, text):
         calls.append(1)
@@ -64,13 +64,13 @@ def in_the_middle_of_a_log_line():
             dies()
         real(path, text)
 
-    record._append = half
+    run_dir._append = half
 
 
 def _append_between(number):
-    from fambav.engine import record
+    from fambav.engine import run_dir
 
-    return at_call(record, "_append", number)
+    return at_call(run_dir, "_append", number)
 
 
 POINTS = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fambav.engine import checkpoint, fit, train
-from fambav.engine.record import Recorder
+from fambav.engine.run_dir import Recorder
 from fambav.training import folder as run_folder
 from fambav.training import pictured
 from tests.identical import assert_identical

@@ -1,9 +1,11 @@
-"""The run folder: what a run leaves behind for people and for tools.
+"""The run directory: its files, and the records that are written there.
 
-log.txt        one JSON object per epoch, with DeiT's keys and more
-metrics.csv    the same numbers as a table
-events.*       the same for TensorBoard, and the loss of every update
-*.yaml, *.json what was asked for, where it ran, and which tokens were removed
+log.txt                one JSON object per epoch, with DeiT's keys and more
+metrics.csv            the same numbers as a table
+events.*               the same for TensorBoard, and the loss of every update
+*.yaml, *.json         settings, environment, and which tokens were removed
+checkpoint.pth         the state of the run, see `checkpoint`; the one before; the best
+model.safetensors      the weights alone
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fambav.engine.checkpoint import write_text
+from fambav.engine.checkpoint import CheckpointError, write_text
 from fambav.engine.events import Events
 
 Record = dict[str, Any]
@@ -34,9 +36,33 @@ Record = dict[str, Any]
 CHECKPOINT, BEST, WEIGHTS = "checkpoint.pth", "best_checkpoint.pth", "model.safetensors"
 PREVIOUS = "previous_checkpoint.pth"
 KEPT = (CHECKPOINT, PREVIOUS, BEST)  # checkpoints of a run, the newest first
+DESCRIPTION = "config.json"  # beside exported weights
 _LOG, _TABLE = "log.txt", "metrics.csv"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "triton")
 _ROOT = Path(__file__).resolve().parents[2]
+
+
+def weights_file(path: Path) -> Path:
+    """Return the file that stands for a path wherever weights are read: a file is itself.
+
+    A run folder means its best checkpoint, that of the epoch with the highest held-out top-1.  That
+    accuracy was measured on the raw weights, so these are taken from it and not their moving
+    average, which `main.py --eval` scores beside them.  A folder without a complete epoch means its
+    last checkpoint, one without checkpoints its `model.safetensors`.  An exported folder means its
+    weights.
+
+    Raises:
+        CheckpointError: If a folder holds none of these.
+    """
+    if not path.is_dir():
+        return path
+    names = (WEIGHTS,) if (path / DESCRIPTION).is_file() else (BEST, CHECKPOINT, WEIGHTS)
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(
+        f"{path} holds no {names[0]}, expected a run folder or one exported as safetensors or hf"
+    )
 
 
 def prepare(folder: Path) -> None:
@@ -78,7 +104,7 @@ class Recorder:
             the events are made to say the same.  Only the time of the checkpoint's own save is not
             in it; where log.txt has it, it is filled in.
         updates: How many updates are done.
-        warn: Told in one line of what cannot be written, and of a file that said something else.
+        warn: Gets a line for what cannot be written, and for a file that said something else.
 
     Attributes:
         unwritten: Why log.txt or metrics.csv lacks an epoch; None if neither does.
