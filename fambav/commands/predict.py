@@ -31,8 +31,10 @@ def run(words: list[str]) -> None:
     checkpoint, *images = words[:flags]
     from fambav import training
 
-    found = training.predict(checkpoint, images, config=model, device=given.device, topk=given.topk)
-    for image, guesses in zip(images, found, strict=True):
+    predicted = training.predict(
+        checkpoint, images, config=model, device=given.device, topk=given.topk
+    )
+    for image, guesses in zip(images, predicted, strict=True):
         print(image)
         for name, share in guesses:
             print(f"  {100 * share:5.1f}%  {name}")

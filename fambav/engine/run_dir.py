@@ -74,8 +74,8 @@ def prepare(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trial = folder / f".tmp-{os.getpid()}"
     trial.touch()
-    for left in folder.glob(".tmp-*"):  # of runs that were killed, since no other one is running
-        left.unlink()
+    for path in folder.glob(".tmp-*"):  # of runs that were killed, since no other one is running
+        path.unlink()
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -101,7 +101,7 @@ class Recorder:
     Args:
         folder: The run folder, there already.
         history: Records of the epochs before, as the checkpoint has them: log.txt, metrics.csv and
-            the events are made to say the same.  Only the time of the checkpoint's own save is not
+            the events are made to agree.  Only the time of the checkpoint's own save is not
             in it; where log.txt has it, it is filled in.
         updates: How many updates are done.
         warn: Gets a line for what cannot be written, and for a file that said something else.
@@ -256,9 +256,9 @@ def _fill_in(record: Record, line: str) -> None:
         record["save_seconds"] = seconds
 
 
-def _differs(found: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether a line says something else; those of epochs that are not done do not count."""
-    return any(one != other for one, other in zip(found, wanted, strict=False))
+def _differs(lines: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether a line differs; those of epochs that are not complete do not count."""
+    return any(one != other for one, other in zip(lines, wanted, strict=False))
 
 
 def _append(path: Path, text: str) -> None:

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -93,10 +92,15 @@ def export(
         FORMATS[kind].write(run, temporary)
         seconds = time.perf_counter() - start
         _write_json(temporary / DESCRIPTION, description)
-        got = _logits(FORMATS[kind].load(temporary), inputs)
-        what = "images of noise" if noise else f"held-out images of {run.config.data.data_set}"
-        steady = partial(_steady, run.net, inputs, want)
-        check = _compare(got, want, steady, what, tolerance=tolerance, seconds=seconds)
+        check = _compare(
+            run.net,
+            inputs,
+            want,
+            _logits(FORMATS[kind].load(temporary), inputs),
+            kind="images of noise" if noise else f"held-out images of {run.config.data.data_set}",
+            tolerance=tolerance,
+            seconds=seconds,
+        )
         text = card(run, description, check, folder=place.name)
         (temporary / "README.md").write_text(text, encoding="utf-8")
     return check
@@ -121,26 +125,27 @@ def _check(kind: str, place: Path, images: int, tolerance: float) -> None:
 
 
 def _compare(
-    got: Tensor,
+    model: Run,
+    images: Tensor,
     want: Tensor,
-    steady: Callable[[Tensor, float], Tensor],
-    kind: str,
+    got: Tensor,
     *,
+    kind: str,
     tolerance: float,
     seconds: float,
 ) -> Check:
-    """Compare logits; of images that differ, those where rounding decides are near ties.
+    """Compare logits, (images, classes), apart from images in which rounding chooses a token.
 
     Raises:
-        ValueError: If they differ by more than is allowed where the model itself is steady.
+        ValueError: If they differ by more than the tolerance on another image.
     """
     apart = (got - want).abs().amax(dim=1)
     allowed = tolerance * max(1.0, float(want.abs().max()))
     wrong = ~(apart <= allowed)
-    close = wrong.clone()
+    ties = wrong.clone()
     if wrong.any():
-        close[wrong] = ~steady(wrong, allowed)
-    compared = apart[~close]
+        ties[wrong] = ~_steady(model, images[wrong], want[wrong], allowed)
+    compared = apart[~ties]
     check = Check(
         images=len(want),
         kind=kind,
@@ -148,10 +153,10 @@ def _compare(
         agreeing=int((got.argmax(dim=1) == want.argmax(dim=1)).sum()),
         tolerance=allowed,
         seconds=seconds,
-        ties=int(close.sum()),
+        ties=int(ties.sum()),
     )
-    failed = int((wrong & ~close).sum())
-    if failed or close.all():
+    failed = int((wrong & ~ties).sum())
+    if failed or ties.all():
         raise ValueError(
             f"export differs on {failed or len(want)} of {check.line()}, expected it to agree;"
             " nothing was kept; --tolerance allows more"
@@ -159,18 +164,18 @@ def _compare(
     return check
 
 
-def _steady(net: Run, images: Tensor, want: Tensor, which: Tensor, allowed: float) -> Tensor:
+def _steady(model: Run, images: Tensor, want: Tensor, allowed: float) -> Tensor:
     """Return whose logits stay as they are if pixels change by more than rounding, (images,), bool.
 
     Which tokens are removed is a choice: where two are nearly as good, rounding makes it.  Noise of
     either sign moves such a choice to either side.
     """
-    images, want, draw = images[which], want[which], torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     steady = torch.ones(len(images), dtype=torch.bool)
     for _ in range(_DRAWS):
-        noise = _NOISE * torch.randn(images.shape, generator=draw)
+        noise = _NOISE * torch.randn(images.shape, generator=generator)
         for moved in (images + noise, images - noise):
-            steady &= (_logits(net, moved) - want).abs().amax(dim=1) <= allowed
+            steady &= (_logits(model, moved) - want).abs().amax(dim=1) <= allowed
     return steady
 
 

@@ -148,7 +148,7 @@ def opened(
         resume="", finetune="", eval=False, output_dir=None, num_classes=run.num_classes
     )
     with process_settings(complete), processes(complete.run.device) as group:
-        found = batches.data_set(complete, group, input_size=net.img_size)
+        data_set = batches.data_set(complete, group, input_size=net.img_size)
         net.to(group.device)
         reduction.to(group.device)
-        yield Subject(run=run, config=complete, reduction=reduction, data=found, group=group)
+        yield Subject(run=run, config=complete, reduction=reduction, data=data_set, group=group)

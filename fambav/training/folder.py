@@ -30,7 +30,7 @@ def open_folder(
     folder: Path,
     config: Config,
     plan: Schedule | None,
-    found: DataSet,
+    data_set: DataSet,
     fit: Fit,
     *,
     source: Path | None,
@@ -41,7 +41,7 @@ def open_folder(
         folder: The run folder.
         config: The complete settings.
         plan: Tokens at each layer, if the model has such a plan.
-        found: The data set.
+        data_set: The data set.
         fit: The run, standing where it will go on.
         source: The checkpoint that it goes on from, or None.
 
@@ -61,7 +61,7 @@ def open_folder(
         processes=group.world,
         device=str(group.device),
         precision=precision,
-        data={"name": found.name, "sha256": found.digest, "train": len(found.train)},
+        data={"name": data_set.name, "sha256": data_set.digest, "train": len(data_set.train)},
         resumed=source and str(source),
         unfused=getattr(fit.update.model, "unfused", None) or None,
     )
@@ -70,7 +70,7 @@ def open_folder(
     if plan is not None:
         removal = {**asdict(plan), "share": plan.share}
         checkpoint.write_text(folder / "plan.json", json.dumps(removal) + "\n")
-    console.say(f"{config.model.model} on {found.name}: {group.device}, {precision}")
+    console.say(f"{config.model.model} on {data_set.name}: {group.device}, {precision}")
     console.say(f"run folder: {folder}")
     done = fit.progress.updates
     done = fit.progress.epochs * fit.updates if done is None else done

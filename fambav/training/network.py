@@ -96,11 +96,11 @@ def reduction(config: Config) -> Reduction:
     Raises:
         ValueError: If the plan cannot be carried out, or the model's tokens cannot be reduced.
     """
-    found = layout(config).reduction
-    if found is None:
+    laid_out = layout(config).reduction
+    if laid_out is None:
         wanted = "one whose tokens can be reduced"
         raise ValueError(f"model is {config.model.model!r}, expected {wanted}")
-    return found
+    return laid_out
 
 
 def schedule(config: Config) -> Schedule:
@@ -119,8 +119,8 @@ def _foreign(config: Config, num_classes: int) -> nn.Module:
         known = nearest(name, timm.list_models())
         hint = known if known.startswith("did") else "see timm.list_models()"
         raise ValueError(f"model is {chosen.model!r}, expected a model of timm's; {hint}")
-    found = timm.models.get_pretrained_cfg(name)
-    fixed = found is not None and found.fixed_input_size
+    published = timm.models.get_pretrained_cfg(name)
+    fixed = published is not None and published.fixed_input_size
     arguments: dict[str, Any] = {
         "num_classes": num_classes,
         "img_size": chosen.input_size if fixed else None,

@@ -209,7 +209,8 @@ def test_a_run_is_known_by_its_folder(source, tmp_path):
     (tmp_path / "checkpoint.pth").write_bytes(source.read_bytes())
     with opened(tmp_path) as subject:
         assert subject.path == tmp_path / "checkpoint.pth"
-        assert subject.net.schedule.removed == 0 and subject.trained.fusion.fusion_plan == "6:2"
+        assert subject.net.schedule.removed == 0 and subject.run.config.fusion.fusion_plan == "6:2"
+        assert subject.reduction.schedule.counts == (0, 0, 0, 0, 0, 2)
 
 
 def test_tuning_finds_the_margin_and_writes_what_it_found(source, tmp_path, capsys):
