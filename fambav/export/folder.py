@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fambav.engine import checkpoint
+from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
 from fambav.engine.record import WEIGHTS
-from fambav.engine.runtime import processes
 from fambav.export import description
 from fambav.export.card import Check, card
 from fambav.registry import nearest

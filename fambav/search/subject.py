@@ -15,15 +15,17 @@ from fambav import training
 from fambav.config import Config
 from fambav.data import DataSet
 from fambav.engine.checkpoint import CheckpointError
-from fambav.engine.evaluate import Scores, evaluate
+from fambav.engine.distributed import Processes, processes
+from fambav.engine.evaluate import evaluate
+from fambav.engine.precision import Precision, determinism_settings
 from fambav.engine.record import CHECKPOINT
-from fambav.engine.runtime import Precision, Processes, numerics, processes
 from fambav.models import Backbone
 from fambav.ops import force, set_backend
 from fambav.randomness import key
 from fambav.reduction import Reduction
+from fambav.tasks import Scores, Task, task_of
 from fambav.training import batches, entries, saved
-from fambav.training.updates import precision
+from fambav.training.step import precision
 
 # What may be said of a file that knows its own settings: where and how fast, not what.
 FREE = {
@@ -65,6 +67,11 @@ class Subject:
         """Format of the forward pass."""
         return precision(self.config, self.group)
 
+    @property
+    def task(self) -> Task:
+        """The task of the data set."""
+        return task_of(self.config.data.data_set)
+
     def calibration(self, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
         """Draw images of the training set, prepared as for evaluation.
 
@@ -101,7 +108,13 @@ class Subject:
             self.config, self.data, self.group, input_size=self.net.img_size
         )
         try:
-            return evaluate(self.net, loader, processes=self.group, precision=self.precision)
+            return evaluate(
+                self.net,
+                loader,
+                meter=self.task.meter(self.data.num_classes, self.group.device),
+                processes=self.group,
+                precision=self.precision,
+            )
         finally:
             self.net.reduction = before
 
@@ -185,7 +198,7 @@ def _computing(config: Config) -> Iterator[None]:
     """Set what holds for the whole process, and put it back at the end."""
     backend = config.model.scan_backend
     with (
-        numerics(
+        determinism_settings(
             deterministic=config.run.deterministic,
             matmul_precision=config.optim.matmul_precision,
             threads=config.run.threads,

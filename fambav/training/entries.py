@@ -90,7 +90,8 @@ _RECORDS = _Kind(
         lambda v: (
             isinstance(v, Mapping)
             and _is_plain(v)
-            and all(_is_number(v.get(name)) for name in ("epoch", "test_acc1"))
+            and _is_number(v.get("epoch"))
+            and all(_is_number(own) for name, own in v.items() if name.startswith("test_"))
         )
     ),
     "a record for each epoch",
@@ -114,7 +115,6 @@ _KINDS = {
     "scaler": _or_none(_PLAIN),
     "epoch": _count(-1),
     "updates": _or_none(_count(0)),
-    "best_acc1": _NUMBER,
     "history": _RECORDS,
     "losses": _NUMBERS,
     "seconds": _NUMBER,
@@ -151,7 +151,8 @@ def check(path: Path, found: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: If there is one.
     """
-    for name, kind in _KINDS.items():
+    best = {name: _NUMBER for name in found if name.startswith("best_")}
+    for name, kind in {**_KINDS, **best}.items():
         if name in found and not kind.holds(found[name]):
             shown = " ".join(repr(found[name]).split())
             shown = shown if len(shown) < 60 else f"{shown[:60]}..."

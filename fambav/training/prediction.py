@@ -14,8 +14,8 @@ from fambav import data
 from fambav.config import Config, affecting, read_settings, refuse
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.engine.checkpoint import CheckpointError, State
+from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
-from fambav.engine.runtime import processes
 from fambav.models import Backbone, official
 from fambav.training import batches, entries, saved
 from fambav.training.network import model, sketch
