@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-T = TypeVar("T", bound=Callable[..., Any])
+T = TypeVar("T")
 
 _GRIDS = (
     "tiny_patch16_224",
@@ -100,16 +100,9 @@ CLASS_TOKEN_POLICIES: tuple[str, ...] = ("exact", "proportional", "middle")
 SCHEDULES = (  # forms of --reduction-schedule
     "r:5, r:5@3-23/2, ramp:16,-1, list:7,7,0, keep:0.8@5,10, tokens:157,125@10,20 or published"
 )
-DATA_SETS: tuple[str, ...] = (
-    "DIGITS",
-    "SHAPES100",
-    "CIFAR",
-    "CIFAR10",
-    "IMNET",
-    "FOLDER",
-    "INAT",
-    "INAT19",
-    "FAKE",
+DATA_SETS: dict[str, str] = dict.fromkeys(  # with their tasks, modules of `fambav.tasks`
+    ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10", "IMNET", "FOLDER", "INAT", "INAT19", "FAKE"),
+    "classification",
 )
 CLASS_TOKENS: tuple[str, ...] = ("middle", "head", "double", "none")
 BIMAMBA: tuple[str, ...] = ("v2", "v1", "none")
@@ -186,3 +179,4 @@ class Registry(Generic[T]):
 
 REDUCERS: Registry[Callable[..., Any]] = Registry("reduction")
 BUILDERS: Registry[Callable[..., Any]] = Registry("data_set")
+TASKS: Registry[Any] = Registry("task")

@@ -11,15 +11,15 @@ from fambav.config import ConfigError, parse
 from fambav.ecosystem import timm
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
-from fambav.engine.replay import Replayed
-from fambav.engine.runtime import Processes
-from fambav.engine.train import binary_cross_entropy, soft_cross_entropy
+from fambav.engine.cuda_graph import CudaGraph
+from fambav.engine.distributed import Processes
 from fambav.layers.drop import current
+from fambav.tasks.classification import binary_cross_entropy, soft_cross_entropy
 from fambav.training import model, run, schedule
 from fambav.training.batches import data_set, train_batches
 from fambav.training.network import layout
 from fambav.training.run_state import RunState, as_strings, facts
-from fambav.training.updates import learning_rate, precision, update
+from fambav.training.step import learning_rate, precision, train_step
 
 CPU = torch.device("cpu")
 ONE, FOUR = Processes(0, 1, CPU), Processes(2, 4, CPU)
@@ -97,7 +97,7 @@ def test_precision_on_a_gpu_is_mixed_unless_declined():
 
 def step(*words):
     wanted = config(*words)
-    return update(wanted, model(wanted, num_classes=5), ONE, num_classes=5, per_epoch=3)
+    return train_step(wanted, model(wanted, num_classes=5), ONE, num_classes=5, per_epoch=3)
 
 
 def test_the_loss_follows_the_targets():
@@ -132,11 +132,11 @@ def test_passes_are_recorded_for_the_batches_of_one_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     words = "--cuda-graphs --batch-size 6 --grad-accum-steps 2"
     made = step(words)
-    assert isinstance(made.forward, Replayed)
+    assert isinstance(made.forward, CudaGraph)
     assert made.forward.net is made.model
     step(words, "--no-train-mode")
     assert seen == [((6, 3, 16, 16), True, 2), ((6, 3, 16, 16), False, 2)]
-    assert not isinstance(step().forward, Replayed)
+    assert not isinstance(step().forward, CudaGraph)
 
 
 def test_recorded_passes_need_a_gpu(monkeypatch):
@@ -150,7 +150,7 @@ def test_recorded_passes_need_a_gpu(monkeypatch):
 )
 def test_batches_of_an_update_start_alike_only_where_the_model_draws_for_all(name, alike):
     wanted = parse(f"--model {name} --input-size 32".split())
-    made = update(wanted, model(wanted, num_classes=2), ONE, num_classes=2, per_epoch=3)
+    made = train_step(wanted, model(wanted, num_classes=2), ONE, num_classes=2, per_epoch=3)
     draws = []
     for place in range(2):
         made.seed(4, place)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fambav.bench.report import MeasureError, Row, dtype_name
 from fambav.ecosystem import timm
-from fambav.engine.runtime import Precision
+from fambav.engine.precision import Precision
 from fambav.engine.timing import Times, ratio
 from fambav.models import Backbone, Vim
 from fambav.ops import BackendError, backends, force

@@ -27,8 +27,10 @@ from fambav.bench.operations import LENGTHS
 from fambav.bench.profile import profile
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
 from fambav.config import Config
+from fambav.engine.distributed import Processes
 from fambav.engine.memory import MIB
-from fambav.engine.runtime import Processes, numerics
+from fambav.engine.precision import determinism_settings
+from fambav.engine.step import TrainStep
 from fambav.engine.timing import (
     Run,
     Times,
@@ -41,9 +43,8 @@ from fambav.engine.timing import (
     ratios,
     spread,
 )
-from fambav.engine.train import Update
 from fambav.models import Backbone
-from fambav.training import updates
+from fambav.training.step import train_step
 
 FORWARD_BATCH = {"cuda": 128, "cpu": 8}
 STEP_BATCH = {"cuda": 128, "cpu": 2}
@@ -86,7 +87,7 @@ class Step(NamedTuple):
     """
 
     net: nn.Module
-    update: Update
+    update: TrainStep
     batch: tuple[Tensor, Tensor]
     backend: str | None
     recorded_mib: float | None
@@ -288,7 +289,7 @@ def training(candidate: Candidate, *, batch: int, device: torch.device, seed: in
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     with use_backend(candidate.backend):
-        update = updates.update(config, net, group, num_classes=CLASSES, per_epoch=EPOCH)
+        update = train_step(config, net, group, num_classes=CLASSES, per_epoch=EPOCH)
     if recorded:
         peak = (torch.cuda.max_memory_allocated(device) - before) / MIB
     update.forward.train()
@@ -309,7 +310,7 @@ def _measured(
     **how: Any,
 ) -> dict[str, Any]:
     """Time what can be made of candidates; return rows, skipped and tables of a report."""
-    with numerics(deterministic=False, matmul_precision="high"):
+    with determinism_settings(deterministic=False, matmul_precision="high"):
         made, skipped = prepared(given, make, refused)
         limits = Ceilings(device, limited)
         runs: dict[Any, Run] = {key: cast(Any, ready).run for key, ready in made.items()}

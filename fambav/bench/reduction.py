@@ -17,7 +17,7 @@ from fambav.bench.candidates import EAGER, REPLAYED
 from fambav.bench.operations import BATCH
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
 from fambav.ecosystem import timm
-from fambav.engine.runtime import Precision, numerics
+from fambav.engine.precision import Precision, determinism_settings
 from fambav.engine.timing import Run, Times, interleave, ratio, spread, with_replays
 from fambav.layers import Ask, BackboneInfo, Signals, Tokens
 from fambav.models import Backbone
@@ -74,7 +74,7 @@ def reduction(
     names = list(dict.fromkeys(methods))
     _known(names)
     rows, skipped = dict[str, Row](), dict[str, str]()
-    with numerics(deterministic=False, matmul_precision="high"):
+    with determinism_settings(deterministic=False, matmul_precision="high"):
         bench = _Bench(model, batch, device, dtype)
         benches = {bench: names}
         # Released weights may not allow to scan across gaps: once more in a form that does.

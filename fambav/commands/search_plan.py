@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fambav.search.compared import Row
     from fambav.search.finder import Found
     from fambav.search.subject import Subject
+    from fambav.tasks import Metric
 
 USAGE = "fambav search-plan CHECKPOINT --budget KIND:MOST [--method NAME ...] [--name value ...]"
 _SHOWN = 16  # plans of the front that are printed
@@ -57,13 +58,14 @@ def run(words: list[str]) -> None:
     )
     with opened(given.checkpoint, config=asked, changes=changes) as subject:
         found = find(subject, search, lambda line: print(line, flush=True))
-        print(_front_text(found))
+        primary = subject.task.primary
+        print(_front_text(found, primary))
         print(_answer_text(given, found))
         print(f"search took {time.perf_counter() - begun:.0f} s")
         rows: list[Row] = []
         if given.compare:
             rows = compare(subject, found.space, found.price, found.plan.counts)
-            print(_compared_text(found, rows, images=len(subject.data.val)))
+            print(_compared_text(found, rows, primary, images=len(subject.data.val)))
         config = answer.settings(subject.config, found.plan, how)
         _write(given, config, subject, found, rows)
 
@@ -101,14 +103,14 @@ def _check(given: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is {getattr(given, name)}, expected at least {least}")
 
 
-def _front_text(found: Found) -> str:
+def _front_text(found: Found, primary: Metric) -> str:
     """Return what can be had for what, thinned to some lines."""
     front = found.front
     step = max(1, -(-len(front) // _SHOWN))
     kept = [row for n, row in enumerate(front) if n % step == 0 or row[0] == found.plan]
-    head = f"{'cost':>12}  {'loss':>9}  {'top-1':>6}  plan"
+    head = f"{'cost':>12}  {'loss':>9}  {primary.label:>6}  plan"
     lines = [
-        f"{_cost(found.unit, cost):>12}  {verdict.loss:9.4g}  {verdict.acc1:6.2f}  "
+        f"{_cost(found.unit, cost):>12}  {verdict.loss:9.4g}  {verdict.metric:6.2f}  "
         f"{plan.method} {plan.told()}"
         for plan, cost, verdict in kept
     ]
@@ -127,26 +129,26 @@ def _answer_text(given: argparse.Namespace, found: Found) -> str:
     return (
         f"found: {found.plan.method} {found.plan.told()}\n"
         f"  {given.budget.told(found.cost)}{dense}, at most {given.budget.told(given.budget.most)}"
-        f"; loss {found.verdict.loss:.4g}, {found.verdict.acc1:.2f}% of the training images right;"
-        f" {found.tried} plans tried"
+        f"; loss {found.verdict.loss:.4g}, {found.verdict.metric:.2f}% of the training images right"
+        f"; {found.tried} plans tried"
     )
 
 
-def _compared_text(found: Found, rows: list[Row], *, images: int) -> str:
+def _compared_text(found: Found, rows: list[Row], primary: Metric, *, images: int) -> str:
     from fambav.search.compared import NEAR, beaten, dearer
 
     left_out = dearer(found.space, found.price, found.plan.counts)
     beyond = f"left out, dearer by more than {100 * NEAR:g} points: {', '.join(left_out)}"
     lines = [
-        f"{row.name:>12}  {_cost(found.unit, row.cost):>10}  {row.acc1:8.2f}  "
+        f"{row.name:>12}  {_cost(found.unit, row.cost):>10}  {row.metric:8.2f}  "
         f"{','.join(map(str, row.counts))}"
         for row in rows
     ]
-    won, tied, of = beaten(rows)
+    won, tied, of = beaten(rows, primary)
     return "\n".join(
         (
             f"held-out images, {found.plan.method}, without training; strategies never cost less",
-            f"{'plan':>12}  {found.unit:>10}  {'top-1':>8}  removed at each layer",
+            f"{'plan':>12}  {found.unit:>10}  {primary.label:>8}  removed at each layer",
             *lines,
             *[beyond] * bool(left_out),
             f"found beats {won} of {of} uniform strategies and equals {tied}; one of the {images} "
@@ -170,10 +172,14 @@ def _write(
         given.output.write_text(answer.to_yaml(config, remarks), encoding="utf-8")
         print(f"written: {given.output}")
     if given.json is not None:
-        given.json.write_text(json.dumps(_figures(given, found, rows), indent=1) + "\n")
+        given.json.write_text(
+            json.dumps(_figures(given, found, rows, subject.task.primary.name), indent=1) + "\n"
+        )
 
 
-def _figures(given: argparse.Namespace, found: Found, rows: list[Row]) -> dict[str, Any]:
+def _figures(
+    given: argparse.Namespace, found: Found, rows: list[Row], metric: str
+) -> dict[str, Any]:
     """Return all that was found, as plain data."""
     return {
         "checkpoint": str(given.checkpoint),
@@ -189,11 +195,20 @@ def _figures(given: argparse.Namespace, found: Found, rows: list[Row]) -> dict[s
         "cost": found.cost,
         "dense_cost": found.dense_cost,
         "loss": found.verdict.loss,
-        "train_acc1": found.verdict.acc1,
+        f"train_{metric}": found.verdict.metric,
         "tried": found.tried,
         "front": [
-            {"method": plan.method, "counts": list(plan.counts), "cost": cost, **verdict._asdict()}
+            {
+                "method": plan.method,
+                "counts": list(plan.counts),
+                "cost": cost,
+                "loss": verdict.loss,
+                metric: verdict.metric,
+            }
             for plan, cost, verdict in found.front
         ],
-        "held_out": [{**row._asdict(), "counts": list(row.counts)} for row in rows],
+        "held_out": [
+            {"name": row.name, "counts": list(row.counts), "cost": row.cost, metric: row.metric}
+            for row in rows
+        ],
     }

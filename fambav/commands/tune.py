@@ -23,6 +23,7 @@ from fambav.search.written import FAMILIES, parse_family
 if TYPE_CHECKING:
     from fambav.config import Config
     from fambav.search.tuning import Tried, Tuned
+    from fambav.tasks import Metric
 
 USAGE = "fambav tune CHECKPOINT --margin POINTS [--method NAME] [--family PLANS] [--name value ...]"
 
@@ -47,7 +48,7 @@ def run(words: list[str]) -> None:
         space = Space(subject.net.info, given.method, **reduction_arguments(given.method, how))
         plans, count = levels(given.family, space), len(subject.data.val)
         print(f"{given.method} {given.family.told()} on the {count} held-out images", flush=True)
-        print(f"{'plan':>12}  {'token-layers':>12}  {'top-1':>7}  {'lost':>6}")
+        print(f"{'plan':>12}  {'token-layers':>12}  {subject.task.primary.label:>7}  {'lost':>6}")
 
         def say(tried: Tried) -> None:
             print(_line(tried), flush=True)
@@ -55,7 +56,9 @@ def run(words: list[str]) -> None:
         found = tune(subject, space, plans, margin=given.margin, say=say)
         print(_told(given, found))
         if given.json is not None:
-            given.json.write_text(json.dumps(_figures(given, found), indent=1) + "\n")
+            given.json.write_text(
+                json.dumps(_figures(given, found, subject.task.primary), indent=1) + "\n"
+            )
         if given.output is not None and found.answer is not None:
             config = answer.settings(subject.config, found.answer.plan, how)
             given.output.write_text(_yaml(given, config, found.answer, subject.path))
@@ -81,7 +84,7 @@ def _parser() -> Parser:
 
 
 def _line(tried: Tried) -> str:
-    return f"{tried.name:>12}  {100 * tried.share:11.2f}%  {tried.acc1:7.3f}  {tried.lost:6.3f}"
+    return f"{tried.name:>12}  {100 * tried.share:11.2f}%  {tried.metric:7.3f}  {tried.lost:6.3f}"
 
 
 def _told(given: argparse.Namespace, found: Tuned) -> str:
@@ -126,7 +129,7 @@ def _yaml(given: argparse.Namespace, config: Config, best: Tried, source: Path) 
     return answer.to_yaml(config, remarks)
 
 
-def _figures(given: argparse.Namespace, found: Tuned) -> dict[str, Any]:
+def _figures(given: argparse.Namespace, found: Tuned, primary: Metric) -> dict[str, Any]:
     """Return all that was found, as plain data."""
 
     def plain(tried: Tried) -> dict[str, Any]:
@@ -134,7 +137,7 @@ def _figures(given: argparse.Namespace, found: Tuned) -> dict[str, Any]:
             "name": tried.name,
             "counts": list(tried.plan.counts),
             "token_layers": tried.share,
-            "acc1": tried.acc1,
+            primary.name: tried.metric,
             "lost": tried.lost,
         }
 

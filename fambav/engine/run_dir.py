@@ -45,11 +45,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 def weights_file(path: Path) -> Path:
     """Return the file that stands for a path wherever weights are read: a file is itself.
 
-    A run folder means its best checkpoint, that of the epoch with the highest held-out top-1.  That
-    accuracy was measured on the raw weights, so these are taken from it and not their moving
-    average, which `main.py --eval` scores beside them.  A folder without a complete epoch means its
-    last checkpoint, one without checkpoints its `model.safetensors`.  An exported folder means its
-    weights.
+    A run folder means its best checkpoint, that of the epoch with the best primary metric on the
+    held-out samples.  That was measured on the raw weights, so these are taken from it and not
+    their moving average, which `main.py --eval` scores beside them.  A folder without a complete
+    epoch means its last checkpoint, one without checkpoints its `model.safetensors`.  An exported
+    folder means its weights.
 
     Raises:
         CheckpointError: If a folder holds none of these.

@@ -20,9 +20,9 @@ from fambav import config
 from fambav.engine.checkpoint import write_text
 from fambav.experiments.metrics import METRICS
 from fambav.experiments.runs import read_run
-from fambav.training.jobs import Job, opened
+from fambav.training.job import TrainingJob, opened
 from fambav.training.network import model
-from fambav.training.updates import precision
+from fambav.training.step import precision
 
 SETTINGS, OUTPUT, FIGURES = "cell.yaml", "output.txt", "figures.json"
 
@@ -70,7 +70,7 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
-def _warm_up(job: Job) -> None:
+def _warm_up(job: TrainingJob) -> None:
     """Run a batch through a model of the cell's, so that no row pays for what a process does once.
 
     Kernels are compiled or loaded when they first run: seconds, which the first epoch would show as

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fambav.engine import checkpoint
+from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
 from fambav.engine.run_dir import DESCRIPTION, WEIGHTS
-from fambav.engine.runtime import processes
 from fambav.export.card import Check, card
 from fambav.export.description import describe, facts
 from fambav.registry import nearest

@@ -9,6 +9,7 @@ from fambav.reduction.schedule import plan
 from fambav.search.price import Price
 from fambav.search.space import Counts, Space
 from fambav.search.subject import Subject
+from fambav.tasks import Metric
 
 NEAR = 0.02  # dearer than the cheapest row of upper, as a share of the model's whole cost
 
@@ -20,13 +21,13 @@ class Row(NamedTuple):
         name: What it is.
         counts: Tokens removed at each layer.
         cost: In the unit of the budget.
-        acc1: Top-1, in percent.
+        metric: The primary one of the task.
     """
 
     name: str
     counts: Counts
     cost: float
-    acc1: float
+    metric: float
 
 
 def compare(subject: Subject, space: Space, price: Price, found: Counts) -> list[Row]:
@@ -41,16 +42,17 @@ def compare(subject: Subject, space: Space, price: Price, found: Counts) -> list
     """
     dense = ("every token", space.dense)
     plans = [dense, ("found", found), *_uniform(space, price, price(found))]
+    primary = subject.task.primary.name
     return [
-        Row(name, counts, price(counts), subject.held_out(space.reduction(counts)).acc1)
-        for name, counts in plans
+        Row(name, c, price(c), subject.held_out(space.reduction(c)).metrics[primary])
+        for name, c in plans
     ]
 
 
-def beaten(rows: list[Row]) -> tuple[int, int, int]:
+def beaten(rows: list[Row], primary: Metric) -> tuple[int, int, int]:
     """Count the strategies that the plan beats, those it equals, and all of them."""
-    acc1, others = rows[1].acc1, [row.acc1 for row in rows[2:]]
-    return sum(acc1 > other for other in others), others.count(acc1), len(others)
+    gains = [primary.gain(rows[1].metric, row.metric) for row in rows[2:]]
+    return sum(gain > 0 for gain in gains), gains.count(0), len(gains)
 
 
 def dearer(space: Space, price: Price, found: Counts) -> list[str]:

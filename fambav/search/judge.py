@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fambav.engine.finite import NotFiniteError, check_logits
-from fambav.engine.runtime import Precision
+from fambav.engine.precision import Precision
 from fambav.models import Backbone
 from fambav.reduction import no_reduction
 from fambav.search.space import Counts, Plan, Space
@@ -24,11 +24,11 @@ class Verdict(NamedTuple):
 
     Attributes:
         loss: The smaller the better; 0 or more.
-        acc1: Share of images whose class is the first guess, in percent.
+        metric: Share of images whose class is the first guess, in percent.
     """
 
     loss: float
-    acc1: float
+    metric: float
 
 
 class Judge:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fambav import costs
-from fambav.engine.runtime import Precision
+from fambav.engine.precision import Precision
 from fambav.engine.timing import interleave, ratio
 from fambav.models import Backbone
 from fambav.reduction import Reduction, no_reduction

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from fambav.config import Config
 from fambav.data import DataSet
-from fambav.engine.evaluate import Scores, evaluate
-from fambav.engine.runtime import Precision, Processes, processes
+from fambav.engine.distributed import Processes, processes
+from fambav.engine.evaluate import evaluate
+from fambav.engine.precision import Precision
 from fambav.models import Backbone
 from fambav.randomness import key
 from fambav.reduction import Reduction, no_reduction
+from fambav.tasks import Scores, Task, task_of
 from fambav.training import batches
 from fambav.training.inference import LoadedRun, load_run
-from fambav.training.jobs import process_settings
-from fambav.training.updates import precision
+from fambav.training.job import process_settings
+from fambav.training.step import precision
 
 # What may differ from the settings of a file: where and how fast, not what.
 FREE = {
@@ -73,6 +75,11 @@ class Subject:
         return precision(self.config, self.group)
 
     @property
+    def task(self) -> Task:
+        """The task of the data set."""
+        return task_of(self.config.data.data_set)
+
+    @property
     def _statistics(self) -> tuple[Any, Any]:
         return self.run.state.statistics_under(self.config, self.data)
 
@@ -115,7 +122,13 @@ class Subject:
             statistics=self._statistics,
         )
         try:
-            return evaluate(self.net, loader, processes=self.group, precision=self.precision)
+            return evaluate(
+                self.net,
+                loader,
+                meter=self.task.meter(self.data.num_classes, self.group.device),
+                processes=self.group,
+                precision=self.precision,
+            )
         finally:
             self.net.reduction = before
 

@@ -20,14 +20,14 @@ class Tried(NamedTuple):
         name: The number in which it differs from others of its family.
         plan: The plan.
         share: Token-layers left, 0 to 1.
-        acc1: Top-1 on the held-out images, in percent.
-        lost: How much less than with every token, in percentage points.
+        metric: The primary one of the task, on the held-out images.
+        lost: How much worse than with every token.
     """
 
     name: str
     plan: Plan
     share: float
-    acc1: float
+    metric: float
     lost: float
 
 
@@ -70,16 +70,17 @@ def tune(
         subject: The model; its held-out images are what counts.
         space: The plans of a method.
         plans: Of these, each removing more than the one before; at least one.
-        margin: Percentage points of top-1, 0 or more.
+        margin: In units of the primary metric, such as points of top-1; 0 or more.
         say: Gets each plan as it is evaluated.
     """
     trail: list[Tried] = []
+    primary = subject.task.primary
 
     def tried(name: str, plan: Plan) -> Tried:
         reduction = space.reduction(plan.counts)
-        acc1 = subject.held_out(reduction).acc1
-        lost = trail[0].acc1 - acc1 if trail else 0.0
-        trail.append(Tried(name, plan, reduction.schedule.share, acc1, lost))
+        metric = subject.held_out(reduction).metrics[primary.name]
+        lost = primary.gain(trail[0].metric, metric) if trail else 0.0
+        trail.append(Tried(name, plan, reduction.schedule.share, metric, lost))
         say(trail[-1])
         return trail[-1]
 

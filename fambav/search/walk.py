@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fambav.engine.runtime import Precision
+from fambav.engine.precision import Precision
 from fambav.layers import Tokens
 from fambav.models import Backbone
 from fambav.reduction import Reduction

@@ -10,8 +10,8 @@ from pathlib import Path
 from fambav.config import Config
 from fambav.data import DataSet
 from fambav.engine import checkpoint, run_dir
-from fambav.engine.fit import Fit
 from fambav.engine.run_dir import Recorder
+from fambav.engine.trainer import Trainer
 from fambav.reduction import Schedule
 
 
@@ -31,7 +31,7 @@ def open_folder(
     config: Config,
     plan: Schedule | None,
     data_set: DataSet,
-    fit: Fit,
+    trainer: Trainer,
     *,
     source: Path | None,
 ) -> Recorder:
@@ -42,36 +42,36 @@ def open_folder(
         config: The complete settings.
         plan: Tokens at each layer, if the model has such a plan.
         data_set: The data set.
-        fit: The run, standing where it will go on.
+        trainer: The run, standing where it will go on.
         source: The checkpoint that it goes on from, or None.
 
     Raises:
         OSError: If the folder cannot be written.
     """
-    console = fit.console
+    console = trainer.console
     run_dir.prepare(folder)
     if source is None or source.parent.resolve() != folder.resolve():
         kept = run_dir.set_aside(folder)
         if kept is not None:
-            console.say(f"{folder} holds an earlier run; its files are now in {kept}")
+            console.write(f"{folder} holds an earlier run; its files are now in {kept}")
     if source is not None:
-        fit.repair(source, folder)
-    group, precision = fit.update.processes, fit.update.precision.name
+        trainer.repair(source, folder)
+    group, precision = trainer.step.processes, trainer.step.precision.name
     about = run_dir.environment(
         processes=group.world,
         device=str(group.device),
         precision=precision,
         data={"name": data_set.name, "sha256": data_set.digest, "train": len(data_set.train)},
         resumed=source and str(source),
-        unfused=getattr(fit.update.model, "unfused", None) or None,
+        unfused=getattr(trainer.step.model, "unfused", None) or None,
     )
     checkpoint.write_text(folder / "config.yaml", config.to_yaml())
     checkpoint.write_text(folder / "env.json", json.dumps(about, indent=1) + "\n")
     if plan is not None:
         removal = {**asdict(plan), "share": plan.share}
         checkpoint.write_text(folder / "plan.json", json.dumps(removal) + "\n")
-    console.say(f"{config.model.model} on {data_set.name}: {group.device}, {precision}")
-    console.say(f"run folder: {folder}")
-    done = fit.progress.updates
-    done = fit.progress.epochs * fit.updates if done is None else done
-    return Recorder(folder, fit.progress.history, updates=done, warn=console.say)
+    console.write(f"{config.model.model} on {data_set.name}: {group.device}, {precision}")
+    console.write(f"run folder: {folder}")
+    done = trainer.progress.updates
+    done = trainer.progress.epochs * trainer.updates if done is None else done
+    return Recorder(folder, trainer.progress.history, updates=done, warn=console.write)

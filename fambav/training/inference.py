@@ -15,9 +15,9 @@ from fambav import data
 from fambav.config import Config, affecting, read_settings, refuse
 from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.engine.checkpoint import CheckpointError
+from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
 from fambav.engine.run_dir import weights_file
-from fambav.engine.runtime import processes
 from fambav.models import Backbone, official
 from fambav.training import batches
 from fambav.training.network import layout, model

@@ -81,7 +81,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_record(value: Any) -> bool:
-    return _is_table(value) and all(_is_number(value.get(n)) for n in ("epoch", "test_acc1"))
+    return (
+        _is_table(value)
+        and _is_number(value.get("epoch"))
+        and all(_is_number(own) for name, own in value.items() if name.startswith("test_"))
+    )
 
 
 _is_mean = _is_list(lambda v: _is_number(v) and math.isfinite(v), length=_CHANNELS)
@@ -108,7 +112,6 @@ _CHECKS = {
     "scaler": (_is_table, "plain values by name"),
     "epoch": (_is_count(-1), "a whole number of at least -1"),
     "updates": (_is_count(0), "a whole number of at least 0"),
-    "best_acc1": (_is_number, "a number"),
     "history": (_is_list(_is_record), "a record for each epoch"),
     "losses": (_is_list(_is_number), "numbers"),
     "seconds": (_is_number, "a number"),
@@ -375,7 +378,8 @@ def _parse(path: Path, name: str, text: str) -> Any:
 
 
 def _check(path: Path, known: Mapping[str, Any]) -> None:
-    for name, (holds, words) in _CHECKS.items():
+    best = {name: (_is_number, "a number") for name in known if name.startswith("best_")}
+    for name, (holds, words) in {**_CHECKS, **best}.items():
         optional = name in _OPTIONAL
         if name not in known or (optional and known[name] is None) or holds(known[name]):
             continue

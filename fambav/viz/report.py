@@ -20,9 +20,9 @@ from fambav import config, experiments
 from fambav.config import OPTIONS
 from fambav.data import DataError, DataSet
 from fambav.engine.checkpoint import write_text
+from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
 from fambav.engine.run_dir import environment
-from fambav.engine.runtime import processes
 from fambav.experiments import Estimate, Point, Result
 from fambav.experiments.metrics import METRICS, PRIMARY
 from fambav.table import Table

@@ -16,6 +16,7 @@ from fambav.search.finder import Search, find
 from fambav.search.space import Plan
 from fambav.search.subject import opened
 from fambav.search.written import parse_budget
+from fambav.tasks import Scores, task_of
 from tests.search.made import weights
 
 SMALL = ["--images", "8", "--steps", "3", "--trials", "2"]
@@ -66,8 +67,10 @@ def test_no_strategy_compared_costs_less_and_the_front_only_holds_what_nothing_b
 
 
 def test_strategies_that_are_beaten_and_equalled_are_counted():
-    rows = [Row("", (), 1.0, acc1) for acc1 in (97.0, 90.0, 89.0, 90.0, 91.0, 12.0)]
-    assert beaten(rows) == (2, 1, 4)
+    rows = [Row("", (), 1.0, value) for value in (97.0, 90.0, 89.0, 90.0, 91.0, 12.0)]
+    higher = task_of("DIGITS").primary
+    assert beaten(rows, higher) == (2, 1, 4)
+    assert beaten(rows, higher._replace(higher_is_better=False)) == (1, 1, 4)
 
 
 def test_the_same_seed_finds_the_same_and_another_draws_other_images(source, tmp_path):
@@ -230,7 +233,7 @@ def test_a_margin_that_nothing_holds_is_said(source, tmp_path, monkeypatch, caps
     falling = iter(range(90, 0, -1))
 
     def held_out(self, reduction):
-        return type("Scores", (), {"acc1": float(next(falling))})
+        return Scores({"acc1": float(next(falling))}, samples=1)
 
     monkeypatch.setattr("fambav.search.subject.Subject.held_out", held_out)
     tune.run(words(source, tmp_path, "--margin", "0.5"))

@@ -5,7 +5,7 @@ import torch
 
 import fambav.models  # noqa: F401  registers the models
 from fambav.ecosystem import timm
-from fambav.engine.runtime import Precision
+from fambav.engine.precision import Precision
 from fambav.search.judge import Judge
 from fambav.search.price import Clock
 from fambav.search.similarity import similarity, unlikeness
