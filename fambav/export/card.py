@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from fambav import costs
-from fambav.export.description import Run
+from fambav.export.description import Run, run_of
 from fambav.models import Backbone
+from fambav.tasks import Metric, task_of
 from fambav.training.prediction import Pretrained
 
 UNKNOWN = "not measured"
@@ -85,7 +86,7 @@ def card(model: Pretrained, told: dict[str, Any], check: Check, *, folder: str) 
         check: How its export compares.
         folder: Name of the folder, as it is loaded.
     """
-    kind, run = told["fambav"]["format"], Run(**told["fambav"]["run"])
+    kind, run = told["fambav"]["format"], run_of(model)
     parts = [
         f"# {_title(model, told)}",
         _about(model, told),
@@ -154,13 +155,16 @@ def _named(method: Any) -> str:
 
 
 def _accuracy(model: Pretrained, run: Run) -> str:
-    def percent(value: float | None) -> str:
-        return UNKNOWN if value is None else f"{value:.2f}%"
+    def shown(metric: Metric) -> str:
+        value = run.metrics[metric.name]
+        return UNKNOWN if value is None else f"{value:.2f}{metric.suffix}"
 
     of = "" if run.epochs is None else f" of {run.epochs}"
+    data_set = model.config.data.data_set
+    primary, *others = task_of(data_set).metrics
     rows = {
-        f"top-1 on the held-out images of {model.config.data.data_set}": percent(run.acc1),
-        "top-5": percent(run.acc5),
+        f"{primary.label} on the held-out images of {data_set}": shown(primary),
+        **{metric.label: shown(metric) for metric in others},
         "seed": run.seed,
         "after epoch": None if run.epoch is None else f"{run.epoch}{of}",
         "date": run.date,
@@ -187,20 +191,21 @@ def _cost(model: Pretrained) -> str:
 
 
 def _front_matter(model: Pretrained, told: dict[str, Any], run: Run) -> str:
-    data_set = model.config.data.data_set.lower()
+    task, data_set = task_of(model.config.data.data_set), model.config.data.data_set.lower()
+    value = run.metrics[task.primary.name]
     result = {
-        "task": {"type": "image-classification"},
+        "task": {"type": task.hub},
         "dataset": {"name": data_set, "type": data_set},
-        "metrics": [{"type": "accuracy", "value": run.acc1}],
+        "metrics": [{"type": task.primary.hub, "value": value}],
     }
     head: dict[str, Any] = {
         "license": "apache-2.0",
         "library_name": "fambav",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "vision-mamba", "token-reduction", "fambav", "timm"],
+        "pipeline_tag": task.hub,
+        "tags": [task.hub, "vision-mamba", "token-reduction", "fambav", "timm"],
         "datasets": [data_set],
-        "metrics": ["accuracy"],
+        "metrics": [task.primary.hub],
     }
-    if run.acc1 is not None:
+    if value is not None:
         head["model-index"] = [{"name": told["architecture"], "results": [result]}]
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import fambav
 from fambav.config import affecting
-from fambav.experiments import read_environment, read_log
+from fambav.experiments import log_metrics, read_environment, read_log
 from fambav.models import Backbone
+from fambav.tasks import task_of
 from fambav.training.entries import fact
 from fambav.training.prediction import Pretrained
 
@@ -26,7 +27,7 @@ class Run:
     Attributes:
         epoch: Number of the epoch behind which the weights were saved, from 1.
         epochs: Epochs that the run was to have.
-        acc1, acc5: Of the raw weights on the held-out images after that epoch, in percent.
+        metrics: Those of the task by name, of the raw weights after that epoch.
         seed: Of the run.
         date: When it started.
         commit: Of the source.
@@ -35,12 +36,18 @@ class Run:
 
     epoch: int | None = None
     epochs: int | None = None
-    acc1: float | None = None
-    acc5: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
     seed: int | None = None
     date: str | None = None
     commit: str | None = None
     hardware: str | None = None
+
+    def flat(self) -> dict[str, Any]:
+        """Return all of it as JSON holds it, each metric under its own name."""
+        entries: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            entries |= self.metrics if name == "metrics" else {name: value}
+        return entries
 
 
 def run_of(model: Pretrained) -> Run:
@@ -51,12 +58,12 @@ def run_of(model: Pretrained) -> Run:
     Raises:
         ValueError: If the log is damaged.
     """
-    folder, state = model.source.parent, model.state
+    folder, state, task = model.source.parent, model.state, task_of(model.config.data.data_set)
     log = folder / "log.txt"
     epochs = state.get("history")
     if epochs is None:
         if not log.is_file():
-            return Run()
+            return Run(metrics=log_metrics({}, task))
         epochs = read_log(log) if log.stat().st_size else []
     number = state.get("epoch", epochs[-1].get("epoch") if epochs else None)
     record: Mapping[str, Any] = next((e for e in epochs if e.get("epoch") == number), {})
@@ -64,8 +71,7 @@ def run_of(model: Pretrained) -> Run:
     return Run(
         epoch=None if number is None else int(number) + 1,
         epochs=model.config.optim.epochs,
-        acc1=record.get("test_acc1"),
-        acc5=record.get("test_acc5"),
+        metrics=log_metrics(record, task),
         seed=model.config.run.seed,
         date=where.get("started"),
         commit=where.get("commit"),
@@ -100,7 +106,7 @@ def described(model: Pretrained, kind: str) -> dict[str, Any]:
             "class_token": config.model.class_token,
             "settings": settings(model),
             "plan": plan,
-            "run": asdict(run_of(model)),
+            "run": run_of(model).flat(),
         },
     }
 
