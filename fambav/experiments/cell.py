@@ -18,7 +18,6 @@ import torch
 
 from fambav import config
 from fambav.engine.checkpoint import write_text
-from fambav.experiments.metrics import METRICS
 from fambav.experiments.runs import read_run
 from fambav.training.job import TrainingJob, opened
 from fambav.training.network import model
@@ -52,8 +51,8 @@ def figures(folder: Path) -> dict[str, Any]:
     asked = config.load(folder / SETTINGS)
     with opened(asked) as job:
         if asked.run.eval:
-            plan, scores = job.layout.schedule, job.evaluate()._asdict()
-            metrics = {metric.name: scores[metric.name] for metric in METRICS}
+            plan, scores = job.layout.schedule, job.evaluate()
+            metrics = {m.name: scores.metrics[m.name] for m in job.task.metrics}
             return {**metrics, "token_layers": plan and plan.share}
         _warm_up(job)
         job.train()

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from fambav import costs
 from fambav.models import Backbone
 from fambav.table import Table
+from fambav.tasks import Metric, task_of
 from fambav.training.inference import LoadedRun
 
 _UNKNOWN = "not measured"
@@ -159,9 +160,12 @@ def _plan(run: LoadedRun) -> str:
 
 
 def _accuracy(run: LoadedRun, trained: Mapping[str, Any]) -> str:
-    first, fifth = (
-        _UNKNOWN if trained[name] is None else f"{trained[name]:.2f}%" for name in ("acc1", "acc5")
-    )
+    def value(metric: Metric) -> str:
+        known = trained[metric.name]
+        return _UNKNOWN if known is None else f"{known:.2f}{metric.suffix}"
+
+    data_set = run.config.data.data_set
+    primary, *others = task_of(data_set).metrics
     epoch = None if trained["epoch"] is None else f"{trained['epoch']} of {trained['epochs']}"
     about = {
         "seed": trained["seed"],
@@ -171,9 +175,9 @@ def _accuracy(run: LoadedRun, trained: Mapping[str, Any]) -> str:
     return Table(
         head=("", ""),
         rows=[
-            [f"top-1 on the held-out images of {run.config.data.data_set}", first],
-            ["top-5", fifth],
-            *([name, "unknown" if value is None else str(value)] for name, value in about.items()),
+            [f"{primary.label} on the held-out images of {data_set}", value(primary)],
+            *([metric.label, value(metric)] for metric in others),
+            *([name, "unknown" if known is None else str(known)] for name, known in about.items()),
         ],
         names=2,
     ).render("markdown")
@@ -197,21 +201,22 @@ def _cost(run: LoadedRun) -> str:
 
 
 def _metadata(run: LoadedRun, description: Mapping[str, Any]) -> str:
-    data_set, acc1 = run.config.data.data_set.lower(), description["fambav"]["run"]["acc1"]
+    task, data_set = task_of(run.config.data.data_set), run.config.data.data_set.lower()
+    value = description["fambav"]["run"][task.primary.name]
     result = EvalResult(
-        task_type="image-classification",
+        task_type=task.hub,
         dataset_type=data_set,
         dataset_name=data_set,
-        metric_type="accuracy",
-        metric_value=acc1,
+        metric_type=task.primary.hub,
+        metric_value=value,
     )
     return ModelCardData(
         license="apache-2.0",
         library_name="fambav",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "vision-mamba", "token-reduction", "fambav", "timm"],
+        pipeline_tag=task.hub,
+        tags=[task.hub, "vision-mamba", "token-reduction", "fambav", "timm"],
         datasets=[data_set],
-        metrics=["accuracy"],
-        model_name=None if acc1 is None else description["architecture"],
-        eval_results=None if acc1 is None else [result],
+        metrics=[task.primary.hub],
+        model_name=None if value is None else description["architecture"],
+        eval_results=None if value is None else [result],
     ).to_yaml()

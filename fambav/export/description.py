@@ -11,8 +11,9 @@ from typing import Any
 
 import fambav
 from fambav.config import affecting
-from fambav.experiments import read_environment, read_log
+from fambav.experiments import log_metrics, read_environment, read_log
 from fambav.models import Backbone
+from fambav.tasks import task_of
 from fambav.training.inference import LoadedRun
 
 _IMAGES = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes")
@@ -78,8 +79,8 @@ def _settings(run: LoadedRun) -> dict[str, Any]:
 def _training(run: LoadedRun) -> dict[str, Any]:
     """Return how the weights were trained, by their own history or the files beside them.
 
-    Epochs count from 1.  The accuracies are those of the raw weights on the held-out images, in
-    percent.  What no file says is None.  The log counts only where the weights' own file, whose
+    Epochs count from 1.  The metrics are those of the raw weights on the held-out samples, by their
+    names.  What no file says is None.  The log counts only where the weights' own file, whose
     digest was checked, has no history.
     """
     folder, entries = run.source.parent, run.state.entries
@@ -93,8 +94,7 @@ def _training(run: LoadedRun) -> dict[str, Any]:
     return {
         "epoch": None if number is None else int(number) + 1,
         "epochs": run.config.optim.epochs if known else None,
-        "acc1": record.get("test_acc1"),
-        "acc5": record.get("test_acc5"),
+        **log_metrics(record, task_of(run.config.data.data_set)),
         "seed": run.config.run.seed if known else None,
         "date": about.get("started"),
         "commit": about.get("commit"),

@@ -50,6 +50,11 @@ class Metric(NamedTuple):
         return f"{self.label} {self.unit}".rstrip()
 
     @property
+    def suffix(self) -> str:
+        """Unit as it stands behind a number."""
+        return self.unit if self.unit in ("", "%") else f" {self.unit}"
+
+    @property
     def key(self) -> str:
         """Its key in log.txt."""
         return f"test_{self.name}"
@@ -156,12 +161,12 @@ class Task(ABC):
 
     def best_line(self, value: float) -> str:
         """Return the line that is printed of the best epoch so far."""
-        return f"Best {self.primary.label}: {value:.4g}{self.primary.unit}"
+        return f"Best {self.primary.label}: {value:.4g}{self.primary.suffix}"
 
     def summary(self, scores: Scores) -> str:
         """Return the last line of a run that only evaluates."""
         value, primary = scores.metrics[self.primary.name], self.primary
-        return f"{primary.title} on the {scores.samples} test samples: {value:.4g}{primary.unit}"
+        return f"{primary.title} on the {scores.samples} test samples: {value:.4g}{primary.suffix}"
 
     @abstractmethod
     def train_transform(

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fambav.experiments import Point
-from fambav.experiments.metrics import PRIMARY, Metric
+from fambav.experiments.metrics import PRIMARY
+from fambav.tasks import Metric
 from fambav.viz import style
 
 if TYPE_CHECKING:

@@ -169,7 +169,8 @@ def render(
     if "curves" in wanted:
         logs = {name: read_log(run) for name, run in zip(names, runs, strict=True)}
         title = f"training of {', '.join(names)}" if len(names) < 4 else f"{len(names)} runs"
-        yield "curves", _write(curves(logs, title=title), title, folder, "curves", svg=svg)
+        drawn = curves(logs, title=title, metric=experiments.read_primary(runs[0]))
+        yield "curves", _write(drawn, title, folder, "curves", svg=svg)
 
 
 def read_log(run: Path) -> list[Record]:

@@ -24,8 +24,8 @@ from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
 from fambav.engine.run_dir import environment
 from fambav.experiments import Estimate, Point, Result
-from fambav.experiments.metrics import METRICS, PRIMARY
 from fambav.table import Table
+from fambav.tasks import Metric, Task
 from fambav.training.inference import LoadedRun, load_run
 from fambav.viz.front import pareto
 from fambav.viz.render import Source, held_out, names_of, render
@@ -36,8 +36,7 @@ Shown = tuple[str, str]  # what a picture shows, and the picture itself as a dat
 _TEMPLATE = Path(__file__).with_name("page.html")
 _CURVES = "curves"
 _BATCH = 64
-_COLUMNS = {  # of a grid: what it is called, and its digits
-    **{metric.name: (metric.head, 2) for metric in METRICS},
+_COLUMNS = {  # of a grid besides metrics: head and digits
     "token_layers": ("token-layers", 3),
     "seconds": ("train s", 1),
     "memory_mib": ("memory MiB", 2),
@@ -72,17 +71,20 @@ def write_report(
     grids = [folder for folder in folders if experiments.is_grid(folder)]
     runs = [folder for folder in folders if folder not in grids]
     results = [experiments.read_run(folder) for folder in runs]
-    points = [(folder.resolve().name, experiments.read_points(folder)) for folder in grids]
+    points = [
+        (folder.resolve().name, experiments.read_points(folder), experiments.read_task(folder))
+        for folder in grids
+    ]
     tables = [experiments.compare(results, mixed=mixed)] if results else []
-    tables += [_grid_table(name, rows) for name, rows in points]
+    tables += [_grid_table(*grid) for grid in points]
     names = names_of(runs) if runs else []
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        together = [_front(place, name, rows) for name, rows in points]
+        together = [_front(place, *grid) for grid in points]
         drawn = dict(render(runs, place, source=source)) if runs else {}
         shown = {name: _shown(entry.path, entry.title) for name, entry in drawn.items()}
     together += [shown.pop(_CURVES)] if _CURVES in shown and len(runs) > 1 else []
-    sentences = [*_of_runs(results, mixed=mixed), *(_of_grid(name, rows) for name, rows in points)]
+    sentences = [*_of_runs(results, mixed=mixed), *(_of_grid(*grid) for grid in points)]
     about, when = environment(), time.strftime("%Y-%m-%d %H:%M")
     commit = "" if about["commit"] is None else f", commit {about['commit']}"
     page = _template().render(
@@ -151,11 +153,11 @@ def _of_runs(results: Sequence[Result], *, mixed: bool) -> Iterator[str]:
     """Say what runs came to: one, or the best of the others against the first."""
     if not results:
         return
-    first, *others = results
-    best = _best(others, _value) if others else first
-    told = f"{best.name} reaches a held-out {PRIMARY.title} of {_value(best):.2f}{_unit(' ')}"
+    (first, *others), metric = results, results[0].primary
+    best = _best(others, metric, _value) if others else first
+    told = f"{best.name} reaches a held-out {metric.title} of {_value(best):.2f}{metric.suffix}"
     if others:
-        told += f", {_difference(_value(best) - _value(first))} {first.name}"
+        told += f", {_difference(metric, _value(best) - _value(first))} {first.name}"
         if not mixed and best.epochs == first.epochs:
             told += f", in {100 * best.seconds / first.seconds:.0f}% of its training time"
     else:
@@ -165,43 +167,40 @@ def _of_runs(results: Sequence[Result], *, mixed: bool) -> Iterator[str]:
     yield f"{several}{told}{kept}."
 
 
-def _of_grid(grid: str, points: Sequence[Point]) -> str:
+def _of_grid(grid: str, points: Sequence[Point], task: Task) -> str:
     """Say which row of a grid is the best, and how far it is from the row without reduction."""
-    known = [point for point in points if PRIMARY.name in point.figures]
+    metric = task.primary
+    known = [point for point in points if metric.name in point.figures]
     reduced = [point for point in known if not point.baseline]
     if not known:
-        return f"{grid} has no row with a {PRIMARY.title} yet."
-    best = _best(reduced or known, lambda point: point.figures[PRIMARY.name].mean)
-    value = best.figures[PRIMARY.name]
+        return f"{grid} has no row with a {metric.title} yet."
+    best = _best(reduced or known, metric, lambda point: point.figures[metric.name].mean)
+    value = best.figures[metric.name]
     among = " of the rows with reduction" if reduced else ""
-    told = f"{grid}: {best.name} reaches the best {PRIMARY.title}{among}"
-    told += f", {_text(value, 2)}{_unit(' ')}"
+    told = f"{grid}: {best.name} reaches the best {metric.title}{among}"
+    told += f", {_text(value, 2)}{metric.suffix}"
     for base in (point for point in known if point.baseline and point is not best):
-        told += f", {_difference(value.mean - base.figures[PRIMARY.name].mean)} {base.name}"
+        told += f", {_difference(metric, value.mean - base.figures[metric.name].mean)} {base.name}"
         if "seconds" in best.figures and "seconds" in base.figures:
             share = best.figures["seconds"].mean / base.figures["seconds"].mean
             told += f", in {100 * share:.0f}% of its training time"
     return f"{told}."
 
 
-def _best(found: Sequence[Any], value: Any) -> Any:
-    return (max if PRIMARY.higher_is_better else min)(found, key=value)
+def _best(found: Sequence[Any], metric: Metric, value: Any) -> Any:
+    return (max if metric.higher_is_better else min)(found, key=value)
 
 
 def _value(result: Result) -> float:
-    return cast(float, result.metrics[PRIMARY.name])  # every log has it
+    return cast(float, result.metrics[result.primary.name])  # every log has it
 
 
-def _unit(space: str) -> str:
-    return PRIMARY.unit if PRIMARY.unit == "%" else f"{space}{PRIMARY.unit}"
-
-
-def _difference(change: float) -> str:
+def _difference(metric: Metric, change: float) -> str:
     """Say how far a value is from another: `0.52 points less than`."""
-    unit = "points" if PRIMARY.unit == "%" else PRIMARY.unit
+    unit = " points" if metric.unit == "%" else metric.suffix
     if round(change, 2) == 0:
         return "as"
-    return f"{abs(change):.2f} {unit} {'more' if change > 0 else 'less'} than"
+    return f"{abs(change):.2f}{unit} {'more' if change > 0 else 'less'} than"
 
 
 def _section(name: str, folder: Path, result: Result, *, by_class: bool) -> dict[str, Any]:
@@ -213,8 +212,8 @@ def _section(name: str, folder: Path, result: Result, *, by_class: bool) -> dict
     share = "" if result.share is None else f", {100 * result.share:.1f}% of token-layers kept"
     return {
         "name": name,
-        "summary": f"{result.model}, reduction: {result.reduction}{share}; {PRIMARY.label} "
-        f"{_value(result):.2f}{_unit(' ')} after {result.seconds:.1f} s of training, "
+        "summary": f"{result.model}, reduction: {result.reduction}{share}; {result.primary.label} "
+        f"{_value(result):.2f}{result.primary.suffix} after {result.seconds:.1f} s of training, "
         f"{result.memory_mib:.1f} MiB {result.memory_kind}.",
         "tables": [*tables, ("Settings that are not the defaults", changed)],
         "settings": settings.read_text(encoding="utf-8"),
@@ -274,8 +273,9 @@ def _plain(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _grid_table(name: str, points: Sequence[Point]) -> Table:
-    columns = {k: v for k, v in _COLUMNS.items() if any(k in p.figures for p in points)}
+def _grid_table(name: str, points: Sequence[Point], task: Task) -> Table:
+    heads = {metric.name: (metric.head, 2) for metric in task.metrics} | _COLUMNS
+    columns = {k: v for k, v in heads.items() if any(k in p.figures for p in points)}
     return Table(
         title=name,
         head=("row", *(head for head, _ in columns.values())),
@@ -298,10 +298,10 @@ def _text(found: Estimate | None, digits: int) -> str:
     return f"{found.mean:.{digits}f}{spread}"
 
 
-def _front(place: Path, name: str, points: Sequence[Point]) -> Shown:
-    title = f"{name}: {PRIMARY.title} against cost"
+def _front(place: Path, name: str, points: Sequence[Point], task: Task) -> Shown:
+    title = f"{name}: {task.primary.title} against cost"
     path = place / f"pareto_{name}.png"
-    save(pareto(points, title=title), path)
+    save(pareto(points, title=title, metric=task.primary), path)
     return _shown(path, title)
 
 
