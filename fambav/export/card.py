@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
 
 from fambav import costs
 from fambav.models import Backbone
@@ -136,7 +136,7 @@ def card(run: LoadedRun, description: Mapping[str, Any], check: Check, *, folder
         cost=_cost(run),
         check=check.line(),
     )
-    head = f"---\n{_metadata(run, description)}\n---\n\n" if kind == "hf" else ""
+    head = f"---\n{_metadata(run, description)}---\n\n" if kind == "hf" else ""
     return head + text
 
 
@@ -201,22 +201,22 @@ def _cost(run: LoadedRun) -> str:
 
 
 def _metadata(run: LoadedRun, description: Mapping[str, Any]) -> str:
+    """Return the YAML that Hugging Face's hub reads."""
     task, data_set = task_of(run.config.data.data_set), run.config.data.data_set.lower()
     value = description["fambav"]["run"][task.primary.name]
-    result = EvalResult(
-        task_type=task.hub,
-        dataset_type=data_set,
-        dataset_name=data_set,
-        metric_type=task.primary.hub,
-        metric_value=value,
-    )
-    return ModelCardData(
-        license="apache-2.0",
-        library_name="fambav",
-        pipeline_tag=task.hub,
-        tags=[task.hub, "vision-mamba", "token-reduction", "fambav", "timm"],
-        datasets=[data_set],
-        metrics=[task.primary.hub],
-        model_name=None if value is None else description["architecture"],
-        eval_results=None if value is None else [result],
-    ).to_yaml()
+    metadata: dict[str, Any] = {
+        "license": "apache-2.0",
+        "library_name": "fambav",
+        "pipeline_tag": task.hub,
+        "tags": [task.hub, "vision-mamba", "token-reduction", "fambav", "timm"],
+        "datasets": [data_set],
+        "metrics": [task.primary.hub],
+    }
+    if value is not None:
+        result = {
+            "task": {"type": task.hub},
+            "dataset": {"name": data_set, "type": data_set},
+            "metrics": [{"type": task.primary.hub, "value": value}],
+        }
+        metadata["model-index"] = [{"name": description["architecture"], "results": [result]}]
+    return yaml.safe_dump(metadata, sort_keys=False)

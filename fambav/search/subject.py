@@ -81,7 +81,7 @@ class Subject:
 
     @property
     def _statistics(self) -> tuple[Any, Any]:
-        return self.run.state.statistics_under(self.config, self.data)
+        return self.run.state.statistics_for(self.config, self.data)
 
     def calibration(self, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
         """Draw images of the training set, prepared as for evaluation.

@@ -158,7 +158,7 @@ class TrainingJob:
         state = RunState.read(weights_file(self._source() or Path(self.config.run.finetune)))
         net = self._model()
         state.load_into(net)
-        held_out = self._held_out(state.statistics_under(self.config, self.data))
+        held_out = self._held_out(state.statistics_for(self.config, self.data))
         raw = self._evaluate(net, batches=held_out)
         self.console.write(self.task.line(raw))
         if self.config.optim.model_ema and state.entries.get("model_ema"):

@@ -215,7 +215,7 @@ class RunState:
         """Updates that were made; None in older files, which are of complete epochs only."""
         return self.entries.get("updates")
 
-    def statistics_under(self, config: Config, data: DataSet) -> tuple[Any, Any]:
+    def statistics_for(self, config: Config, data: DataSet) -> tuple[Any, Any]:
         """Return mean and standard deviation of the channels, to evaluate the weights with.
 
         They are those of training, unless the file does not say them or `config` sets others.
