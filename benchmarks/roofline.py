@@ -35,11 +35,11 @@ from fambav.bench.report import (
     training_dtype,
 )
 from fambav.bench.strategies import Merging
+from fambav.bench.timing import Run, captured, interleave, spread
 from fambav.cli import guarded
 from fambav.commands.bench import add_flags, measure
 from fambav.commands.parser import Parser
 from fambav.engine.precision import determinism_settings
-from fambav.engine.timing import Run, captured, interleave, spread
 from fambav.layers import Block, Mamba
 from fambav.models import Vim
 

@@ -25,7 +25,7 @@ RANK = {
     "training": 9,
     "comparison": 10,
     "costs": 10,
-    "bench": 12,
+    "bench": 11,
     "experiments": 11,
     "search": 12,
     "export": 12,

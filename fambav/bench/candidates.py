@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fambav.bench.report import MeasureError, Row, dtype_name
+from fambav.bench.timing import Times, ratio
 from fambav.ecosystem import timm
 from fambav.engine.precision import Precision
-from fambav.engine.timing import Times, ratio
 from fambav.models import Backbone, Vim
 from fambav.ops import BackendError, backends, force
 from fambav.ops.dispatch import SCAN

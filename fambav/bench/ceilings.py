@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fambav import costs
 from fambav.bench.candidates import Candidate, images
 from fambav.bench.report import Row, dtype_name
+from fambav.bench.timing import Run, Times, ratio, spread
 from fambav.engine.memory import MIB
-from fambav.engine.timing import Run, Times, ratio, spread
 
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices multiplied
 COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes

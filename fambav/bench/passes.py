@@ -26,12 +26,7 @@ from fambav.bench.ceilings import Ceilings, flops
 from fambav.bench.operations import LENGTHS
 from fambav.bench.profile import profile
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
-from fambav.config import Config
-from fambav.engine.distributed import Processes
-from fambav.engine.memory import MIB
-from fambav.engine.precision import determinism_settings
-from fambav.engine.step import TrainStep
-from fambav.engine.timing import (
+from fambav.bench.timing import (
     Run,
     Times,
     allocated_mib,
@@ -43,6 +38,11 @@ from fambav.engine.timing import (
     ratios,
     spread,
 )
+from fambav.config import Config
+from fambav.engine.distributed import Processes
+from fambav.engine.memory import MIB
+from fambav.engine.precision import determinism_settings
+from fambav.engine.step import TrainStep
 from fambav.models import Backbone
 from fambav.training.step import train_step
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fambav.bench.candidates import EAGER, REPLAYED
 from fambav.bench.operations import BATCH
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
+from fambav.bench.timing import Run, Times, interleave, ratio, spread, with_replays
 from fambav.ecosystem import timm
 from fambav.engine.precision import Precision, determinism_settings
-from fambav.engine.timing import Run, Times, interleave, ratio, spread, with_replays
 from fambav.layers import Ask, BackboneInfo, Signals, Tokens
 from fambav.models import Backbone
 from fambav.reduction import Reducer, Reduction, make_reducer, make_reduction, no_reduction
@@ -58,6 +58,7 @@ def reduction(
             share_of_layer  reduce over layer
             telling         a mixer that is asked what the method reads over a plain one
             aging           a mixer that scans across the gaps over one at its length that does not
+            lookup          a mixer that looks up positions of tokens in the grid over a plain one
             net             reduce and what telling adds, in layers; a token that went saves one
                             part in `length` of a layer at each layer behind
         Those of a PlainMamba have its param_order: "raster" as in released weights, "permuted" for
@@ -192,6 +193,7 @@ class _Bench:
             "layer_ms": spread(layer)["median_ms"],
             "share_of_layer": ratio(reduce, layer),
             "telling": ratio(telling, mixer),
+            "lookup": ratio(own.get("lookup"), mixer),
             "aging": ratio(own.get("aging"), plain.get(_mixer_name(found.schedule.final))),
             "net": ratio(net, layer),
         }
@@ -230,6 +232,9 @@ class _Bench:
             # Scattered over a grid, they must be looked up there without aging, too.
             plain = (hidden, Ask(asked.tokens)) if self.info.needs_positions else (hidden,)
             found[self._mixer_part(plain)] = self._mixer(mixers[1], plain)
+        elif len(behind) > 1 and self.info.needs_positions:
+            whole = (before[0], Ask(met._replace(grid=None)))
+            found[name, "lookup"] = self._mixer(mixers[1], whole)
         return found
 
     def _caught(self, reduction: Reduction, *modules: nn.Module) -> list[tuple[Any, ...]]:

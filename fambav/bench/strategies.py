@@ -21,8 +21,8 @@ from fambav.bench.candidates import METHOD, NONE, REPLAYED, candidates, use_back
 from fambav.bench.passes import STEP_BATCH, Step, training
 from fambav.bench.reduction import streams, token_leaves
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
+from fambav.bench.timing import Run, Times, captured, interleave, ratio, spread
 from fambav.engine.precision import determinism_settings
-from fambav.engine.timing import Run, Times, captured, interleave, ratio, spread
 from fambav.layers import Tokens
 from fambav.models import Backbone
 from fambav.reduction import Schedule

@@ -29,7 +29,7 @@ from fambav.engine.step import DistillationLoss, Loss
 class Teacher:
     """A frozen model.
 
-    Draws nothing and changes nothing: it is in evaluation mode and its weights need no gradient.
+    It is in evaluation mode, without random numbers, and its weights need no gradient.
     (R-MeeTo's released code leaves its teacher in training mode, with blocks skipped at random.)
 
     Args:

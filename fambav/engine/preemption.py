@@ -27,11 +27,11 @@ class Preempted(SystemExit):
     """A signal ended the run after its state was saved; the exit status is that of the process.
 
     Attributes:
-        signal: Which one.
+        signal: Which of SIGNALS.
     """
 
     def __init__(self, number: int) -> None:
-        self.signal = signal.Signals(number)
+        self.signal = SIGNALS[SIGNALS.index(number)]
         super().__init__(0 if self.signal == signal.SIGUSR1 else 128 + number)
 
 

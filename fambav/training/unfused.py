@@ -28,7 +28,7 @@ def unfused_layers(reduction: Reduction) -> dict[str, list[int]]:
     """Return layers, from 1, by what their mixers do; one that has two reasons counts in both."""
     schedule, info = reduction.schedule, reduction.info
     hooks = {layer + 1: reduction.hooks(layer) for layer in range(info.depth)}
-    # Tokens have gaps only where some were removed; a scan across gaps looks positions up anyway.
+    # There are gaps only behind removed tokens; a scan across gaps reads all positions anyway.
     gapped = [layer for layer in hooks if schedule.lengths[layer - 1] < schedule.start]
     reasons = {
         f"return {', '.join(sorted(reduction.needs - OUTPUT))}": [

@@ -8,8 +8,8 @@ import torch
 from fambav.bench.candidates import EAGER, REPLAYED, Candidate
 from fambav.bench.passes import training
 from fambav.bench.report import training_dtype
+from fambav.bench.timing import interleave, ratio
 from fambav.engine.precision import determinism_settings
-from fambav.engine.timing import interleave, ratio
 
 
 def made(device, launch=EAGER):

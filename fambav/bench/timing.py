@@ -2,7 +2,7 @@
 
 Every candidate runs once in every round, so that a busy machine slows all of them alike, and ratios
 are taken within a round.  On a GPU a turn lies between two events and is repeated until it is long
-enough to be measured; on a CPU, or if each run is to be alone, it lies between two looks at the
+enough to be measured; on a CPU, or if each run is to be alone, it lies between two readings of the
 clock.
 """
 
