@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-T = TypeVar("T", bound=Callable[..., Any])
+T = TypeVar("T")
 
 _GRIDS = (
     "tiny_patch16_224",
@@ -105,16 +105,9 @@ SCHEDULE_FORM = (
     r"(r|ramp|list|keep|tokens):[-\d.,@/]+|(all|interleaved|alternate|lower|upper)(:\d+)+"
     r"|\d+:\d+(,\d+:\d+)*"
 )
-DATA_SETS: tuple[str, ...] = (
-    "DIGITS",
-    "SHAPES100",
-    "CIFAR",
-    "CIFAR10",
-    "IMNET",
-    "FOLDER",
-    "INAT",
-    "INAT19",
-    "FAKE",
+DATA_SETS: dict[str, str] = dict.fromkeys(  # with their tasks, modules of `fambav.tasks`
+    ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10", "IMNET", "FOLDER", "INAT", "INAT19", "FAKE"),
+    "classification",
 )
 CLASS_TOKENS: tuple[str, ...] = ("middle", "head", "double", "none")
 BIMAMBA: tuple[str, ...] = ("v2", "v1", "none")
@@ -191,3 +184,4 @@ class Registry(Generic[T]):
 
 REDUCERS: Registry[Callable[..., Any]] = Registry("reduction")
 BUILDERS: Registry[Callable[..., Any]] = Registry("data_set")
+TASKS: Registry[Any] = Registry("task")

@@ -14,8 +14,8 @@ import torch
 
 from fambav import data
 from fambav.bench.report import Report, Row, positive, settings
+from fambav.bench.timing import quartiles, settle
 from fambav.data.device_augment import DeviceSet, device_train_loader
-from fambav.engine.timing import quartiles, settle
 
 BATCH = {"cuda": 128, "cpu": 32}
 LOADER, RESIDENT = "loader", "resident"

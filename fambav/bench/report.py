@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fambav.engine.record import environment
+from fambav.engine.run_dir import environment
 from fambav.table import aligned
 
 Row = Mapping[str, Any]

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fambav.bench.candidates import Candidate, images
 from fambav.bench.report import Row, dtype_name
+from fambav.bench.timing import Run, Times, ratio, spread
 from fambav.engine.memory import MIB
-from fambav.engine.timing import Run, Times, ratio, spread
 from fambav.flops import count
 from fambav.ops.kernels import kernel_set
 

@@ -145,7 +145,7 @@ def measure(function: Callable[..., Any], given: dict[str, Any]) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     import torch
 
-    from fambav.engine.runtime import processes
+    from fambav.engine.distributed import processes
 
     target = given.pop("json")
     with processes(given["device"]) as here:

@@ -14,7 +14,7 @@ NAMES: dict[str, Sequence[str]] = {
         *(f"{alias} = {name}" for alias, name in registry.STRATEGY_ALIASES.items()),
     ),
     "methods": registry.METHODS,
-    "data-sets": registry.DATA_SETS,
+    "data-sets": tuple(registry.DATA_SETS),
     "backends": registry.SCAN_BACKENDS,
 }
 

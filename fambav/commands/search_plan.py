@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fambav.commands.parser import Parser
 from fambav.commands.trained import (
+    RUN,
     read_settings,
     reduction_arguments,
     refuse_folders,
@@ -21,6 +22,8 @@ from fambav.search.parsing import parse_budget
 if TYPE_CHECKING:
     from fambav.search.baselines import Row
     from fambav.search.budget_search import SearchResult
+    from fambav.search.objective import PlanScore
+    from fambav.tasks import Metric
 
 USAGE = "fambav search-plan CHECKPOINT --budget KIND:MOST [--method NAME ...] [--name value ...]"
 _OPTIONS = ("images", "objective", "algorithm", "steps", "trials", "seed")
@@ -47,23 +50,24 @@ def run(words: list[str]) -> None:
         policies=reduction_arguments(given.method[0], policies),
         **{name: getattr(given, name) for name in _OPTIONS},
     )
-    with opened(given.checkpoint, asked=foreign, changes=changes) as trained:
+    with opened(given.checkpoint, config=foreign, changes=changes) as trained:
         result = search_plan(trained, options, lambda line: print(line, flush=True))
         plan, space, cost_model = result.plan, result.space, result.cost_model
         cost = given.budget.format(cost_model(plan.counts))
-        print(_front_text(given, result))
+        primary = trained.task.primary
+        print(_front_text(given, result, primary))
         print(_answer_text(given, result))
         print(f"search took {time.perf_counter() - begun:.0f} s")
         rows: list[Row] = []
         if given.compare:
             rows, left_out = compare(
-                lambda counts: trained.held_out(space.reduction(counts)).acc1,
+                lambda counts: trained.metric(space.reduction(counts)),
                 space,
                 cost_model,
                 plan.counts,
             )
             images = len(trained.data.val)
-            print(_compared_text(given, plan.method, rows, left_out, images=images))
+            print(_compared_text(given, plan.method, rows, left_out, primary, images=images))
         if given.output is not None:
             write_plan(
                 given.output,
@@ -74,7 +78,9 @@ def run(words: list[str]) -> None:
             )
             print(f"written: {given.output}")
     if given.json is not None:
-        given.json.write_text(json.dumps(_figures(given, result, rows), indent=1) + "\n")
+        given.json.write_text(
+            json.dumps(_figures(given, result, rows, primary.name), indent=1) + "\n"
+        )
 
 
 def _parser() -> Parser:
@@ -84,7 +90,7 @@ def _parser() -> Parser:
         "--model, --data-set and whatever else describes it."
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of weights or a run's folder")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=RUN)
     add("--budget", required=True, metavar="KIND:MOST", help="token-layers:0.7, flops:0.75, ms:9")
     add("--method", nargs="+", default=["ordered"], metavar="NAME", help="ordered by default")
     add("--images", type=int, default=256, metavar="N", help="of the training set (256)")
@@ -110,15 +116,15 @@ def _check(given: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is {getattr(given, name)}, expected at least {least}")
 
 
-def _front_text(given: argparse.Namespace, result: SearchResult) -> str:
+def _front_text(given: argparse.Namespace, result: SearchResult, primary: Metric) -> str:
     """Return the Pareto front, thinned to some lines."""
     front, kind = result.front, given.budget.kind
     step = max(1, -(-len(front) // _SHOWN))
     shown = [row for n, row in enumerate(front) if n % step == 0 or row[0] == result.plan]
-    head = f"{'cost':>12}  {'loss':>9}  {'top-1':>6}  plan"
+    head = f"{'cost':>12}  {'loss':>9}  {primary.label:>6}  plan"
     lines = [
         f"{_cost(kind, cost):>12}  {result.scores[plan].loss:9.4g}  "
-        f"{result.scores[plan].acc1:6.2f}  {plan.method} {plan.summary()}"
+        f"{result.scores[plan].metric:6.2f}  {plan.method} {plan.summary()}"
         for plan, cost in shown
     ]
     dropped = f", {len(shown)} of {len(front)}" if len(shown) < len(front) else ""
@@ -135,32 +141,38 @@ def _answer_text(given: argparse.Namespace, result: SearchResult) -> str:
     budget, plan, cost_model = given.budget, result.plan, result.cost_model
     cost, unreduced = cost_model(plan.counts), cost_model(result.space.unreduced)
     beside = f" (every token: {unreduced:.2f} ms)" if budget.kind == "ms" else ""
-    loss, acc1 = result.scores[plan]
+    loss, metric = result.scores[plan]
     return (
         f"found: {plan.method} {plan.summary()}\n"
         f"  {budget.format(cost)}{beside}, at most {budget.format(budget.most)}"
-        f"; loss {loss:.4g}, {acc1:.2f}% of the training images right;"
+        f"; loss {loss:.4g}, {metric:.2f}% of the training images right;"
         f" {len(result.scores)} plans tried"
     )
 
 
 def _compared_text(
-    given: argparse.Namespace, method: str, rows: list[Row], left_out: list[str], *, images: int
+    given: argparse.Namespace,
+    method: str,
+    rows: list[Row],
+    left_out: list[str],
+    primary: Metric,
+    *,
+    images: int,
 ) -> str:
     from fambav.search.baselines import NEAR, count_beaten
 
     kind = given.budget.kind
     beyond = f"left out, dearer by more than {100 * NEAR:g} points: {', '.join(left_out)}"
     lines = [
-        f"{row.name:>12}  {_cost(kind, row.cost):>10}  {row.acc1:8.2f}  "
+        f"{row.name:>12}  {_cost(kind, row.cost):>10}  {row.metric:8.2f}  "
         f"{','.join(map(str, row.counts))}"
         for row in rows
     ]
-    won, tied, of = count_beaten(rows)
+    won, tied, of = count_beaten(rows, primary)
     return "\n".join(
         (
             f"held-out images, {method}, without training; strategies never cost less",
-            f"{'plan':>12}  {kind:>10}  {'top-1':>8}  removed at each layer",
+            f"{'plan':>12}  {kind:>10}  {primary.label:>8}  removed at each layer",
             *lines,
             *[beyond] * bool(left_out),
             f"found beats {won} of {of} uniform strategies and equals {tied}; one of the {images} "
@@ -169,8 +181,14 @@ def _compared_text(
     )
 
 
-def _figures(given: argparse.Namespace, result: SearchResult, rows: list[Row]) -> dict[str, Any]:
+def _figures(
+    given: argparse.Namespace, result: SearchResult, rows: list[Row], metric: str
+) -> dict[str, Any]:
     """Return the whole result as plain data."""
+
+    def plain(row: Row | PlanScore) -> dict[str, Any]:
+        return {metric if name == "metric" else name: x for name, x in row._asdict().items()}
+
     plan, cost_model = result.plan, result.cost_model
     return {
         "checkpoint": str(given.checkpoint),
@@ -181,11 +199,11 @@ def _figures(given: argparse.Namespace, result: SearchResult, rows: list[Row]) -
         "cost": cost_model(plan.counts),
         "dense_cost": cost_model(result.space.unreduced),
         "loss": result.scores[plan].loss,
-        "train_acc1": result.scores[plan].acc1,
+        f"train_{metric}": result.scores[plan].metric,
         "tried": len(result.scores),
         "front": [
-            {**each._asdict(), "cost": cost, **result.scores[each]._asdict()}
+            {**each._asdict(), "cost": cost, **plain(result.scores[each])}
             for each, cost in result.front
         ],
-        "held_out": [row._asdict() for row in rows],
+        "held_out": [plain(row) for row in rows],
     }

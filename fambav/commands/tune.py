@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fambav.commands.parser import Parser
 from fambav.commands.trained import (
+    RUN,
     read_settings,
     reduction_arguments,
     refuse_folders,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fambav.search.tuning import Evaluated, Member, Tuned
+    from fambav.tasks import Metric
 
 USAGE = "fambav tune CHECKPOINT --margin POINTS [--method NAME] [--family PLANS] [--name value ...]"
 
@@ -40,22 +42,24 @@ def run(words: list[str]) -> None:
     from fambav.search.subject import opened
     from fambav.search.tuning import members_of, tune
 
-    with opened(given.checkpoint, asked=foreign, changes=changes) as trained:
+    with opened(given.checkpoint, config=foreign, changes=changes) as trained:
         arguments = reduction_arguments(given.method, policies)
         space = SearchSpace(trained.net.info, given.method, **arguments)
         members, images = members_of(family, space), len(trained.data.val)
         print(f"{given.method} {family.text} on the {images} held-out images", flush=True)
-        print(f"{'plan':>12}  {'token-layers':>12}  {'top-1':>7}  {'lost':>6}")
+        primary = trained.task.primary
+        print(f"{'plan':>12}  {'token-layers':>12}  {primary.label:>7}  {'lost':>6}")
         tuned = tune(
-            lambda counts: trained.held_out(space.reduction(counts)).acc1,
+            lambda counts: trained.metric(space.reduction(counts)),
             space,
             members,
+            primary=primary,
             margin=given.margin,
             report=lambda row: print(_line(row), flush=True),
         )
         print(_result_text(given, tuned, members))
         if given.json is not None:
-            given.json.write_text(json.dumps(_figures(given, tuned), indent=1) + "\n")
+            given.json.write_text(json.dumps(_figures(given, tuned, primary), indent=1) + "\n")
         best = tuned.answer
         if given.output is not None and best is not None:
             write_plan(
@@ -78,7 +82,7 @@ def _parser() -> Parser:
         "--model, --data-set and whatever else describes it."
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of weights or a run's folder")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=RUN)
     add("--margin", type=float, required=True, metavar="POINTS", help="of top-1, in percent")
     add("--method", default="ordered", metavar="NAME", help="ordered by default")
     add("--family", default="all", metavar="PLANS", help=f"{FAMILIES}; all by default")
@@ -88,7 +92,7 @@ def _parser() -> Parser:
 
 
 def _line(row: Evaluated) -> str:
-    return f"{row.name:>12}  {100 * row.share:11.2f}%  {row.acc1:7.3f}  {row.lost:6.3f}"
+    return f"{row.name:>12}  {100 * row.share:11.2f}%  {row.metric:7.3f}  {row.lost:6.3f}"
 
 
 def _result_text(given: argparse.Namespace, tuned: Tuned, members: Sequence[Member]) -> str:
@@ -121,7 +125,7 @@ def _result_text(given: argparse.Namespace, tuned: Tuned, members: Sequence[Memb
     return "\n".join(lines)
 
 
-def _figures(given: argparse.Namespace, tuned: Tuned) -> dict[str, Any]:
+def _figures(given: argparse.Namespace, tuned: Tuned, primary: Metric) -> dict[str, Any]:
     """Return the whole result as plain data."""
 
     def plain(row: Evaluated) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def _figures(given: argparse.Namespace, tuned: Tuned) -> dict[str, Any]:
             "name": row.name,
             "counts": list(row.plan.counts),
             "token_layers": row.share,
-            "acc1": row.acc1,
+            primary.name: row.metric,
             "lost": row.lost,
         }
 

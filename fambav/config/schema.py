@@ -402,7 +402,7 @@ class Distillation(Group):
     )
     teacher_path: str = option(
         "",
-        "checkpoint of the teacher's weights; for the model itself --finetune's if there is one",
+        "file or run folder of the teacher's weights; for the model itself --finetune's, if any",
         when.TAUGHT,
         affects="nothing",  # its weights do, and are compared where it matters
         check=checks.local_file,
@@ -421,10 +421,16 @@ class Run(Group):
         flag="output_dir",
     )
     resume: str = option(
-        "", "checkpoint to go on from, or auto", affects="nothing", check=checks.local_file
+        "",
+        "checkpoint to go on from, or auto; with --eval also a run folder, its best checkpoint",
+        affects="nothing",
+        check=checks.local_file,
     )
     finetune: str = option(
-        "", "checkpoint whose weights to start from", affects="nothing", check=checks.local_file
+        "",
+        "file of weights to start from, or a run folder, its best checkpoint",
+        affects="nothing",
+        check=checks.local_file,
     )
     eval: bool = switch("evaluate --resume or --finetune, without training", affects="nothing")
     device: str | None = option(

@@ -18,13 +18,29 @@ What is offered here loads no torch; `fambav.experiments.sweep` does.
 """
 
 from fambav.experiments.grid_file import read_grid
-from fambav.experiments.metrics import METRICS, PRIMARY
-from fambav.experiments.results import Estimate, Point, Results, is_grid, read_points, read_title
-from fambav.experiments.runs import Result, compare, read_environment, read_log, read_plan, read_run
+from fambav.experiments.metrics import PRIMARY
+from fambav.experiments.results import (
+    Estimate,
+    Point,
+    Results,
+    is_grid,
+    read_points,
+    read_task,
+    read_title,
+)
+from fambav.experiments.runs import (
+    Result,
+    compare,
+    log_metrics,
+    read_environment,
+    read_log,
+    read_plan,
+    read_primary,
+    read_run,
+)
 from fambav.experiments.summary import table
 
 __all__ = [
-    "METRICS",
     "PRIMARY",
     "Estimate",
     "Point",
@@ -32,12 +48,15 @@ __all__ = [
     "Results",
     "compare",
     "is_grid",
+    "log_metrics",
     "read_environment",
     "read_grid",
     "read_log",
     "read_plan",
     "read_points",
+    "read_primary",
     "read_run",
+    "read_task",
     "read_title",
     "table",
 ]

@@ -18,11 +18,10 @@ import torch
 
 from fambav import config
 from fambav.engine.checkpoint import write_text
-from fambav.experiments.metrics import METRICS
 from fambav.experiments.runs import read_run
-from fambav.training.jobs import Job, opened
+from fambav.training.job import TrainingJob, opened
 from fambav.training.network import model
-from fambav.training.updates import precision
+from fambav.training.step import precision
 
 SETTINGS, OUTPUT, FIGURES = "cell.yaml", "output.txt", "figures.json"
 
@@ -52,8 +51,8 @@ def figures(folder: Path) -> dict[str, Any]:
     wanted = config.load(folder / SETTINGS)
     with opened(wanted) as job:
         if wanted.run.eval:
-            plan, scores = job.sketch.schedule, job.evaluate()._asdict()
-            metrics = {metric.name: scores[metric.name] for metric in METRICS}
+            plan, scores = job.layout.schedule, job.evaluate()
+            metrics = {m.name: scores.metrics[m.name] for m in job.task.metrics}
             return {**metrics, "token_layers": plan and plan.share}
         _warm_up(job)
         job.train()
@@ -70,7 +69,7 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
-def _warm_up(job: Job) -> None:
+def _warm_up(job: TrainingJob) -> None:
     """Run a batch through a model of the cell's, so that no row pays for what a process does once.
 
     Kernels are compiled or loaded when they first run: seconds, which the first epoch would show as
@@ -78,7 +77,7 @@ def _warm_up(job: Job) -> None:
     """
     wanted, device = job.config, job.group.device
     net = model(wanted, num_classes=job.data.num_classes).to(device).train()
-    images = torch.zeros(wanted.optim.batch_size, 3, *job.sketch.input_size, device=device)
+    images = torch.zeros(wanted.optim.batch_size, 3, *job.layout.input_size, device=device)
     with precision(wanted, job.group).autocast():
         total = net(images).float().sum()
     total.backward()

@@ -9,6 +9,7 @@ from typing import Any
 from fambav.config import Config
 from fambav.experiments.provenance import LOCATIONS
 from fambav.experiments.rows import Row
+from fambav.tasks import Task, task_of
 
 UNREDUCED, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")
 
@@ -97,6 +98,11 @@ class Grid:
     def name(self) -> str:
         """The name of the file without its ending."""
         return self.path.stem
+
+    @property
+    def task(self) -> Task:
+        """The task of its data set."""
+        return task_of(self.cells[0].config.data.data_set)
 
     @property
     def phase(self) -> str:

@@ -4,7 +4,7 @@ cell.json      the settings, written first: a folder begun with others is emptie
 machine.json   where it was begun: a folder begun elsewhere is emptied too
 cell.yaml      what the process is to do, as `main.py --config` takes it
 output.txt     what it printed, and the traceback of a failure
-log.txt, ...   what every run leaves, see engine.record
+log.txt, ...   what every run leaves, see engine.run_dir
 figures.json   the figures, or the error, as the process wrote them
 result.json    the same with settings, machine and times, written last
 """
@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from fambav.config import Config, ConfigError
-from fambav.engine import record
+from fambav.engine import run_dir
 from fambav.engine.checkpoint import write_text
-from fambav.engine.record import CHECKPOINT, KEPT, WEIGHTS
+from fambav.engine.run_dir import CHECKPOINT, KEPT, WEIGHTS
 from fambav.experiments.cell import FIGURES, OUTPUT, SETTINGS, perform
 from fambav.experiments.grid import FREE, UNREDUCED, Cell
 from fambav.experiments.provenance import differing, machine
@@ -59,7 +59,7 @@ def slots(jobs: int) -> list[Slot]:
     """
     names = gpus()
     if jobs == 1 or len(names) < 2:
-        return [({}, record.gpu())] * jobs
+        return [({}, run_dir.gpu())] * jobs
     numbers = [job % len(names) for job in range(jobs)]
     return [({_VISIBLE: names[n]}, torch.cuda.get_device_name(n)) for n in numbers]
 

@@ -27,7 +27,7 @@ def machine(environment: Facts, *, without: Collection[str] = ()) -> dict[str, A
     """Return where something was measured.
 
     Args:
-        environment: Of `engine.record.environment`.
+        environment: Of `engine.run_dir.environment`.
         without: Entries to leave out.
     """
     names = (name for name in MACHINE if name in environment and name not in without)

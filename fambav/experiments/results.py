@@ -16,20 +16,17 @@ from typing import Any
 
 from fambav.config import Config, Run
 from fambav.experiments.grid import PHASES, Cell, Grid
-from fambav.experiments.metrics import METRICS
 from fambav.experiments.provenance import machine
 from fambav.experiments.rows import Row
-from fambav.registry import FOREIGN, METHODS
+from fambav.registry import DATA_SETS, FOREIGN, METHODS
+from fambav.tasks import Task, task_of
 
 Record = dict[str, Any]
 
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
 FLOPS = "flops"
 
-_METRICS = tuple(metric.name for metric in METRICS)
 _COSTS = ("seconds", "seconds_per_epoch", "images_per_second", "memory_mib")
-_MEASURED = (*_METRICS, "token_layers", *_COSTS, FLOPS)
-_FIGURES = (*_METRICS, "token_layers", "epochs", *_COSTS, "memory_kind")
 _MACHINE = ("platform", "cpu", "cpu_count", "threads", "gpu", "jobs")
 
 
@@ -71,6 +68,7 @@ class Results:
 
     def __init__(self, grid: Grid, records: Mapping[str, Record]) -> None:
         self.grid, self.records = grid, records
+        self._metrics = tuple(metric.name for metric in grid.task.metrics)
 
     def by_seed(self, row: Row, phases: Iterable[str], name: str) -> dict[int, float]:
         """Return a figure of a row by seed, from the first of some phases that has it.
@@ -96,13 +94,14 @@ class Results:
     def values(self) -> list[list[Any]]:
         """Return a head and a line per cell, in the order of the rows; None where there is none."""
         keys = list(dict.fromkeys(key for row in self.grid.rows for key in row.settings))
+        figures = [*self._metrics, "token_layers", "epochs", *_COSTS, "memory_kind"]
         where = [*_MACHINE, "versions", "commit", "started", "ended"]
-        lines: list[list[Any]] = [["row", *keys, "seed", "phase", *_FIGURES, "error", *where]]
+        lines: list[list[Any]] = [["row", *keys, "seed", "phase", *figures, "error", *where]]
         for cell, known in self._ordered():
             about = known["about"]
             own = map(cell.row.settings.get, keys)
             line = [cell.row.name, *own, cell.seed, cell.phase]
-            line += map(known["figures"].get, _FIGURES)
+            line += map(known["figures"].get, figures)
             line += [known["error"], *map(about.get, _MACHINE), described_versions(about)]
             lines.append([*line, about.get("commit"), *_times(known).values()])
         return lines
@@ -141,7 +140,8 @@ class Results:
     def _row(self, row: Row) -> dict[str, Any]:
         phases: dict[str, dict[str, Any]] = {}
         for phase in PHASES:
-            values = {name: self.by_seed(row, [phase], name) for name in _MEASURED}
+            names = (*self._metrics, "token_layers", *_COSTS, FLOPS)
+            values = {name: self.by_seed(row, [phase], name) for name in names}
             means = {n: asdict(estimate(list(v.values()))) for n, v in values.items() if v}
             if means:
                 phases[phase] = means
@@ -223,11 +223,11 @@ class Point:
         phase: The phase that the figures are of.
         settings: What differs from the row without reduction.
         method: The method of reduction, or "none".
-        figures: What was measured: METRICS after the last epoch; `seconds` of training,
+        figures: What was measured: metrics after the last epoch; `seconds` of training,
             `seconds_per_epoch`, `images_per_second`; `memory_mib`, peak memory while training;
             `token_layers`, tokens summed over the layers as a share of those without reduction;
             `flops`, operations for one image as papers count them.
-        paper: What the paper reports of the row, as far as the grid lists it, by rows.PAPER.
+        paper: What the paper reports of the row, as far as the grid lists it, by name.
     """
 
     name: str
@@ -273,6 +273,16 @@ def read_title(folder: Path) -> tuple[str, str]:
     document = _document(folder)
     kinds = {cell["figures"].get("memory_kind") for cell in document["cells"]} - {None}
     return document["title"] or document["grid"], "; ".join(sorted(kinds))
+
+
+def read_task(folder: Path) -> Task:
+    """Return the task that the cells of a grid learn.
+
+    Raises:
+        ValueError: If the folder holds no results, or they are damaged.
+    """
+    names = (cell.get("config", {}).get("data_set") for cell in _document(folder)["cells"])
+    return task_of(next((name for name in names if name in DATA_SETS), next(iter(DATA_SETS))))
 
 
 def _document(folder: Path) -> dict[str, Any]:

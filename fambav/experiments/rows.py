@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fambav.config import ConfigError, format_value, refuse
-from fambav.experiments.metrics import METRICS
+from fambav.experiments.metrics import all_metrics
 from fambav.registry import nearest
 
 OWN = ("seed", "output_dir", "resume", "finetune", "eval")  # settings that the grid itself sets
 NONE = "-"  # an empty part of a name
 
-_METRICS = tuple(metric.name for metric in METRICS)
-PAPER = (*_METRICS, "seconds", "memory")  # figures of a paper; the file has seconds as `time`
+COSTS = ("seconds", "memory")  # of what a paper reports; the file has seconds as `time`
 _CLOCK = re.compile(r"(\d+):([0-5]\d):([0-5]\d)")
 
 
@@ -30,8 +29,8 @@ class Row:
         labels: What stands in the columns of names.
         settings: What differs from the row without reduction, by the names of settings.
         file: The YAML file that it is read from instead of the grid's base.
-        paper: What a paper reports of it, by PAPER: metrics in percent, seconds of training, peak
-            memory in the paper's own unit; None where it has none.
+        paper: What a paper reports of it, metrics by name, and COSTS, which are seconds of
+            training and peak memory in the paper's own unit; None where it has none.
     """
 
     name: str
@@ -121,10 +120,10 @@ def _paper(label: str, given: Any) -> dict[str, float | None] | None:
     if given is None:
         return None
     if not isinstance(given, dict) or not given:
-        example = f"{{{_METRICS[0]}: 70.5, time: '4:08:40'}}"
+        example = f"{{{next(iter(all_metrics()))}: 70.5, time: '4:08:40'}}"
         refuse(label, given, f"figures such as {example}")
-    known = (*_METRICS, "time", "memory")
-    figures: dict[str, float | None] = dict.fromkeys(PAPER)
+    known = (*all_metrics(), "time", "memory")
+    figures: dict[str, float | None] = dict.fromkeys((*all_metrics(), *COSTS))
     for key, value in given.items():
         if key not in known:
             raise ConfigError(

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 
-from fambav.engine import record
+from fambav.engine import run_dir
 from fambav.engine.checkpoint import write_text
 from fambav.engine.lock import locked
 from fambav.experiments.grid import Cell, Grid
-from fambav.experiments.metrics import PRIMARY
 from fambav.experiments.process import Process, finished, slots
 from fambav.experiments.provenance import described, differing, machine
 from fambav.experiments.results import CSV, JSON, MARKDOWN, Record, Results
 from fambav.experiments.summary import table
+from fambav.tasks import Metric
 
 _NAMED = 6  # failed cells that an error names
 _PAUSE = 0.05  # seconds between two polls of the processes
@@ -51,8 +51,8 @@ def run(
         OSError: If the folder cannot be written.
     """
     with locked(folder):
-        record.prepare(folder)
-        about = record.environment(jobs=jobs)
+        run_dir.prepare(folder)
+        about = run_dir.environment(jobs=jobs)
         records = {c.name: known for c in grid.cells if (known := finished(c, folder))}
         left = [cell for cell in grid.cells if cell.name not in records]
         if not mixed:
@@ -64,7 +64,7 @@ def run(
             cell, known = process.cell, process.result(keep=keep)
             records[cell.name] = known
             _write(results, folder, mixed=mixed)
-            line = f"{_line(cell, known)}{_time_left(results, jobs)}"
+            line = f"{_line(cell, known, grid.task.primary)}{_time_left(results, jobs)}"
             report(f"[{len(records)}/{len(grid.cells)}] {line}")
         if not mixed:
             _refuse_mixed(folder, records, None)  # processes may have had GPUs of several kinds
@@ -147,8 +147,8 @@ def _refuse_mixed(folder: Path, records: dict[str, Record], here: Record | None)
         )
 
 
-def _line(cell: Cell, known: Record) -> str:
+def _line(cell: Cell, known: Record, primary: Metric) -> str:
     if known["error"] is not None:
         return f"{cell.name}: failed: {known['error']}"
-    value = f"{known['figures'][PRIMARY.name]:.2f} {PRIMARY.unit}"
+    value = f"{known['figures'][primary.name]:.2f} {primary.unit}".rstrip()
     return f"{cell.name}: {value} in {known['wall_seconds']:.1f} s"

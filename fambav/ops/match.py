@@ -187,7 +187,8 @@ def _pairs(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tens
         x = x.float()
         even, odd = x[:, 0::2], x[:, 1::2]  # whose products are (batch, evens, odds)
         scale = 1 / x.norm(dim=-1).clamp_min(1e-12)
-        score = (even @ odd.mT).mul_(scale[:, 0::2, None]).mul_(scale[:, None, 1::2])
+        # Nothing changes in place, so that the exported graph of a model can hold this.
+        score = (even @ odd.mT) * scale[:, 0::2, None] * scale[:, None, 1::2]
     if masked is not None and masked.shape[1]:
         alone = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         alone = alone.scatter(1, masked, value=True)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fambav.search.cost_models import CostModel
 from fambav.search.space import Counts, SearchSpace, uniform_strategies
+from fambav.tasks import Metric
 
 NEAR = 0.02  # cost beyond the cheapest row of upper, as a share of the unreduced model's
 
@@ -18,17 +19,17 @@ class Row(NamedTuple):
         name: What it is.
         counts: Tokens removed at each layer.
         cost: In the unit of the budget.
-        acc1: Top-1, in percent.
+        metric: The primary one of the task.
     """
 
     name: str
     counts: Counts
     cost: float
-    acc1: float
+    metric: float
 
 
 def compare(
-    accuracy: Callable[[Counts], float], space: SearchSpace, cost_model: CostModel, plan: Counts
+    metric: Callable[[Counts], float], space: SearchSpace, cost_model: CostModel, plan: Counts
 ) -> tuple[list[Row], list[str]]:
     """Evaluate a plan and the uniform strategies that cost as much or more, never less.
 
@@ -36,7 +37,7 @@ def compare(
     every first layer is tried.
 
     Args:
-        accuracy: Of a plan on the held-out images, in percent.
+        metric: The primary one of a plan on the held-out images.
         space: The plans of its method.
         cost_model: Gives their costs.
         plan: The plan.
@@ -56,11 +57,11 @@ def compare(
     limit = least + NEAR * cost_model(space.unreduced)
     left_out = [name for name, counts in uppers.items() if cost_model(counts) > limit]
     compared.update((name, c) for name, c in uppers.items() if name not in left_out)
-    rows = [Row(name, c, cost_model(c), accuracy(c)) for name, c in compared.items()]
+    rows = [Row(name, c, cost_model(c), metric(c)) for name, c in compared.items()]
     return rows, left_out
 
 
-def count_beaten(rows: list[Row]) -> tuple[int, int, int]:
+def count_beaten(rows: list[Row], primary: Metric) -> tuple[int, int, int]:
     """Count the strategies that the plan beats, those it equals, and all of them."""
-    acc1, others = rows[1].acc1, [row.acc1 for row in rows[2:]]
-    return sum(acc1 > other for other in others), others.count(acc1), len(others)
+    gains = [primary.gain(rows[1].metric, row.metric) for row in rows[2:]]
+    return sum(gain > 0 for gain in gains), gains.count(0), len(gains)

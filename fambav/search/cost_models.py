@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fambav import flops
-from fambav.engine.runtime import Precision
-from fambav.engine.timing import interleave, ratio
+from fambav.bench.timing import interleave, ratio
+from fambav.engine.precision import Precision
 from fambav.models import Backbone
 from fambav.reduction import Reduction, no_reduction
 from fambav.search.space import Counts, SearchSpace

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fambav.engine.runtime import Precision
+from fambav.engine.precision import Precision
 from fambav.layers import Tokens
 from fambav.models import Backbone
 from fambav.ops.match import others

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fambav.engine.finite import NotFiniteError, check_logits
-from fambav.engine.runtime import Precision
+from fambav.engine.precision import Precision
 from fambav.layers import Tokens
 from fambav.models import Backbone
 from fambav.reduction import Reduction, no_reduction
@@ -27,11 +27,11 @@ class PlanScore(NamedTuple):
 
     Attributes:
         loss: The smaller the better; 0 or more.
-        acc1: Share of images whose class is predicted, in percent.
+        metric: Share of images whose class is predicted, in percent.
     """
 
     loss: float
-    acc1: float
+    metric: float
 
 
 class Objective:

@@ -11,6 +11,7 @@ from fambav.reduction.schedule import parse_schedule
 from fambav.reduction.schedule import plan as strategy_plan
 from fambav.search.parsing import Family
 from fambav.search.space import Counts, Plan, SearchSpace
+from fambav.tasks import Metric
 
 Member = tuple[str, Counts]  # the number in which it differs from others, and the plan
 
@@ -25,14 +26,14 @@ class Evaluated(NamedTuple):
         name: The number in which it differs from others of its family.
         plan: The plan.
         share: Token-layers that remain, 0 to 1.
-        acc1: Top-1, in percent.
-        lost: How much less than with every token, in percentage points.
+        metric: The primary one of the task.
+        lost: How much worse than with every token.
     """
 
     name: str
     plan: Plan
     share: float
-    acc1: float
+    metric: float
     lost: float
 
 
@@ -52,28 +53,30 @@ class Tuned:
 
 
 def tune(
-    accuracy: Callable[[Counts], float],
+    metric: Callable[[Counts], float],
     space: SearchSpace,
     members: Sequence[Member],
     *,
+    primary: Metric,
     margin: float,
     report: Callable[[Evaluated], None],
 ) -> Tuned:
     """Find the largest reduction that loses no more than a margin.
 
     Args:
-        accuracy: Of a plan on the held-out images, in percent.
+        metric: The primary one of a plan on the held-out images.
         space: The plans of a method.
         members: Of these, each removing more than the one before; at least one.
-        margin: Percentage points of top-1, 0 or more.
+        primary: That metric.
+        margin: In its unit, such as points of top-1; 0 or more.
         report: Gets each plan as it is evaluated.
     """
     trail: list[Evaluated] = []
 
     def evaluate(name: str, counts: Counts) -> Evaluated:
-        acc1, share = accuracy(counts), space.reduction(counts).schedule.share
-        lost = trail[0].acc1 - acc1 if trail else 0.0
-        trail.append(Evaluated(name, Plan(space.method, counts), share, acc1, lost))
+        value, share = metric(counts), space.reduction(counts).schedule.share
+        lost = primary.gain(trail[0].metric, value) if trail else 0.0
+        trail.append(Evaluated(name, Plan(space.method, counts), share, value, lost))
         report(trail[-1])
         return trail[-1]
 

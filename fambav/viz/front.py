@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fambav.experiments import Point
-from fambav.experiments.metrics import PRIMARY, Metric
+from fambav.experiments.metrics import PRIMARY
 from fambav.pareto import pareto_front
+from fambav.tasks import Metric
 from fambav.viz import style
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from fambav.data import DataSet
 from fambav.engine.finite import check_logits
 from fambav.models import Backbone
 from fambav.registry import PICTURES, nearest
-from fambav.training.prediction import Pretrained, load_run
+from fambav.training.inference import LoadedRun, load_run
 from fambav.viz import figures, measures
 from fambav.viz.compare import compare_strategies, described
 from fambav.viz.logs import Record, curves
@@ -51,7 +51,7 @@ class Source:
         """Return whether there is more than one image."""
         return len(self.images or self.index) > 1
 
-    def read(self, run: Pretrained) -> Iterator[tuple[Image.Image, str]]:
+    def read(self, run: LoadedRun) -> Iterator[tuple[Image.Image, str]]:
         """Yield images, and what each is.
 
         Raises:
@@ -79,7 +79,7 @@ class Picture(NamedTuple):
     path: Path
 
 
-def held_out(run: Pretrained, source: Source | None = None) -> DataSet:
+def held_out(run: LoadedRun, source: Source | None = None) -> DataSet:
     """Open the data set of a run, or the one that images are to come from.
 
     Raises:
@@ -114,7 +114,7 @@ def traced(
         ValueError: If the weights are missing or cannot be used, or an image is not there.
         NotFiniteError: If a logit is not finite.
     """
-    run = load_run(path, **dict(settings or {}))
+    run = load_run(path, settings)
     name, net = run.config.model.model, run.net
     if not isinstance(net, Backbone):
         raise ValueError(f"model is {name!r}, expected one whose tokens can be reduced")
@@ -169,7 +169,8 @@ def render(
     if "curves" in wanted:
         logs = {name: read_log(run) for name, run in zip(names, runs, strict=True)}
         title = f"training of {', '.join(names)}" if len(names) < 4 else f"{len(names)} runs"
-        yield "curves", _write(curves(logs, title=title), title, folder, "curves", svg=svg)
+        drawn = curves(logs, title=title, metric=experiments.read_primary(runs[0]))
+        yield "curves", _write(drawn, title, folder, "curves", svg=svg)
 
 
 def read_log(run: Path) -> list[Record]:

@@ -25,7 +25,8 @@ from fambav.data.augment_params import ParamSampler, ProxySamples
 from fambav.data.device_augment import DeviceEvalLoader, DeviceSet, device_train_loader
 from fambav.data.device_ops import OPERATIONS, affine
 from fambav.data.loaders import Augmented
-from fambav.engine import checkpoint, train
+from fambav.engine import checkpoint
+from fambav.engine.step import TrainStep
 from fambav.timm_compat import timm
 from tests.data.made import made_cifar
 
@@ -314,7 +315,7 @@ def test_a_run_learns_the_same_weights_with_and_without(words, plain, tmp_path):
 def test_an_interrupted_run_goes_on_to_the_bit_with_or_without_before(
     words, plain, tmp_path, before
 ):
-    real = train.Update.__call__
+    real = TrainStep.__call__
 
     def call(self, batches, number):
         if number == 3:  # in the middle of the second epoch
@@ -322,7 +323,7 @@ def test_an_interrupted_run_goes_on_to_the_bit_with_or_without_before(
         return real(self, batches, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Update, "__call__", call)
+        patch.setattr(TrainStep, "__call__", call)
         with pytest.raises(Crash):
             go(*words, "--output_dir", tmp_path, *before)
     torch.manual_seed(99)  # whatever was drawn before must not matter

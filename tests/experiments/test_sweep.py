@@ -14,7 +14,7 @@ import torch
 from fambav.cli import console
 from fambav.experiments import cell, process, sweep
 from fambav.models import Vim
-from fambav.training import jobs
+from fambav.training import job
 from tests.experiments.made import ROOT, SCRATCH, UNREDUCED, accuracies, edit, go, losses, written
 
 CELLS = 8  # two dense models; each then tuned, with fusion, and tuned with fusion
@@ -120,7 +120,7 @@ def test_what_a_process_does_once_is_done_before_an_epoch_is_timed(alone, tmp_pa
 
     forward = Vim.forward
     monkeypatch.setattr(Vim, "forward", passed)
-    monkeypatch.setattr(jobs.Job, "train", begin)
+    monkeypatch.setattr(job.TrainingJob, "train", begin)
     with pytest.raises(KeyboardInterrupt):
         cell.figures(folder)
     assert seen == [(8, 3, 16, 16), "backward", "training"]

@@ -17,6 +17,7 @@ from fambav.search.parsing import parse_budget
 from fambav.search.plan_file import plan_settings
 from fambav.search.space import Plan
 from fambav.search.subject import opened
+from fambav.tasks import Scores, task_of
 from tests.search.made import weights
 
 SMALL = ["--images", "8", "--steps", "3", "--trials", "2"]
@@ -67,8 +68,10 @@ def test_no_strategy_compared_costs_less_and_the_front_only_holds_what_nothing_b
 
 
 def test_strategies_that_are_beaten_and_equalled_are_counted():
-    rows = [Row("", (), 1.0, acc1) for acc1 in (97.0, 90.0, 89.0, 90.0, 91.0, 12.0)]
-    assert count_beaten(rows) == (2, 1, 4)
+    rows = [Row("", (), 1.0, value) for value in (97.0, 90.0, 89.0, 90.0, 91.0, 12.0)]
+    higher = task_of("DIGITS").primary
+    assert count_beaten(rows, higher) == (2, 1, 4)
+    assert count_beaten(rows, higher._replace(higher_is_better=False)) == (1, 1, 4)
 
 
 def test_the_same_seed_finds_the_same_and_another_draws_other_images(source, tmp_path):
@@ -170,7 +173,8 @@ def test_images_of_the_held_out_set_are_never_looked_at(source, monkeypatch):
         (["--budget", "flops:0.5", "--output", "no/such/plan.yaml"], "folder is 'no/such'"),
         (["--budget", "flops:0.5", "--fusion-plan", "6:1"], "expected --method"),
         (["--budget", "flops:0.5", "--scan-policy", "masked"], "saves something"),
-        (["--budget", "flops:0.5", "--epochs", "3"], "which says itself what it is"),
+        (["--budget", "flops:0.5", "--epochs", "3"], "where it would change nothing"),
+        (["--budget", "flops:0.5", "--patch-size", "4"], "beside weights that know theirs"),
         (["--budget", "flops:0.5", "--model", "vim_tiny"], "expected no model beside it"),
         (["--budget", "flops:0.5", "--method", "evit", "stm", "--gap-policy", "bias"], "several"),
     ],
@@ -185,7 +189,7 @@ def test_a_checkpoint_that_is_missing_or_damaged_is_refused(source, tmp_path, co
     flags = ["--budget", "flops:0.5"] if command is search_plan else ["--margin", "1"]
     with pytest.raises(ConfigError, match=r"checkpoint is .*gone\.pth"):
         command.run([str(tmp_path / "gone.pth"), *flags])
-    with pytest.raises(ValueError, match=r"expected a folder with checkpoint\.pth"):
+    with pytest.raises(ValueError, match=r"holds no best_checkpoint\.pth"):
         command.run([str(tmp_path), *flags])
     damaged = tmp_path / "damaged.pth"
     damaged.write_bytes(source.read_bytes()[:4000])
@@ -209,7 +213,8 @@ def test_a_run_is_known_by_its_folder(source, tmp_path):
     (tmp_path / "checkpoint.pth").write_bytes(source.read_bytes())
     with opened(tmp_path) as subject:
         assert subject.path == tmp_path / "checkpoint.pth"
-        assert subject.net.schedule.removed == 0 and subject.trained.fusion.fusion_plan == "6:2"
+        assert subject.net.schedule.removed == 0 and subject.run.config.fusion.fusion_plan == "6:2"
+        assert subject.reduction.schedule.counts == (0, 0, 0, 0, 0, 2)
 
 
 def test_tuning_finds_the_margin_and_writes_what_it_found(source, tmp_path, capsys):
@@ -229,7 +234,7 @@ def test_a_margin_that_nothing_holds_is_said(source, tmp_path, monkeypatch, caps
     falling = iter(range(90, 0, -1))
 
     def held_out(self, reduction):
-        return type("Scores", (), {"acc1": float(next(falling))})
+        return Scores({"acc1": float(next(falling))}, samples=1)
 
     monkeypatch.setattr("fambav.search.subject.Subject.held_out", held_out)
     tune.run(words(source, tmp_path, "--margin", "0.5"))

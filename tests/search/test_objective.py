@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fambav.models  # noqa: F401  registers the models
-from fambav.engine.runtime import Precision
+from fambav.engine.precision import Precision
 from fambav.search.cost_models import Stopwatch
 from fambav.search.greedy import merged_dissimilarity, pair_similarity
 from fambav.search.objective import Objective, prefix_shared_logits

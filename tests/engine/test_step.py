@@ -1,25 +1,21 @@
-"""One update, and the updates of an epoch."""
+"""One update, its losses, and a batch on its way to the device."""
 
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
+from fambav.engine.distributed import Processes
 from fambav.engine.optim import Average
-from fambav.engine.runtime import Precision, Processes
-from fambav.engine.train import (
-    MAX_SKIPPED,
-    DivergedError,
-    Losses,
-    Update,
+from fambav.engine.precision import Precision
+from fambav.engine.step import MAX_SKIPPED, DivergedError, Losses, TrainStep, to_device
+from fambav.layers.drop import DropPath
+from fambav.tasks.classification import (
     binary_cross_entropy,
     smooth_cross_entropy,
     soft_cross_entropy,
-    train_epoch,
 )
-from fambav.layers.drop import DropPath
 from tests import golden
 
 CPU = torch.device("cpu")
@@ -42,7 +38,7 @@ class Tokens(nn.Module):
 def make(*, model=None, lr=0.1, processes=None, **options):
     torch.manual_seed(0)
     model = model or Tokens()
-    return Update(
+    return TrainStep(
         model=model,
         forward=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
@@ -68,15 +64,14 @@ def weights(update):
     return torch.cat([p.detach().flatten() for p in update.model.parameters()])
 
 
-def ignore(done, losses):
-    pass
-
-
-def epoch(update, batches, count, **options):
-    losses = Losses(update, 0)
-    return train_epoch(
-        update, batches, updates=range(count), losses=losses, report=ignore, **options
-    )
+def epoch(step, batches, count):
+    """Make updates; return what the losses come to."""
+    losses, stream = Losses(step, 0), iter(batches)
+    step.forward.train(step.training)
+    for update in range(count):
+        losses.add(step(stream, update))
+        losses.fetch()
+    return losses.summary()
 
 
 def test_accumulated_updates_are_those_of_one_large_batch():
@@ -187,34 +182,23 @@ def test_mixing_comes_before_the_model_with_the_update_number():
     assert summary.loss == pytest.approx(math.log(3))
 
 
-def test_reports_hold_every_loss_once_and_come_when_due():
-    told = []
-    update = make(lr=0.0, training=False)
-    summary = train_epoch(
-        update,
-        whole(7),
-        updates=range(10, 17),
-        losses=Losses(update, 10),
-        every=3,
-        report=lambda done, losses: told.append((done, len(losses))),
-    )
-    assert told == [(13, 3), (16, 3), (17, 1)]
-    assert summary.skipped == 0
+def test_losses_are_fetched_once_and_counted_from_the_start_of_the_run():
+    step, fetched = make(lr=0.0, training=False), []
+    losses = Losses(step, 10, known=[0.5])
+    for update in range(11, 18):
+        losses.add(step(iter(whole()), update))
+        if update % 3 == 0:
+            fetched.append((losses.done, len(losses.fetch())))
+    fetched.append((losses.done, len(losses.fetch())))
+    assert fetched == [(13, 2), (16, 3), (18, 2)]
+    assert len(losses) == len(losses.values) == 8
+    assert losses.fetch() == []
 
 
-def test_first_update_alone_is_measured():
-    update, inside = make(), []
-
-    @contextmanager
-    def measure():
-        inside.append(update.optimizer.param_groups[0]["lr"])
-        yield
-        inside.append(update.optimizer.param_groups[0]["lr"])
-        update.lr = lambda number: 5.0
-
-    epoch(update, whole(3), 3, first=measure())
-    assert inside == [0.0, 0.1]
-    assert update.optimizer.param_groups[0]["lr"] == 5.0
+def test_a_batch_of_any_structure_goes_to_the_device():
+    batch = (IMAGES, [{"boxes": LABELS, "name": "a"}])
+    images, targets = to_device(batch, torch.device("meta"))
+    assert images.is_meta and targets[0]["boxes"].is_meta and targets[0]["name"] == "a"
 
 
 def poisoned(at, count):

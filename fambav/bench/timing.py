@@ -2,7 +2,7 @@
 
 Every candidate runs once in every round, so that a busy machine slows all of them alike, and ratios
 are taken within a round.  On a GPU a turn lies between two events and is repeated until it is long
-enough to be measured; on a CPU, or if each run is to be alone, it lies between two looks at the
+enough to be measured; on a CPU, or if each run is to be alone, it lies between two readings of the
 clock.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fambav.engine.memory import MIB, Saved, allocated_peak
+from fambav.engine.memory import MIB, SavedBytes, allocated_peak
 
 Run = Callable[[], object]
 Times = list[float]
@@ -157,7 +157,7 @@ def peak_mib(run: Run, device: torch.device, *, ignored: Iterable[Tensor] = ()) 
     """
     if device.type == "cuda":
         return allocated_mib(run, device)
-    saved = Saved(ignored)
+    saved = SavedBytes(ignored)
     with saved.watch():
         run()
     return saved.peak_bytes / MIB

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fambav.engine.runtime import Console, Precision, Processes, numerics, processes
+from fambav.engine.console import Console
+from fambav.engine.distributed import Processes, processes
+from fambav.engine.precision import Precision, determinism_settings
 
 CPU = torch.device("cpu")
 
@@ -64,7 +66,7 @@ def test_numerics_are_put_back():
     threads = torch.get_num_threads()
     torch.use_deterministic_algorithms(mode=False)
     try:
-        with numerics(deterministic=True, matmul_precision="medium", threads=3):
+        with determinism_settings(deterministic=True, matmul_precision="medium", threads=3):
             assert torch.get_num_threads() == 3
             assert torch.are_deterministic_algorithms_enabled()
             assert torch.get_float32_matmul_precision() == "medium"
@@ -101,7 +103,7 @@ def test_a_silent_console_writes_nothing(monkeypatch, stream):
     out = stream()
     monkeypatch.setattr("sys.stdout", out)
     console = Console(silent=True)
-    console.say("a")
+    console.write("a")
     console.step("b", 1, 2, "c")
     assert out.getvalue() == ""
 
@@ -111,7 +113,7 @@ def test_off_a_terminal_steps_are_plain_lines(monkeypatch):
     monkeypatch.setattr("sys.stdout", out)
     console = Console()
     console.step("Epoch: [0]", 10, 44, "loss 1.0")
-    console.say("done")
+    console.write("done")
     assert out.getvalue() == "Epoch: [0] [10/44] loss 1.0\ndone\n"
 
 
@@ -122,5 +124,5 @@ def test_on_a_terminal_steps_are_a_bar_that_lines_replace(monkeypatch):
     console.step("Epoch: [0]", 10, 44, "loss 1.0")
     assert "10/44" in out.getvalue()
     assert "\n" not in out.getvalue()
-    console.say("done")
+    console.write("done")
     assert out.getvalue().endswith("done\n")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fambav.engine import timing
-from fambav.engine.timing import (
+from fambav.bench import timing
+from fambav.bench.timing import (
     allocated_mib,
     first_ms,
     interleave,

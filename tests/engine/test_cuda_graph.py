@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from fambav.config import parse
-from fambav.engine.replay import Replayed
-from fambav.engine.runtime import Precision, Processes
+from fambav.engine.cuda_graph import CudaGraph
+from fambav.engine.distributed import Processes
+from fambav.engine.precision import Precision
 from fambav.layers import DropPath, shard
 from fambav.layers.drop import current
 from fambav.training import model
-from fambav.training.updates import update
+from fambav.training.step import train_step
 
 CPU = torch.device("cpu")
 SHAPE = (4, 3)
@@ -52,7 +53,7 @@ def recorded(monkeypatch):
 
 def made(net=None, **options):
     torch.manual_seed(0)
-    return Replayed(net or Dropping(), SHAPE, precision=Precision(CPU, None), **options)
+    return CudaGraph(net or Dropping(), SHAPE, precision=Precision(CPU, None), **options)
 
 
 def test_a_batch_of_the_recorded_shape_is_replayed_and_others_run_as_ever(recorded):
@@ -109,7 +110,7 @@ def test_gradients_that_are_added_up_are_copied_from_where_a_replay_writes_them(
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda module, _: module)
     net = Scale()
-    replayed = Replayed(net, (3,), precision=Precision(CPU, None), accumulating=True)
+    replayed = CudaGraph(net, (3,), precision=Precision(CPU, None), accumulating=True)
     replayed(torch.tensor([1.0, 2.0, 3.0])).backward()
     replayed(torch.tensor([10.0, 20.0, 30.0])).backward()
     assert net.weight.grad.tolist() == [11.0, 22.0, 33.0]
@@ -133,7 +134,7 @@ def trained(*words):
     gpu = torch.device("cuda", 0)
     torch.manual_seed(0)
     net = model(wanted, num_classes=10).to(gpu)
-    made = update(wanted, net, Processes(0, 1, gpu), num_classes=10, per_epoch=3)
+    made = train_step(wanted, net, Processes(0, 1, gpu), num_classes=10, per_epoch=3)
     made.forward.train(made.training)
     generator = torch.Generator().manual_seed(1)
     batches = [(torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8)) for _ in range(3)]

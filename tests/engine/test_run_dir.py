@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fambav.engine.record import Recorder, environment, prepare, set_aside
+from fambav.engine.run_dir import Recorder, environment, prepare, set_aside
 from tests.identical import scalars
 
 

@@ -1,4 +1,4 @@
-"""What ends a run between two updates: a signal, or batches that cannot be read.
+"""The end of a run between two updates: by a signal, or by batches that cannot be read.
 
 All processes end at the same update, after the state has been saved.
 """
@@ -14,11 +14,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from torch import Tensor
-
-from fambav.engine.runtime import Processes
-
-Batch = tuple[Tensor, Tensor]
+from fambav.engine.distributed import Processes
+from fambav.engine.step import Batch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ONE_REQUEST = 3.0  # seconds in which further signals are copies of the first
@@ -26,15 +23,15 @@ _FAILED = 1000  # beyond every signal
 _UNREADABLE = (RuntimeError, ValueError, OSError)
 
 
-class Stopped(SystemExit):
+class Preempted(SystemExit):
     """A signal ended the run after its state was saved; the exit status is that of the process.
 
     Attributes:
-        signal: Which one.
+        signal: Which of SIGNALS.
     """
 
     def __init__(self, number: int) -> None:
-        self.signal = signal.Signals(number)
+        self.signal = SIGNALS[SIGNALS.index(number)]
         super().__init__(0 if self.signal == signal.SIGUSR1 else 128 + number)
 
 
@@ -42,23 +39,26 @@ class LoaderError(RuntimeError):
     """Samples could not be read, in one sentence."""
 
 
-class Signals:
-    """Takes note of the first signal, inside a `with` block; a later one ends the process at once.
+class Preemption:
+    """Notes the first signal, inside a `with` block; a later one ends the process at once.
 
     SIGTERM means that the process has to end, SIGUSR1 that the run will be continued elsewhere.
     One request may come as several signals: `timeout` sends to its child and then to the group, a
     scheduler to all processes, of which a launcher passes it on.  A second request is one that
     comes `ONE_REQUEST` seconds after the first or later.
 
-    Outside the main thread nothing can be noted, and signals do what they did before.
+    Outside the main thread no handler can be installed, and signals do what they did before.
+
+    Attributes:
+        signal: Number of the first signal; 0 before one.
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.signal = 0
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
@@ -68,52 +68,56 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if not self.number:
-            self.number, self._since = number, time.monotonic()
+        if not self.signal:
+            self.signal, self._since = number, time.monotonic()
         elif time.monotonic() - self._since >= ONE_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
-class Ahead:
-    """Batches that are read before the update that takes them, so that processes can agree.
+class Prefetcher:
+    """Reads the batches of an update before it, so that processes agree on whether they can.
 
     Args:
         batches: This process's micro-batches in order.
         count: Micro-batches of an update.
-        processes: Who shares the update.
-        signals: What has been noted.
+        processes: Those that share the update.
+        preemption: Whether a signal has come.
     """
 
     def __init__(
-        self, batches: Iterator[Batch], *, count: int, processes: Processes, signals: Signals
+        self, batches: Iterator[Batch], *, count: int, processes: Processes, preemption: Preemption
     ) -> None:
         self._batches, self._count = batches, count
-        self._processes, self._signals = processes, signals
+        self._processes, self._preemption = processes, preemption
         self._ready: deque[Batch] = deque()
         self._failure: Exception | None = None
 
-    def __iter__(self) -> Ahead:
+    def __iter__(self) -> Prefetcher:
         return self
 
     def __next__(self) -> Batch:
         return self._ready.popleft()
 
-    def prepare(self) -> None:
+    def prefetch(self) -> None:
         """Read the batches of the next update.
 
         Raises:
-            Stopped: If a process has got a signal.
+            Preempted: If a process has got a signal.
             LoaderError: If a process cannot read its batches.
         """
-        self._read()
+        try:
+            while len(self._ready) < self._count:
+                self._ready.append(next(self._batches))
+        except _UNREADABLE as error:
+            self._failure = error
         self._agree()
 
     def take(self, stream: Iterator[Batch]) -> Batch | None:
         """Read one batch of another stream; None at its end.
 
         Raises:
-            Stopped: If a process has got a signal.
+            Preempted: If a process has got a signal.
             LoaderError: If a process cannot read.
         """
         batch = None
@@ -125,23 +129,15 @@ class Ahead:
         return batch
 
     def _agree(self) -> None:
-        """Go on if all processes can, and end all of them if not."""
-        failed = self._failure is not None
-        code = self._processes.largest(_FAILED if failed else self._signals.number)
+        """End all processes if one cannot go on."""
+        code = self._processes.largest(_FAILED if self._failure else self._preemption.signal)
         if code == _FAILED:
             self._fail()
         if code:
-            raise Stopped(code)
-
-    def _read(self) -> None:
-        try:
-            while len(self._ready) < self._count:
-                self._ready.append(next(self._batches))
-        except _UNREADABLE as error:
-            self._failure = error
+            raise Preempted(code)
 
     def _fail(self) -> NoReturn:
-        """Raise what happened in whichever process it happened."""
+        """Raise the error of whichever process had it."""
         reasons = self._processes.gather(None if self._failure is None else str(self._failure))
         text = next(reason for reason in reasons if reason is not None)
         raise LoaderError(text) from self._failure

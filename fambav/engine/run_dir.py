@@ -1,9 +1,11 @@
-"""The run folder: what a run leaves behind for people and for tools.
+"""The run directory: its files, and the records that are written there.
 
-log.txt        one JSON object per epoch, with DeiT's keys and more
-metrics.csv    the same numbers as a table
-events.*       the same for TensorBoard, and the loss of every update
-*.yaml, *.json what was asked for, where it ran, and which tokens were removed
+log.txt                one JSON object per epoch, with DeiT's keys and more
+metrics.csv            the same numbers as a table
+events.*               the same for TensorBoard, and the loss of every update
+*.yaml, *.json         settings, environment, and which tokens were removed
+checkpoint.pth         the state of the run, see `checkpoint`; the one before; the best
+model.safetensors      the weights alone
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fambav.engine.checkpoint import write_text
+from fambav.engine.checkpoint import CheckpointError, write_text
 from fambav.engine.events import Events
 
 Record = dict[str, Any]
@@ -34,9 +36,33 @@ Record = dict[str, Any]
 CHECKPOINT, BEST, WEIGHTS = "checkpoint.pth", "best_checkpoint.pth", "model.safetensors"
 PREVIOUS = "previous_checkpoint.pth"
 KEPT = (CHECKPOINT, PREVIOUS, BEST)  # checkpoints of a run, the newest first
+DESCRIPTION = "config.json"  # beside exported weights
 _LOG, _TABLE = "log.txt", "metrics.csv"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "triton")
 _ROOT = Path(__file__).resolve().parents[2]
+
+
+def weights_file(path: Path) -> Path:
+    """Return the file that stands for a path wherever weights are read: a file is itself.
+
+    A run folder means its best checkpoint, that of the epoch with the best primary metric on the
+    held-out samples.  That was measured on the raw weights, so these are taken from it and not
+    their moving average, which `main.py --eval` scores beside them.  A folder without a complete
+    epoch means its last checkpoint, one without checkpoints its `model.safetensors`.  An exported
+    folder means its weights.
+
+    Raises:
+        CheckpointError: If a folder holds none of these.
+    """
+    if not path.is_dir():
+        return path
+    names = (WEIGHTS,) if (path / DESCRIPTION).is_file() else (BEST, CHECKPOINT, WEIGHTS)
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(
+        f"{path} holds no {names[0]}, expected a run folder or one exported as safetensors or hf"
+    )
 
 
 def prepare(folder: Path) -> None:
@@ -48,8 +74,8 @@ def prepare(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trial = folder / f".tmp-{os.getpid()}"
     trial.touch()
-    for left in folder.glob(".tmp-*"):  # of runs that were killed, since no other one is running
-        left.unlink()
+    for path in folder.glob(".tmp-*"):  # of runs that were killed, since no other one is running
+        path.unlink()
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -75,10 +101,10 @@ class Recorder:
     Args:
         folder: The run folder, there already.
         history: Records of the epochs before, as the checkpoint has them: log.txt, metrics.csv and
-            the events are made to say the same.  Only the time of the checkpoint's own save is not
+            the events are made to agree.  Only the time of the checkpoint's own save is not
             in it; where log.txt has it, it is filled in.
         updates: How many updates are done.
-        warn: Told in one line of what cannot be written, and of a file that said something else.
+        warn: Gets a line for what cannot be written, and for a file that said something else.
 
     Attributes:
         unwritten: Why log.txt or metrics.csv lacks an epoch; None if neither does.
@@ -230,9 +256,9 @@ def _fill_in(record: Record, line: str) -> None:
         record["save_seconds"] = seconds
 
 
-def _differs(found: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether a line says something else; those of epochs that are not done do not count."""
-    return any(one != other for one, other in zip(found, wanted, strict=False))
+def _differs(lines: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether a line differs; those of epochs that are not complete do not count."""
+    return any(one != other for one, other in zip(lines, wanted, strict=False))
 
 
 def _append(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 At short sequences, which token fusion makes, launching hundreds of small kernels takes longer than
 running them.  A plan removes the same number of tokens from every image, so each pass launches the
-same kernels on the same memory, and can be recorded once.
+same kernels on the same memory, and can be captured once.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fambav.engine.runtime import Precision
+from fambav.engine.precision import Precision
 from fambav.layers.drop import current, shard
 
 
-class Replayed(nn.Module):
-    """A model whose passes over batches of one shape are replayed; all others run as ever.
+class CudaGraph(nn.Module):
+    """A model whose passes over batches of one shape are replayed; all others run eagerly.
 
-    What is drawn inside comes from the device's generator, which replays read afresh, and the shard
+    Random numbers come from the device's generator, whose state replays read afresh, and the shard
     of `fambav.layers.drop` from a tensor that is set before each replay, so a replay draws what the
-    model itself would draw from the same seed.  Gradients lie where the next replay writes its own.
+    model itself would draw from the same seed.  Each replay overwrites the gradients of the last.
 
     Args:
         net: The model, on its device and in the mode that it will train in.
@@ -45,32 +45,32 @@ class Replayed(nn.Module):
         self._shape, self._shards, self._mode = torch.Size(shape), shards, net.training
         self._shard = torch.zeros(1, dtype=torch.int64, device=precision.device)
         images = torch.zeros(shape, device=precision.device)
-        recorded = _Recorded(net)
-        # Recording leaves behind nodes that belong to its own stream, of which newer torch warns;
-        # they cost one wait at the end of a backward pass.
+        captured = _Captured(net)
+        # Capture leaves behind nodes of its own stream, of which newer torch warns; they cost one
+        # synchronization at the end of a backward pass.
         quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
         if quiet is not None:
             quiet(enabled=False)
-        # A weight that autocast has converted before would not be converted again in a replay.
+        # A weight that autocast has cached before capture would not be converted in a replay.
         with shard(self._shard, shards), precision.autocast(cached=False):
-            self._replay = torch.cuda.make_graphed_callables(recorded, (images,))
-        if accumulating:  # a replay would write over the sum, which is where its gradient was
+            self._replay = torch.cuda.make_graphed_callables(captured, (images,))
+        if accumulating:  # else a replay would overwrite the sum, which lies in its gradient
             for parameter in net.parameters():
                 parameter.register_hook(torch.clone)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the model's logits."""
         index, count = current()
-        recorded = self._shape, self._shards, self._mode
-        if not torch.is_grad_enabled() or (images.shape, count, self.training) != recorded:
+        captured = self._shape, self._shards, self._mode
+        if not torch.is_grad_enabled() or (images.shape, count, self.training) != captured:
             logits: Tensor = self.net(images)
             return logits
         self._shard.fill_(index)
         return cast(Tensor, self._replay(images))
 
 
-class _Recorded(nn.Module):
-    """A module of its own, since recording replaces a module's `forward`."""
+class _Captured(nn.Module):
+    """A module of its own, since capture replaces a module's `forward`."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -78,6 +78,6 @@ class _Recorded(nn.Module):
         self.train(net.training)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Do what the model does."""
+        """Call the model."""
         logits: Tensor = self.net(images)
         return logits
