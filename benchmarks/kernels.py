@@ -17,10 +17,10 @@ import torch
 
 from fambav.bench.operations import LENGTHS, REVERSE, SCALE, Inputs
 from fambav.bench.report import Report, Row, dtype_name, positive, settings
+from fambav.bench.timing import Run, Times, captured, interleave, ratio, spread
 from fambav.cli import guarded
 from fambav.commands.bench import add_flags, measure
 from fambav.commands.parser import Parser
-from fambav.engine.timing import Run, Times, captured, interleave, ratio, spread
 from fambav.ops.kernels import kernel_set
 
 BLOCKS = (32, 64, 128)

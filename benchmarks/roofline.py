@@ -36,11 +36,11 @@ from fambav.bench.report import (
 )
 from fambav.bench.roofline import Roofline
 from fambav.bench.strategies import Merging
+from fambav.bench.timing import Run, captured, interleave, spread
 from fambav.cli import guarded
 from fambav.commands.bench import add_flags, measure
 from fambav.commands.parser import Parser
-from fambav.engine.runtime import numerics
-from fambav.engine.timing import Run, captured, interleave, spread
+from fambav.engine.precision import determinism_settings
 from fambav.layers import Block, Mamba
 from fambav.models import Vim
 from fambav.ops.kept_states import triton_shape
@@ -296,7 +296,7 @@ def roofline(
     positive(batch=batch)
     gpu = device.type == "cuda"
     clock_hz = None if clock_mhz is None else 1e6 * clock_mhz
-    with numerics(deterministic=False, matmul_precision="high"):
+    with determinism_settings(deterministic=False, matmul_precision="high"):
         here = measured(device, dtype, clock_hz=clock_hz) if gpu else described(machine, dtype)
     net = cast(Vim, Candidate(model, plan).network(torch.device("meta")))
     shape = Shape.of(net, batch=batch, itemsize=dtype.itemsize)
@@ -408,7 +408,7 @@ def kernel_times(
     whole = Candidate(model, plan, dtype=dtype, launch=launch)
     some = Candidate(model, f"upper:1:{MERGED}", dtype=dtype)
     sizes = shape.batch, shape.length, shape.inner, shape.state
-    with numerics(deterministic=False, matmul_precision="high"):
+    with determinism_settings(deterministic=False, matmul_precision="high"):
         calls = Calls(Inputs.draw(*sizes, device=device, dtype=dtype), dim=shape.dim)
         runs: dict[str, Run] = {n: captured(getattr(calls, n)) for n in kernel_work(shape)}
         runs["merging"] = captured(Merging(training(some, **options), layers=1).run)

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is first asked for, so that `import fambav` stays light."""
+    """Import what needs torch at its first use, so that `import fambav` stays light."""
     if name == "from_pretrained":
         from fambav.training import from_pretrained
 

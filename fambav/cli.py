@@ -3,8 +3,8 @@
 main.py      train or evaluate
 fambav ...   the commands of fambav.commands
 
-A user's mistake is one line that begins with `error:`, and status 2; numbers that are not finite 3,
-a full disk 4, samples that cannot be read 5, a full device 6, SIGTERM after the state is saved 143;
+A user's mistake is one line that begins with `error:`, and status 2; NaN or infinity 3, a full
+disk 4, samples that cannot be read 5, a full device 6, SIGTERM after the state is saved 143;
 a bug keeps its traceback.  A warning is one line that begins with `warning:`.
 """
 
@@ -36,7 +36,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Words | None = None) -> int:
-    """Train or evaluate as the flags say; return the exit status."""
+    """Train or evaluate; return the exit status."""
     return guarded(_train, sys.argv[1:] if argv is None else argv)
 
 
@@ -52,8 +52,8 @@ def _train(words: Words) -> int:
     run = config.parse(words, record=_record)
     for line in run.notice.splitlines():
         if line.startswith("warning: "):
-            _tell(line, 0)
-        elif _speaks():
+            _print_error(line, 0)
+        elif _is_primary():
             print(line, flush=True)
     from fambav import training
 
@@ -61,7 +61,7 @@ def _train(words: Words) -> int:
 
 
 def _record(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Read what the checkpoint to be evaluated says of its run."""
+    """Read the settings of the checkpoint to be evaluated."""
     from fambav import training
 
     return training.record(given)
@@ -98,14 +98,14 @@ def guarded(function: Callable[[Words], int | None], words: Words) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        return _tell("interrupted", 130)
+        return _print_error("interrupted", 130)
     except SystemExit as stop:  # argparse has printed its help
         return stop.code if isinstance(stop.code, int) else 0
     except (OSError, ValueError, RuntimeError) as error:
         line, code = _failure(error)
         if code is None:
             raise
-        return _tell(f"error: {line}", code)
+        return _print_error(f"error: {line}", code)
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def _short_warnings() -> Iterator[None]:
     before = warnings.showwarning
 
     def show(message: Warning | str, *place: Any, **more: Any) -> None:
-        _tell(f"warning: {_one_line(message)}", 0)
+        _print_error(f"warning: {_one_line(message)}", 0)
 
     warnings.showwarning = show
     try:
@@ -124,7 +124,7 @@ def _short_warnings() -> Iterator[None]:
 
 
 def _failure(error: Exception) -> tuple[str, int | None]:
-    """Say what happened in a line, and the exit status; None for a bug."""
+    """Return an error's line and exit status; no status for a bug."""
     kind, line = type(error).__name__, _one_line(error)
     if isinstance(error, OSError):
         if error.errno in FULL or kind == "UnsavedError":
@@ -161,12 +161,12 @@ def _reason(error: OSError) -> str:
     return f"{where}{(error.strerror or str(error)).lower()}"
 
 
-def _tell(line: str, status: int) -> int:
-    if _speaks():
+def _print_error(line: str, status: int) -> int:
+    if _is_primary():
         print(line, file=sys.stderr)
     return status
 
 
-def _speaks() -> bool:
-    """Whether this is the one process of a launched run that talks to the user."""
+def _is_primary() -> bool:
+    """Whether this is rank 0, the one process of a launched run that prints."""
     return os.environ.get("RANK", "0") in ("", "0")

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-T = TypeVar("T", bound=Callable[..., Any])
+T = TypeVar("T")
 
 _GRIDS = (
     "tiny_patch16_224",
@@ -105,16 +105,9 @@ SCHEDULE_FORM = (
     r"(r|ramp|list|keep|tokens):[-\d.,@/]+|(all|interleaved|alternate|lower|upper)(:\d+)+"
     r"|\d+:\d+(,\d+:\d+)*"
 )
-DATA_SETS: tuple[str, ...] = (
-    "DIGITS",
-    "SHAPES100",
-    "CIFAR",
-    "CIFAR10",
-    "IMNET",
-    "FOLDER",
-    "INAT",
-    "INAT19",
-    "FAKE",
+DATA_SETS: dict[str, str] = dict.fromkeys(  # with their tasks, modules of `fambav.tasks`
+    ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10", "IMNET", "FOLDER", "INAT", "INAT19", "FAKE"),
+    "classification",
 )
 CLASS_TOKENS: tuple[str, ...] = ("middle", "head", "double", "none")
 BIMAMBA: tuple[str, ...] = ("v2", "v1", "none")
@@ -128,14 +121,14 @@ def grids() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-PICTURES: dict[str, str] = {  # what `fambav show` draws, and what is to be seen
-    "groups": "patches that each token stands for, layer by layer",
-    "strategies": "patches that each token stands for under every strategy, same weights",
-    "animation": "patches that each token stands for, in motion (GIF)",
+PICTURES: dict[str, str] = {  # what `fambav show` draws
+    "groups": "patches of each token, layer by layer",
+    "strategies": "patches of each token under every strategy, same weights",
+    "animation": "patches of each token, animated over the layers (GIF)",
     "similarity": "cosine of every two tokens, layer by layer",
-    "likeness": "mean cosine of neighbours and of all pairs of tokens, over the layers",
+    "mean_similarity": "mean cosine of neighbours and of all pairs of tokens, over the layers",
     "layers": "tokens and operations of each layer",
-    "scan": "path of the scan before and after tokens went",
+    "scan": "path of the scan before and after tokens are removed",
     "curves": "accuracy, loss and learning rate of all runs, over the epochs",
 }
 
@@ -144,8 +137,8 @@ def nearest(name: str, names: Collection[str]) -> str:
     """Return a hint for a name that is not among `names`.
 
     Args:
-        name: What was asked for.
-        names: What there is.
+        name: The unknown one.
+        names: The known ones.
 
     Returns:
         "did you mean 'x'?" if one of the names is close, else "known: x, y, z".
@@ -163,7 +156,7 @@ class Registry(Generic[T]):
         self._builders: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorate a builder so that flags and config files can ask for `name`.
+        """Decorate a builder so that flags and config files can use `name`.
 
         Raises:
             ValueError: If the name is taken.
@@ -191,3 +184,4 @@ class Registry(Generic[T]):
 
 REDUCERS: Registry[Callable[..., Any]] = Registry("reduction")
 BUILDERS: Registry[Callable[..., Any]] = Registry("data_set")
+TASKS: Registry[Any] = Registry("task")

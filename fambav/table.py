@@ -34,8 +34,8 @@ class Table:
     Attributes:
         head: Names of the columns.
         rows: The cells of each row, as many as the head has.
-        names: Columns at the left that are no figures; one that repeats the row above, as all at
-            its left do, is left empty where people read it.
+        names: Number of columns at the left that are no figures; in text and LaTeX a name that
+            repeats the row above, as all at its left do, is empty.
         notes: Lines below the table.
         title: Line above it; may be empty.
         values: Rows of plain values for CSV, the first of them its head; None is an empty cell.
@@ -61,11 +61,10 @@ class Table:
         }[form]()
 
     def _text(self) -> str:
-        rows = [self.head, *self._grouped()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(_padded(row, widths, self.names)).rstrip() for row in rows]
+        sides = "<" * self.names + ">" * (len(self.head) - self.names)
         title = [self.title, ""] if self.title else []
-        return "\n".join([*title, *lines, "", *self.notes])
+        notes = ["", *self.notes] if self.notes else []
+        return "\n".join([*title, *aligned([self.head, *self._grouped()], sides), *notes])
 
     def _markdown(self) -> str:
         rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]
@@ -108,24 +107,32 @@ class Table:
 
     def _grouped(self) -> list[Cells]:
         """The rows, without names that only repeat what stands above them."""
-        found: list[Cells] = []
+        grouped: list[Cells] = []
         above: Cells = ()
         for row in self.rows:
             same = 0
             while same < self.names - 1 and above and row[same] == above[same]:
                 same += 1
-            found.append([""] * same + list(row[same:]))
+            grouped.append([""] * same + list(row[same:]))
             above = row
-        return found
+        return grouped
+
+
+def aligned(rows: Sequence[Cells], sides: Sequence[str]) -> list[str]:
+    """Lay rows out in columns as lines of text.
+
+    Args:
+        rows: As many cells each.
+        sides: "<" or ">" of each column, as in a format.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _escaped(text: str) -> str:
     """Text as LaTeX takes it; a difference in brackets gets a true minus sign."""
     plain = "".join(_LATEX.get(sign, sign) for sign in text)
     return re.sub(r"(?<![\w$])([+-])(?=[0-9])", r"$\1$", plain)
-
-
-def _padded(row: Cells, widths: Sequence[int], names: int) -> Cells:
-    pairs = list(zip(row, widths, strict=True))
-    left, figures = pairs[:names], pairs[names:]
-    return [t.ljust(width) for t, width in left] + [t.rjust(width) for t, width in figures]

@@ -80,6 +80,7 @@ import timm.utils  # noqa: E402  after the shim
 import torchvision  # noqa: E402  after the shim
 import torchvision.datasets  # noqa: E402  after the shim
 import torchvision.transforms  # noqa: E402  after the shim
+import torchvision.transforms.v2.functional  # noqa: E402  after the shim
 
 guard_posterize(timm.data.auto_augment.NAME_TO_OP)
 

@@ -126,7 +126,7 @@ if [ -n "$dry" ]; then
     bench scan_small 1 "${scan[@]}" --dim 64
     bench step_small 1 "${step[@]}"
     bench block_small 1 "${block[@]}"
-    check tests 1 "gpu_times_launches or first_call" tests/engine/test_timing.py
+    check tests 1 "gpu_times_launches or first_call" tests/bench/test_timing.py
     script kernels_float32 1 "${kernels[@]}" --dtype float32
 else
     device=cuda mark=gpu

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():  # read when a kernel is defined, so before an
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fambav.timm_compat  # noqa: F401  before any test imports timm or torchvision
-from fambav.engine.record import environment
+from fambav.engine.run_dir import environment
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from fambav.config import Config
 from fambav.data import load
 from fambav.engine import checkpoint
 from fambav.seeding import seed_all
-from fambav.training import saved
+from fambav.training import run_state
 
 SMALL = dict(model="vim_micro", data_set="DIGITS", data_stats="own", patch_size=8, num_workers=0)
 
@@ -29,7 +29,7 @@ def run(path, change=None, **settings):
     weights = net.state_dict()
     head = next(name for name in ("head.weight", "head.fc.weight") if name in weights)
     weights[head] *= 50  # so that models differ in what they say
-    state = {"model": weights, **saved.facts(config, found, None, images=64)}
+    state = {"model": weights, **run_state.facts(config, found, None, images=64)}
     if change is not None:
         change(state)
     checkpoint.save(path, state)

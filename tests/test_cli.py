@@ -110,7 +110,7 @@ def test_help_is_not_an_error(capsys):
         (["bench", "floors"], "invalid choice: 'floors'"),
         (["bench", "scan", "--device", "cuda:99"], "device is cuda:99, expected"),
         (["doctor", "now"], "unrecognized arguments: now"),
-        (["predict"], "images are missing, expected fambav predict CHECKPOINT IMAGE ..."),
+        (["predict"], "images are missing, expected fambav predict RUN|CHECKPOINT IMAGE ..."),
         (["predict", "a.pth"], "images are missing"),
         (["predict", "a.pth", "b.png", "--topk", "0"], "--topk is 0, expected at least 1"),
         (["predict", "a.pth", "b.png", "--modle", "x"], "--modle is not a flag"),
@@ -131,13 +131,13 @@ def test_a_wrong_command_is_one_line_and_status_2(capsys, words, message):
 class Worker(ValueError):
     """What a loader process raised, as torch passes it on: with its traceback in the text."""
 
-    __module__ = "fambav.data.arrays"
+    __module__ = "fambav.data.types"
     __qualname__ = "DataError"
 
 
 TRACE = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
 TRACE += 'last):\n  File "x.py", line 1\nfambav.data.arrays.DataError: a.png is damaged\n'
-DIVERGED = type("DivergedError", (RuntimeError,), {"__module__": "fambav.engine.train"})
+DIVERGED = type("DivergedError", (RuntimeError,), {"__module__": "fambav.engine.step"})
 BACKEND = type("BackendError", (RuntimeError,), {"__module__": "fambav.ops.dispatch"})
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from fambav.config import ConfigError, load, parse
-from fambav.engine import checkpoint, train
+from fambav.engine import checkpoint
 from fambav.engine.distill import Teacher
-from fambav.engine.runtime import Processes
+from fambav.engine.distributed import Processes
+from fambav.engine.step import TrainStep
 from fambav.models import Vim
 from fambav.training import model
+from fambav.training.step import train_step
 from fambav.training.teacher import teacher
-from fambav.training.updates import update
 from tests.data.made import made_cifar10
 from tests.identical import lasting, log, same
 from tests.test_runs import Crash, go, launch, refused
@@ -183,14 +184,14 @@ def test_a_model_that_keeps_its_tokens_starts_at_no_distance_from_itself(flags, 
 
 
 def crash(monkeypatch):
-    real = train.Update.__call__
+    real = TrainStep.__call__
 
     def call(self, batches, number):
         if number == 3:  # in the middle of the second epoch
             raise Crash
         return real(self, batches, number)
 
-    monkeypatch.setattr(train.Update, "__call__", call)
+    monkeypatch.setattr(TrainStep, "__call__", call)
 
 
 def test_a_resumed_run_finds_its_teacher_and_is_bit_identical(finished, flags, dense, tmp_path):
@@ -283,7 +284,7 @@ def step(device, *words):
     guide = Teacher(model(config.dense(), num_classes=10).to(device))
     net = model(config, num_classes=10).to(device)
     group = Processes(0, 1, device)
-    made = update(config, net, group, num_classes=10, per_epoch=3, teacher=guide)
+    made = train_step(config, net, group, num_classes=10, per_epoch=3, teacher=guide)
     made.forward.train(made.training)
     return made, guide
 

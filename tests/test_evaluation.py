@@ -313,7 +313,8 @@ def signs(net):
         with torch.no_grad():
             said.append(net.train(mode)(images).tolist())
     layer = net.layers[0]
-    policies = [getattr(net.reduction, name) for name in ("hook", "scan", "gap", "class_policy")]
+    names = ("hook", "scan", "gap_policy", "class_policy")
+    policies = [getattr(net.reduction, name) for name in names]
     parts = net.schedule, policies, vars(layer).get("grad_checkpointing"), net.pretrained_cfg
     return str((said, *parts))
 

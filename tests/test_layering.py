@@ -14,26 +14,28 @@ RANK = {
     "timm_compat": 0,
     "seeding": 0,
     "table": 0,
+    "pareto": 0,
     "ops": 1,
     "layers": 2,
     "reduction": 3,
     "models": 4,
     "config": 5,
     "data": 6,
-    "engine": 6,
-    "training": 7,
-    "comparison": 8,
-    "costs": 8,
-    "bench": 10,
-    "experiments": 9,
-    "search": 10,
-    "export": 10,
-    "viz": 11,
+    "tasks": 7,
+    "engine": 8,
+    "training": 9,
+    "comparison": 10,
+    "flops": 10,
+    "bench": 11,
+    "experiments": 11,
+    "search": 12,
+    "export": 12,
+    "viz": 13,
     "viz.trace": 5,  # arrays alone, for what a run draws of itself
     "viz.patches": 6,
-    "commands": 12,
-    "cli": 13,
-    "__main__": 14,
+    "commands": 14,
+    "cli": 15,
+    "__main__": 16,
 }
 ROOT = Path(fambav.__file__).parent
 FILES = sorted(set(ROOT.rglob("*.py")) - {ROOT / "__init__.py"})
@@ -87,11 +89,19 @@ def test_only_models_are_told_apart_by_type_or_name(path):
             assert not prefix, "a model tells its family"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "engine").glob("*.py")), ids=name_of)
+def test_the_engine_knows_neither_settings_nor_models(path):
+    parts = {name.split(".")[1] for name in imports(path) if name.startswith("fambav.")}
+    assert not parts & {"config", "data", "models", "reduction"}
+
+
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
         ("fambav", ("torch", "numpy", "yaml")),
         ("fambav.cli", ("torch", "timm", "numpy", "sklearn")),
+        ("fambav.tasks.classification", ("torch", "timm", "numpy")),
+        ("fambav.experiments", ("torch", "timm")),
         ("fambav.ops", ("timm", "torchvision", "mamba_ssm", "triton", "numba", "matplotlib")),
     ],
 )

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fambav.config import Config, ConfigError, load, parse
-from fambav.engine.runtime import Processes
-from fambav.training.updates import learning_rate
+from fambav.engine.distributed import Processes
+from fambav.training.step import learning_rate
 from tests.made import go
 
 RUN = ["--model", "vim_micro"]

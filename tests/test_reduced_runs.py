@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from fambav.engine import checkpoint, train
+from fambav.engine import checkpoint
+from fambav.engine.step import TrainStep
 from fambav.layers import shard
 from fambav.models import Vim
 from fambav.reduction import reduce
@@ -46,14 +47,14 @@ class Stop(BaseException):
 
 
 def stop_in_update(monkeypatch, number):
-    done = train.Update.__call__
+    done = TrainStep.__call__
 
     def call(self, batches, update):
         if update == number:
             raise Stop
         return done(self, batches, update)
 
-    monkeypatch.setattr(train.Update, "__call__", call)
+    monkeypatch.setattr(TrainStep, "__call__", call)
 
 
 @pytest.mark.parametrize("chosen", [*methods(VIM), *methods(PLAIN)], ids=lambda c: f"{c[1]} {c[5]}")
@@ -104,9 +105,9 @@ def test_digits_train_with_a_method_that_reads_the_mixer_and_its_cost_is_told(tm
     assert found.status == 0, found.err
     assert "total removed: 24 of 64 tokens, after the mixer of their layer" in found.out
     told = next(line for line in found.out.splitlines() if line.startswith("prune-aligned: "))
-    assert "tell delta, y, z at layers 2" in told
+    assert "return delta, y, z at layers 2" in told
     assert "scan across gaps at layers 3-6" in told
-    assert "times as long as one that is not asked (measured, forward and backward)" in told
+    assert "fambav bench reduction measures by how much" in told
 
 
 def test_a_reduction_written_in_a_file_gives_way_to_famba_v_flags(data, tmp_path):

@@ -20,11 +20,12 @@ import yaml
 import fambav
 from fambav import cli
 from fambav.config import parse
-from fambav.engine import checkpoint, fit, train
-from fambav.engine.evaluate import Scores
-from fambav.engine.record import Recorder
+from fambav.engine import checkpoint, trainer
+from fambav.engine.run_dir import Recorder
+from fambav.engine.step import TrainStep
 from fambav.models import Vim
-from fambav.training import jobs, model, predict
+from fambav.tasks import Scores
+from fambav.training import job, model, predict
 from tests.data.made import made_cifar, made_cifar10
 from tests.identical import assert_identical, lasting, log, same
 
@@ -173,14 +174,14 @@ class Crash(BaseException):
 
 
 def crash_in_update(monkeypatch):
-    real = train.Update.__call__
+    real = TrainStep.__call__
 
     def call(self, batches, number):
         if number == 3:  # in the middle of the second epoch
             raise Crash
         return real(self, batches, number)
 
-    monkeypatch.setattr(train.Update, "__call__", call)
+    monkeypatch.setattr(TrainStep, "__call__", call)
 
 
 def crash_before_log(monkeypatch):
@@ -198,7 +199,7 @@ def crash_before_best(monkeypatch):
     def copy(source, target):
         raise Crash
 
-    monkeypatch.setattr(fit.checkpoint, "copy", copy)
+    monkeypatch.setattr(trainer.checkpoint, "copy", copy)
 
 
 @pytest.mark.parametrize("crash", [crash_in_update, crash_before_log, crash_before_best])
@@ -237,7 +238,7 @@ class Scripted:
         self.accuracies = iter([accuracy for a in accuracies for accuracy in (a, a + 1)])
 
     def __call__(self, net, **given):
-        return Scores(acc1=next(self.accuracies), acc5=50.0, loss=1.0, samples=37)
+        return Scores({"loss": 1.0, "acc1": next(self.accuracies), "acc5": 50.0}, 37)
 
 
 def test_the_best_epoch_is_kept_over_a_crash_that_lost_its_copy(flags, tmp_path):
@@ -250,13 +251,13 @@ def test_the_best_epoch_is_kept_over_a_crash_that_lost_its_copy(flags, tmp_path)
         real(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit.checkpoint, "copy", copy)
-        patch.setattr(jobs, "evaluate", Scripted(5.0, 9.0))
+        patch.setattr(trainer.checkpoint, "copy", copy)
+        patch.setattr(job, "evaluate", Scripted(5.0, 9.0))
         with pytest.raises(Crash):
             go(*flags, "--output_dir", tmp_path)
     assert copies.count("best_checkpoint.pth") == 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "evaluate", Scripted(7.0))
+        patch.setattr(job, "evaluate", Scripted(7.0))
         found = go(*flags, "--output_dir", tmp_path, "--resume", "auto")
     assert found.status == 0, found.err
     assert "Max accuracy: 9.00%" in found.out
@@ -440,12 +441,12 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 def test_a_run_that_diverges_ends_with_status_3_and_keeps_its_finite_files(
     flags, tmp_path, monkeypatch
 ):
-    real = train.Update.__call__
+    real = TrainStep.__call__
 
     def call(self, batches, number):
         return real(self, batches, number) * (math.inf if number == 3 else 1)
 
-    monkeypatch.setattr(train.Update, "__call__", call)
+    monkeypatch.setattr(TrainStep, "__call__", call)
     found = go(*flags, "--output_dir", tmp_path)
     assert found.status == 3
     assert found.err.startswith("error: loss or gradient is not finite at update 3, expected")

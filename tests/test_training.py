@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,16 +10,16 @@ import torch
 from fambav.config import ConfigError, parse
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
-from fambav.engine.replay import Replayed
-from fambav.engine.runtime import Processes
-from fambav.engine.train import binary_cross_entropy, soft_cross_entropy
+from fambav.engine.cuda_graph import CudaGraph
+from fambav.engine.distributed import Processes
 from fambav.layers.drop import current
+from fambav.tasks.classification import binary_cross_entropy, soft_cross_entropy
 from fambav.timm_compat import timm
-from fambav.training import entries, model, run, schedule
+from fambav.training import model, run, schedule
 from fambav.training.batches import data_set, train_batches
-from fambav.training.network import sketch
-from fambav.training.saved import as_strings, fact, facts, put, same_run, settings
-from fambav.training.updates import learning_rate, precision, update
+from fambav.training.network import layout
+from fambav.training.run_state import RunState, as_strings, facts
+from fambav.training.step import learning_rate, precision, train_step
 
 CPU = torch.device("cpu")
 ONE, FOUR = Processes(0, 1, CPU), Processes(2, 4, CPU)
@@ -42,7 +43,7 @@ def test_the_seed_command_fuses_the_layers_of_the_paper():
 def test_a_plan_is_made_without_weights():
     large = parse(["--model", "vim_base", "--fusion-plan", "3:5"])
     assert schedule(large).counts[:4] == (0, 0, 5, 0)
-    assert sketch(large).input_size == (224, 224)
+    assert layout(large).input_size == (224, 224)
 
 
 def test_a_plan_that_cannot_be_done_is_refused_with_the_arithmetic():
@@ -59,11 +60,11 @@ def test_a_share_to_keep_is_refused_where_images_are_taken_whole(tmp_path):
 
 def test_models_of_timms_have_no_plan():
     foreign = parse(["--model", "timm/resnet18"])
-    assert sketch(foreign) == ((224, 224), None)
+    assert layout(foreign) == ((224, 224), None)
     with pytest.raises(ValueError, match="expected one whose tokens can be reduced"):
         schedule(foreign)
     with pytest.raises(ValueError, match="did you mean 'deit_tiny_patch16_224'"):
-        sketch(parse(["--model", "timm/deit_tiny_patch16_225"]))
+        layout(parse(["--model", "timm/deit_tiny_patch16_225"]))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
@@ -96,7 +97,7 @@ def test_precision_on_a_gpu_is_mixed_unless_declined():
 
 def step(*words):
     wanted = config(*words)
-    return update(wanted, model(wanted, num_classes=5), ONE, num_classes=5, per_epoch=3)
+    return train_step(wanted, model(wanted, num_classes=5), ONE, num_classes=5, per_epoch=3)
 
 
 def test_the_loss_follows_the_targets():
@@ -131,11 +132,11 @@ def test_passes_are_recorded_for_the_batches_of_one_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     words = "--cuda-graphs --batch-size 6 --grad-accum-steps 2"
     made = step(words)
-    assert isinstance(made.forward, Replayed)
+    assert isinstance(made.forward, CudaGraph)
     assert made.forward.net is made.model
     step(words, "--no-train-mode")
     assert seen == [((6, 3, 16, 16), True, 2), ((6, 3, 16, 16), False, 2)]
-    assert not isinstance(step().forward, Replayed)
+    assert not isinstance(step().forward, CudaGraph)
 
 
 def test_recorded_passes_need_a_gpu(monkeypatch):
@@ -149,7 +150,7 @@ def test_recorded_passes_need_a_gpu(monkeypatch):
 )
 def test_batches_of_an_update_start_alike_only_where_the_model_draws_for_all(name, alike):
     wanted = parse(f"--model {name} --input-size 32".split())
-    made = update(wanted, model(wanted, num_classes=2), ONE, num_classes=2, per_epoch=3)
+    made = train_step(wanted, model(wanted, num_classes=2), ONE, num_classes=2, per_epoch=3)
     draws = []
     for place in range(2):
         made.seed(4, place)
@@ -185,14 +186,14 @@ def test_facts_are_plain_and_survive_both_kinds_of_file(fake, tmp_path):
     checkpoint.save(tmp_path / "a.pth", {"model": {}, **known})
     checkpoint.save_weights(tmp_path / "a.safetensors", {"w": torch.ones(1)}, as_strings(known))
     for name in ("a.pth", "a.safetensors"):
-        state = checkpoint.load(tmp_path / name)
-        assert settings(state) == wanted
-        assert fact(state, "class_token") == "head"
-        assert fact(state, "mean") == known["mean"]
-        assert fact(state, "schedule")["lengths"] == [17] * 6
-        assert fact(state, "class_names") is None
-    assert settings({"model": {}, "metadata": {}}) is None
-    assert settings({"model": {}, "metadata": 3}) is None
+        state = RunState.read(tmp_path / name)
+        assert state.config == wanted
+        assert state.class_token == "head"
+        assert state.statistics == (tuple(known["mean"]), tuple(known["std"]))
+        assert state.facts["schedule"]["lengths"] == [17] * 6
+        assert state.class_names is None
+    assert RunState.of(tmp_path, {"model": {}, "metadata": {}}).config is None
+    assert RunState.of(tmp_path, {"model": {}, "metadata": 3}).config is None
 
 
 @pytest.mark.parametrize("name", ["vim_micro", "plainmamba_micro"])
@@ -205,33 +206,36 @@ def test_the_grid_that_a_file_records_decides_over_the_number_of_patches(fake, n
     path = tmp_path / "w.safetensors"
     checkpoint.save_weights(path, wide.state_dict(), as_strings(known))
     again = build(img_size=(16, 64))
-    put(path, entries.load(path), again)
+    RunState.read(path).load_into(again)
     position = "backbone.pos_embed" if name == "plainmamba_micro" else "pos_embed"
     assert torch.equal(again.state_dict()[position], wide.state_dict()[position])
-    put(path, entries.load(path), square)
+    RunState.read(path).load_into(square)
     assert not torch.equal(square.state_dict()[position], wide.state_dict()[position])
     for wrong in ("[4]", "[0, 16]", '"4 x 4"'):
         strings = {**as_strings(known), "grid": wrong}
         checkpoint.save_weights(path, wide.state_dict(), strings)
         with pytest.raises(CheckpointError, match=r"grid is .*, expected 2 whole numbers"):
-            entries.load(path)
+            RunState.read(path)
 
 
 def test_only_a_checkpoint_of_the_same_run_goes_on(fake, tmp_path):
     wanted, found = fake
-    state = {"optimizer": {}, "epoch": 0, **facts(wanted, found, None, images=64)}
-    same_run(tmp_path, state, wanted, images=64)
+    known = facts(wanted, found, None, images=64)
+    entries = {"optimizer": {"state": {}, "param_groups": []}, "epoch": 0, **known}
+    state = RunState.of(tmp_path, entries)
+    state.check_same_run(wanted, images=64)
     free = {"num_workers": 3, "log_every": 2, "device": "cpu", "compile": True, "cuda_graphs": True}
     for name, value in free.items():
-        same_run(tmp_path, state, wanted.replace(**{name: value}), images=64)
+        state.check_same_run(wanted.replace(**{name: value}), images=64)
     changed = wanted.replace(epochs=7, opt_betas=(0.9, 0.95))
     with pytest.raises(CheckpointError, match=r"300 -> 7, opt_betas None -> \(0\.9, 0\.95\)"):
-        same_run(tmp_path, state, changed, images=64)
+        state.check_same_run(changed, images=64)
     with pytest.raises(CheckpointError, match="images per update 64 -> 32"):
-        same_run(tmp_path, state, wanted, images=32)
+        state.check_same_run(wanted, images=32)
     for part in ("config", "optimizer", "epoch"):
+        less = RunState.of(tmp_path, {k: v for k, v in entries.items() if k != part})
         with pytest.raises(CheckpointError, match="does not hold a run, expected a checkpoint of"):
-            same_run(tmp_path, {k: v for k, v in state.items() if k != part}, wanted, images=64)
+            less.check_same_run(wanted, images=64)
 
 
 def test_weights_of_another_model_are_refused_in_one_line(tmp_path):
@@ -240,10 +244,10 @@ def test_weights_of_another_model_are_refused_in_one_line(tmp_path):
     other = model(config("--class-token double"), num_classes=5)
     for wrong in ({"model": other.state_dict()}, {"model": {}}, {"epoch": 3}):
         with pytest.raises(CheckpointError, match=r"w\.pth: checkpoint [^\n]*$"):
-            put(path, wrong, net)
+            RunState.of(path, wrong).load_into(net)
     foreign = model(parse(["--model", "timm/resnet18"]), num_classes=5)
     with pytest.raises(CheckpointError, match=r"w\.pth: [^\n]*$"):
-        put(path, {"model": other.state_dict()}, foreign)
+        RunState.of(path, {"model": other.state_dict()}).load_into(foreign)
 
 
 @pytest.mark.parametrize("name", ["vim_micro", "timm/resnet18"])
@@ -256,8 +260,8 @@ def test_integers_are_not_taken_for_weights(tmp_path, name):
     with pytest.raises(
         CheckpointError, match=rf"dtype of {last} is torch\.int32, expected torch\.f"
     ):
-        put(tmp_path / "w.pth", {"model": wrong}, net)
-    put(tmp_path / "w.pth", {"model": weights}, net)
+        RunState.of(tmp_path / "w.pth", {"model": wrong}).load_into(net)
+    RunState.of(tmp_path / "w.pth", {"model": weights}).load_into(net)
 
 
 def test_complex_numbers_are_taken_for_nothing(tmp_path):
@@ -267,7 +271,7 @@ def test_complex_numbers_are_taken_for_nothing(tmp_path):
         with pytest.raises(
             CheckpointError, match=rf"dtype of {name} is torch\.complex64, expected"
         ):
-            put(tmp_path / "w.pth", {"model": wrong}, net)
+            RunState.of(tmp_path / "w.pth", {"model": wrong}).load_into(net)
 
 
 def test_a_foreign_model_takes_another_head_only_when_finetuned(tmp_path):
@@ -275,8 +279,8 @@ def test_a_foreign_model_takes_another_head_only_when_finetuned(tmp_path):
     state = {"model": model(resnet, num_classes=9).state_dict()}
     net = model(resnet, num_classes=5)
     with pytest.raises(CheckpointError, match=r"fc\.weight"):
-        put(tmp_path, state, net)
-    put(tmp_path, state, net, head="drop")
+        RunState.of(tmp_path, state).load_into(net)
+    RunState.of(tmp_path, state).load_into(net, head="drop")
     assert torch.equal(net.conv1.weight, state["model"]["conv1.weight"])
     assert net.fc.weight.shape == (5, 512)
 
@@ -284,9 +288,9 @@ def test_a_foreign_model_takes_another_head_only_when_finetuned(tmp_path):
 def test_a_moving_average_that_is_not_there_is_refused(tmp_path):
     net = model(config(), num_classes=5)
     with pytest.raises(CheckpointError, match="expected weights under model_ema"):
-        put(tmp_path, {"model": net.state_dict()}, net, ema=True)
+        RunState.of(tmp_path, {"model": net.state_dict()}).load_into(net, ema=True)
 
 
 def test_settings_that_a_file_must_not_have_are_refused():
     with pytest.raises(ConfigError):
-        settings({"config": {"lr": "fast"}})
+        assert RunState.of(Path("w.pth"), {"config": {"lr": "fast"}}).config

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fambav.bench.report import MeasureError, Row, dtype_name
-from fambav.engine.runtime import Precision
-from fambav.engine.timing import Times, ratio
+from fambav.bench.timing import Times, ratio
+from fambav.engine.precision import Precision
 from fambav.models import Backbone, Vim
 from fambav.ops import BackendError, backends, force
 from fambav.ops.dispatch import SCAN

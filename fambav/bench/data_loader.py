@@ -1,4 +1,4 @@
-"""Training images a second, from loader processes and from a set that lives on the device."""
+"""Training images a second, from loader processes and from a device-resident set."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from fambav import data
 from fambav.bench.report import Report, Row, positive, settings
-from fambav.data.resident import Resident, resident_train_loader
-from fambav.engine.timing import quartiles, settle
+from fambav.bench.timing import quartiles, settle
+from fambav.data.device_augment import DeviceSet, device_train_loader
 
 BATCH = {"cuda": 128, "cpu": 32}
 LOADER, RESIDENT = "loader", "resident"
@@ -42,7 +42,7 @@ def loading(
         data_path: Its folder.
         input_size: Height and width of the result, in pixels.
         workers: Numbers of loader processes; 0 reads in this one.
-        batches: What each process makes in a round.
+        batches: Batches that each process makes in a round.
 
     Returns:
         A row for every way and number of processes.
@@ -56,16 +56,16 @@ def loading(
     for name, value in (("workers", min(workers, default=-1)), ("warmup", warmup)):
         if value < 0:
             raise ValueError(f"{name} is {value}, expected at least 0")
-    found = data.load(data_set, data_path, image_size=input_size)
+    loaded = data.load(data_set, data_path, image_size=input_size)
     options: dict[str, Any] = dict(batch_size=batch, seed=0, pin_memory=device.type == "cuda")
     transform = data.train_transform(input_size=input_size)
     ways: dict[str, Callable[..., Any]] = {
-        LOADER: partial(data.train_loader, found.train, transform, **options)
+        LOADER: partial(data.train_loader, loaded.train, transform, **options)
     }
     skipped = {}
     try:
-        resident = Resident(found.train, device=device)
-        ways[RESIDENT] = partial(resident_train_loader, resident, transform, **options)
+        resident = DeviceSet(loaded.train, device=device)
+        ways[RESIDENT] = partial(device_train_loader, resident, transform, **options)
     except ValueError as error:
         skipped[RESIDENT] = str(error)
     rates = {
@@ -75,7 +75,7 @@ def loading(
         for way, make in ways.items()
         for count in dict.fromkeys(workers)
     }
-    about: dict[str, Any] = dict(data=found.name, input_size=input_size, batch=batch, rounds=rounds)
+    about: dict[str, Any] = dict(data=data_set, input_size=input_size, batch=batch, rounds=rounds)
     rows = [_row(*key, own, rates.get((LOADER, 1))) for key, own in rates.items()]
     title = "training images, read and augmented"
     return Report(title=title, settings=settings(device, **about), rows=rows, skipped=skipped)
@@ -91,30 +91,30 @@ def _rates(
     batch: int,
     device: torch.device,
 ) -> list[float]:
-    """Return images a second in every round, in which each process makes so many batches."""
+    """Return images a second in every round, in which each process makes `each` batches."""
     processes = max(1, workers)
     each *= processes
     # Processes take long to start, so each makes a batch before any round.
     first = processes + warmup * each
     epochs = -(-(first + rounds * each) // make(epochs=1).updates_per_epoch)
-    found = []
+    rates = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")
-        made: Any = iter(make(epochs=epochs, workers=workers))
+        stream: Any = iter(make(epochs=epochs, workers=workers))
 
-        def take(count: int) -> None:
+        def read(count: int) -> None:
             for _ in range(count):
-                for tensor in next(made):
+                for tensor in next(stream):
                     tensor.to(device, non_blocking=True)
             settle(device)
 
-        with closing(made):
-            take(first)
+        with closing(stream):
+            read(first)
             for _ in range(rounds):
                 start = time.perf_counter()
-                take(each)
-                found.append(each * batch / (time.perf_counter() - start))
-    return found
+                read(each)
+                rates.append(each * batch / (time.perf_counter() - start))
+    return rates
 
 
 def _row(way: str, workers: int, own: list[float], one: list[float] | None) -> Row:

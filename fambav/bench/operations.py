@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fambav.bench.candidates import relative, use_backend
 from fambav.bench.report import Report, positive, settings, training_dtype
+from fambav.bench.timing import Run, interleave, peak_mib, spread, with_replays
 from fambav.engine.memory import MIB
-from fambav.engine.runtime import Precision
-from fambav.engine.timing import Run, interleave, peak_mib, spread, with_replays
+from fambav.engine.precision import Precision
 from fambav.layers import Block, Tokens
 from fambav.models import Vim
 from fambav.ops import BackendError, selective_scan

@@ -26,10 +26,7 @@ from fambav.bench.operations import LENGTHS
 from fambav.bench.profile import profile as profiled
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
 from fambav.bench.roofline import Roofline, flops
-from fambav.config import Config
-from fambav.engine.memory import MIB
-from fambav.engine.runtime import Processes, numerics
-from fambav.engine.timing import (
+from fambav.bench.timing import (
     Run,
     Times,
     allocated_mib,
@@ -41,9 +38,13 @@ from fambav.engine.timing import (
     ratios,
     spread,
 )
-from fambav.engine.train import Update
+from fambav.config import Config
+from fambav.engine.distributed import Processes
+from fambav.engine.memory import MIB
+from fambav.engine.precision import determinism_settings
+from fambav.engine.step import TrainStep
 from fambav.models import Backbone
-from fambav.training import updates
+from fambav.training.step import train_step
 
 FORWARD_BATCH = {"cuda": 128, "cpu": 8}
 STEP_BATCH = {"cuda": 128, "cpu": 2}
@@ -85,7 +86,7 @@ class Step(NamedTuple):
     """
 
     net: nn.Module
-    update: Update
+    update: TrainStep
     batch: tuple[Tensor, Tensor]
     backend: str | None
     capture_mib: float | None
@@ -287,7 +288,7 @@ def training(candidate: Candidate, *, batch: int, device: torch.device, seed: in
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     with use_backend(candidate.backend):
-        update = updates.update(config, net, group, num_classes=CLASSES, per_epoch=EPOCH)
+        update = train_step(config, net, group, num_classes=CLASSES, per_epoch=EPOCH)
     if graphs:
         peak = (torch.cuda.max_memory_allocated(device) - before) / MIB
     update.forward.train()
@@ -308,7 +309,7 @@ def _measured(
     **how: Any,
 ) -> dict[str, Any]:
     """Time all candidates that can be made; return rows, skipped and tables of a report."""
-    with numerics(deterministic=False, matmul_precision="high"):
+    with determinism_settings(deterministic=False, matmul_precision="high"):
         made, skipped = prepared(given, make, refused)
         peaks = Roofline(device, peaks_of)
         runs: dict[Any, Run] = {key: cast(Any, ready).run for key, ready in made.items()}

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 from fambav.bench.report import Row
-from fambav.engine.timing import Run, settle
+from fambav.bench.timing import Run, settle
 from fambav.models import Backbone
 from fambav.ops.kernels import NUMBA, TRITON
 from fambav.reduction import Reduction

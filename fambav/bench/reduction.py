@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fambav.bench.candidates import EAGER, REPLAYED
 from fambav.bench.operations import BATCH
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
-from fambav.engine.runtime import Precision, numerics
-from fambav.engine.timing import Run, Times, interleave, ratio, spread, with_replays
+from fambav.bench.timing import Run, Times, interleave, ratio, spread, with_replays
+from fambav.engine.precision import Precision, determinism_settings
 from fambav.layers import BackboneInfo, Intermediates, Tokens
 from fambav.models import Backbone
 from fambav.reduction import Reducer, Reduction, make_reducer, make_reduction, no_reduction
@@ -59,6 +59,7 @@ def reduction(
             share_of_layer  reduce over layer
             intermediates   a mixer that returns those which the method reads over a plain one
             aging           a mixer that scans across the gaps over one at its length that does not
+            lookup          a mixer that looks up positions of tokens in the grid over a plain one
             net             reduce and what intermediates add, in layers; a token that went saves
                             one part in `length` of a layer at each layer behind
         Those of a PlainMamba have its param_order: "raster" as in released weights, "permuted" for
@@ -75,7 +76,7 @@ def reduction(
     names = list(dict.fromkeys(methods))
     _known(names)
     rows, skipped = dict[str, Row](), dict[str, str]()
-    with numerics(deterministic=False, matmul_precision="high"):
+    with determinism_settings(deterministic=False, matmul_precision="high"):
         bench = _Bench(model, batch, device, dtype)
         benches = {bench: names}
         # Released weights may not allow to scan across gaps: once more in a form that does.
@@ -193,6 +194,7 @@ class _Bench:
             "layer_ms": spread(layer)["median_ms"],
             "share_of_layer": ratio(reduce, layer),
             "intermediates": ratio(returning, mixer),
+            "lookup": ratio(own.get("lookup"), mixer),
             "aging": ratio(own.get("aging"), plain.get(_mixer_name(found.schedule.final))),
             "net": ratio(net, layer),
         }
@@ -232,6 +234,9 @@ class _Bench:
             # At positions on a grid, they have to be placed there without aging, too.
             plain: Call = ((hidden, *given) if self.info.needs_positions else (hidden,), {})
             found[self._mixer_part(plain)] = self._mixer(mixers[1], plain)
+        elif given and self.info.needs_positions:
+            call: Call = ((before[0][0], met._replace(grid=None)), {})
+            found[name, "lookup"] = self._mixer(mixers[1], call)
         return found
 
     def _caught(self, reduction: Reduction, *modules: nn.Module) -> list[Call]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fambav.engine.record import environment
+from fambav.engine.run_dir import environment
+from fambav.table import aligned
 
 Row = Mapping[str, Any]
 
@@ -118,12 +119,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         return []
     lines = [[name.replace("_", " ") for name in rows[0]]]
     lines += [[_cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    align = ["<" if isinstance(value, str) else ">" for value in rows[0].values()]
-    return [
-        "  ".join(f"{c:{a}{w}}" for c, a, w in zip(cells, align, widths, strict=True)).rstrip()
-        for cells in lines
-    ]
+    return aligned(lines, ["<" if isinstance(value, str) else ">" for value in rows[0].values()])
 
 
 def _json(rows: Sequence[Row]) -> str:

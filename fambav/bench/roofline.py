@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fambav import costs
 from fambav.bench.candidates import Candidate, images
 from fambav.bench.report import Row, dtype_name
+from fambav.bench.timing import Run, Times, ratio, spread
 from fambav.engine.memory import MIB
-from fambav.engine.timing import Run, Times, ratio, spread
+from fambav.flops import count
 from fambav.ops.kernels import kernel_set
 
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices
@@ -139,7 +139,7 @@ def flops(candidate: Candidate) -> float:
     """
     net = candidate.network(META).eval()
     if candidate.ours:
-        whole = costs.count(net).total
+        whole = count(net).total
         return float(whole.multiply_adds + whole.all_directions)
     # Imported here, since it imports Triton and warns if it cannot.
     from torch.utils.flop_counter import FlopCounterMode

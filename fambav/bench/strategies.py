@@ -21,8 +21,8 @@ from fambav.bench.candidates import METHOD, NONE, REPLAYED, candidates, use_back
 from fambav.bench.passes import STEP_BATCH, Step, training
 from fambav.bench.reduction import streams, token_leaves
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
-from fambav.engine.runtime import numerics
-from fambav.engine.timing import Run, Times, captured, interleave, ratio, spread
+from fambav.bench.timing import Run, Times, captured, interleave, ratio, spread
+from fambav.engine.precision import determinism_settings
 from fambav.layers import Tokens
 from fambav.models import Backbone
 from fambav.reduction import Schedule
@@ -69,7 +69,7 @@ def strategies(
     which: dict[str, Any] = dict(model=model, method=method, cuda_graphs=cuda_graphs)
     plans, dtypes = (NONE, *plans), (dtype,)
     given = candidates(names=(backend,), plans=plans, dtypes=dtypes, device=device, **which)
-    with numerics(deterministic=False, matmul_precision="high"):
+    with determinism_settings(deterministic=False, matmul_precision="high"):
         steps = {
             c.plan: training(c, batch=batch, device=device)
             for c in given

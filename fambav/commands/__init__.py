@@ -1,7 +1,7 @@
 """The commands beside training: one module for each, whose `run` takes the words after its name.
 
-The first line of `run`'s docstring is what `fambav --help` says.  What needs torch is imported when
-a command runs, so that a mistake in a flag is told at once.
+The first line of `run`'s docstring stands in `fambav --help`.  What needs torch is imported when a
+command runs, so that a mistake in a flag is an error at once.
 """
 
 from types import ModuleType

@@ -132,7 +132,7 @@ def add_flags(parser: argparse.ArgumentParser, names: str) -> None:
 
 
 def measure(function: Callable[..., Any], given: dict[str, Any]) -> None:
-    """Call a benchmark with flags, the device and dtypes in the place of their names; show it.
+    """Call a benchmark with the values of flags, devices and dtypes as objects; print its report.
 
     Args:
         function: Returns a report.
@@ -145,7 +145,7 @@ def measure(function: Callable[..., Any], given: dict[str, Any]) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     import torch
 
-    from fambav.engine.runtime import processes
+    from fambav.engine.distributed import processes
 
     target = given.pop("json")
     with processes(given["device"]) as here:

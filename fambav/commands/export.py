@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fambav.commands.parser import Parser
+from fambav.commands.trained import RUN
 from fambav.config import ConfigError
 from fambav.registry import nearest
 
@@ -18,7 +19,7 @@ def run(words: list[str]) -> None:
         " without this package, onnx by ONNX Runtime.",
         allow_abbrev=False,
     )
-    parser.add_argument("path", metavar="RUN|CHECKPOINT", help="a run folder or a file of weights")
+    parser.add_argument("path", metavar="RUN|CHECKPOINT", help=RUN)
     parser.add_argument("--format", required=True, metavar="|".join(_FORMATS))
     parser.add_argument(
         *("--output_dir", "--output-dir"),

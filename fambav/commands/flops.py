@@ -19,11 +19,11 @@ def run(words: list[str]) -> None:
         print(config.help_text("fambav flops", f"{run.__doc__}\n{own}"))
         return
     given, flags = parser.parse_known_args(words)
-    found = config.parse(flags)
-    if found.notice:
-        print(found.notice)
-    from fambav import costs
+    settings = config.parse(flags)
+    if settings.notice:
+        print(settings.notice)
+    from fambav.flops import count_config
 
-    report = costs.configured(found)
+    report = count_config(settings)
     form = "markdown" if given.markdown else "text"
     show(report.table().render(form), report.json(), given.json)

@@ -14,7 +14,7 @@ NAMES: dict[str, Sequence[str]] = {
         *(f"{alias} = {name}" for alias, name in registry.STRATEGY_ALIASES.items()),
     ),
     "methods": registry.METHODS,
-    "data-sets": registry.DATA_SETS,
+    "data-sets": tuple(registry.DATA_SETS),
     "backends": registry.SCAN_BACKENDS,
 }
 
@@ -34,7 +34,7 @@ def _options() -> list[str]:
 
     known = {method: reduction.known_options(method) for method in registry.METHODS}
     lines = {
-        method: ",".join(f"{name}={str(value).lower()}" for name, value in found.items())
-        for method, found in known.items()
+        method: ",".join(f"{name}={str(value).lower()}" for name, value in options.items())
+        for method, options in known.items()
     }
     return [f"{method:<14} {text or '-'}" for method, text in lines.items()]

@@ -15,9 +15,11 @@ def run(words: list[str]) -> None:
 
     points = experiments.read_points(given.folder, phase=given.phase)
     title, kinds = experiments.read_title(given.folder)
+    metric = experiments.read_task(given.folder).primary
     if points:
-        title = f"{title}: {experiments.PRIMARY.title} against cost, {points[0].phase}"
-    figure = viz.pareto(points, title=title, detail=f"memory: {kinds}" if kinds else "")
+        title = f"{title}: {metric.title} against cost, {points[0].phase}"
+    detail = f"memory: {kinds}" if kinds else ""
+    figure = viz.pareto(points, title=title, detail=detail, metric=metric)
     folder = given.output_dir or given.folder
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):

@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what is wrong.
+        """Raise the message as one line.
 
         Raises:
             ConfigError: Always.

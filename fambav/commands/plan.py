@@ -10,9 +10,9 @@ def run(words: list[str]) -> None:
     if {"-h", "--help"} & set(words):
         print(config.help_text("fambav plan", f"{run.__doc__}"))
         return
-    found = config.parse(words)
-    if found.notice:
-        print(found.notice)
+    settings = config.parse(words)
+    if settings.notice:
+        print(settings.notice)
     from fambav import training
 
-    print(training.reduction(found).summary())
+    print(training.reduction(settings).summary())

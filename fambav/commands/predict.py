@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fambav import config
 from fambav.commands.parser import Parser
+from fambav.commands.trained import RUN
 from fambav.config import ConfigError
 
 
@@ -12,9 +13,11 @@ def run(words: list[str]) -> None:
     flags = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
     parser = Parser(
         "fambav predict",
-        usage="fambav predict CHECKPOINT IMAGE ... [--topk N] [--device NAME] [--model NAME ...]",
+        usage="fambav predict RUN|CHECKPOINT IMAGE ... [--topk N] [--device NAME] "
+        "[--model NAME ...]",
         description=run.__doc__,
-        epilog="A file that is not ours needs --model and whatever else describes it to main.py.",
+        epilog=f"RUN|CHECKPOINT is {RUN}. "
+        "A file that is not ours needs --model and whatever else describes it to main.py.",
         allow_abbrev=False,
     )
     parser.add_argument("--topk", type=int, default=5, metavar="N")
@@ -23,13 +26,15 @@ def run(words: list[str]) -> None:
     if given.topk < 1:
         raise ConfigError(f"--topk is {given.topk}, expected at least 1")
     if flags < 2:
-        raise ConfigError("images are missing, expected fambav predict CHECKPOINT IMAGE ...")
+        raise ConfigError("images are missing, expected fambav predict RUN|CHECKPOINT IMAGE ...")
     model = config.parse(rest) if rest else None
     checkpoint, *images = words[:flags]
     from fambav import training
 
-    found = training.predict(checkpoint, images, config=model, device=given.device, topk=given.topk)
-    for image, guesses in zip(images, found, strict=True):
+    predicted = training.predict(
+        checkpoint, images, config=model, device=given.device, topk=given.topk
+    )
+    for image, guesses in zip(images, predicted, strict=True):
         print(image)
         for name, share in guesses:
             print(f"  {100 * share:5.1f}%  {name}")

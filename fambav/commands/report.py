@@ -14,7 +14,11 @@ def run(words: list[str]) -> None:
     """Write one HTML page of finished runs and grids: tables, pictures, plans, settings."""
     parser = Parser("fambav report", description=run.__doc__, allow_abbrev=False)
     parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="RUN|GRID", help="folders of runs and of grids"
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="RUN|GRID",
+        help="folders of runs, each with its best checkpoint, and of grids",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="the page; report.html in the first folder"

@@ -4,67 +4,83 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fambav.commands.parser import Parser
 from fambav.commands.trained import (
+    RUN,
     read_settings,
     reduction_arguments,
     refuse_folders,
     refuse_method,
 )
 from fambav.config import ConfigError
-from fambav.search.written import parse_budget
+from fambav.search.parsing import parse_budget
 
 if TYPE_CHECKING:
-    from fambav.search.compared import Row
-    from fambav.search.finder import Found
-    from fambav.search.subject import Subject
+    from fambav.search.baselines import Row
+    from fambav.search.budget_search import SearchResult
+    from fambav.search.objective import PlanScore
+    from fambav.tasks import Metric
 
 USAGE = "fambav search-plan CHECKPOINT --budget KIND:MOST [--method NAME ...] [--name value ...]"
+_OPTIONS = ("images", "objective", "algorithm", "steps", "trials", "seed")
 _SHOWN = 16  # plans of the front that are printed
 
 
 def run(words: list[str]) -> None:
     """Find where a trained model loses least when it must cost less, without training."""
     given, rest = _parser().parse_known_args(words)
-    given.words = words
     _check(given)
-    asked, changes, how = read_settings(given.checkpoint, rest)
-    if how and len(given.method) > 1:
-        names = ", ".join(sorted(how))
+    foreign, changes, policies = read_settings(given.checkpoint, rest)
+    if policies and len(given.method) > 1:
+        names = ", ".join(sorted(policies))
         raise ConfigError(f"{names} is set with several methods, expected one --method")
-    from fambav.search import answer
-    from fambav.search.compared import compare
-    from fambav.search.finder import Search, find
+    from fambav.search.baselines import compare
+    from fambav.search.budget_search import SearchOptions, search_plan
+    from fambav.search.plan_file import plan_settings, write_plan
     from fambav.search.subject import opened
 
     begun = time.perf_counter()
-    search = Search(
+    options = SearchOptions(
         budget=given.budget,
         methods=tuple(dict.fromkeys(given.method)),
-        how=reduction_arguments(given.method[0], how),
-        images=given.images,
-        objective=given.objective,
-        algorithm=given.algorithm,
-        steps=given.steps,
-        trials=given.trials,
-        seed=given.seed,
+        policies=reduction_arguments(given.method[0], policies),
+        **{name: getattr(given, name) for name in _OPTIONS},
     )
-    with opened(given.checkpoint, asked=asked, changes=changes) as subject:
-        found = find(subject, search, lambda line: print(line, flush=True))
-        print(_front_text(found))
-        print(_answer_text(given, found))
+    with opened(given.checkpoint, config=foreign, changes=changes) as trained:
+        result = search_plan(trained, options, lambda line: print(line, flush=True))
+        plan, space, cost_model = result.plan, result.space, result.cost_model
+        cost = given.budget.format(cost_model(plan.counts))
+        primary = trained.task.primary
+        print(_front_text(given, result, primary))
+        print(_answer_text(given, result))
         print(f"search took {time.perf_counter() - begun:.0f} s")
         rows: list[Row] = []
         if given.compare:
-            rows = compare(subject, found.space, found.price, found.plan.counts)
-            print(_compared_text(found, rows, images=len(subject.data.val)))
-        config = answer.settings(subject.config, found.plan, how)
-        _write(given, config, subject, found, rows)
+            rows, left_out = compare(
+                lambda counts: trained.metric(space.reduction(counts)),
+                space,
+                cost_model,
+                plan.counts,
+            )
+            images = len(trained.data.val)
+            print(_compared_text(given, plan.method, rows, left_out, primary, images=images))
+        if given.output is not None:
+            write_plan(
+                given.output,
+                plan_settings(trained.config, plan, policies),
+                f"{plan.method} {plan.summary()}: {cost}, found by",
+                command=("fambav", "search-plan", *words),
+                weights=trained.path,
+            )
+            print(f"written: {given.output}")
+    if given.json is not None:
+        given.json.write_text(
+            json.dumps(_figures(given, result, rows, primary.name), indent=1) + "\n"
+        )
 
 
 def _parser() -> Parser:
@@ -74,7 +90,7 @@ def _parser() -> Parser:
         "--model, --data-set and whatever else describes it."
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of weights or a run's folder")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help=RUN)
     add("--budget", required=True, metavar="KIND:MOST", help="token-layers:0.7, flops:0.75, ms:9")
     add("--method", nargs="+", default=["ordered"], metavar="NAME", help="ordered by default")
     add("--images", type=int, default=256, metavar="N", help="of the training set (256)")
@@ -90,7 +106,7 @@ def _parser() -> Parser:
 
 
 def _check(given: argparse.Namespace) -> None:
-    """Refuse flags that cannot be meant."""
+    """Parse the budget, and refuse flags that make no sense."""
     given.budget = parse_budget(given.budget)
     refuse_folders(given.output, given.json)
     for method in given.method:
@@ -100,52 +116,63 @@ def _check(given: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} is {getattr(given, name)}, expected at least {least}")
 
 
-def _front_text(found: Found) -> str:
-    """Return what can be had for what, thinned to some lines."""
-    front = found.front
+def _front_text(given: argparse.Namespace, result: SearchResult, primary: Metric) -> str:
+    """Return the Pareto front, thinned to some lines."""
+    front, kind = result.front, given.budget.kind
     step = max(1, -(-len(front) // _SHOWN))
-    kept = [row for n, row in enumerate(front) if n % step == 0 or row[0] == found.plan]
-    head = f"{'cost':>12}  {'loss':>9}  {'top-1':>6}  plan"
+    shown = [row for n, row in enumerate(front) if n % step == 0 or row[0] == result.plan]
+    head = f"{'cost':>12}  {'loss':>9}  {primary.label:>6}  plan"
     lines = [
-        f"{_cost(found.unit, cost):>12}  {verdict.loss:9.4g}  {verdict.acc1:6.2f}  "
-        f"{plan.method} {plan.told()}"
-        for plan, cost, verdict in kept
+        f"{_cost(kind, cost):>12}  {result.scores[plan].loss:9.4g}  "
+        f"{result.scores[plan].metric:6.2f}  {plan.method} {plan.summary()}"
+        for plan, cost in shown
     ]
-    dropped = f", {len(kept)} of {len(front)}" if len(kept) < len(front) else ""
-    note = "; costs other than the found plan's are not measured" if found.unit == "ms" else ""
-    title = f"cost ({found.unit}) against loss on the training images{dropped}{note}"
+    dropped = f", {len(shown)} of {len(front)}" if len(shown) < len(front) else ""
+    note = "; costs other than the found plan's are not measured" if kind == "ms" else ""
+    title = f"cost ({kind}) against loss on the training images{dropped}{note}"
     return "\n".join((title, head, *lines))
 
 
-def _cost(unit: str, cost: float) -> str:
-    return f"{cost:.2f} ms" if unit == "ms" else f"{100 * cost:.2f}%"
+def _cost(kind: str, cost: float) -> str:
+    return f"{cost:.2f} ms" if kind == "ms" else f"{100 * cost:.2f}%"
 
 
-def _answer_text(given: argparse.Namespace, found: Found) -> str:
-    dense = "" if found.unit != "ms" else f" (every token: {found.dense_cost:.2f} ms)"
+def _answer_text(given: argparse.Namespace, result: SearchResult) -> str:
+    budget, plan, cost_model = given.budget, result.plan, result.cost_model
+    cost, unreduced = cost_model(plan.counts), cost_model(result.space.unreduced)
+    beside = f" (every token: {unreduced:.2f} ms)" if budget.kind == "ms" else ""
+    loss, metric = result.scores[plan]
     return (
-        f"found: {found.plan.method} {found.plan.told()}\n"
-        f"  {given.budget.told(found.cost)}{dense}, at most {given.budget.told(given.budget.most)}"
-        f"; loss {found.verdict.loss:.4g}, {found.verdict.acc1:.2f}% of the training images right;"
-        f" {found.tried} plans tried"
+        f"found: {plan.method} {plan.summary()}\n"
+        f"  {budget.format(cost)}{beside}, at most {budget.format(budget.most)}"
+        f"; loss {loss:.4g}, {metric:.2f}% of the training images right;"
+        f" {len(result.scores)} plans tried"
     )
 
 
-def _compared_text(found: Found, rows: list[Row], *, images: int) -> str:
-    from fambav.search.compared import NEAR, beaten, dearer
+def _compared_text(
+    given: argparse.Namespace,
+    method: str,
+    rows: list[Row],
+    left_out: list[str],
+    primary: Metric,
+    *,
+    images: int,
+) -> str:
+    from fambav.search.baselines import NEAR, count_beaten
 
-    left_out = dearer(found.space, found.price, found.plan.counts)
+    kind = given.budget.kind
     beyond = f"left out, dearer by more than {100 * NEAR:g} points: {', '.join(left_out)}"
     lines = [
-        f"{row.name:>12}  {_cost(found.unit, row.cost):>10}  {row.acc1:8.2f}  "
+        f"{row.name:>12}  {_cost(kind, row.cost):>10}  {row.metric:8.2f}  "
         f"{','.join(map(str, row.counts))}"
         for row in rows
     ]
-    won, tied, of = beaten(rows)
+    won, tied, of = count_beaten(rows, primary)
     return "\n".join(
         (
-            f"held-out images, {found.plan.method}, without training; strategies never cost less",
-            f"{'plan':>12}  {found.unit:>10}  {'top-1':>8}  removed at each layer",
+            f"held-out images, {method}, without training; strategies never cost less",
+            f"{'plan':>12}  {kind:>10}  {primary.label:>8}  removed at each layer",
             *lines,
             *[beyond] * bool(left_out),
             f"found beats {won} of {of} uniform strategies and equals {tied}; one of the {images} "
@@ -154,45 +181,29 @@ def _compared_text(found: Found, rows: list[Row], *, images: int) -> str:
     )
 
 
-def _write(
-    given: argparse.Namespace, config: Any, subject: Subject, found: Found, rows: list[Row]
-) -> None:
-    from fambav.search import answer
+def _figures(
+    given: argparse.Namespace, result: SearchResult, rows: list[Row], metric: str
+) -> dict[str, Any]:
+    """Return the whole result as plain data."""
 
-    if given.output is not None:
-        remarks = (
-            f"{found.plan.method} {found.plan.told()}: {given.budget.told(found.cost)}, found by",
-            f"fambav search-plan {shlex.join(given.words)}",
-            f"main.py --config {given.output} --eval --resume {subject.path}",
-            f"main.py --config {given.output} --finetune {subject.path} --output_dir DIR",
-        )
-        given.output.write_text(answer.to_yaml(config, remarks), encoding="utf-8")
-        print(f"written: {given.output}")
-    if given.json is not None:
-        given.json.write_text(json.dumps(_figures(given, found, rows), indent=1) + "\n")
+    def plain(row: Row | PlanScore) -> dict[str, Any]:
+        return {metric if name == "metric" else name: x for name, x in row._asdict().items()}
 
-
-def _figures(given: argparse.Namespace, found: Found, rows: list[Row]) -> dict[str, Any]:
-    """Return all that was found, as plain data."""
+    plan, cost_model = result.plan, result.cost_model
     return {
         "checkpoint": str(given.checkpoint),
-        "budget": {"kind": given.budget.kind, "most": given.budget.most},
-        "images": given.images,
-        "objective": given.objective,
-        "algorithm": given.algorithm,
-        "steps": given.steps,
-        "trials": given.trials,
-        "seed": given.seed,
-        "method": found.plan.method,
-        "counts": list(found.plan.counts),
-        "cost": found.cost,
-        "dense_cost": found.dense_cost,
-        "loss": found.verdict.loss,
-        "train_acc1": found.verdict.acc1,
-        "tried": found.tried,
+        "budget": given.budget._asdict(),
+        **{name: getattr(given, name) for name in _OPTIONS},
+        "method": plan.method,
+        "counts": list(plan.counts),
+        "cost": cost_model(plan.counts),
+        "dense_cost": cost_model(result.space.unreduced),
+        "loss": result.scores[plan].loss,
+        f"train_{metric}": result.scores[plan].metric,
+        "tried": len(result.scores),
         "front": [
-            {"method": plan.method, "counts": list(plan.counts), "cost": cost, **verdict._asdict()}
-            for plan, cost, verdict in found.front
+            {**each._asdict(), "cost": cost, **plain(result.scores[each])}
+            for each, cost in result.front
         ],
-        "held_out": [{**row._asdict(), "counts": list(row.counts)} for row in rows],
+        "held_out": [plain(row) for row in rows],
     }

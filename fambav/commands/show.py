@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fambav.commands.parser import Parser
+from fambav.commands.trained import RUN
 from fambav.config import ConfigError, read_flags
 from fambav.registry import PICTURES, nearest
 
@@ -37,16 +38,17 @@ def run(words: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    told = "; ".join(f"{name}, {text}" for name, text in PICTURES.items())
+    kinds = "; ".join(f"{name}, {text}" for name, text in PICTURES.items())
     parser = Parser(
         "fambav show",
         usage="fambav show RUN|CHECKPOINT ... [--what NAMES] [--image FILE ...] [--name value ...]",
         description=run.__doc__,
-        epilog="Other flags are those of main.py: they reduce the tokens of the same weights "
+        epilog=f"RUN|CHECKPOINT is {RUN}. "
+        "Other flags are those of main.py: they reduce the tokens of the same weights "
         "otherwise, or say what a file is of that is not ours, such as --model vim_tiny.",
         allow_abbrev=False,
     )
-    parser.add_argument("--what", metavar="NAMES", help=f"comma-separated, all by default: {told}")
+    parser.add_argument("--what", metavar="NAMES", help=f"comma-separated, all by default: {kinds}")
     parser.add_argument(
         "--image", type=Path, nargs="+", default=[], metavar="FILE", help="images to look at"
     )

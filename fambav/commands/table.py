@@ -64,7 +64,7 @@ def _grid_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _grid(given: argparse.Namespace) -> Path | None:
-    """The file of the grid that is asked for; None if it is runs."""
+    """The file of the grid to carry out; None if runs are to be compared."""
     if given.grid is not None:
         if given.what:
             raise ConfigError("--grid stands without runs, expected --grid FILE.yaml alone")
@@ -95,13 +95,15 @@ def _table_of_grid(given: argparse.Namespace, path: Path) -> None:
     from fambav import experiments
     from fambav.experiments import process, sweep
 
-    said = sys.stdout if given.format == FORMATS[0] else sys.stderr  # the table stands alone there
+    stream = (
+        sys.stdout if given.format == FORMATS[0] else sys.stderr
+    )  # the table stands alone there
 
-    def say(line: str) -> None:
-        print(line, file=said, flush=True)
+    def report(line: str) -> None:
+        print(line, file=stream, flush=True)
 
     grid = experiments.read_grid(path, seeds=given.seeds, data_path=given.data_path)
     jobs = given.jobs or max(1, len(process.gpus()))
-    results = sweep.run(grid, folder, jobs=jobs, keep=given.keep, say=say, mixed=given.mixed)
+    results = sweep.run(grid, folder, jobs=jobs, keep=given.keep, report=report, mixed=given.mixed)
     print(experiments.table(results, mixed=given.mixed).render(given.format))
     sweep.refuse_failures(results, folder)

@@ -1,4 +1,4 @@
-"""What commands on a trained model are told beside their own flags."""
+"""Arguments that the commands on a trained model share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from fambav import config
 from fambav.config import Config, ConfigError, read_flags
 from fambav.registry import METHODS, nearest
 
+# Of the argument that names a trained model; engine.run_dir.weights_file has the whole rule.
+RUN = "a run folder, whose best checkpoint is taken, an exported folder, or a file of weights"
 # Settings of a method beside its schedule, by their names in `fambav.reduce`.
 METHOD_SETTINGS = {
     "reduction_hook": "hook",

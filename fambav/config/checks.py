@@ -69,7 +69,7 @@ def filled(text: str) -> None:
 
 
 def schedule_form(text: str) -> None:
-    """Refuse what cannot be a schedule, before a model is there to say more."""
+    """Refuse what cannot be a schedule, before there is a model to check it against."""
     if text != "published" and not re.fullmatch(SCHEDULE_FORM, text):
         raise ValueError(f"one of {SCHEDULES}")
 
@@ -81,28 +81,28 @@ def policy(text: str) -> None:
         text: A family and parts, with hyphens between: a key with its number, or a set.
 
     Raises:
-        ValueError: If it is not that; says what was expected in place of which part.
+        ValueError: If it is not; the message names the part and what was expected.
     """
     family, *parts = text.split("-")
     if family not in _FAMILIES:
         raise ValueError(f"none or one of {', '.join(_FAMILIES)} in place of {family!r}")
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     sets = [part for part in parts if family == "rand" and part in _SETS]
     for part in parts:
         if part not in sets:
-            key, number = _read(family, part)
-            if key in found:
+            key, number = _read_part(family, part)
+            if key in numbers:
                 raise ValueError(f"{key} once")
-            found[key] = number
+            numbers[key] = number
     if len(sets) > 1:
         raise ValueError(f"one set of operations in place of {', '.join(sets)}")
-    if sets and found.get("inc") == 0:
+    if sets and numbers.get("inc") == 0:
         raise ValueError(f"inc1 or no inc with {sets[0]}, whose operations all increase")
-    _check(found, family=family, most=_SETS[sets[0]] if sets else None)
+    _check_together(numbers, family=family, most=_SETS[sets[0]] if sets else None)
 
 
-def _read(family: str, part: str) -> tuple[str, float]:
-    """Return the key and the number of a part."""
+def _read_part(family: str, part: str) -> tuple[str, float]:
+    # -> the key and its number
     keys = _FAMILIES[family]
     key = part.rstrip("0123456789.")
     if key not in keys:
@@ -120,10 +120,9 @@ def _read(family: str, part: str) -> tuple[str, float]:
     return key, float(text)
 
 
-def _check(found: dict[str, float], *, family: str, most: int | None) -> None:
-    """Refuse numbers that exclude each other."""
-    limit, layers = found.get("mmax", _LIMIT), found.get("n", _LAYERS)
-    magnitude = found.get("m", _LIMIT if family == "rand" else 0)
+def _check_together(numbers: dict[str, float], *, family: str, most: int | None) -> None:
+    limit, layers = numbers.get("mmax", _LIMIT), numbers.get("n", _LAYERS)
+    magnitude = numbers.get("m", _LIMIT if family == "rand" else 0)
     if magnitude > limit:
         hint = f"; mmax{magnitude:g} beside it raises that limit" if family == "rand" else ""
         raise ValueError(f"a magnitude of at most {limit:g} in place of m{magnitude:g}{hint}")

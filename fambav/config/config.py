@@ -30,7 +30,7 @@ class Config:
     Attributes:
         model, fusion, reduction, data, augment, optim, distillation, run: The settings, see
             `schema`.
-        notice: Lines to tell the user before anything else, or empty.
+        notice: Lines to print before anything else, or empty.
     """
 
     model: schema.Model = field(default_factory=schema.Model)
@@ -59,7 +59,7 @@ class Config:
 
     @classmethod
     def recorded(cls, flat: Mapping[str, Any]) -> Config:
-        """Do what `from_flat` does for what a run has said of itself, which stays as it is."""
+        """Return the run of a config.yaml or a checkpoint, none of whose limits is applied anew."""
         return _resolved(_record(flat))
 
     def replace(self, **changes: Any) -> Config:
@@ -102,8 +102,8 @@ def parse(
 
     Args:
         argv: Words after the name of the program.
-        record: Reads what the checkpoint that is to be evaluated says of its run, None if nothing,
-            given what is set. It is the default then, and what differs is told in the notice.
+        record: Reads the settings that the checkpoint to be evaluated holds, None if it holds none,
+            given what is set. They are the defaults then; what differs is in the notice.
 
     Raises:
         ConfigError: If a flag, the file it names or one of their settings cannot be used.
@@ -127,7 +127,7 @@ def parse(
 
 
 def _beside(known: Mapping[str, Any], given: dict[str, Setting]) -> Config:
-    """Return the run that is given beside what a checkpoint says, and tell where both differ."""
+    """Return the run with a checkpoint's settings as defaults; its notice names differences."""
     run, before = _resolved({**_record(known), **given}), Config.recorded(known).flat()
     reducing = {**vars(run.fusion), **vars(run.reduction)}
     notes = [run.notice] * bool(run.notice)

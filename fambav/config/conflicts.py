@@ -1,6 +1,6 @@
-"""What settings mean beside each other: which win, which are put back, which exclude each other.
+"""What settings mean beside each other: which win, which are reset, which exclude each other.
 
-A flag that would change nothing is refused: a run never ignores what it was told.  A setting read
+A flag that would change nothing is refused: a run ignores no setting.  A setting read
 from a lower level than the one that took its meaning away has its default instead.
 """
 
@@ -20,7 +20,7 @@ LIMITS = (("warmup_epochs", "epochs"), ("min_lr", "lr"), ("warmup_lr", "lr"))  #
 
 
 def resolve(given: Settings) -> tuple[dict[str, Any], list[str]]:
-    """Fill in defaults, put back what means nothing, and refuse contradictions.
+    """Fill in defaults, reset what has no effect, and refuse contradictions.
 
     Args:
         given: What was given, the highest level of each setting.
@@ -50,7 +50,7 @@ def resolve(given: Settings) -> tuple[dict[str, Any], list[str]]:
 
 
 def _apply_conditions(settings: Settings, name: str, done: set[str]) -> None:
-    """Put a setting back that means nothing, after those that decide on it."""
+    """Reset a setting that has no effect, after the settings that decide on it."""
     if name in done:
         return
     done.add(name)
@@ -60,23 +60,23 @@ def _apply_conditions(settings: Settings, name: str, done: set[str]) -> None:
             _apply_conditions(settings, cause, done)
         decisive = [settings[cause] for cause in when.causes.split()]
         if not when.holds(*(cause.value for cause in decisive)):
-            why = when.why.format(**{other: found.value for other, found in settings.items()})
-            _put_back(settings, name, max(cause.level for cause in decisive), why)
+            why = when.why.format(**{other: setting.value for other, setting in settings.items()})
+            _reset(settings, name, max(cause.level for cause in decisive), why)
 
 
-def _put_back(settings: Settings, name: str, level: int, why: str) -> None:
-    """Give a setting its neutral value, or refuse it if it was given at `level` or above."""
-    setting, neutral = settings[name], OPTIONS[name].otherwise
-    if setting.value != neutral and setting.level != DEFAULT and setting.level >= level:
-        refuse(setting.label, setting.value, f"{format_value(neutral)} {why}")
-    settings[name] = setting._replace(value=neutral)
+def _reset(settings: Settings, name: str, level: int, why: str) -> None:
+    """Reset a setting to its default, or refuse it if it was given at `level` or above."""
+    setting, default = settings[name], OPTIONS[name].otherwise
+    if setting.value != default and setting.level != DEFAULT and setting.level >= level:
+        refuse(setting.label, setting.value, f"{format_value(default)} {why}")
+    settings[name] = setting._replace(value=default)
 
 
-def _put_back_all(settings: Settings, when: When, level: int, why: str) -> None:
-    """Put back every setting that `when` is a condition of."""
+def _reset_all(settings: Settings, when: When, level: int, why: str) -> None:
+    """Reset every setting that `when` is a condition of."""
     for name, option in OPTIONS.items():
         if when in option.when:
-            _put_back(settings, name, level, why)
+            _reset(settings, name, level, why)
 
 
 def _choose_reduction_or_fusion(settings: Settings) -> None:
@@ -97,12 +97,12 @@ def _choose_reduction_or_fusion(settings: Settings) -> None:
     if highest.level > reduction.level:
         settings["reduction"] = reduction._replace(value="none")
         why = f"with {highest.label}{'' if fused else ' none'}"
-        _put_back_all(settings, REDUCED, highest.level, why)
+        _reset_all(settings, REDUCED, highest.level, why)
         return
     settings["fusion_plan"] = plan._replace(value=None)
     settings["fusion_strategy"] = strategy._replace(value="none")
-    why = f"with --reduction {reduction.value}, whose schedule says it all"
-    _put_back_all(settings, FUSED, reduction.level, why)
+    why = f"with --reduction {reduction.value}, which has a schedule of its own"
+    _reset_all(settings, FUSED, reduction.level, why)
 
 
 def _choose_plan_or_strategy(settings: Settings) -> None:
@@ -144,7 +144,7 @@ def _check_loss(settings: Settings) -> None:
 
 
 def _check_teacher(settings: Settings) -> None:
-    """Let the model without reduction be taught by the weights that it starts from itself."""
+    """Let the unreduced teacher have the weights that the model itself starts from."""
     kind, alpha, path = (
         settings[name] for name in ("distillation_type", "distillation_alpha", "teacher_path")
     )
@@ -168,8 +168,8 @@ def _check_checkpoints(settings: Settings) -> None:
 def _limit(settings: Settings, low: str, high: str) -> str | None:
     """Refuse a setting above its limit, or return a line on one that gives way.
 
-    A default stays as it is and is cut to its limit where it is used.  What runs say of themselves
-    is not looked at: their steps were made so.
+    A default stays as it is and is cut to its limit where it is used.  Recorded
+    settings are not checked: the run was trained with them.
     """
     own, limit = settings[low], settings[high]
     unused = low == "warmup_lr" and not settings["warmup_epochs"].value
@@ -184,6 +184,6 @@ def _limit(settings: Settings, low: str, high: str) -> str | None:
     default = own.level <= RECORD and own.value == OPTIONS[low].default
     if not default:
         settings[low] = own._replace(value=limit.value)
-    said = f"{low} is {format_value(own.value)}{' by default' * default}"
+    value = f"{low} is {format_value(own.value)}{' by default' * default}"
     cut = format_value(limit.value)
-    return f"warning: {said}, more than {limit.label}; it is {cut} in this run"
+    return f"warning: {value}, more than {limit.label}; it is {cut} in this run"

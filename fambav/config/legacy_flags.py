@@ -18,7 +18,7 @@ def _flag(flag: str, text: str, *, default: Any = False, **rest: Any) -> Option:
 
 _COSINE = "only --sched cosine is offered"
 _NOISE = "noise on the learning rate is not offered"
-_INF = "a loss that is not finite stops the run; --if_continue_inf skips its update"
+_INF = "a loss that is NaN or infinite stops the run; --if_continue_inf skips its update"
 _UNSUPPORTED = (
     _flag("cosub", "use --drop-path"),
     _flag("attn-only", "--finetune trains every weight"),
@@ -42,10 +42,10 @@ _UNSUPPORTED = (
     ),
     _flag("if_random_token_rank", "tokens keep the order of the image", off="no_random_token_rank"),
 )
-_LAUNCHER = (  # what torchrun says instead
+_LAUNCHER = (  # what torchrun sets instead
     _flag("local-rank", "only a launcher sets it", default=0),
     _flag("world_size", "use torchrun --nproc-per-node=N", default=1),
-    _flag("dist_url", "the launcher says where", default="env://"),
+    _flag("dist_url", "the launcher sets it", default="env://"),
     _flag("distributed", "use torchrun --nproc-per-node=N"),
     _flag("dist-eval", "every process evaluates its share", default=True),
 )
@@ -54,7 +54,7 @@ LAUNCHER: dict[str, Option] = {option.name: option for option in _LAUNCHER}
 
 
 def refuse_unsupported(given: Mapping[str, Setting], environment: Mapping[str, str]) -> None:
-    """Refuse what is not offered, and what differs from what the launcher says.
+    """Refuse what is not offered, and what differs from what the launcher sets.
 
     Args:
         given: Settings that were given, by name.

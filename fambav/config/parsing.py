@@ -211,7 +211,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def help_text(program: str, text: str) -> str:
-    """Return the help of a program that takes every setting, and says `text` of itself."""
+    """Return the help of a program that takes every setting, described by `text`."""
     lines = [f"usage: {program} [--config FILE.yaml] [--name value ...]", "", text, ""]
     lines += ["Hyphens and underscores are the same.  Every switch has a --no- form.", ""]
     lines += _entry(CONFIG, CONFIG.text)

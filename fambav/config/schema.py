@@ -1,8 +1,8 @@
 """Every setting of a run: its name, default, unit and range, in frozen groups.
 
 A field below is one setting.  Its name is the YAML key; the same name with hyphens or underscores
-is the flag; its metadata says what it means, when it means anything, and what it affects.  There
-is no second list of settings anywhere.
+is the flag; its metadata has its meaning, the conditions under which it has one, and what it
+affects.  There is no second list of settings anywhere.
 
 Source: flag names and defaults are those of DeiT (github.com/facebookresearch/deit), Vim
 (github.com/hustvl/Vim) and Famba-V (github.com/AIoT-MLSys-Lab/Famba-V), main.py.  Differing
@@ -40,7 +40,7 @@ INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family",
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Group):
-    """What to train."""
+    """Model."""
 
     affects: ClassVar[Affects] = "model"
 
@@ -82,9 +82,13 @@ class Model(Group):
         on=True,
     )
     drop: float = option(0.0, "dropout after the position embedding", when.DROPOUT, bounds=RATE)
-    drop_path: float = option(0.1, "largest probability of skipping a block", bounds=RATE)
+    drop_path: float = option(
+        0.1, "stochastic depth: largest probability of dropping a block", bounds=RATE
+    )
     grad_checkpointing: bool = switch(
-        "recompute blocks in the backward pass to save memory", when.OURS, affects="speed"
+        "gradient checkpointing: recompute blocks in the backward pass to save memory",
+        when.OURS,
+        affects="speed",
     )
     scan_backend: str | None = option(
         None,
@@ -104,7 +108,7 @@ class Model(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction(Group):
-    """Which tokens go, and where, by any method."""
+    """Token reduction by any method."""
 
     affects: ClassVar[Affects] = "model"
 
@@ -118,31 +122,31 @@ class Reduction(Group):
     reduction_schedule: str = option(
         "published",
         "where and how many: r:5@3-23/2, ramp:16,-1, list:7,7,0, keep:0.8@5,10, "
-        "tokens:157,125@10,20, or published, what the method's paper says for the model",
+        "tokens:157,125@10,20, or published, the one of the method's paper for the model",
         when.REDUCED,
         check=checks.schedule_form,
     )
     reduction_hook: str | None = option(
         None,
-        "where in a layer tokens go; none = the method's own",
+        "where in a layer tokens are removed; none = the method's own",
         when.REDUCED,
         choices=registry.HOOKS,
     )
     scan_policy: str | None = option(
         None,
-        "what the scan makes of tokens that went; none = the method's own",
+        "how the scan treats removed tokens; none = the method's own",
         when.REDUCED,
         choices=registry.SCAN_POLICIES,
     )
     gap_policy: str | None = option(
         None,
-        "how an aligned scan ages its state over tokens that went; the method's own if not given",
+        "how an aligned scan decays its state over removed tokens; the method's own if not given",
         when.REDUCED,
         choices=registry.GAP_POLICIES,
     )
     class_token_policy: str | None = option(
         None,
-        "where the class token goes among what is left; none = the method's own",
+        "place of the class token among the kept tokens; none = the method's own",
         when.REDUCED,
         choices=registry.CLASS_TOKEN_POLICIES,
     )
@@ -155,7 +159,7 @@ class Reduction(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Fusion(Group):
-    """Which tokens to fuse, and where, in the words of Famba-V."""
+    """Token fusion with Famba-V's flags."""
 
     affects: ClassVar[Affects] = "model"
 
@@ -193,7 +197,7 @@ class Fusion(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Group):
-    """What to train on."""
+    """Data set and loader."""
 
     data_set: str = option(
         "DIGITS", "data set; CIFAR is CIFAR-100, SHAPES100 is made here", choices=registry.DATA_SETS
@@ -221,11 +225,11 @@ class Data(Group):
         10, "loader processes", affects="speed", bounds=NATURAL, flag="num_workers"
     )
     pin_mem: bool = switch(
-        "page-locked memory for batches on a GPU", on=True, affects="speed", off="no-pin-mem"
+        "pinned memory for batches on a GPU", on=True, affects="speed", off="no-pin-mem"
     )
     eval_crop_ratio: float = option(
         0.875,
-        "central part of an image used in evaluation",
+        "center crop of an image in evaluation, as a share of its side",
         affects="model",
         bounds=Bounds(0, 1, above=True),
     )
@@ -233,7 +237,7 @@ class Data(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Augment(Group):
-    """How training images and targets are varied."""
+    """Augmentation of training images and targets."""
 
     color_jitter: float | None = option(
         0.3, "colour jitter without --aa", when.NO_POLICY, otherwise=None, bounds=NOT_NEGATIVE
@@ -248,12 +252,14 @@ class Augment(Group):
     smoothing: float = option(0.1, "label smoothing", bounds=RATE)
     train_interpolation: str = option(
         "bicubic",
-        "how images are enlarged",
+        "interpolation of resized training images",
         when.NOT_THREE,
         choices=("bicubic", "bilinear", "random"),
     )
     repeated_aug: bool = switch(
-        "three views of an image in one epoch", on=True, off="no-repeated-aug"
+        "repeated augmentation: three views of an image in one epoch",
+        on=True,
+        off="no-repeated-aug",
     )
     three_augment: bool = switch(
         "DeiT III's grey, solarise or blur instead of --aa", flag="ThreeAugment"
@@ -274,7 +280,7 @@ class Augment(Group):
     hflip: float = option(0.5, "probability of a horizontal flip", bounds=PROBABILITY)
     reprob: float = option(
         0.25,
-        "probability of erasing a rectangle",
+        "random erasing: probability of erasing a rectangle",
         when.NOT_THREE,
         otherwise=0.0,
         bounds=PROBABILITY,
@@ -309,19 +315,21 @@ class Augment(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Optim(Group):
-    """How to step."""
+    """Loss, optimizer, learning rate and precision."""
 
     batch_size: int = option(64, "images of one process in one forward pass", bounds=COUNT)
-    grad_accum_steps: int = option(1, "forward passes in one update", bounds=COUNT)
+    grad_accum_steps: int = option(
+        1, "gradient accumulation: forward passes in one update", bounds=COUNT
+    )
     epochs: int = option(300, "passes over the training set", bounds=COUNT)
-    bce_loss: bool = switch("binary cross-entropy")
+    bce_loss: bool = switch("binary cross-entropy (BCE)")
     unscale_lr: bool = switch("use --lr as it is, whatever the batch")
     opt: str = option("adamw", "optimizer", choices=OPTIMIZERS)
     opt_eps: float = option(1e-8, "epsilon of Adam", when.EPSILON, bounds=POSITIVE)
     opt_betas: tuple[float, ...] | None = option(
         None, "betas of Adam; none = the optimizer's own", when.BETAS, bounds=RATE, length=2
     )
-    clip_grad: float | None = option(None, "largest norm of the gradient", bounds=POSITIVE)
+    clip_grad: float | None = option(None, "gradient clipping: largest norm", bounds=POSITIVE)
     momentum: float = option(0.9, "momentum of sgd", when.SGD, bounds=RATE)
     weight_decay: float = option(0.05, "weight decay", bounds=NOT_NEGATIVE)
     decay_groups: str = option(
@@ -329,13 +337,15 @@ class Optim(Group):
         "default spares A_log and D from decay, published does not",
         choices=("default", "published"),
     )
-    sched: str = option("cosine", "shape of the learning rate", choices=("cosine",))
+    sched: str = option("cosine", "learning rate schedule", choices=("cosine",))
     lr: float = option(5e-4, "learning rate at 512 images per update", bounds=POSITIVE)
     warmup_lr: float = option(
         1e-6, "learning rate at the start, not scaled", when.WARM_UP, bounds=NOT_NEGATIVE
     )
     min_lr: float = option(1e-5, "learning rate at the end, not scaled", bounds=NOT_NEGATIVE)
-    rising_lr: bool = switch("let --min-lr and --warmup-lr be above --lr, as one recipe has it")
+    rising_lr: bool = switch(
+        "let --min-lr and --warmup-lr be above --lr, as one published recipe has it"
+    )
     warmup_epochs: int = option(5, "epochs until --lr is reached", bounds=NATURAL)
     epoch_sched: bool = switch("one learning rate per epoch, an epoch late, as published")
     amp: bool | None = option(
@@ -346,24 +356,31 @@ class Optim(Group):
         "high", "float32 products: high may use TF32", affects="speed", choices=("high", "highest")
     )
     train_mode: bool = switch(
-        "dropout and skipped blocks while training", on=True, off="no-train-mode"
+        "dropout and stochastic depth while training", on=True, off="no-train-mode"
     )
     if_continue_inf: bool = switch(
-        "skip an update whose loss is not finite",
+        "skip an update whose loss is NaN or infinite",
         affects="speed",
         flag="if_continue_inf",
         off="no_continue_inf",
     )
-    model_ema: bool = switch("keep a moving average of the weights", on=True, off="no-model-ema")
-    model_ema_decay: float = option(0.99996, "its decay per update", when.AVERAGED, bounds=RATE)
+    model_ema: bool = switch(
+        "keep an exponential moving average (EMA) of the weights", on=True, off="no-model-ema"
+    )
+    model_ema_decay: float = option(
+        0.99996, "decay of the EMA per update", when.AVERAGED, bounds=RATE
+    )
     model_ema_warmup: bool = switch(
-        "smaller decay in the first updates", when.AVERAGED, on=True, off="no-model-ema-warmup"
+        "smaller decay of the EMA in the first updates",
+        when.AVERAGED,
+        on=True,
+        off="no-model-ema-warmup",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Group):
-    """What to learn from a teacher."""
+    """Distillation from a teacher."""
 
     distillation_type: str = option(
         "none",
@@ -378,14 +395,14 @@ class Distillation(Group):
     )
     teacher_model: str | None = option(
         None,
-        "the teacher; none = the model itself with every token kept",
+        "the teacher; none = the model itself without reduction",
         when.TAUGHT,
         aliases={"regnety_160": "timm/regnety_160"},  # DeiT's
         check=checks.model_name,
     )
     teacher_path: str = option(
         "",
-        "checkpoint of the teacher's weights; for the model itself --finetune's if there is one",
+        "file or run folder of the teacher's weights; for the model itself --finetune's, if any",
         when.TAUGHT,
         affects="nothing",  # its weights do, and are compared where it matters
         check=checks.local_file,
@@ -394,7 +411,7 @@ class Distillation(Group):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Group):
-    """Where it runs and what it leaves behind."""
+    """Device, files, checkpoints and logs."""
 
     output_dir: str | None = option(
         None,
@@ -404,10 +421,16 @@ class Run(Group):
         flag="output_dir",
     )
     resume: str = option(
-        "", "checkpoint to go on from, or auto", affects="nothing", check=checks.local_file
+        "",
+        "checkpoint to go on from, or auto; with --eval also a run folder, its best checkpoint",
+        affects="nothing",
+        check=checks.local_file,
     )
     finetune: str = option(
-        "", "checkpoint whose weights to start from", affects="nothing", check=checks.local_file
+        "",
+        "file of weights to start from, or a run folder, its best checkpoint",
+        affects="nothing",
+        check=checks.local_file,
     )
     eval: bool = switch("evaluate --resume or --finetune, without training", affects="nothing")
     device: str | None = option(

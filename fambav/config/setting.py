@@ -1,4 +1,4 @@
-"""One setting: what is known of it, and how text or YAML becomes its value."""
+"""One setting: its description, and the conversion of text or YAML to its value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args, get_t
 
 from fambav.registry import Registry, nearest
 
-# A higher level wins.  RECORD is what a finished or older run says of itself.
+# A higher level wins.  RECORD is what the files of a finished or older run hold.
 DEFAULT, RECORD, BASE, FILE, COMMAND = range(5)
 Affects = Literal["nothing", "speed", "result", "model"]
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -59,20 +59,20 @@ class When(NamedTuple):
     """A condition without which a setting means nothing."""
 
     causes: str  # names of the settings that decide, separated by spaces
-    holds: Callable[..., bool]  # tells from their values, in this order
+    holds: Callable[..., bool]  # takes their values, in this order
     why: str  # where it does not hold, the rest of "expected X ..."; {name} stands for a value
 
 
 class Option(NamedTuple):
-    """What is known of a setting besides its value.
+    """The description of a setting.
 
-    It affects "nothing" if it names a place of files or says what is printed, "speed" if a run may
+    It affects "nothing" if it names the location of files or what is printed, "speed" if a run may
     go on with another value (time, memory, handling of failures), "result" if it changes what is
     learnt, "model" if it changes what is built, or what images that reads.
     """
 
     text: str  # meaning and unit, for the help
-    affects: Affects | None = None  # None: what its group says
+    affects: Affects | None = None  # None: as its group
     when: tuple[When, ...] = ()
     otherwise: Any = None  # its value where `when` does not hold: the default, unless it is given
     choices: tuple[str, ...] = ()  # names it may take; empty for any
@@ -91,7 +91,7 @@ class Option(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names it may take now."""
+        """The names that it may take, with those that users have registered."""
         added = self.registry.names() if self.registry else ()
         return tuple(dict.fromkeys((*self.choices, *added)))
 
@@ -109,20 +109,20 @@ def switch(text: str, *when: When, on: bool = False, **rest: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Settings of one concern; `affects` is of those that do not say it themselves."""
+    """Settings of one concern; `affects` is the default of its settings."""
 
     affects: ClassVar[Affects] = "result"
 
 
 def options_of(group: type[Group]) -> dict[str, Option]:
-    """Return the options of a group by name, completed by what its fields say."""
-    found, hints = {}, get_type_hints(group)
+    """Return the options of a group by name, completed from its fields."""
+    options, hints = {}, get_type_hints(group)
     for item in fields(group):
         name, inner = item.name, get_args(hints[item.name])
         optional = type(None) in inner
         kind = next(h for h in inner if h is not type(None)) if optional else hints[name]
         known: Option = item.metadata["option"]
-        found[name] = known._replace(
+        options[name] = known._replace(
             affects=known.affects or group.affects,
             flag=known.flag or name.replace("_", "-"),
             name=name,
@@ -130,7 +130,7 @@ def options_of(group: type[Group]) -> dict[str, Option]:
             optional=optional,
             default=item.default,
         )
-    return found
+    return options
 
 
 def format_value(value: Any) -> str:
@@ -159,7 +159,7 @@ def from_text(option: Option, words: list[str], label: str) -> Any:
 
 
 def from_data(option: Option, value: Any, label: str) -> Any:
-    """Return the value that a YAML or Python object stands for."""
+    """Return the value of a YAML or Python object."""
     if option.optional and (value is None or _is_unset(option, str(value))):
         return None
     if option.kind is not tuple:

@@ -1,6 +1,6 @@
 """When a setting means anything: conditions that fields of `schema` carry as `when`.
 
-A flag that would change nothing is refused: a run never ignores what it was told.
+A flag that would change nothing is refused: a run ignores no setting.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FOLDERS = ("IMNET", "FOLDER", *INAT)
 
 
 def _taken(setting: str, lacking: str = "") -> When:
-    """Return when a model takes a setting; `lacking` says what the others lack."""
+    """Return when a model takes a setting; `lacking` is added where it does not."""
     why = f"with --model {{model}}{lacking}"
     return When("model", lambda name: setting in family_of(name).arguments, why)
 
@@ -35,7 +35,11 @@ FUSED = When(
     lambda strategy, plan: strategy != "none" or plan is not None,
     "with --fusion-strategy none, which fuses nothing",
 )
-UNPLANNED = When("fusion_plan", lambda plan: plan is None, "with --fusion-plan, which says it all")
+UNPLANNED = When(
+    "fusion_plan",
+    lambda plan: plan is None,
+    "with --fusion-plan, which has layers and tokens of its own",
+)
 ONE_ENDED = When(
     "fusion_strategy",
     lambda strategy: strategy in ("none", "lower", "upper"),

@@ -1,13 +1,17 @@
 """Data sets, augmentation and batches."""
 
-from fambav.data.arrays import ArraySet, DataError, DataSet, Samples
 from fambav.data.datasets import fetch, load
 from fambav.data.folders import read_image
-from fambav.data.loaders import Batches, TrainBatchesLoader, eval_loader, train_loader
-from fambav.data.mixing import Mix, mixup
-from fambav.data.sampling import TrainBatches, deal
-from fambav.data.transforms import eval_transform, eval_words, three_augment, train_transform
-from fambav.data.unreadable import Tolerant
+from fambav.data.loaders import (
+    Batches,
+    SkipCorrupt,
+    TrainBatchesLoader,
+    eval_loader,
+    train_loader,
+)
+from fambav.data.sampling import TrainBatches, repeat_augmented
+from fambav.data.transforms import Mix, eval_crop, eval_transform, mixup, train_transform
+from fambav.data.types import ArraySet, DataError, DataSet, Samples
 
 __all__ = [
     "ArraySet",
@@ -16,18 +20,17 @@ __all__ = [
     "DataSet",
     "Mix",
     "Samples",
-    "Tolerant",
+    "SkipCorrupt",
     "TrainBatches",
     "TrainBatchesLoader",
-    "deal",
+    "eval_crop",
     "eval_loader",
     "eval_transform",
-    "eval_words",
     "fetch",
     "load",
     "mixup",
     "read_image",
-    "three_augment",
+    "repeat_augmented",
     "train_loader",
     "train_transform",
 ]

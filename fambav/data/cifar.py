@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100, read from the files their authors publish.
 
 The files are pickles, which can run any code when they are loaded; this reader builds arrays,
-lists, strings and numbers and refuses a file that asks for anything else.
+lists, strings and numbers and refuses a file that names anything else.
 
 Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; names, digests
 and the address of the files are those of torchvision.datasets.
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fambav.data.arrays import ArraySet, DataError, DataSet, digest
+from fambav.data.types import ArraySet, DataError, DataSet
 from fambav.timm_compat import torchvision
 
 LAYOUTS: dict[str, Any] = {
@@ -40,11 +40,11 @@ _BROKEN = (
 
 
 class _Refused(pickle.UnpicklingError):
-    """A pickle that asks for something data does not need."""
+    """A pickle that names something data does not need."""
 
 
 class _Maker:
-    """Something a pickle may call; without attributes, so that a pickle can not change it."""
+    """A function that a pickle may call; without attributes, so that a pickle can not change it."""
 
     __slots__ = ()
 
@@ -104,7 +104,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for `module.name`, if data needs it."""
+        """Return the stand-in for `module.name`, if data needs it."""
         if (module, name) not in _ALLOWED:
             raise _Refused(f"{module}.{name}")
         return _ALLOWED[module, name]
@@ -114,8 +114,8 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
     """Return the dictionary in a file, its keys as str, and the file's md5."""
     raw = path.read_bytes()
     try:
-        found = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
-        entries = {_text(name): value for name, value in found.items()}
+        pickled = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
+        entries = {_text(name): value for name, value in pickled.items()}
     except _Refused as error:
         raise DataError(
             f"{path} asks for {error}, expected only arrays, lists, strings and numbers; "
@@ -140,8 +140,8 @@ def _samples(path: Path, entries: dict[str, Any], num_classes: int) -> ArraySet:
             raise DataError(f"{path} holds {sorted(entries)}, expected {name!r} among them")
     data = entries["data"]
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (_PIXELS,):
-        found = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data)
-        raise DataError(f"{path}: data is {found}, expected uint8 (count, {_PIXELS})")
+        kind = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data)
+        raise DataError(f"{path}: data is {kind}, expected uint8 (count, {_PIXELS})")
     labels = np.asarray(entries.get("fine_labels", entries.get("labels")))
     if labels.shape != (len(data),) or labels.dtype.kind not in "iu":
         raise DataError(
@@ -150,35 +150,33 @@ def _samples(path: Path, entries: dict[str, Any], num_classes: int) -> ArraySet:
     if len(data) == 0 or labels.min() < 0 or labels.max() >= num_classes:
         span = f"{labels.min()} .. {labels.max()}" if len(data) else "none"
         raise DataError(f"{path}: labels are {span}, expected 0 .. {num_classes - 1}")
-    images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (count, 32, 32, 3)
     return ArraySet(np.ascontiguousarray(images), labels)
 
 
-def files(name: str) -> dict[str, str]:
+def _files(name: str) -> dict[str, str]:
     """Return the file names of a CIFAR, each with the md5 of the published file."""
     layout = LAYOUTS[name]
     listed = dict([*layout.train_list, *layout.test_list])
     return {**listed, layout.meta["filename"]: layout.meta["md5"]}
 
 
-def folder(name: str, root: Path) -> Path:
-    """Return where the files of a CIFAR are, or would be: inside `root`, or `root` itself."""
+def _folder(name: str, root: Path) -> Path:
+    """Return the folder of the files of a CIFAR: inside `root`, or `root` itself."""
     inner = LAYOUTS[name].base_folder
     nested = root / inner
-    here = root.name == inner or any((root / file).is_file() for file in files(name))
-    return root if here and not nested.is_dir() else nested
+    is_root = root.name == inner or any((root / file).is_file() for file in _files(name))
+    return root if is_root and not nested.is_dir() else nested
 
 
-def missing(name: str, root: Path) -> list[str]:
-    """Return the names of the files that are not there."""
-    place = folder(name, root)
-    return [file for file in files(name) if not (place / file).is_file()]
+def _missing(name: str, folder: Path) -> list[str]:
+    return [file for file in _files(name) if not (folder / file).is_file()]
 
 
 def fetch(name: str, root: Path) -> None:
     """Download the published archive and unpack it, unless every file is there.
 
-    Files that are there are left alone even if they are not the published ones.
+    Files that are there are kept even if they are not the published ones.
 
     Args:
         name: "CIFAR" or "CIFAR10".
@@ -187,17 +185,17 @@ def fetch(name: str, root: Path) -> None:
     Raises:
         DataError: If it can not be fetched.
     """
-    if not missing(name, root):
+    layout, folder = LAYOUTS[name], _folder(name, root)
+    if not _missing(name, folder):
         return
-    layout, target = LAYOUTS[name], folder(name, root).parent
     try:
         torchvision.datasets.utils.download_and_extract_archive(
-            layout.url, str(target), filename=layout.filename, md5=layout.tgz_md5
+            layout.url, str(folder.parent), filename=layout.filename, md5=layout.tgz_md5
         )
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"{layout.url} can not be fetched into {target} ({error}), expected the published "
-            f"archive; it can also be unpacked there by hand"
+            f"{layout.url} can not be fetched into {folder.parent} ({error}), expected the "
+            f"published archive; it can also be unpacked there by hand"
         ) from None
 
 
@@ -214,52 +212,35 @@ def read(name: str, root: Path) -> DataSet:
     Raises:
         DataError: If a file is missing, truncated, damaged, or holds anything but data.
     """
-    layout, place = LAYOUTS[name], folder(name, root)
-    absent = missing(name, root)
-    if absent:
+    layout, folder, published = LAYOUTS[name], _folder(name, root), _files(name)
+    missing = _missing(name, folder)
+    if missing:
         raise DataError(
             f"data_path is {str(root)!r}, expected {layout.base_folder}/ with "
-            f"{', '.join(files(name))} in it; looked in {place}, missing: {', '.join(absent)}; "
+            f"{', '.join(published)} in it; looked in {folder}, missing: {', '.join(missing)}; "
             f"fetch it with: python main.py --data-set {name} --data-path {root} --download"
         )
-    meta, found = _unpickle(place / layout.meta["filename"])
-    md5 = {layout.meta["filename"]: found}
-    names = meta.get(layout.meta["key"])
-    if not isinstance(names, list) or not names:
+    unpickled = {file: _unpickle(folder / file) for file in published}
+    meta, names_key = layout.meta["filename"], layout.meta["key"]
+    entries, _ = unpickled[meta]
+    class_names = entries.get(names_key)
+    if not isinstance(class_names, list) or not class_names:
         raise DataError(
-            f"{place / layout.meta['filename']} holds {sorted(meta)}, expected a list "
-            f"{layout.meta['key']!r} of class names"
+            f"{folder / meta} holds {sorted(entries)}, expected a list {names_key!r} of class names"
         )
-    sets = []
-    for listed in (layout.train_list, layout.test_list):
-        parts = []
-        for file, _ in listed:
-            entries, md5[file] = _unpickle(place / file)
-            parts.append(_samples(place / file, entries, len(names)))
-        images, labels = ([getattr(part, kind) for part in parts] for kind in ("images", "labels"))
-        sets.append(ArraySet(np.concatenate(images), np.concatenate(labels)))
-    train, val = sets
-    mean, std = train.statistics()
-    return DataSet(
-        name=name,
-        train=train,
-        val=val,
-        num_classes=len(names),
-        class_names=tuple(map(_text, names)),
-        mean=mean,
-        std=std,
-        notes=_notes(name, place, md5, train, val),
-        digest=digest(train, val),
+    train, val = (
+        _joined([_samples(folder / file, unpickled[file][0], len(class_names)) for file, _ in part])
+        for part in (layout.train_list, layout.test_list)
     )
+    changed = [file for file, md5 in published.items() if unpickled[file][1] != md5]
+    note = (
+        f"{folder}: {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not the published "
+        f"CIFAR; read as found, {len(train):,} images to train and {len(val):,} to test"
+    )
+    names = tuple(map(_text, class_names))
+    return DataSet.in_memory(name, train, val, class_names=names, notes=(note,) if changed else ())
 
 
-def _notes(
-    name: str, place: Path, md5: dict[str, str], train: ArraySet, val: ArraySet
-) -> tuple[str, ...]:
-    other = [file for file, published in files(name).items() if md5[file] != published]
-    if not other:
-        return ()
-    return (
-        f"{place}: {', '.join(other)} {'is' if len(other) == 1 else 'are'} not the published "
-        f"CIFAR; read as found, {len(train):,} images to train and {len(val):,} to test",
-    )
+def _joined(parts: list[ArraySet]) -> ArraySet:
+    images, labels = ([getattr(part, kind) for part in parts] for kind in ("images", "labels"))
+    return ArraySet(np.concatenate(images), np.concatenate(labels))

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 
-from fambav.data import cifar, shapes
-from fambav.data.arrays import ArraySet, DataError, DataSet, digest
+from fambav.data import cifar, synthetic
 from fambav.data.folders import read_folder, read_inat
+from fambav.data.types import ArraySet, DataError, DataSet, digest
 from fambav.registry import BUILDERS
 from fambav.seeding import key
 
 _DIGITS_HELD_OUT = 360
-_FAKE_COUNTS = (1280, 256)
-_UNIFORM = 12**-0.5  # standard deviation of a number drawn evenly from [0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What `load` was asked for; a builder takes what concerns it."""
+    """The arguments of `load` but the name; each builder reads those that concern it."""
 
     root: Path
     inat_category: str
@@ -47,7 +44,7 @@ def load(
     Args:
         name: One of `fambav.registry.DATA_SETS`.
         root: Folder of the data; DIGITS, SHAPES100 and FAKE need none.
-        inat_category: What iNaturalist's labels tell apart.
+        inat_category: The level of the taxonomy that is iNaturalist's label.
         classes: Number of classes of FAKE.
         image_size: Height and width of FAKE's images, in pixels.
         seed: Seed of FAKE's images.
@@ -56,29 +53,25 @@ def load(
         The set.
 
     Raises:
-        DataError: If the data is missing, damaged or of a single class; the message says what to
-            do.
+        DataError: If the data is missing, damaged or of a single class, with advice.
         ValueError: If there is no set of that name.
     """
-    builder = BUILDERS[name]
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    found: DataSet = builder(
-        Request(
-            root=Path(root),
-            inat_category=inat_category,
-            classes=classes,
-            image_size=size,
-            seed=seed,
-        )
+    request = Request(
+        root=Path(root),
+        inat_category=inat_category,
+        classes=classes,
+        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
+        seed=seed,
     )
-    if found.num_classes < 2:
+    loaded: DataSet = BUILDERS[name](request)
+    if loaded.num_classes < 2:
         by = f" by {inat_category}" if name in ("INAT", "INAT19") else ""
-        raise DataError(f"num_classes of {name}{by} is {found.num_classes}, expected at least 2")
-    return found
+        raise DataError(f"num_classes of {name}{by} is {loaded.num_classes}, expected at least 2")
+    return loaded
 
 
 def fetch(name: str, root: str | Path) -> None:
-    """Fetch what is missing of a data set; on one process only, while the others wait.
+    """Download what is missing of a data set; on one process only, while the others wait.
 
     Args:
         name: One of `fambav.registry.DATA_SETS`; DIGITS, SHAPES100 and FAKE need nothing.
@@ -96,26 +89,21 @@ def fetch(name: str, root: str | Path) -> None:
         )
 
 
-@BUILDERS.register("DIGITS")
-def _digits(_: Request) -> DataSet:
-    """Scikit-learn's 1,797 scanned digits of 8 x 8 pixels, 360 of them held out."""
+def read_digits() -> DataSet:
+    """Read scikit-learn's 1,797 scanned digits of 8 x 8 pixels, 360 of them held out."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    grey = np.rint(found.images * (255 / 16)).astype(np.uint8)
-    images = np.repeat(grey[..., None], 3, axis=-1)
-    held_out = hold_out(found.target, count=_DIGITS_HELD_OUT)
-    train, val = (ArraySet(images[part], found.target[part]) for part in (~held_out, held_out))
-    mean, std = train.statistics()
-    sha = digest(ArraySet(images, found.target), np.flatnonzero(held_out))
-    return DataSet(
-        name="DIGITS",
-        train=train,
-        val=val,
-        num_classes=10,
+    digits = load_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    images = np.repeat(grey[..., None], 3, axis=-1)  # (1797, 8, 8, 3)
+    held_out = hold_out(digits.target, count=_DIGITS_HELD_OUT)
+    train, val = (ArraySet(images[part], digits.target[part]) for part in (~held_out, held_out))
+    sha = digest(ArraySet(images, digits.target), np.flatnonzero(held_out))
+    return DataSet.in_memory(
+        "DIGITS",
+        train,
+        val,
         class_names=tuple(map(str, range(10))),
-        mean=mean,
-        std=std,
         notes=(
             f"DIGITS: {len(train):,} images to train and {len(val):,} held out, sha256 {sha[:16]}",
         ),
@@ -127,12 +115,12 @@ def hold_out(labels: NDArray[Any], *, count: int) -> NDArray[np.bool_]:
     """Choose `count` samples that show the classes in the proportion of the whole.
 
     The rule is our own, so that a newer library never changes it: each class gives its share
-    (largest remainders first, then the lower class), taking the samples whose place has the lowest
+    (largest remainders first, then the lower class), taking the samples whose index has the lowest
     key.
 
     Args:
         labels: (samples,), integers.
-        count: How many to choose.
+        count: Number of samples to choose.
 
     Returns:
         (samples,), True where chosen.
@@ -143,84 +131,27 @@ def hold_out(labels: NDArray[Any], *, count: int) -> NDArray[np.bool_]:
     shares[np.argsort(-remainders, kind="stable")[: count - shares.sum()]] += 1
     chosen = np.zeros(len(labels), dtype=bool)
     for label, share in zip(classes, shares, strict=True):
-        places = np.flatnonzero(labels == label)
-        chosen[sorted(places, key=lambda place: key("hold out", place))[:share]] = True
+        indices = np.flatnonzero(labels == label)
+        chosen[sorted(indices, key=lambda index: key("hold out", index))[:share]] = True
     return chosen
 
 
-@BUILDERS.register("SHAPES100")
-def _shapes100(_: Request) -> DataSet:
-    return shapes.read()
-
-
-@BUILDERS.register("CIFAR")
-def _cifar100(request: Request) -> DataSet:
-    return cifar.read("CIFAR", request.root)
-
-
-@BUILDERS.register("CIFAR10")
-def _cifar10(request: Request) -> DataSet:
-    return cifar.read("CIFAR10", request.root)
-
-
-@BUILDERS.register("IMNET")
-def _imagenet(request: Request) -> DataSet:
-    return read_folder("IMNET", request.root)
-
-
-@BUILDERS.register("FOLDER")
-def _folder(request: Request) -> DataSet:
-    return read_folder("FOLDER", request.root)
-
-
-@BUILDERS.register("INAT")
-def _inat(request: Request) -> DataSet:
-    return read_inat("INAT", request.root, year=2018, category=request.inat_category)
-
-
-@BUILDERS.register("INAT19")
-def _inat19(request: Request) -> DataSet:
-    return read_inat("INAT19", request.root, year=2019, category=request.inat_category)
-
-
-class FakeImages:
-    """Noise, each image a function of seed, part and place; labels go round the classes.
-
-    Args:
-        part: Keeps the images of training and validation apart.
-        count: Number of images.
-        classes: Number of classes.
-        image_size: Height and width, in pixels.
-        seed: Seed of the set.
-    """
-
-    def __init__(
-        self, part: str, *, count: int, classes: int, image_size: tuple[int, int], seed: int
-    ) -> None:
-        self.part, self.count, self.classes = part, count, classes
-        self.image_size, self.seed = image_size, seed
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, place: int) -> tuple[Image.Image, int]:
-        source = torch.Generator().manual_seed(key(self.seed, "fake", self.part, place))
-        pixels = torch.randint(256, (*self.image_size, 3), generator=source, dtype=torch.uint8)
-        return Image.fromarray(pixels.numpy()), place % self.classes
-
-
-@BUILDERS.register("FAKE")
-def _fake(request: Request) -> DataSet:
-    options: dict[str, Any] = {
-        "classes": request.classes,
-        "image_size": request.image_size,
-        "seed": request.seed,
-    }
-    return DataSet(
-        name="FAKE",
-        train=FakeImages("train", count=_FAKE_COUNTS[0], **options),
-        val=FakeImages("val", count=_FAKE_COUNTS[1], **options),
-        num_classes=request.classes,
-        mean=(0.5, 0.5, 0.5),
-        std=(_UNIFORM, _UNIFORM, _UNIFORM),
-    )
+_BUILDERS: dict[str, Callable[[Request], DataSet]] = {
+    "DIGITS": lambda _: read_digits(),
+    "SHAPES100": lambda _: synthetic.shapes100(),
+    "CIFAR": lambda request: cifar.read("CIFAR", request.root),
+    "CIFAR10": lambda request: cifar.read("CIFAR10", request.root),
+    "IMNET": lambda request: read_folder("IMNET", request.root),
+    "FOLDER": lambda request: read_folder("FOLDER", request.root),
+    "INAT": lambda request: read_inat(
+        "INAT", request.root, year=2018, category=request.inat_category
+    ),
+    "INAT19": lambda request: read_inat(
+        "INAT19", request.root, year=2019, category=request.inat_category
+    ),
+    "FAKE": lambda request: synthetic.fake(
+        classes=request.classes, image_size=request.image_size, seed=request.seed
+    ),
+}
+for _name, _builder in _BUILDERS.items():
+    BUILDERS.register(_name)(_builder)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,41 +16,92 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-from fambav.data.arrays import DataError, Samples
 from fambav.data.sampling import Key, TrainBatches
-from fambav.data.shield import outlast, shielded
-from fambav.data.unreadable import LeftOutError, Tolerant
+from fambav.data.transforms import Transform
+from fambav.data.types import DataError, Samples
 from fambav.seeding import seed_cpu
 
-Transform = Callable[[Image.Image], Tensor]
 Batch = tuple[Tensor, Tensor]
-_SHOWN = 8  # samples that an error names
+Finish = Callable[[Any], Batch]
 PATIENCE = 600  # seconds without a batch after which a loader process is given up
+_MAX_CORRUPT = 0.01  # share of a set
+_LISTED = 8  # samples that an error names
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_POLL = 1.0  # seconds between checks of the main process; torch's own miss one that died early
 
 
-class Augmented(Dataset[tuple[Tensor, int]]):
-    """Samples by (epoch, position, place), each augmented by draws of its own.
+class SkippedError(DataError):
+    """A corrupt sample of an evaluation that skips such samples."""
+
+
+class SkipCorrupt:
+    """Samples of which a few may be corrupt.
+
+    They are counted in shared memory, over all loader processes.
+
+    Args:
+        samples: Samples that raise a DataError where they cannot be read.
+        replacing: Whether the next readable sample replaces a corrupt one, as in training, or none
+            does, as in evaluation.
+    """
+
+    def __init__(self, samples: Samples, *, replacing: bool) -> None:
+        self.samples, self.replacing = samples, replacing
+        self._corrupt = torch.zeros(len(samples), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Return one image in RGB and its label.
+
+        Raises:
+            SkippedError: If it is corrupt and not to be replaced.
+            DataError: If more than one in a hundred are corrupt.
+        """
+        while True:
+            try:
+                return self.samples[index]
+            except DataError as error:
+                self._corrupt[index] = 1
+                if self.count() > _MAX_CORRUPT * len(self):
+                    raise DataError(
+                        f"{self.count()} of {len(self)} samples cannot be read, expected at most "
+                        f"{100 * _MAX_CORRUPT:g}% with --on-bad-image skip; the last: {error}"
+                    ) from None
+                if not self.replacing:
+                    raise SkippedError(str(error)) from error
+                index = (index + 1) % len(self)
+
+    def count(self) -> int:
+        """Return the number of samples that turned out to be corrupt so far."""
+        return int(self._corrupt.sum())
+
+
+class Augmented(Dataset[tuple[Any, int]]):
+    """Samples by (epoch, position, index), each augmented by draws of its own.
 
     Reading a sample reseeds the global CPU generators of the process that reads it.
 
     Args:
         samples: What to read from.
-        transform: Makes a tensor of an image; may draw from any global generator of the CPU.
+        transform: Makes a tensor, or sampled parameters, of an image; may draw from any global
+            generator of the CPU.
         seed: Seed of the run.
     """
 
-    def __init__(self, samples: Samples, transform: Transform, *, seed: int) -> None:
+    def __init__(self, samples: Samples, transform: Callable[..., Any], *, seed: int) -> None:
         self.samples, self.transform, self.seed = samples, transform, seed
 
-    def __getitem__(self, name: Key) -> tuple[Tensor, int]:
-        epoch, position, place = name
-        image, label = self.samples[place]
+    def __getitem__(self, name: Key) -> tuple[Any, int]:
+        epoch, position, index = name
+        image, label = self.samples[index]
         seed_cpu(self.seed, "augment", epoch, position)
-        return _transformed(self.transform, image, place), label
+        return _transformed(self.transform, image, index), label
 
 
 class Transformed(Dataset[tuple[Tensor, int] | None]):
-    """Samples by place, as tensors.
+    """Samples by index, as tensors; None for one that is skipped.
 
     Args:
         samples: What to read from.
@@ -57,30 +114,30 @@ class Transformed(Dataset[tuple[Tensor, int] | None]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, int] | None:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         try:
-            image, label = self.samples[place]
-        except LeftOutError:
+            image, label = self.samples[index]
+        except SkippedError:
             return None
-        return _transformed(self.transform, image, place), label
+        return _transformed(self.transform, image, index), label
 
 
-def _transformed(transform: Transform, image: Image.Image, place: int) -> Tensor:
+def _transformed(transform: Callable[..., Any], image: Image.Image, index: int) -> Any:
     try:
         return transform(image)
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         kind, size = type(error).__name__, "x".join(map(str, image.size))
         raise DataError(
-            f"sample {place} ({image.mode}, {size} pixels) cannot be augmented: {kind}: {error}"
+            f"sample {index} ({image.mode}, {size} pixels) cannot be augmented: {kind}: {error}"
         ) from error
 
 
-def _collated(samples: list[tuple[Tensor, int] | None]) -> Any:
-    """A batch of the samples that are not left out; it may be empty."""
-    there = [sample for sample in samples if sample is not None]
-    if not there:
+def _collate_readable(samples: list[tuple[Tensor, int] | None]) -> Any:
+    """Return a batch of the samples that are not skipped; it may be empty."""
+    readable = [sample for sample in samples if sample is not None]
+    if not readable:
         return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    return default_collate(there)
+    return default_collate(readable)
 
 
 class Batches:
@@ -89,15 +146,18 @@ class Batches:
     Args:
         loader: Reads the batches.
         samples: What it reads from.
+        finish: Makes (images, labels) of what the loader yields, if it does not yield them.
     """
 
-    def __init__(self, loader: DataLoader[Any], samples: Any) -> None:
-        self.loader, self.samples = loader, samples
+    def __init__(
+        self, loader: DataLoader[Any], samples: Any, *, finish: Finish | None = None
+    ) -> None:
+        self.loader, self.samples, self._finish = loader, samples, finish
         self._done = 0
 
-    def left_out(self) -> int:
-        """Return how many samples could not be read so far."""
-        return self.samples.count() if isinstance(self.samples, Tolerant) else 0
+    def skipped(self) -> int:
+        """Return the number of samples that could not be read so far."""
+        return self.samples.count() if isinstance(self.samples, SkipCorrupt) else 0
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -105,7 +165,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield images (batch, 3, height, width), float32, and labels (batch,), int64."""
-        yield from self._read()
+        yield from self._read() if self._finish is None else map(self._finish, self._read())
 
     def _read(self) -> Iterator[Any]:
         """Yield what the loader does.
@@ -124,16 +184,16 @@ class Batches:
             message = str(error).rstrip().rsplit("\n", 1)[-1].removeprefix(name)
             error.__traceback__ = None  # it keeps the workers, which then need seconds to stop
         except (RuntimeError, OSError, EOFError) as error:
-            message = self._lost(error)
+            message = self._failure(error)
             error.__traceback__ = None
         raise DataError(message)
 
     def _started(self) -> Iterator[Any]:
-        with shielded():
+        with signals_blocked():
             return iter(self.loader)
 
-    def _lost(self, error: Exception) -> str:
-        """Say what is known of a loader process that raised, is gone or hangs."""
+    def _failure(self, error: Exception) -> str:
+        """Return what is known of a loader process that raised, died or hangs."""
         if "Original Traceback" in str(error):
             reason = str(error).rstrip().rsplit("\n", 1)[-1]
             return f"a sample cannot be read {self._where()}: {reason}"
@@ -154,38 +214,54 @@ class TrainBatchesLoader(Batches):
         updates_per_epoch: Updates to an epoch.
     """
 
-    def __init__(self, loader: DataLoader[Any], samples: Any, *, order: TrainBatches) -> None:
-        super().__init__(loader, samples)
+    def __init__(
+        self, loader: DataLoader[Any], samples: Any, *, order: TrainBatches, finish: Finish | None
+    ) -> None:
+        super().__init__(loader, samples, finish=finish)
         self._order = order
         self.updates_per_epoch = order.updates_per_epoch
 
-    def places(self, update: int) -> dict[str, Any]:
-        """Return the places in the set of one update, by process and by micro-batch."""
-        return {"samples": self._order.places(update)}
+    def indices(self, update: int) -> dict[str, Any]:
+        """Return the sample indices of one update, by process and by micro-batch."""
+        return {"samples": self._order.indices(update)}
 
     def _where(self) -> str:
         order = self._order
         update, micro = divmod(self._done, order.accum)
         update += order.updates.start
-        samples = order.places(update)[order.rank][micro]
-        shown = ", ".join(map(str, samples[:_SHOWN])) + (", ..." if len(samples) > _SHOWN else "")
-        return f"before update {update} (samples {shown})"
+        samples = order.indices(update)[order.rank][micro]
+        more = ", ..." if len(samples) > _LISTED else ""
+        return f"before update {update} (samples {', '.join(map(str, samples[:_LISTED]))}{more})"
+
+
+def data_loader(dataset: Dataset[Any], *, workers: int, **options: Any) -> DataLoader[Any]:
+    """Return a DataLoader that draws nothing from the global generator.
+
+    Args:
+        dataset: What to read from.
+        workers: Processes that read ahead; 0 reads in this one.
+        options: Other arguments of DataLoader.
+    """
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        timeout=PATIENCE if workers else 0,
+        worker_init_fn=worker_init,
+        generator=torch.Generator(),
+        **options,
+    )
 
 
 def train_loader(
     samples: Samples,
-    transform: Transform,
+    transform: Callable[..., Any],
     *,
-    batch_size: int,
     seed: int,
-    epochs: int,
-    rank: int = 0,
-    world: int = 1,
-    accum: int = 1,
-    start_update: int = 0,
-    repeats: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    collate_fn: Callable[[Any], Any] | None = None,
+    finish: Finish | None = None,
+    **order: Any,
 ) -> TrainBatchesLoader:
     """Return the micro-batches that one process trains on, from `start_update` to the last.
 
@@ -196,16 +272,12 @@ def train_loader(
     Args:
         samples: Training samples.
         transform: Makes a tensor of an image.
-        batch_size: Samples in a micro-batch of one process.
         seed: Seed of the run.
-        epochs: Epochs of the whole run.
-        rank: Number of this process.
-        world: Number of processes.
-        accum: Micro-batches to an update.
-        start_update: Updates that are done.
-        repeats: How often in a row each sample comes (repeated augmentation).
         workers: Processes that read ahead; 0 reads in this one.
         pin_memory: Whether batches go through page-locked memory, for a GPU.
+        collate_fn: Makes a batch of samples, in the process that reads them.
+        finish: Makes (images, labels) of a batch, in this process.
+        order: Other arguments of `TrainBatches`: batch_size, epochs and the share of this process.
 
     Returns:
         Batches with `updates_per_epoch`.
@@ -213,18 +285,15 @@ def train_loader(
     Raises:
         ValueError: If an epoch has not enough samples for one update.
     """
-    share = dict(rank=rank, world=world, accum=accum, start_update=start_update, repeats=repeats)
-    batches = TrainBatches(len(samples), batch_size=batch_size, seed=seed, epochs=epochs, **share)
-    loader = DataLoader(
+    batches = TrainBatches(len(samples), seed=seed, **order)
+    loader = data_loader(
         Augmented(samples, transform, seed=seed),
+        workers=workers,
         batch_sampler=batches,
-        num_workers=workers,
-        timeout=PATIENCE if workers else 0,
-        worker_init_fn=outlast,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else the loader draws from the global one
+        collate_fn=collate_fn,
     )
-    return TrainBatchesLoader(loader, samples, order=batches)
+    return TrainBatchesLoader(loader, samples, order=batches, finish=finish)
 
 
 def eval_loader(
@@ -251,15 +320,67 @@ def eval_loader(
     Returns:
         Batches in the order of the samples; they may be read any number of times.
     """
-    loader = DataLoader(
+    loader = data_loader(
         Subset(Transformed(samples, transform), range(rank, len(samples), world)),
+        workers=workers,
         batch_size=batch_size,
-        num_workers=workers,
-        timeout=PATIENCE if workers else 0,
-        worker_init_fn=outlast,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        generator=torch.Generator(),
-        collate_fn=_collated,
+        collate_fn=_collate_readable,
     )
     return Batches(loader, samples)
+
+
+# Schedulers, `timeout` and Ctrl-C signal all processes of a job at once.  The main process takes
+# note and ends when the state is saved; until then it needs batches, so its loader processes must
+# outlast the signal.
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Start loader processes inside the block: from birth no thread of theirs takes a signal.
+
+    A process inherits the mask of the thread that starts it.  One that blocked signals itself
+    would be too late for those sent before, and for the threads that torch has started in it by
+    then.  This process's own handlers are called at the end of the block: one that raises would
+    leave torch's loader half made.  On Linux.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    received: set[int] = set()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # another thread may still take one
+    handlers = _python_handlers()
+    for number in handlers:
+        signal.signal(number, lambda number, _: received.add(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in received:
+            signal.raise_signal(number)
+
+
+def _python_handlers() -> dict[int, Any]:
+    """Return this process's handlers in Python, which only the main thread can change."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    return {number: handler for number, handler in handlers.items() if callable(handler)}
+
+
+def worker_init(_: int) -> None:
+    """Let nothing but the main process end this loader process, by SIGTERM or by its own end."""
+    main = multiprocessing.parent_process()
+    if sys.platform == "linux" and main is not None:
+        threading.Thread(target=_exit_with, args=(main,), daemon=True).start()
+
+
+def _exit_with(main: Any) -> None:
+    while main.is_alive():
+        received = signal.sigtimedwait(_SIGNALS, _POLL)
+        if received and received.si_signo == signal.SIGTERM and received.si_pid == main.pid:
+            break
+    os._exit(0)  # as torch's own handler does: another status would be an error to it

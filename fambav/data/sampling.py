@@ -1,6 +1,6 @@
 """Which sample goes where: every batch of a run as a function of its number.
 
-    order of an epoch    permutation, each place repeated, cut
+    order of an epoch    permutation, each index repeated, cut
     window of update k   order[k G : (k + 1) G],  G = batch x world x accum
     shard v of V         window[v::V],  v = micro x world + rank,  V = world x accum
 
@@ -22,21 +22,21 @@ Key = tuple[int, int, int]
 _ROUND = 256
 
 
-def deal(permutation: Tensor, *, repeats: int) -> Tensor:
-    """Return the places of one epoch in the order of training.
+def repeat_augmented(permutation: Tensor, *, repeats: int) -> Tensor:
+    """Return the sample indices of one epoch, for repeated augmentation.
 
-    With repeated augmentation each place comes `repeats` times in a row, so that the copies, each
-    augmented by itself, fall into the same update; the epoch keeps its length, rounded down to a
-    multiple of 256, and so shows about 1 / repeats of the set.
+    Each index comes `repeats` times in a row, so that the copies, each augmented by itself, fall
+    into the same update; the epoch keeps its length, rounded down to a multiple of 256, and so
+    shows about 1 / repeats of the set.
 
     Args:
-        permutation: Places in random order, (count,), int64.
+        permutation: Indices in random order, (count,), int64.
         repeats: 1 for no repeated augmentation; the published recipe takes 3.
 
     Returns:
         (count,) or, with repeats and from 256 samples on, (count // 256 * 256,), int64.
 
-    Source: Hoffer et al., "Augment your batch", arXiv:1901.09335, as DeiT deals it.  Ours keeps
+    Source: Hoffer et al., "Augment your batch", arXiv:1901.09335, in DeiT's order.  Ours keeps
     the samples of a set smaller than 256, of which the original's epoch has none.
     """
     if repeats == 1:
@@ -48,7 +48,7 @@ def deal(permutation: Tensor, *, repeats: int) -> Tensor:
 class TrainBatches(Sampler[list[Key]]):
     """The batches that one process sees from one update to the end of the run.
 
-    Yields lists of (epoch, position in the epoch, place in the set), one list for each micro-batch.
+    Yields lists of (epoch, position in the epoch, sample index), one list for each micro-batch.
 
     Args:
         count: Samples in the set.
@@ -59,7 +59,7 @@ class TrainBatches(Sampler[list[Key]]):
         world: Number of processes.
         accum: Micro-batches to an update.
         start_update: Updates that are done.
-        repeats: How often in a row each sample comes; see `deal`.
+        repeats: Number of times in a row that each sample comes; see `repeat_augmented`.
 
     Raises:
         ValueError: If an epoch has not enough samples for one update.
@@ -81,7 +81,7 @@ class TrainBatches(Sampler[list[Key]]):
         self.count, self.seed, self.repeats = count, seed, repeats
         self.rank, self.world, self.accum = rank, world, accum
         self.window = batch_size * world * accum
-        kept = len(deal(torch.arange(count), repeats=repeats))
+        kept = len(repeat_augmented(torch.arange(count), repeats=repeats))
         self.updates_per_epoch = kept // self.window
         if self.updates_per_epoch == 0:
             raise ValueError(
@@ -91,22 +91,22 @@ class TrainBatches(Sampler[list[Key]]):
         self.updates = range(start_update, epochs * self.updates_per_epoch)
 
     def __len__(self) -> int:
-        """Return how many micro-batches are left."""
+        """Return the number of remaining micro-batches."""
         return len(self.updates) * self.accum
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """Yield the micro-batches that are left."""
+        """Yield the remaining micro-batches."""
         now, order = -1, []
         for update in self.updates:
             epoch, step = divmod(update, self.updates_per_epoch)
             if epoch != now:
                 now, order = epoch, self.order(epoch).tolist()
             for micro in range(self.accum):
-                places = self._positions(step, micro, self.rank)
-                yield [(epoch, position, order[position]) for position in places]
+                positions = self._positions(step, micro, self.rank)
+                yield [(epoch, position, order[position]) for position in positions]
 
-    def places(self, update: int) -> list[list[list[int]]]:
-        """Return the places in the set of one update: by process, then by micro-batch."""
+    def indices(self, update: int) -> list[list[list[int]]]:
+        """Return the sample indices of one update: by process, then by micro-batch."""
         epoch, step = divmod(update, self.updates_per_epoch)
         order = self.order(epoch).tolist()
         return [
@@ -123,6 +123,7 @@ class TrainBatches(Sampler[list[Key]]):
         return range(first, start + self.window, self.world * self.accum)
 
     def order(self, epoch: int) -> Tensor:
-        """Return the places of one epoch in the order of training, int64."""
-        source = torch.Generator().manual_seed(key(self.seed, "order", epoch))
-        return deal(torch.randperm(self.count, generator=source), repeats=self.repeats)
+        """Return the sample indices of one epoch in the order of training, int64."""
+        generator = torch.Generator().manual_seed(key(self.seed, "order", epoch))
+        permutation = torch.randperm(self.count, generator=generator)
+        return repeat_augmented(permutation, repeats=self.repeats)

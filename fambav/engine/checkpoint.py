@@ -219,19 +219,19 @@ def _verify(path: Path) -> None:
 
 def _digest(path: Path) -> bytes:
     """Hash all but the last 64 bytes, which are the digest; 64 hexadecimal digits."""
-    digest, left = hashlib.sha256(), path.stat().st_size - 64
+    digest, remaining = hashlib.sha256(), path.stat().st_size - 64
     with path.open("rb") as file:
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
+        while remaining > 0 and (block := file.read(min(remaining, 1 << 20))):
             digest.update(block)
-            left -= len(block)
+            remaining -= len(block)
     return digest.hexdigest().encode()
 
 
 def _reason(path: Path, error: BaseException) -> str:
-    """Say in one line why torch could not read `path`."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    if found:
-        return f"{path} holds Python code ({found[1]}), expected only weights; nothing was run"
+    """Return one line on why torch could not read `path`."""
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if code:
+        return f"{path} holds Python code ({code[1]}), expected only weights; nothing was run"
     if isinstance(error, MemoryError | OSError):
         return f"{path} could not be read: {error}"
     return f"{path} is truncated, damaged or no checkpoint"

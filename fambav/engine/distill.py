@@ -1,12 +1,12 @@
-"""Learning from a teacher: what is added to the loss of the labels.
+"""Distillation: a teacher's share of the loss, beside that of the labels.
 
     soft   (1 - alpha) base + alpha tau^2 / classes KL(q || p)   p, q at temperature tau
     hard   (1 - alpha) base + alpha CE(p, argmax q)
     kl     base + alpha KL(q || p)
 
 p are the probabilities of the model in training, q those of its teacher, and KL and CE are means
-over the batch.  KL(q || p) = sum q (log q - log p): the teacher is what is expected under, so the
-model is drawn to every class that the teacher holds possible.
+over the batch.  KL(q || p) = sum q (log q - log p), with the expectation under the teacher, so the
+model is drawn to every class to which the teacher gives some probability.
 
 Source: soft and hard, Touvron et al., "Training data-efficient image transformers", DeiT,
 arXiv:2012.12877, as its code computes them, which divides by the number of elements and so by
@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fambav.engine.train import Lesson, Loss
+from fambav.engine.step import DistillationLoss, Loss
 
 
 class Teacher:
-    """A model that is asked and never trained.
+    """A frozen model.
 
-    Draws nothing and changes nothing: it is in evaluation mode and its weights need no gradient.
+    It is in evaluation mode, without random numbers, and its weights need no gradient.
     (R-MeeTo's released code leaves its teacher in training mode, with blocks skipped at random.)
 
     Args:
@@ -48,14 +48,14 @@ class Teacher:
 
     def digest(self) -> str:
         """Return the SHA-256 of the names, shapes and values of its weights, in hexadecimal."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, value in self.net.state_dict().items():
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
-def soft(base: Loss, *, alpha: float, tau: float) -> Lesson:
+def soft(base: Loss, *, alpha: float, tau: float) -> DistillationLoss:
     """Return DeiT's soft distillation, a loss of (logits, targets, teacher's logits).
 
     Args:
@@ -71,7 +71,7 @@ def soft(base: Loss, *, alpha: float, tau: float) -> Lesson:
     return loss
 
 
-def hard(base: Loss, *, alpha: float) -> Lesson:
+def hard(base: Loss, *, alpha: float) -> DistillationLoss:
     """Return DeiT's hard distillation, a loss of (logits, targets, teacher's logits).
 
     Args:
@@ -86,7 +86,7 @@ def hard(base: Loss, *, alpha: float) -> Lesson:
     return loss
 
 
-def kl(base: Loss, *, alpha: float) -> Lesson:
+def kl(base: Loss, *, alpha: float) -> DistillationLoss:
     """Return R-MeeTo's loss of (logits, targets, teacher's logits), base + alpha KL.
 
     Args:

@@ -1,4 +1,4 @@
-"""Numbers and pictures for TensorBoard, which a run does without if they cannot be written."""
+"""Numbers and pictures for TensorBoard; a run goes on if they cannot be written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Events:
             are done is written again, and they are removed.
         updates: How many updates those are.
         epochs: Values of the epochs that are done, by name and epoch.
-        warn: Told in one line if the package is missing or the file cannot be written; nothing
+        warn: Called with a line if the package is missing or the file cannot be written; nothing
             more is written then.
     """
 
@@ -50,7 +50,7 @@ class Events:
                 path.unlink()
 
     def add(self, kind: str, *given: Any) -> None:
-        """Add a "scalar" or an "image": its name, what it is, the number of its step, its time."""
+        """Add a "scalar" or an "image": its name, its value, the number of its step, its time."""
         self._try(f"add_{kind}", *given)
 
     def flush(self) -> None:

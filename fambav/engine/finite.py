@@ -1,18 +1,16 @@
-"""What numbers have to be: real, where weights are, and finite; and who made the first that is not.
-
-Nothing here reads files.
-"""
+"""Checks of weights and outputs: dtype, NaN, infinity, and the module where they first appear."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fambav.engine.runtime import Precision
+from fambav.engine.precision import Precision
 
 
 class NotFiniteError(ValueError):
@@ -24,7 +22,7 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Any]) -> None
 
     Args:
         weights: Of a file, or of the model itself.
-        own: The model's state_dict; weights that it does not have are looked at for being finite.
+        own: The model's state_dict; weights that it does not have are only checked for NaN.
 
     Raises:
         ValueError: If one is complex or an integer where the model has a real number, or the other
@@ -32,9 +30,9 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Any]) -> None
         NotFiniteError: If one is NaN or infinite, or too large for float32.
     """
     for name, value in weights.items():
-        wanted = own.get(name)
-        if isinstance(wanted, Tensor) and _kind(value) != _kind(wanted):
-            raise ValueError(f"dtype of {name} is {value.dtype}, expected {wanted.dtype}")
+        known = own.get(name)
+        if isinstance(known, Tensor) and _kind(value) != _kind(known):
+            raise ValueError(f"dtype of {name} is {value.dtype}, expected {known.dtype}")
     for name, value in weights.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             finite = value.float().isfinite()
@@ -50,24 +48,24 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Any]) -> None
 def check_logits(
     model: nn.Module,
     images: Tensor,
-    logits: Tensor,
+    logits: Any,
     what: str,
     *,
     precision: Precision | None = None,
 ) -> None:
-    """Refuse logits that are not finite, and name who made the first number that is not.
+    """Refuse logits that are not finite, and name the module where that begins.
 
     Args:
         model: In evaluation mode; if need be, it is run again.
-        images: What it was given, (batch, channels, height, width), on its device.
-        logits: What it made of them, (batch, classes).
+        images: Its input, (batch, channels, height, width), on its device.
+        logits: Its output, (batch, classes), or a collection of tensors.
         what: The images, in words.
         precision: Format of the forward pass; float32 without one.
 
     Raises:
         NotFiniteError: If there is one.
     """
-    if logits.isfinite().all():
+    if _is_finite(logits):
         return
     with nullcontext() if precision is None else precision.autocast():
         cause = _cause(model, images)
@@ -75,21 +73,20 @@ def check_logits(
 
 
 def _cause(model: nn.Module, images: Tensor) -> str:
-    """Run a model once more and say which module was the first to give what is not finite."""
+    """Run a model once more and name the first module whose output is not finite."""
     if not images.isfinite().all():
         return "the images are not either"
     first: list[str] = []
 
-    def look(name: str, module: nn.Module, output: Any) -> None:
-        if not first and not all(t.isfinite().all() for t in _tensors(output)):
+    def check(name: str, module: nn.Module, _: Any, output: Any) -> None:
+        if not first and not _is_finite(output):
             first.append(f"{name} ({type(module).__name__})")
 
     handles = [
-        module.register_forward_hook(lambda m, _, output, name=name: look(name, m, output))
-        for name, module in _called(model)
+        module.register_forward_hook(partial(check, name)) for name, module in _called(model)
     ]
     try:
-        model.forward(images)  # not as it is compiled
+        model.forward(images)  # not the compiled one
     finally:
         for handle in handles:
             handle.remove()
@@ -101,12 +98,16 @@ def _cause(model: nn.Module, images: Tensor) -> str:
 def _called(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules inside a model by name, but none inside of a mixer.
 
-    Hooks there would make it call them instead of its fused kernels, to other numbers.
+    A mixer with hooks inside runs unfused, with other rounding.
     """
     for name, module in model.named_children():
         yield f"{prefix}{name}", module
         if not hasattr(module, "unfused"):
             yield from _called(module, f"{prefix}{name}.")
+
+
+def _is_finite(output: Any) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in _tensors(output))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

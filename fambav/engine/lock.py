@@ -17,8 +17,8 @@ _NAME = ".lock"
 def locked(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder inside the block.
 
-    The kernel holds the lock for this process and lets go of it when the process dies, however it
-    does, so there are no stale ones.  Processes that it forks do not share it.
+    The kernel holds the lock for this process and releases it when the process dies, however it
+    does, so there are no stale locks.  Forked processes do not share it.
 
     Args:
         folder: Made if it is missing.

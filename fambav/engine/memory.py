@@ -1,4 +1,4 @@
-"""Peak memory, each figure with its name, since a GPU and a CPU are measured by different means."""
+"""Peak memory, each figure with its kind, since a GPU and a CPU are measured by different means."""
 
 from __future__ import annotations
 
@@ -29,16 +29,15 @@ class Peak(NamedTuple):
     kind: str
 
 
-class Saved:
-    """Count the bytes that autograd keeps for the backward pass.
+class SavedBytes:
+    """Counts the bytes that autograd saves for the backward pass, by saved-tensor hooks.
 
-    Exact: every distinct storage that is saved somewhere counts once, from when the first node
-    saves it until the last one lets go.  Parameters do not count, since they are there anyway; nor
-    do the inputs that checkpointed blocks hold, and what those compute again: autograd's hooks do
-    not see either.
+    Exact: every distinct storage counts once, from when the first node saves it until the last one
+    releases it.  Parameters do not count, since they are there anyway; nor do the inputs that
+    checkpointed blocks hold, and what those recompute: the hooks see neither.
 
     Args:
-        ignored: Parameters, and whatever else lives beyond the step.
+        ignored: Parameters, and other tensors that outlive the step.
     """
 
     def __init__(self, ignored: Iterable[Tensor]) -> None:
@@ -53,46 +52,47 @@ class Saved:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
             yield
 
-    def _pack(self, tensor: Tensor) -> _Held:
+    def _pack(self, tensor: Tensor) -> _SavedTensor:
         storage = tensor.untyped_storage()
-        place = storage.data_ptr()
-        if place in self._ignored:
-            return _Held(tensor, None, place)
-        self._holders[place] += 1
-        if self._holders[place] == 1:
+        address = storage.data_ptr()
+        if address in self._ignored:
+            return _SavedTensor(tensor, None)
+        self._holders[address] += 1
+        if self._holders[address] == 1:
             self._bytes += storage.nbytes()
             self.peak_bytes = max(self.peak_bytes, self._bytes)
-        return _Held(tensor, self, place)
+        return _SavedTensor(tensor, self)
 
-    def release(self, tensor: Tensor, place: int) -> None:
-        """Forget one holder of the storage at `place`."""
-        self._holders[place] -= 1
-        if self._holders[place] == 0:
-            self._bytes -= tensor.untyped_storage().nbytes()
+    def release(self, tensor: Tensor) -> None:
+        """Remove one holder of the storage of a tensor."""
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        self._holders[address] -= 1
+        if self._holders[address] == 0:
+            self._bytes -= storage.nbytes()
 
 
-class _Held:
-    """A saved tensor that tells when it is let go."""
+class _SavedTensor:
+    """What autograd holds in the place of a tensor; its end is that of the tensor."""
 
-    def __init__(self, tensor: Tensor, counter: Saved | None, place: int) -> None:
+    def __init__(self, tensor: Tensor, counter: SavedBytes | None) -> None:
         self.tensor = tensor.detach()  # an output that kept its own node alive would never be freed
         self._counter = counter
-        self._place = place
 
     def __del__(self) -> None:
         if self._counter is not None:
-            self._counter.release(self.tensor, self._place)
+            self._counter.release(self.tensor)
 
 
-def _unpack(held: _Held) -> Tensor:
-    return held.tensor
+def _unpack(saved: _SavedTensor) -> Tensor:
+    return saved.tensor
 
 
 def allocated_peak(run: Callable[[], object]) -> int:
     """Return the most bytes that PyTorch's CPU allocator holds at once for a run.
 
-    Counted from every allocation and release that the profiler is told of; what was there before
-    counts nothing.
+    Counted from every allocation and release in the profiler's events, and from nothing before the
+    run.
     """
     now = peak = 0
     with profile(profile_memory=True) as watched:
@@ -110,19 +110,19 @@ def resident_mib() -> float:
     return peak / MIB if sys.platform == "darwin" else peak / 1024
 
 
-class Meter:
+class PeakMemory:
     """The peak memory of one epoch on one device.
 
-    On a GPU, the bytes allocated, or where CUDA graphs hold memory that is allocated only while
-    they are recorded, the bytes reserved; on a CPU, the bytes saved for backward in one update, the
-    first, since all updates are alike.
+    On a GPU, the bytes allocated, or with CUDA graphs, whose memory is allocated only during their
+    capture, the bytes reserved; on a CPU, the bytes saved for backward in one update, the first,
+    since all updates are alike.
 
     Args:
         device: Where the model computes.
         parameters: The model's parameters.
         replayed: Whether updates are CUDA graphs.
-        checkpointed: Whether blocks keep only their inputs, which the figure then leaves out on a
-            CPU and says so.
+        checkpointed: Whether blocks keep only their inputs, which the figure on a CPU leaves out;
+            its kind then says so.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Meter:
         self._device, self._replayed = device, replayed
         self._kind = "saved for backward" + " outside checkpointed blocks" * checkpointed
         self._parameters = list(parameters)
-        self._saved = Saved(())
+        self._saved = SavedBytes(())
 
     @contextmanager
     def first_update(self) -> Iterator[None]:
@@ -145,7 +145,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self._device)
             yield
         else:
-            self._saved = Saved(self._parameters)
+            self._saved = SavedBytes(self._parameters)
             with self._saved.watch():
                 yield
 

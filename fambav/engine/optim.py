@@ -1,4 +1,4 @@
-"""What an update is made of: parameter groups, learning rate and moving average.
+"""Parameter groups, optimizer, learning rate and moving average.
 
 Source: the recipe of DeiT (Touvron et al., arXiv:2012.12877) as timm 0.4.12 computes it.
 """
@@ -22,9 +22,9 @@ def groups(model: nn.Module, *, weight_decay: float, rule: str = "default") -> l
     Args:
         model: Its parameters that need gradients are split.
         weight_decay: Of the group that decays.
-        rule: "default" spares vectors, biases, embeddings and whatever the model lists in
-            `no_weight_decay` or marks `_no_weight_decay`, such as A_log; "published" spares only
-            vectors, biases and embeddings, as the released training code did.
+        rule: "default" exempts vectors, biases, embeddings and the parameters that the model lists
+            in `no_weight_decay` or marks `_no_weight_decay`, such as A_log; "published" exempts
+            only vectors, biases and embeddings, as the released training code did.
 
     Returns:
         Two groups for an optimizer, first the one that does not decay, each in the model's order.
@@ -33,15 +33,15 @@ def groups(model: nn.Module, *, weight_decay: float, rule: str = "default") -> l
     if rule == "default":
         listed = set(getattr(model, "no_weight_decay", set)())
         listed |= {n for n, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
-    spared: list[Tensor] = []
+    exempt: list[Tensor] = []
     decayed: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim <= 1 or name.endswith(".bias")
             plain = plain or name.rsplit(".", 1)[-1].startswith(_EMBEDDINGS)
-            (spared if plain or name in listed else decayed).append(parameter)
+            (exempt if plain or name in listed else decayed).append(parameter)
     return [
-        {"params": spared, "weight_decay": 0.0},
+        {"params": exempt, "weight_decay": 0.0},
         {"params": decayed, "weight_decay": weight_decay},
     ]
 
@@ -52,11 +52,12 @@ def optimizer(parameters: list[dict[str, Any]], *, name: str, **options: Any) ->
     Args:
         parameters: Groups, see `groups`.
         name: timm's name, such as "adamw".
-        options: lr, eps, betas, momentum; what is None, or unknown to the optimizer, is left out.
+        options: lr, eps, betas, momentum; an option that is None, or that the optimizer does not
+            have, is left out.
     """
     given = {key: value for key, value in options.items() if value is not None}
     if name == "sgd" and options.get("momentum") == 0:
-        name = "momentum"  # timm's sgd looks ahead by the momentum, which there has to be one of
+        name = "momentum"  # timm's sgd is Nesterov's, which needs a momentum
     return timm.optim.create_optimizer_v2(parameters, opt=name, **given)
 
 
@@ -109,8 +110,8 @@ class Average:
         model: The model as it is now; it is copied.
         decay: Weight of the old average in each update.
         warmup: Start from a decay of 0 that grows as 1 - n**(-2/3) with the number of updates, so
-            that a short run's average does not remember the initial weights.  Without it, the
-            weights of an untrained model keep decay**n of the average after n updates.
+            that the average of a short run has no share of the initial weights, which without it
+            is decay**n after n updates.
     """
 
     def __init__(self, model: nn.Module, *, decay: float, warmup: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What the process of a cell does: main.py's work on FOLDER/cell.yaml, after a warm-up.
+"""The process of a cell: trains or evaluates FOLDER/cell.yaml as main.py does, after a warm-up.
 
 FOLDER/figures.json gets the figures, or the error, whose traceback is in FOLDER/output.txt.
 """
@@ -18,21 +18,20 @@ import torch
 
 from fambav import config
 from fambav.engine.checkpoint import write_text
-from fambav.experiments.metrics import METRICS
 from fambav.experiments.runs import read_run
-from fambav.training.jobs import Job, opened
+from fambav.training.job import TrainingJob, opened
 from fambav.training.network import model
-from fambav.training.updates import precision
+from fambav.training.step import precision
 
 SETTINGS, OUTPUT, FIGURES = "cell.yaml", "output.txt", "figures.json"
 
 
 def perform(folder: Path, variables: Mapping[str, str]) -> None:
-    """Be the process of a cell, which ends with its parent, and leaves interruptions to it.
+    """Run in the process of a cell: end with the parent process, leave interruptions to it.
 
     Args:
         folder: Of the cell.
-        variables: Added to the environment before CUDA is asked for anything.
+        variables: Added to the environment before CUDA is initialised.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -48,44 +47,44 @@ def perform(folder: Path, variables: Mapping[str, str]) -> None:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """Carry out a cell and return what it came to."""
-    asked = config.load(folder / SETTINGS)
-    with opened(asked) as job:
-        if asked.run.eval:
-            plan, scores = job.sketch.schedule, job.evaluate()._asdict()
-            metrics = {metric.name: scores[metric.name] for metric in METRICS}
+    """Carry out a cell and return its figures."""
+    wanted = config.load(folder / SETTINGS)
+    with opened(wanted) as job:
+        if wanted.run.eval:
+            plan, scores = job.layout.schedule, job.evaluate()
+            metrics = {m.name: scores.metrics[m.name] for m in job.task.metrics}
             return {**metrics, "token_layers": plan and plan.share}
         _warm_up(job)
         job.train()
-    found, epochs = read_run(folder), asked.optim.epochs
+    result, epochs = read_run(folder), wanted.optim.epochs
     return {
-        **found.metrics,
-        "token_layers": found.share,
+        **result.metrics,
+        "token_layers": result.share,
         "epochs": epochs,
-        "seconds": round(found.seconds, 3),
-        "seconds_per_epoch": round(found.seconds / epochs, 3),
-        "images_per_second": found.speed,
-        "memory_mib": found.memory_mib,
-        "memory_kind": found.memory_kind,
+        "seconds": round(result.seconds, 3),
+        "seconds_per_epoch": round(result.seconds / epochs, 3),
+        "images_per_second": result.speed,
+        "memory_mib": result.memory_mib,
+        "memory_kind": result.memory_kind,
     }
 
 
-def _warm_up(job: Job) -> None:
+def _warm_up(job: TrainingJob) -> None:
     """Run a batch through a model of the cell's, so that no row pays for what a process does once.
 
     Kernels are compiled or loaded when they first run: seconds, which the first epoch would show as
     time of training.
     """
-    asked, device = job.config, job.group.device
-    net = model(asked, num_classes=job.data.num_classes).to(device).train()
-    images = torch.zeros(asked.optim.batch_size, 3, *job.sketch.input_size, device=device)
-    with precision(asked, job.group).autocast():
+    wanted, device = job.config, job.group.device
+    net = model(wanted, num_classes=job.data.num_classes).to(device).train()
+    images = torch.zeros(wanted.optim.batch_size, 3, *job.layout.input_size, device=device)
+    with precision(wanted, job.group).autocast():
         total = net(images).float().sum()
     total.backward()
 
 
-def _write(folder: Path, found: dict[str, Any]) -> None:
-    write_text(folder / FIGURES, json.dumps(found) + "\n")
+def _write(folder: Path, outcome: dict[str, Any]) -> None:
+    write_text(folder / FIGURES, json.dumps(outcome) + "\n")
 
 
 def _follow_parent() -> None:

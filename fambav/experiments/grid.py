@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fambav.config import Config
-from fambav.experiments.provenance import PLACES
+from fambav.experiments.provenance import LOCATIONS
 from fambav.experiments.rows import Row
+from fambav.tasks import Task, task_of
 
 UNREDUCED, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")
 
@@ -21,7 +22,7 @@ class Cell:
         row: Its row.
         seed: Of every random draw.
         phase: One of PHASES.
-        config: Its settings, without the places of files.
+        config: Its settings, without the locations of files.
         start: The cell whose weights it starts from; None for one that starts from none.
     """
 
@@ -37,7 +38,7 @@ class Cell:
         return f"{self.row.name}, seed {self.seed}, {self.phase}"
 
     @property
-    def place(self) -> Path:
+    def folder(self) -> Path:
         """Its folder, relative to the grid's."""
         return Path("cells", self.row.slug, f"seed{self.seed}", self.phase)
 
@@ -48,7 +49,7 @@ class Cell:
         return {"config": _settings(self.config), "start": start}
 
     def agrees(self, recorded: Any) -> bool:
-        """Tell whether what was read from a file are the settings of this cell.
+        """Return whether recorded settings are those of this cell.
 
         A setting that the file does not know counts as the default, so that a result outlives the
         addition of settings.
@@ -65,7 +66,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """All that a file asks for.
+    """All that a file describes.
 
     Attributes:
         path: The file.
@@ -76,7 +77,7 @@ class Grid:
         baseline: The row without reduction, with which the others are compared.
         vary: Settings besides those of reduction in which rows may differ.
         source: Where the papers' figures come from; empty without.
-        differences: Whether the paper's differences are shown instead of its figures.
+        differences: Whether tables have the paper's differences instead of its figures.
         seeds: The seeds.
         cells: The cells in the order in which they run: all unreduced models, then seed by seed.
     """
@@ -99,6 +100,11 @@ class Grid:
         return self.path.stem
 
     @property
+    def task(self) -> Task:
+        """The task of its data set."""
+        return task_of(self.cells[0].config.data.data_set)
+
+    @property
     def phase(self) -> str:
         """The phase whose figures a row is known by: the one that trains, if there is one."""
         phases = {cell.phase for cell in self.cells}
@@ -108,7 +114,7 @@ class Grid:
         """Return the cells of a row, one for each seed.
 
         Args:
-            row: The row; training-free figures of the unreduced model's are its own.
+            row: The row; training-free figures of the unreduced model are those of its training.
             phase: One of PHASES.
         """
         if phase == FREE and row.name == UNREDUCED and not self.scratch:
@@ -116,10 +122,10 @@ class Grid:
         return [cell for cell in self.cells if cell.row.name == row.name and cell.phase == phase]
 
 
-def _settings(found: Config) -> dict[str, Any]:
-    """All settings but the places of files, a tuple as the list that JSON makes of it."""
-    left_out = PLACES | {"finetune"}
-    flat = {name: value for name, value in found.flat().items() if name not in left_out}
+def _settings(run: Config) -> dict[str, Any]:
+    """All settings but the locations of files, a tuple as the list that JSON makes of it."""
+    left_out = LOCATIONS | {"finetune"}
+    flat = {name: value for name, value in run.flat().items() if name not in left_out}
     return {n: list(value) if isinstance(value, tuple) else value for n, value in flat.items()}
 
 

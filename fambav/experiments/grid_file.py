@@ -6,7 +6,7 @@
     rows:
       - {name: ordered 12, fusion_strategy: all, fusion_token: 12, fusion_method: ordered}
 
-For each seed one unreduced model is trained, as `base` says.  For each row and seed its weights are
+For each seed one unreduced model is trained with `base`.  For each row and seed its weights are
 evaluated with the row's settings, and fine-tuned with them.  The first row, `dense`, has no
 settings of its own: what the others gain by more epochs, it gains too.
 
@@ -15,7 +15,7 @@ settings of its own: what the others gain by more epochs, it gains too.
     names: [strategy, method]      # heads of several columns of names
     paper: {source: "arXiv:...", show: figures}
     rows:
-      - {name: [none, "-"], config: vim_tiny.yaml, paper: {acc1: 70.1, time: "4:33:02"}}
+      - {name: [none, "-"], config: vim_tiny.yaml, paper: {time: "4:33:02"}}
       - {name: [upper, ordered], config: vim_tiny_upper.yaml, fusion_method: ordered}
 
 Then the first row without reduction is what the others are compared with.  In both, `vary` lists
@@ -57,7 +57,7 @@ def read_grid(path: Path, *, seeds: int | None = None, data_path: str | None = N
 
 
 class _File:
-    """A grid's file while it is read: what it says beside its rows."""
+    """A grid's file while it is read."""
 
     def __init__(self, path: Path, seeds: int | None, data_path: str | None) -> None:
         self.path, self.data_path, self.given = path, data_path, read_yaml(path)
@@ -100,35 +100,35 @@ class _File:
         """Rows, the baseline and the cells where every row starts from the unreduced model."""
         base = self._base(f"{self.path}: base", self._base_path())
         labels = (UNREDUCED, *[NONE] * (len(self.names) - 1))
-        unreduced = Row(name=UNREDUCED, slug=UNREDUCED, labels=labels, settings={})
+        baseline = Row(name=UNREDUCED, slug=UNREDUCED, labels=labels, settings={})
         phases: list[tuple[Row, str, Config]] = []
         tuning = None
         if "finetune" in self.given:
             label = f"{self.path}: finetune"
             tuning = read_settings(label, self.given["finetune"])
-            phases.append((unreduced, TUNED, _with(base, tuning, label)))
+            phases.append((baseline, TUNED, _with(base, tuning, label)))
         for row in rows:
             label = self._label(row)
             if row.file is not None:
                 hint = "which has no meaning without train: scratch"
                 raise ConfigError(f"{label} has a config, {hint}")
             if not row.settings:
-                refuse(label, {}, f"settings; row {UNREDUCED!r} is there without asking")
+                refuse(label, {}, f"settings; row {UNREDUCED!r} is always there")
             phases.append((row, FREE, _with(base, row.settings, label)))
             if tuning is not None:
                 tuned = _with(base, {**tuning, **row.settings}, label)
-                self._refuse_other_recipe(row, tuned, unreduced, phases[0][2])
+                self._refuse_other_settings(row, tuned, baseline, phases[0][2])
                 phases.append((row, TUNED, tuned))
         starts = [
-            Cell(row=unreduced, seed=seed, phase=UNREDUCED, config=base.replace(seed=seed))
+            Cell(row=baseline, seed=seed, phase=UNREDUCED, config=base.replace(seed=seed))
             for seed in self.seeds
         ]
         cells = starts + [
-            Cell(row=row, seed=s.seed, phase=phase, config=found.replace(seed=s.seed), start=s)
+            Cell(row=row, seed=s.seed, phase=phase, config=run.replace(seed=s.seed), start=s)
             for s in starts
-            for row, phase, found in phases
+            for row, phase, run in phases
         ]
-        return [unreduced, *rows], unreduced, cells
+        return [baseline, *rows], baseline, cells
 
     def _from_scratch(self, rows: Sequence[Row]) -> tuple[list[Row], Row, list[Cell]]:
         """Rows, the baseline and the cells where every row is trained by itself."""
@@ -144,27 +144,27 @@ class _File:
             if own is None:
                 raise ConfigError(f"{label} has no config, expected one, or a base of the grid")
             configs.append(_with(own, row.settings, label))
-        first = next((n for n, found in enumerate(configs) if found == found.dense()), None)
+        first = next((n for n, run in enumerate(configs) if run == run.dense()), None)
         if first is None:
             names = [row.name for row in rows]
             refuse(f"{self.path}: rows", names, "a row without reduction among them")
-        for row, found in zip(rows, configs, strict=True):
-            self._refuse_other_recipe(row, found, rows[first], configs[first])
+        for row, run in zip(rows, configs, strict=True):
+            self._refuse_other_settings(row, run, rows[first], configs[first])
         plain = configs[first].flat()
         rows = [
-            replace(row, settings={k: v for k, v in found.flat().items() if v != plain[k]})
-            for row, found in zip(rows, configs, strict=True)
+            replace(row, settings={k: v for k, v in run.flat().items() if v != plain[k]})
+            for row, run in zip(rows, configs, strict=True)
         ]
         cells = [
-            Cell(row=row, seed=seed, phase=SCRATCH, config=found.replace(seed=seed))
+            Cell(row=row, seed=seed, phase=SCRATCH, config=run.replace(seed=seed))
             for seed in self.seeds
-            for row, found in zip(rows, configs, strict=True)
+            for row, run in zip(rows, configs, strict=True)
         ]
         return rows, rows[first], cells
 
-    def _refuse_other_recipe(self, row: Row, found: Config, first: Row, other: Config) -> None:
+    def _refuse_other_settings(self, row: Row, run: Config, first: Row, other: Config) -> None:
         """Refuse a row that would be compared with one that is trained in another way."""
-        every = differing([fingerprint(other), fingerprint(found)])
+        every = differing([fingerprint(other), fingerprint(run)])
         if left := {name: values for name, values in every.items() if name not in self.vary}:
             raise ConfigError(
                 f"{self._label(row)} differs from {first.name!r} in {described(left)}, expected "
@@ -182,13 +182,13 @@ class _File:
 
     def _base(self, label: str, file: Path) -> Config:
         """Settings of a file; a cell that names no number of threads computes with one."""
-        found = config.load(file)
+        run = config.load(file)
         for name in OWN:
-            if found.flat()[name] != OPTIONS[name].default:
+            if run.flat()[name] != OPTIONS[name].default:
                 raise ConfigError(f"{label} sets {name}, which the grid sets itself")
-        places = {} if self.data_path is None else {"data_path": self.data_path}
-        threads = {"threads": 1} if found.run.threads is None else {}
-        return _with(found, {**places, **threads}, label)
+        locations = {} if self.data_path is None else {"data_path": self.data_path}
+        threads = {"threads": 1} if run.run.threads is None else {}
+        return _with(run, {**locations, **threads}, label)
 
     def _seeds(self) -> tuple[int, ...]:
         label, given = f"{self.path}: seeds", self.given.get("seeds")
@@ -220,7 +220,7 @@ class _File:
         return tuple(given)
 
     def _paper(self, rows: Sequence[Row], baseline: Row) -> tuple[str, str]:
-        """Where the papers' figures come from, and whether they or their differences are shown."""
+        """The source of the papers' figures, and whether tables have them or differences."""
         label, given = f"{self.path}: paper", self.given.get("paper")
         if given is None:
             if any(row.paper for row in rows):
@@ -233,7 +233,7 @@ class _File:
         if show == _SHOW[1] and baseline.paper is None:
             raise ConfigError(
                 f"{self._label(baseline)} has no figures of the paper, "
-                "expected some, as differences to them are shown"
+                "expected some, as the table has differences to them"
             )
         return self._text("paper: source", given.get("source")), show
 

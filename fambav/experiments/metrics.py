@@ -1,42 +1,20 @@
-"""The metrics of held-out images that tables show: the one file that knows them by name."""
+"""Metrics of tables: those of a task, or of all tasks where a name may be of any."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from fambav.registry import DATA_SETS
+from fambav.tasks import Metric, task_of
+
+PRIMARY: Metric = task_of(next(iter(DATA_SETS))).primary  # where no task is named
 
 
-class Metric(NamedTuple):
-    """A metric of a run.
-
-    Attributes:
-        name: log.txt has it as `test_NAME`, results have it as `NAME`.
-        label: What a column of it is called.
-        unit: Of its figures.
-        title: What an axis of it is called.
-        higher_is_better: Which of two figures wins.
-    """
-
-    name: str
-    label: str
-    unit: str
-    title: str
-    higher_is_better: bool
-
-    @property
-    def head(self) -> str:
-        """Label and unit."""
-        return f"{self.label} {self.unit}"
-
-
-METRICS = (
-    Metric("acc1", "top-1", "%", "top-1 accuracy", higher_is_better=True),
-    Metric("acc5", "top-5", "%", "top-5 accuracy", higher_is_better=True),
-)
-PRIMARY = METRICS[0]  # by which runs are compared
+def all_metrics() -> dict[str, Metric]:
+    """Return the metrics of all tasks by name."""
+    return {metric.name: metric for name in DATA_SETS for metric in task_of(name).metrics}
 
 
 def difference(name: str, value: float, base: float, digits: int = 2) -> str:
     """Return how a figure differs from another: a metric in its unit, anything else in percent."""
-    if any(metric.name == name for metric in METRICS):
+    if name in all_metrics():
         return f"{value - base:+.{digits}f}"
     return f"{100 * (value / base - 1):+.0f}%"

@@ -1,10 +1,10 @@
-"""A cell in a process of its own, and what it leaves in its folder.
+"""A cell in a process of its own, and the files in its folder.
 
 cell.json      the settings, written first: a folder begun with others is emptied
 machine.json   where it was begun: a folder begun elsewhere is emptied too
 cell.yaml      what the process is to do, as `main.py --config` takes it
 output.txt     what it printed, and the traceback of a failure
-log.txt, ...   what every run leaves, see engine.record
+log.txt, ...   what every run leaves, see engine.run_dir
 figures.json   the figures, or the error, as the process wrote them
 result.json    the same with settings, machine and times, written last
 """
@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from fambav.config import Config, ConfigError
-from fambav.engine import record
+from fambav.engine import run_dir
 from fambav.engine.checkpoint import write_text
-from fambav.engine.record import CHECKPOINT, KEPT, WEIGHTS
+from fambav.engine.run_dir import CHECKPOINT, KEPT, WEIGHTS
 from fambav.experiments.cell import FIGURES, OUTPUT, SETTINGS, perform
 from fambav.experiments.grid import FREE, UNREDUCED, Cell
 from fambav.experiments.provenance import differing, machine
@@ -32,7 +32,7 @@ from fambav.experiments.results import Record
 _BEGUN, _MACHINE, _RESULT = "cell.json", "machine.json", "result.json"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-Seat = tuple[dict[str, str], str | None]  # of a process: see `seats`
+Slot = tuple[dict[str, str], str | None]  # variables of a process, its GPU: see `slots`
 
 # Importing torch takes seconds: one process does it, computes nothing, and is forked for each cell.
 # What cannot be imported, such as kernels whose compiler is not installed, it leaves to the cells.
@@ -48,7 +48,7 @@ def gpus() -> list[str]:
     return [name.strip() for name in named.split(",")][:count]
 
 
-def seats(jobs: int) -> list[Seat]:
+def slots(jobs: int) -> list[Slot]:
     """Return what each of several processes has: its own GPU, if there are several.
 
     More processes than GPUs share them in turn; one alone sees what this process sees.
@@ -59,22 +59,22 @@ def seats(jobs: int) -> list[Seat]:
     """
     names = gpus()
     if jobs == 1 or len(names) < 2:
-        return [({}, record.gpu())] * jobs
+        return [({}, run_dir.gpu())] * jobs
     numbers = [job % len(names) for job in range(jobs)]
     return [({_VISIBLE: names[n]}, torch.cuda.get_device_name(n)) for n in numbers]
 
 
 def finished(cell: Cell, folder: Path) -> Record | None:
-    """Return what a cell came to, None if it has not been finished with the present settings.
+    """Return the record of a cell, None if it is not finished with the present settings.
 
     Args:
         cell: The cell.
         folder: The grid's folder.
     """
-    place = folder / cell.place
-    if cell.phase == UNREDUCED and not (place / WEIGHTS).is_file():
+    cell_folder = folder / cell.folder
+    if cell.phase == UNREDUCED and not (cell_folder / WEIGHTS).is_file():
         return None
-    known = _json(place / _RESULT)
+    known = _json(cell_folder / _RESULT)
     if known is None or known.get("error") is not None:
         return None
     return known if cell.agrees(known.get("settings")) else None
@@ -86,22 +86,22 @@ class Process:
     Args:
         cell: The cell.
         folder: The grid's folder.
-        seat: Where it works.
+        slot: Its GPU and environment.
         about: The machine and the versions, for the record.
 
     Attributes:
-        cell, seat: The same.
+        cell, slot: The same.
     """
 
-    def __init__(self, cell: Cell, folder: Path, seat: Seat, about: Record) -> None:
-        self.cell, self.seat, self._place = cell, seat, folder / cell.place
-        variables, gpu = seat
+    def __init__(self, cell: Cell, folder: Path, slot: Slot, about: Record) -> None:
+        self.cell, self.slot, self._folder = cell, slot, folder / cell.folder
+        variables, gpu = slot
         own = {"threads": cell.config.run.threads, "gpu": gpu}  # not the grid's process's
         self._about = {**about, **own}
         self._prepare()
-        self._resumed = (self._place / CHECKPOINT).is_file()
+        self._resumed = (self._folder / CHECKPOINT).is_file()
         self._began, self._start = now(), time.perf_counter()
-        self._process = _CONTEXT.Process(target=perform, args=(self._place, variables))
+        self._process = _CONTEXT.Process(target=perform, args=(self._folder, variables))
         self._refusal: str | None = None  # why there is nothing to start
         if cell.start is not None and finished(cell.start, folder) is None:
             self._refusal = f"start is {cell.start.name}, expected a cell that is finished"
@@ -111,7 +111,7 @@ class Process:
         except ConfigError as error:
             self._refusal = str(error)
             return
-        write_text(self._place / SETTINGS, settings.to_yaml())
+        write_text(self._folder / SETTINGS, settings.to_yaml())
         self._process.start()
 
     @property
@@ -131,18 +131,18 @@ class Process:
         Args:
             keep: Whether its checkpoints stay, though nothing needs them any more.
         """
-        found = _json(self._place / FIGURES)
+        outcome = _json(self._folder / FIGURES)
         if self._refusal is not None:
-            found = {"error": self._refusal}
-        elif found is None:
+            outcome = {"error": self._refusal}
+        elif outcome is None:
             status, hint = self._process.exitcode, f"expected a result; see {OUTPUT}"
-            found = {"error": f"process ended with status {status}, {hint}"}
-        error = found.get("error")
+            outcome = {"error": f"process ended with status {status}, {hint}"}
+        error = outcome.get("error")
         known = {
             "row": self.cell.row.name,
             "seed": self.cell.seed,
             "phase": self.cell.phase,
-            "figures": found.get("figures", {}),
+            "figures": outcome.get("figures", {}),
             "error": error,
             "wall_seconds": round(time.perf_counter() - self._start, 3),
             "started": self._began,
@@ -151,29 +151,29 @@ class Process:
             "settings": self.cell.settings,
             "about": self._about,
         }
-        write_text(self._place / _RESULT, json.dumps(known, indent=1) + "\n")
+        write_text(self._folder / _RESULT, json.dumps(known, indent=1) + "\n")
         if error is None and not keep:
             for name in (*KEPT, *(() if self.cell.phase == UNREDUCED else (WEIGHTS,))):
-                (self._place / name).unlink(missing_ok=True)
+                (self._folder / name).unlink(missing_ok=True)
         return known
 
     def _prepare(self) -> None:
         """Make the folder; one begun here with the same settings stays as it is."""
-        place, here = self._place, machine(self._about)
-        begun, where = _json(place / _BEGUN), _json(place / _MACHINE)
+        folder, here = self._folder, machine(self._about)
+        begun, where = _json(folder / _BEGUN), _json(folder / _MACHINE)
         if begun is None or not self.cell.agrees(begun) or differing([where or {}, here]):
-            if place.exists():
-                shutil.rmtree(place)
-            place.mkdir(parents=True)
-            write_text(place / _BEGUN, json.dumps(self.cell.settings) + "\n")
-            write_text(place / _MACHINE, json.dumps(here) + "\n")
-        (place / FIGURES).unlink(missing_ok=True)
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+            write_text(folder / _BEGUN, json.dumps(self.cell.settings) + "\n")
+            write_text(folder / _MACHINE, json.dumps(here) + "\n")
+        (folder / FIGURES).unlink(missing_ok=True)
 
     def _settings(self, folder: Path) -> Config:
         """What the process is to do."""
         start = self.cell.start
-        weights = "" if start is None else str(folder / start.place / WEIGHTS)
-        where = {"resume": "auto", "output_dir": str(self._place)}
+        weights = "" if start is None else str(folder / start.folder / WEIGHTS)
+        where = {"resume": "auto", "output_dir": str(self._folder)}
         more = {"eval": True} if self.cell.phase == FREE else where
         return self.cell.config.replace(finetune=weights, **more)
 
@@ -186,7 +186,7 @@ def now() -> str:
 def _json(path: Path) -> Record | None:
     """What a file of ours holds; None if it is missing or damaged, since it is then made again."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None

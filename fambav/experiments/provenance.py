@@ -1,4 +1,4 @@
-"""Where figures come from: the machine, and the training recipe.
+"""Provenance of figures: the machine, and the fingerprint of a config.
 
 Two runs may be compared in time and memory if they differ in nothing but tokens and seed.
 """
@@ -18,8 +18,8 @@ MACHINE = (
     "unfused",
 )
 REDUCTION = frozenset(item.name for group in (Fusion, Reduction) for item in fields(group))
-_FILES = {"finetune", "teacher_path"}  # whether there is one is of the recipe, its name is not
-PLACES = affecting("nothing") - _FILES
+_FILES = {"finetune", "teacher_path"}  # that there is one counts, its name does not
+LOCATIONS = affecting("nothing") - _FILES
 _NAMED = 8  # settings that an error names
 
 
@@ -27,7 +27,7 @@ def machine(environment: Facts, *, without: Collection[str] = ()) -> dict[str, A
     """Return where something was measured.
 
     Args:
-        environment: What `engine.record.environment` says.
+        environment: Of `engine.run_dir.environment`.
         without: Entries to leave out.
     """
     names = (name for name in MACHINE if name in environment and name not in without)
@@ -35,8 +35,8 @@ def machine(environment: Facts, *, without: Collection[str] = ()) -> dict[str, A
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """Return all that a run is made with but its reduction, its seed and the places of files."""
-    left_out = REDUCTION | PLACES | {"seed"}
+    """Return all that a run is made with but its reduction, its seed and the locations of files."""
+    left_out = REDUCTION | LOCATIONS | {"seed"}
     return {
         name: bool(value) if name in _FILES else value
         for name, value in config.flat().items()
@@ -51,8 +51,8 @@ def differing(facts: Iterable[Facts]) -> dict[str, list[Any]]:
     version may not know it.
     """
     values: dict[str, list[Any]] = {}
-    for found in facts:
-        for name, value in found.items():
+    for each in facts:
+        for name, value in each.items():
             known = values.setdefault(name, [])
             if value not in known:
                 known.append(value)
@@ -61,12 +61,12 @@ def differing(facts: Iterable[Facts]) -> dict[str, list[Any]]:
 
 def described(differences: Mapping[str, list[Any]]) -> str:
     """Return differences in one line: `lr (0.001, 0.002), gpu (none, H200)`."""
-    shown = [
+    texts = [
         f"{name} ({', '.join(_short(value) for value in values)})"
         for name, values in list(differences.items())[:_NAMED]
     ]
-    more = len(differences) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
+    more = len(differences) - len(texts)
+    return ", ".join(texts) + (f" and {more} more" if more else "")
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The figures of a grid: means over seeds, all there is for programs, and what a folder holds.
+"""The figures of a grid: means over seeds, the files for programs, and their reader.
 
 results.csv     one line per cell: row, its settings, seed, phase, the figures, machine, versions
 results.json    the same with every setting of each cell, and the means over seeds of each row
@@ -16,20 +16,17 @@ from typing import Any
 
 from fambav.config import Config, Run
 from fambav.experiments.grid import PHASES, Cell, Grid
-from fambav.experiments.metrics import METRICS
 from fambav.experiments.provenance import machine
 from fambav.experiments.rows import Row
-from fambav.registry import METHODS
+from fambav.registry import DATA_SETS, FOREIGN, METHODS
+from fambav.tasks import Task, task_of
 
 Record = dict[str, Any]
 
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
 FLOPS = "flops"
 
-_METRICS = tuple(metric.name for metric in METRICS)
 _COSTS = ("seconds", "seconds_per_epoch", "images_per_second", "memory_mib")
-_MEASURED = (*_METRICS, "token_layers", *_COSTS, FLOPS)
-_FIGURES = (*_METRICS, "token_layers", "epochs", *_COSTS, "memory_kind")
 _MACHINE = ("platform", "cpu", "cpu_count", "threads", "gpu", "jobs")
 
 
@@ -47,6 +44,11 @@ class Estimate:
     std: float | None
     count: int
 
+    def text(self, digits: int, unit: float = 1.0) -> str:
+        """Return the mean and, if there is one, the deviation, divided by `unit`."""
+        std = "" if self.std is None else f" ± {self.std / unit:.{digits}f}"
+        return f"{self.mean / unit:.{digits}f}{std}"
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Return the mean and the sample standard deviation of at least one value."""
@@ -54,7 +56,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 class Results:
-    """What the cells of a grid came to.
+    """The records of the cells of a grid.
 
     Args:
         grid: The grid.
@@ -66,6 +68,7 @@ class Results:
 
     def __init__(self, grid: Grid, records: Mapping[str, Record]) -> None:
         self.grid, self.records = grid, records
+        self._metrics = tuple(metric.name for metric in grid.task.metrics)
 
     def by_seed(self, row: Row, phases: Iterable[str], name: str) -> dict[int, float]:
         """Return a figure of a row by seed, from the first of some phases that has it.
@@ -77,8 +80,8 @@ class Results:
         """
         for phase in phases:
             known = (c for c in self.grid.of(row, phase) if self._finished(c))
-            found = {cell.seed: self._figure(cell, name) for cell in known}
-            if values := {seed: float(v) for seed, v in found.items() if v is not None}:
+            figures = {cell.seed: self._figure(cell, name) for cell in known}
+            if values := {seed: float(v) for seed, v in figures.items() if v is not None}:
                 return values
         return {}
 
@@ -91,13 +94,14 @@ class Results:
     def values(self) -> list[list[Any]]:
         """Return a head and a line per cell, in the order of the rows; None where there is none."""
         keys = list(dict.fromkeys(key for row in self.grid.rows for key in row.settings))
+        figures = [*self._metrics, "token_layers", "epochs", *_COSTS, "memory_kind"]
         where = [*_MACHINE, "versions", "commit", "started", "ended"]
-        lines: list[list[Any]] = [["row", *keys, "seed", "phase", *_FIGURES, "error", *where]]
+        lines: list[list[Any]] = [["row", *keys, "seed", "phase", *figures, "error", *where]]
         for cell, known in self._ordered():
             about = known["about"]
             own = map(cell.row.settings.get, keys)
             line = [cell.row.name, *own, cell.seed, cell.phase]
-            line += map(known["figures"].get, _FIGURES)
+            line += map(known["figures"].get, figures)
             line += [known["error"], *map(about.get, _MACHINE), described_versions(about)]
             lines.append([*line, about.get("commit"), *_times(known).values()])
         return lines
@@ -124,8 +128,8 @@ class Results:
     def _figure(self, cell: Cell, name: str) -> float | None:
         if name == FLOPS:
             return _operations(replace(cell.config, run=Run()))
-        found: float | None = self.records[cell.name]["figures"].get(name)
-        return found
+        figure: float | None = self.records[cell.name]["figures"].get(name)
+        return figure
 
     def _ordered(self) -> list[tuple[Cell, Record]]:
         rank = {row.slug: number for number, row in enumerate(self.grid.rows)}
@@ -136,7 +140,8 @@ class Results:
     def _row(self, row: Row) -> dict[str, Any]:
         phases: dict[str, dict[str, Any]] = {}
         for phase in PHASES:
-            values = {name: self.by_seed(row, [phase], name) for name in _MEASURED}
+            names = (*self._metrics, "token_layers", *_COSTS, FLOPS)
+            values = {name: self.by_seed(row, [phase], name) for name in names}
             means = {n: asdict(estimate(list(v.values()))) for n, v in values.items() if v}
             if means:
                 phases[phase] = means
@@ -151,7 +156,7 @@ class Results:
         }
 
     def _method(self, row: Row) -> str:
-        """Who removes tokens: one of METHODS, or none."""
+        """The method of reduction: one of METHODS, or none."""
         config = next(cell for phase in PHASES for cell in self.grid.of(row, phase)).config
         reduction, fusion = config.reduction.reduction, config.fusion
         if reduction in METHODS:
@@ -162,17 +167,16 @@ class Results:
 
 @cache
 def _operations(config: Config) -> int | None:
-    """Operations of an image as papers count them; None where only files tell the classes.
+    """Operations of an image as papers count them; None for timm's models, whose parts are unknown.
 
-    Also None for a model that is not one of ours, whose parts are not known.
+    Also None where only the files of the data set hold the number of classes.
     """
-    from fambav import costs  # loads torch, which tables of runs do without
-    from fambav.costs.network import CLASSES
+    from fambav import flops  # loads torch, which tables of runs do without
 
-    unknown = config.model.num_classes is None and config.data.data_set not in CLASSES
-    if unknown or config.model.model.startswith("timm/"):
+    unknown = config.model.num_classes is None and config.data.data_set not in flops.CLASSES
+    if unknown or config.model.model.startswith(FOREIGN):
         return None
-    return costs.configured(config).total.literature
+    return flops.count_config(config).total.literature
 
 
 def described_versions(about: Record) -> str:
@@ -185,7 +189,7 @@ def _versions(about: Record) -> dict[str, str]:
 
 
 def _times(known: Record) -> dict[str, str | None]:
-    """When a cell began and ended; of a record that does not say, when the grid began."""
+    """When a cell began and ended; of a record without times, when the grid began."""
     began = known.get("started") or known["about"]["started"]
     return {"started": began, "ended": known.get("ended")}
 
@@ -196,7 +200,7 @@ def _cell(cell: Cell, known: Record) -> dict[str, Any]:
         "row": cell.row.name,
         "seed": cell.seed,
         "phase": cell.phase,
-        "folder": str(cell.place),
+        "folder": str(cell.folder),
         "figures": known["figures"],
         "error": known["error"],
         "wall_seconds": known.get("wall_seconds"),
@@ -218,12 +222,12 @@ class Point:
         baseline: Whether it is the row without reduction, with which others are compared.
         phase: The phase that the figures are of.
         settings: What differs from the row without reduction.
-        method: Who removes tokens; "none" for nobody.
-        figures: What was measured: METRICS after the last epoch; `seconds` of training,
+        method: The method of reduction, or "none".
+        figures: What was measured: metrics after the last epoch; `seconds` of training,
             `seconds_per_epoch`, `images_per_second`; `memory_mib`, peak memory while training;
             `token_layers`, tokens summed over the layers as a share of those without reduction;
             `flops`, operations for one image as papers count them.
-        paper: What the paper reports of the row, as far as the grid says, by rows.PAPER.
+        paper: What the paper reports of the row, as far as the grid lists it, by name.
     """
 
     name: str
@@ -237,7 +241,7 @@ class Point:
 
 
 def is_grid(folder: Path) -> bool:
-    """Tell whether a folder holds the results of a grid."""
+    """Return whether a folder holds the results of a grid."""
     return (folder / JSON).is_file()
 
 
@@ -251,10 +255,10 @@ def read_points(folder: Path, *, phase: str | None = None) -> list[Point]:
     Raises:
         ValueError: If the folder holds no results, they are damaged, or no row has the phase.
     """
-    told = _document(folder)
-    wanted = told["phase"] if phase is None else phase
-    points = [point for row in told["rows"] if (point := _point(row, wanted)).figures]
-    known = list(dict.fromkeys(name for row in told["rows"] for name in row["phases"]))
+    document = _document(folder)
+    wanted = document["phase"] if phase is None else phase
+    points = [point for row in document["rows"] if (point := _point(row, wanted)).figures]
+    known = list(dict.fromkeys(name for row in document["rows"] for name in row["phases"]))
     if not points and known:
         raise ValueError(f"phase is {wanted!r}, expected one of {', '.join(known)}")
     return points
@@ -266,9 +270,19 @@ def read_title(folder: Path) -> tuple[str, str]:
     Raises:
         ValueError: If the folder holds no results, or they are damaged.
     """
-    told = _document(folder)
-    kinds = {cell["figures"].get("memory_kind") for cell in told["cells"]} - {None}
-    return told["title"] or told["grid"], "; ".join(sorted(kinds))
+    document = _document(folder)
+    kinds = {cell["figures"].get("memory_kind") for cell in document["cells"]} - {None}
+    return document["title"] or document["grid"], "; ".join(sorted(kinds))
+
+
+def read_task(folder: Path) -> Task:
+    """Return the task that the cells of a grid learn.
+
+    Raises:
+        ValueError: If the folder holds no results, or they are damaged.
+    """
+    names = (cell.get("config", {}).get("data_set") for cell in _document(folder)["cells"])
+    return task_of(next((name for name in names if name in DATA_SETS), next(iter(DATA_SETS))))
 
 
 def _document(folder: Path) -> dict[str, Any]:
@@ -277,18 +291,18 @@ def _document(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"grid is {str(folder)!r}, expected a folder with {JSON} in it")
     try:
-        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        whole = told.keys() >= {"grid", "title", "phase", "rows", "cells"} and all(
-            isinstance(cell["figures"], dict) for cell in told["cells"]
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        whole = document.keys() >= {"grid", "title", "phase", "rows", "cells"} and all(
+            isinstance(cell["figures"], dict) for cell in document["cells"]
         )
-        for row in told["rows"]:
-            for phase in (told["phase"], *row["phases"]):
+        for row in document["rows"]:
+            for phase in (document["phase"], *row["phases"]):
                 _point(row, phase)
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise ValueError(f"{path} is damaged, expected the results of a grid")
-    return told
+    return document
 
 
 def _point(row: dict[str, Any], phase: str) -> Point:

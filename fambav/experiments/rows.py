@@ -1,4 +1,4 @@
-"""The rows of a grid's file: their names, their settings, and what a paper says of them."""
+"""The rows of a grid's file: their names, their settings, and the figures that a paper reports."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fambav.config import ConfigError, format_value, refuse
-from fambav.experiments.metrics import METRICS
+from fambav.experiments.metrics import all_metrics
 from fambav.registry import nearest
 
 OWN = ("seed", "output_dir", "resume", "finetune", "eval")  # settings that the grid itself sets
-NONE = "-"  # a part of a name that says nothing
+NONE = "-"  # an empty part of a name
 
-_METRICS = tuple(metric.name for metric in METRICS)
-PAPER = (*_METRICS, "seconds", "memory")  # figures of a paper; the file has seconds as `time`
+COSTS = ("seconds", "memory")  # of what a paper reports; the file has seconds as `time`
 _CLOCK = re.compile(r"(\d+):([0-5]\d):([0-5]\d)")
 
 
@@ -25,13 +24,13 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: What the file calls it; of several labels, those that say something.
+        name: What the file calls it; of several labels, those that are not NONE.
         slug: The same as the name of a folder.
         labels: What stands in the columns of names.
         settings: What differs from the row without reduction, by the names of settings.
         file: The YAML file that it is read from instead of the grid's base.
-        paper: What a paper reports of it, by PAPER: metrics in percent, seconds of training, peak
-            memory in the paper's own unit; None where it does not say.
+        paper: What a paper reports of it, metrics by name, and COSTS, which are seconds of
+            training and peak memory in the paper's own unit; None where it has none.
     """
 
     name: str
@@ -47,7 +46,7 @@ def read_rows(path: Path, given: Any, *, names: int, taken: Sequence[str]) -> li
 
     Args:
         path: The file.
-        given: What it says under `rows`.
+        given: Its entry `rows`.
         names: How many columns name a row.
         taken: Names that a row may not have.
 
@@ -121,22 +120,22 @@ def _paper(label: str, given: Any) -> dict[str, float | None] | None:
     if given is None:
         return None
     if not isinstance(given, dict) or not given:
-        example = f"{{{_METRICS[0]}: 70.5, time: '4:08:40'}}"
+        example = f"{{{next(iter(all_metrics()))}: 70.5, time: '4:08:40'}}"
         refuse(label, given, f"figures such as {example}")
-    known = (*_METRICS, "time", "memory")
-    found: dict[str, float | None] = dict.fromkeys(PAPER)
+    known = (*all_metrics(), "time", "memory")
+    figures: dict[str, float | None] = dict.fromkeys((*all_metrics(), *COSTS))
     for key, value in given.items():
         if key not in known:
             raise ConfigError(
                 f"{label}: {format_value(key)} is no figure; {nearest(str(key), known)}"
             )
         if key == "time":
-            found["seconds"] = _seconds(f"{label}: time", value)
+            figures["seconds"] = _seconds(f"{label}: time", value)
         elif type(value) not in (int, float):
             refuse(f"{label}: {key}", value, "a number")
         else:
-            found[key] = float(value)
-    return found
+            figures[key] = float(value)
+    return figures
 
 
 def _seconds(label: str, given: Any) -> float:

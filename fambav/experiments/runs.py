@@ -6,16 +6,17 @@ Source of the numbers: log.txt, one JSON object per epoch, config.yaml, plan.jso
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from fambav import config
-from fambav.experiments.metrics import METRICS, PRIMARY, difference
+from fambav.experiments.metrics import PRIMARY, difference
 from fambav.experiments.provenance import described, differing, fingerprint, machine
 from fambav.table import Table
+from fambav.tasks import Metric, Task, task_of
 
 _NAMES = ("run", "model", "reduction")
 _COST = ("train s", "images/s", "memory MiB")
@@ -24,14 +25,15 @@ _TOKENS = ("tokens", "token-layers")
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run came to.
+    """The figures of a run.
 
     Attributes:
         name: Name of its folder, and how far it came if it is not finished.
         model: Name of the model.
         reduction: How tokens are removed, in short.
-        metrics: METRICS of the raw weights after the last epoch, by name; None if the log does not
-            say, which it does of the primary one.
+        task: The task.
+        metrics: Those of the task, of the raw weights after the last epoch, by name; None if the
+            log lacks one other than the primary one.
         ema: The primary metric of the averaged weights, None without.
         epochs: How many of them are finished.
         seconds: Training time over those epochs, without evaluation.
@@ -40,13 +42,14 @@ class Result:
         memory_kind: What that counts.
         tokens: Tokens in the last layer, None if the model has no such thing.
         share: Tokens summed over the layers, as a share of what they are without reduction.
-        machine: Where it ran; empty if no file says so.
-        recipe: How it was trained, without its reduction, its seed and the places of files.
+        machine: Where it ran; empty without env.json.
+        recipe: Fingerprint of its config: without reduction, seed and the locations of files.
     """
 
     name: str
     model: str
     reduction: str
+    task: Task
     metrics: dict[str, float | None]
     ema: float | None
     epochs: int
@@ -59,15 +62,20 @@ class Result:
     machine: dict[str, Any] = field(default_factory=dict, compare=False)
     recipe: dict[str, Any] = field(default_factory=dict, compare=False)
 
+    @property
+    def primary(self) -> Metric:
+        """The metric that runs are compared by."""
+        return self.task.primary
+
     def flat(self) -> dict[str, Any]:
         """Return all of it as JSON holds it, each metric under its own name."""
-        found: dict[str, Any] = {}
+        flat: dict[str, Any] = {}
         for name, value in vars(self).items():
             if name == "metrics":
-                found |= self.metrics
-            else:
-                found[f"ema_{PRIMARY.name}" if name == "ema" else name] = value
-        return found
+                flat |= self.metrics
+            elif name != "task":
+                flat[f"ema_{self.primary.name}" if name == "ema" else name] = value
+        return flat
 
 
 def read_run(folder: Path) -> Result:
@@ -82,14 +90,16 @@ def read_run(folder: Path) -> Result:
     run, epochs = config.load(settings), read_log(log)
     last, wanted = epochs[-1], run.optim.epochs
     unfinished = f" ({len(epochs)} of {wanted} epochs)" if len(epochs) < wanted else ""
-    plan = read_plan(folder)
+    plan, task = read_plan(folder), task_of(run.data.data_set)
+    primary = task.primary
     try:
         return Result(
             name=folder.resolve().name + unfinished,
             model=run.model.model,
             reduction=_reduction(run.reduction) or _fusion(run.fusion),
-            metrics={PRIMARY.name: last[f"test_{PRIMARY.name}"]} | log_metrics(last),
-            ema=last.get(f"test_ema_{PRIMARY.name}"),
+            task=task,
+            metrics={primary.name: last[primary.key], **log_metrics(last, task)},
+            ema=last.get(f"test_ema_{primary.name}"),
             epochs=len(epochs),
             seconds=sum(epoch["train_seconds"] for epoch in epochs),
             speed=median(epoch["images_per_second"] for epoch in epochs),
@@ -102,6 +112,18 @@ def read_run(folder: Path) -> Result:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{log} is not a log of this program; it has no {error}") from None
+
+
+def read_primary(folder: Path) -> Metric:
+    """Return the metric that decides in a run; that of most data sets if no file names its own.
+
+    Raises:
+        ConfigError: If the settings are damaged.
+    """
+    settings = folder / "config.yaml"
+    if not settings.is_file():
+        return PRIMARY
+    return task_of(config.load(settings).data.data_set).primary
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
@@ -123,13 +145,13 @@ def read_log(log: Path) -> list[dict[str, Any]]:
     return epochs
 
 
-def log_metrics(record: dict[str, Any]) -> dict[str, float | None]:
-    """Return METRICS of a line of log.txt by name, None where it does not say."""
-    return {metric.name: record.get(f"test_{metric.name}") for metric in METRICS}
+def log_metrics(record: Mapping[str, Any], task: Task) -> dict[str, float | None]:
+    """Return the metrics of a line of log.txt by name, None where it has none."""
+    return {metric.name: record.get(metric.key) for metric in task.metrics}
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """Return what a run says of its machine and versions; nothing if it has no such file.
+    """Return a run's env.json, its machine and versions; nothing without such a file.
 
     Raises:
         ValueError: If the file is damaged.
@@ -168,22 +190,29 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> Table:
             differences.
 
     Raises:
-        ValueError: If they are, and `mixed` does not say so; it names what differs.
+        ValueError: If they are without `mixed`; the message names what differs.  Or if they are
+            of several tasks.
     """
+    task = results[0].task
+    if other := next((result for result in results if result.task is not task), None):
+        raise ValueError(
+            f"{other.name} is measured by {other.primary.title} and {results[0].name} by"
+            f" {task.primary.title}, expected runs of one task"
+        )
     for what in () if mixed else ("machine", "recipe"):
-        if found := differing(getattr(result, what) for result in results):
+        if differences := differing(getattr(result, what) for result in results):
             raise ValueError(
-                f"runs differ in {described(found)}, expected one {what}; "
+                f"runs differ in {described(differences)}, expected one {what}; "
                 "--mixed shows them without time, memory and differences"
             )
     if mixed:
-        found = differing([{**result.recipe, **result.machine} for result in results])
-        apart = f"not comparable in time and memory: {described(found)}"
-        note = apart if found else "no differences"
+        differences = differing([{**result.recipe, **result.machine} for result in results])
+        apart = f"not comparable in time and memory: {described(differences)}"
+        note = apart if differences else "no differences"
     else:
         kinds = sorted({result.memory_kind for result in results})
         note = f"memory: {'; '.join(kinds)}; in brackets: against {results[0].name}"
-    metrics = (*(metric.head for metric in METRICS), f"EMA {PRIMARY.unit}")
+    metrics = (*(metric.head for metric in task.metrics), f"EMA {task.primary.unit}".rstrip())
     return Table(
         head=(*_NAMES, *metrics, *(() if mixed else _COST), *_TOKENS),
         rows=[_row(result, None if mixed else results[0]) for result in results],
@@ -236,14 +265,14 @@ def _row(result: Result, first: Result | None) -> list[str]:
     base = None if result is first else first
     cells = [result.name, result.model, result.reduction]
     for name, value in result.metrics.items():
-        cells.append(_shown(name, value, None if base is None else base.metrics[name], 2))
-    cells.append(_shown(PRIMARY.name, result.ema, None, 2))
+        cells.append(_with_change(name, value, None if base is None else base.metrics[name], 2))
+    cells.append(_with_change(result.primary.name, result.ema, None, 2))
     if first is not None:
         whole = base is not None and result.epochs == base.epochs
         labelled = base is not None and result.memory_kind == base.memory_kind
         for name, same in (("seconds", whole), ("speed", True), ("memory_mib", labelled)):
             known = getattr(base, name) if base and same else None
-            cells.append(_shown(name, getattr(result, name), known or None, 1))
+            cells.append(_with_change(name, getattr(result, name), known or None, 1))
     return [
         *cells,
         "-" if result.tokens is None else str(result.tokens),
@@ -251,7 +280,7 @@ def _row(result: Result, first: Result | None) -> list[str]:
     ]
 
 
-def _shown(name: str, value: float | None, base: float | None, digits: int) -> str:
+def _with_change(name: str, value: float | None, base: float | None, digits: int) -> str:
     if value is None:
         return "-"
     change = "" if base is None else f" ({difference(name, value, base)})"

@@ -7,24 +7,23 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from fambav.experiments.grid import FREE, SCRATCH, TUNED, UNREDUCED, Grid
-from fambav.experiments.metrics import METRICS, PRIMARY, difference
+from fambav.experiments.metrics import all_metrics, difference
 from fambav.experiments.results import FLOPS, Record, Results, described_versions, estimate
-from fambav.experiments.rows import PAPER, Row
+from fambav.experiments.rows import COSTS, Row
 from fambav.table import Table
 
 _HOUR = 3600.0
 _TRAINED = (SCRATCH, TUNED, UNREDUCED)
-_COSTS = ("seconds", "memory")  # of what a paper reports
 
 
 class _Column(NamedTuple):
     head: str
     name: str  # of the figure
     phases: tuple[str, ...]  # where it is looked for, the first that has it
-    compared: bool = True  # whether the difference to the row without reduction is shown
+    compared: bool = True  # whether it has the difference to the row without reduction
     digits: int = 2
     unit: float = 1.0  # what the figure is divided by
-    spread: bool = True  # whether the deviation over seeds is shown
+    spread: bool = True  # whether it has the deviation over seeds
     costs: bool = False  # whether it depends on the machine
 
 
@@ -58,7 +57,7 @@ def table(results: Results, *, mixed: bool = False) -> Table:
 
 
 def _columns(results: Results) -> list[_Column]:
-    grid = results.grid
+    grid, metrics = results.grid, results.grid.task.metrics
     phases = (FREE, *_TRAINED)
     most = max(results.by_seed(grid.baseline, phases, FLOPS).values(), default=0.0)
     size, head = (1e9, "GFLOPs") if most >= 1e9 else (1e6, "MFLOPs")
@@ -71,14 +70,17 @@ def _columns(results: Results) -> list[_Column]:
         long = max((value for values in every for value in values), default=0.0) >= _HOUR
         head, size, digits = ("train h", _HOUR, 2) if long else ("train s", 1.0, 1)
         ours += [
-            *(_Column(metric.head, metric.name, (SCRATCH,)) for metric in METRICS),
+            *(_Column(metric.head, metric.name, (SCRATCH,)) for metric in metrics),
             _Column(head, "seconds", (SCRATCH,), digits=digits, unit=size, costs=True),
         ]
     else:
         speed = "images_per_second"
         ours += [
-            *(_Column(f"{p} {PRIMARY.unit}", PRIMARY.name, (p,)) for p in (FREE, TUNED)),
-            *(_Column(metric.head, metric.name, (TUNED, FREE)) for metric in METRICS[1:]),
+            *(
+                _Column(f"{p} {metrics[0].unit}".rstrip(), metrics[0].name, (p,))
+                for p in (FREE, TUNED)
+            ),
+            *(_Column(metric.head, metric.name, (TUNED, FREE)) for metric in metrics[1:]),
             _Column("s per epoch", "seconds_per_epoch", _TRAINED, costs=True),
             _Column(
                 "images/s", speed, _TRAINED, compared=False, digits=0, spread=False, costs=True
@@ -96,11 +98,11 @@ def _cell(results: Results, row: Row, column: _Column) -> str:
     if not values:
         return "-"
     known, seeds = estimate(list(values.values())), len(results.grid.seeds)
-    text = f"{known.mean / column.unit:.{column.digits}f}"
-    if column.spread and known.std is not None:
-        text += f" ± {known.std / column.unit:.{column.digits}f}"
-    if column.spread and known.count < seeds:
-        text += f" [{known.count} of {seeds}]"
+    if column.spread:
+        missing = f" [{known.count} of {seeds}]" * (known.count < seeds)
+        text = known.text(column.digits, column.unit) + missing
+    else:
+        text = f"{known.mean / column.unit:.{column.digits}f}"
     baseline = results.grid.baseline
     if row.name == baseline.name or not column.compared:
         return text
@@ -108,19 +110,19 @@ def _cell(results: Results, row: Row, column: _Column) -> str:
     common = sorted(values.keys() & base.keys())
     if not common:
         return text
-    ours, theirs = (fmean(found[seed] for seed in common) for found in (values, base))
+    ours, theirs = (fmean(known[seed] for seed in common) for known in (values, base))
     return f"{text} ({difference(column.name, ours, theirs, column.digits)})"
 
 
 def _paper_columns(grid: Grid, *, mixed: bool) -> dict[str, str]:
     """Heads of the columns of what a paper reports, by figure, as far as rows have them."""
     what = "paper's Δ" if grid.differences else "paper:"
-    labels = {metric.name: metric.label for metric in METRICS} | {"seconds": "time"}
+    labels = {name: metric.label for name, metric in all_metrics().items()} | {"seconds": "time"}
     return {
         name: f"{what} {labels.get(name, name)}"
-        for name in PAPER
+        for name in (*all_metrics(), *COSTS)
         if any(row.paper and row.paper[name] is not None for row in grid.rows)
-        and not (mixed and name in _COSTS)
+        and not (mixed and name in COSTS)
     }
 
 

@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 
-from fambav.engine import record
+from fambav.engine import run_dir
 from fambav.engine.checkpoint import write_text
 from fambav.engine.lock import locked
 from fambav.experiments.grid import Cell, Grid
-from fambav.experiments.metrics import PRIMARY
-from fambav.experiments.process import Process, finished, seats
+from fambav.experiments.process import Process, finished, slots
 from fambav.experiments.provenance import described, differing, machine
 from fambav.experiments.results import CSV, JSON, MARKDOWN, Record, Results
 from fambav.experiments.summary import table
+from fambav.tasks import Metric
 
 _NAMED = 6  # failed cells that an error names
-_PAUSE = 0.05  # seconds between two looks at the processes
+_PAUSE = 0.05  # seconds between two polls of the processes
 
 
 def run(
@@ -28,7 +28,7 @@ def run(
     *,
     jobs: int,
     keep: bool,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     mixed: bool = False,
 ) -> Results:
     """Carry out what is missing of a grid.
@@ -40,7 +40,7 @@ def run(
         folder: Gets the cells and the tables, results.csv, results.json and results.md.
         jobs: Processes that work at once, at least 1.
         keep: Whether the checkpoints of trained cells stay.
-        say: Is told of each finished cell in one line.
+        report: Takes a line for each finished cell.
         mixed: Whether cells may come from several machines; the table then has no time and memory.
 
     Returns:
@@ -51,21 +51,21 @@ def run(
         OSError: If the folder cannot be written.
     """
     with locked(folder):
-        record.prepare(folder)
-        about = record.environment(jobs=jobs)
+        run_dir.prepare(folder)
+        about = run_dir.environment(jobs=jobs)
         records = {c.name: known for c in grid.cells if (known := finished(c, folder))}
         left = [cell for cell in grid.cells if cell.name not in records]
         if not mixed:
             _refuse_mixed(folder, records, about if left else None)
-        say(f"{len(records)} of {len(grid.cells)} cells are finished")
+        report(f"{len(records)} of {len(grid.cells)} cells are finished")
         results = Results(grid, records)
         _write(results, folder, mixed=mixed)
         for process in _perform(left, folder, about, jobs):
             cell, known = process.cell, process.result(keep=keep)
             records[cell.name] = known
             _write(results, folder, mixed=mixed)
-            line = f"{_line(cell, known)}{_time_left(results, jobs)}"
-            say(f"[{len(records)}/{len(grid.cells)}] {line}")
+            line = f"{_line(cell, known, grid.task.primary)}{_time_left(results, jobs)}"
+            report(f"[{len(records)}/{len(grid.cells)}] {line}")
         if not mixed:
             _refuse_mixed(folder, records, None)  # processes may have had GPUs of several kinds
     return results
@@ -92,10 +92,9 @@ def refuse_failures(results: Results, folder: Path) -> None:
 def _perform(left: list[Cell], folder: Path, about: Record, jobs: int) -> Iterator[Process]:
     """Carry out cells, at most `jobs` at once; yield each process when it has ended.
 
-    Cells that start from nothing come first, then, when all of these are done, those that start
-    from one of them.
+    Cells without a start come first, then, when all of these are done, those that start from one.
     """
-    free = seats(jobs)
+    free = slots(jobs)
     running: list[Process] = []
     try:
         for waiting in ([c for c in left if not c.start], [c for c in left if c.start]):
@@ -105,7 +104,7 @@ def _perform(left: list[Cell], folder: Path, about: Record, jobs: int) -> Iterat
                 ended = [process for process in running if not process.running]
                 for process in ended:
                     running.remove(process)
-                    free.append(process.seat)
+                    free.append(process.slot)
                     yield process
                 if not ended:
                     time.sleep(_PAUSE)
@@ -115,10 +114,7 @@ def _perform(left: list[Cell], folder: Path, about: Record, jobs: int) -> Iterat
 
 
 def _time_left(results: Results, jobs: int) -> str:
-    """What is left as the end of a line, from the cells of the same phase.
-
-    Empty while a phase has not been seen.
-    """
+    """The estimated time left, from finished cells; empty while a phase has none."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for known in results.records.values():
         if known["error"] is None and known["wall_seconds"] is not None:
@@ -139,11 +135,11 @@ def _write(results: Results, folder: Path, *, mixed: bool) -> None:
 def _refuse_mixed(folder: Path, records: dict[str, Record], here: Record | None) -> None:
     """Refuse cells of several machines, those that are to run here among them.
 
-    A cell's number of threads is one of its settings, so that what the grid's own process says of
-    it does not count.
+    A cell's number of threads is one of its settings, so the number of the grid's own process
+    does not count.
     """
-    places = [*(known["about"] for known in records.values()), *([] if here is None else [here])]
-    differences = differing(machine(about, without=["threads"]) for about in places)
+    machines = [*(known["about"] for known in records.values()), *([] if here is None else [here])]
+    differences = differing(machine(about, without=["threads"]) for about in machines)
     if differences:
         raise ValueError(
             f"cells in {folder} and those to run differ in {described(differences)}, expected one "
@@ -151,8 +147,8 @@ def _refuse_mixed(folder: Path, records: dict[str, Record], here: Record | None)
         )
 
 
-def _line(cell: Cell, known: Record) -> str:
+def _line(cell: Cell, known: Record, primary: Metric) -> str:
     if known["error"] is not None:
         return f"{cell.name}: failed: {known['error']}"
-    value = f"{known['figures'][PRIMARY.name]:.2f} {PRIMARY.unit}"
+    value = f"{known['figures'][primary.name]:.2f} {primary.unit}".rstrip()
     return f"{cell.name}: {value} in {known['wall_seconds']:.1f} s"

@@ -6,42 +6,72 @@ what none of them says is "not measured".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import yaml
 
-from fambav import costs
-from fambav.export.description import Run
+from fambav import flops
 from fambav.models import Backbone
-from fambav.training.prediction import Pretrained
+from fambav.table import Table
+from fambav.tasks import Metric, task_of
+from fambav.training.inference import LoadedRun
 
-UNKNOWN = "not measured"
+_UNKNOWN = "not measured"
+_CARD = """\
+# {architecture} on {data_set}
 
-_LOADING = {
-    "safetensors": "import fambav\n\nmodel = fambav.from_pretrained({folder!r})",
-    "hf": "import fambav\n\nmodel = fambav.from_pretrained({folder!r})",
+- model: {architecture}, {parameters:,} parameters
+- data set: {data_set}
+- images: {channels} x {height} x {width}, resized bicubically, mean {mean}, \
+standard deviation {std}
+- classes: {classes} ({names})
+
+## Loading
+
+```python
+{code}
+```
+
+{needs}
+
+## Tokens
+
+{plan}
+
+## Accuracy
+
+{accuracy}
+
+## Cost of an image
+
+{cost}
+
+## Check of this export
+
+Compared with the model it was made of, on {check}.
+"""
+_OURS = (
+    "import fambav\n\nmodel = fambav.from_pretrained({folder!r})",
+    "`fambav.from_pretrained` builds the model from `config.json`.",
+)
+_LOADING = {  # of each format: the code, and what it needs
+    "safetensors": _OURS,
+    "hf": _OURS,
     "torch": (
         "import torch\n\n"
         "model = torch.export.load({folder!r} + '/model.pt2').module()\n"
-        "logits = model(images)  # (batch, {channels}, {height}, {width}), float32"
+        "logits = model(images)  # (batch, {channels}, {height}, {width}), float32",
+        "`model.pt2` is a program of PyTorch's own operations for a batch of any size; it needs"
+        " PyTorch alone.",
     ),
     "onnx": (
         "import onnxruntime\n\n"
         "session = onnxruntime.InferenceSession({folder!r} + '/model.onnx')\n"
         "(logits,) = session.run(None, {{'images': images}})"
-        "  # (batch, {channels}, {height}, {width}), float32"
-    ),
-}
-_NEEDS = {
-    "safetensors": "`fambav.from_pretrained` builds the model from `config.json`.",
-    "hf": "`fambav.from_pretrained` builds the model from `config.json`.",
-    "torch": (
-        "`model.pt2` is a program of PyTorch's own operations for a batch of any size; it needs"
-        " PyTorch alone."
-    ),
-    "onnx": (
+        "  # (batch, {channels}, {height}, {width}), float32",
         "`model.onnx` is of standard operators (opset 18) for a batch of any size; its scans are"
-        " ONNX's own loops."
+        " ONNX's own loops.",
     ),
 }
 
@@ -68,7 +98,7 @@ class Check(NamedTuple):
     ties: int = 0
 
     def line(self) -> str:
-        """Say it in a line."""
+        """Return it as a line of text."""
         more = f", but for {self.ties} with a near tie between tokens" if self.ties else ""
         return (
             f"{self.images} {self.kind}: largest difference of a logit {self.difference:.2g}"
@@ -76,131 +106,117 @@ class Check(NamedTuple):
         )
 
 
-def card(model: Pretrained, told: dict[str, Any], check: Check, *, folder: str) -> str:
-    """Return the card in Markdown.
+def card(run: LoadedRun, description: Mapping[str, Any], check: Check, *, folder: str) -> str:
+    """Return the card in Markdown, for the format hf with the metadata that its hub reads.
 
     Args:
-        model: The model.
-        told: What `config.json` says of it.
-        check: How its export compares.
+        run: The model.
+        description: What `config.json` holds.
+        check: How the export compares.
         folder: Name of the folder, as it is loaded.
     """
-    kind, run = told["fambav"]["format"], Run(**told["fambav"]["run"])
-    parts = [
-        f"# {_title(model, told)}",
-        _about(model, told),
-        "## Loading",
-        _loading(told, kind, folder),
-        "## Tokens",
-        _plan(model),
-        "## Accuracy",
-        _accuracy(model, run),
-        "## Cost of an image",
-        _cost(model),
-        "## Check of this export",
-        f"Compared with the model it was made of, on {check.line()}.",
-    ]
-    text = "\n\n".join(parts) + "\n"
-    return (_front_matter(model, told, run) + text) if kind == "hf" else text
-
-
-def _title(model: Pretrained, told: dict[str, Any]) -> str:
-    return f"{told['architecture']} on {model.config.data.data_set}"
-
-
-def _about(model: Pretrained, told: dict[str, Any]) -> str:
-    images, names = told["pretrained_cfg"], model.class_names
-    channels, height, width = images["input_size"]
-    parameters = sum(p.numel() for p in model.net.parameters())
-    mean, std = (", ".join(f"{v:.4g}" for v in images[name]) for name in ("mean", "std"))
-    shown = "no names" if not names else ", ".join(map(str, names[:10]))
-    more = ", ..." if names and len(names) > 10 else ""
-    return "\n".join(
-        [
-            f"- model: {told['architecture']}, {parameters:,} parameters",
-            f"- data set: {model.config.data.data_set}",
-            f"- images: {channels} x {height} x {width}, resized bicubically, mean {mean},"
-            f" standard deviation {std}",
-            f"- classes: {told['num_classes']} ({shown}{more})",
-        ]
+    kind, trained = description["fambav"]["format"], description["fambav"]["run"]
+    channels, height, width = run.input_size
+    size = dict(channels=channels, height=height, width=width)
+    code, needs = _LOADING[kind]
+    names = run.class_names or ()
+    text = _CARD.format(
+        **size,
+        architecture=description["architecture"],
+        data_set=run.config.data.data_set,
+        parameters=sum(p.numel() for p in run.net.parameters()),
+        mean=", ".join(f"{value:.4g}" for value in run.mean),
+        std=", ".join(f"{value:.4g}" for value in run.std),
+        classes=run.num_classes,
+        names=", ".join([*names[:10], *["..."] * (len(names) > 10)]) or "no names",
+        code=code.format(**size, folder=folder),
+        needs=needs,
+        plan=_plan(run),
+        accuracy=_accuracy(run, trained),
+        cost=_cost(run),
+        check=check.line(),
     )
+    head = f"---\n{_metadata(run, description)}---\n\n" if kind == "hf" else ""
+    return head + text
 
 
-def _loading(told: dict[str, Any], kind: str, folder: str) -> str:
-    channels, height, width = told["pretrained_cfg"]["input_size"]
-    code = _LOADING[kind].format(folder=folder, channels=channels, height=height, width=width)
-    return f"```python\n{code}\n```\n\n{_NEEDS[kind]}"
-
-
-def _plan(model: Pretrained) -> str:
-    net = model.net
+def _plan(run: LoadedRun) -> str:
+    net = run.net
     if not isinstance(net, Backbone):
         return "The model has no plan of tokens."
     schedule = net.schedule
-    lines = ["| layer | removed | tokens that its mixer sees |", "|---:|---:|---:|"]
-    for layer, (count, left) in enumerate(
-        zip(schedule.counts, schedule.lengths, strict=True), start=1
-    ):
-        lines.append(f"| {layer} | {count} | {left} |")
-    method = net.reduction.method
-    how = "No token is removed." if not sum(schedule.counts) else f"Method: {_named(method)}."
     whole = schedule.start * len(schedule.lengths)
-    summed = f"Token-layers: {sum(schedule.lengths)} of {whole} ({100 * schedule.share:.1f}%)."
-    return "\n".join([*lines, "", f"{how} {summed}"])
+    name = getattr(net.reduction.method, "name", type(net.reduction.method).__name__)
+    how = f"Method: {name}." if schedule.removed else "No token is removed."
+    pairs = zip(schedule.counts, schedule.lengths, strict=True)
+    return Table(
+        head=("layer", "removed", "tokens that its mixer sees"),
+        rows=[[str(n), str(count), str(seen)] for n, (count, seen) in enumerate(pairs, start=1)],
+        names=0,
+        notes=[
+            f"{how} Token-layers: {sum(schedule.lengths)} of {whole} ({100 * schedule.share:.1f}%)."
+        ],
+    ).render("markdown")
 
 
-def _named(method: Any) -> str:
-    return str(getattr(method, "name", type(method).__name__))
+def _accuracy(run: LoadedRun, trained: Mapping[str, Any]) -> str:
+    def value(metric: Metric) -> str:
+        known = trained[metric.name]
+        return _UNKNOWN if known is None else f"{known:.2f}{metric.suffix}"
 
-
-def _accuracy(model: Pretrained, run: Run) -> str:
-    def percent(value: float | None) -> str:
-        return UNKNOWN if value is None else f"{value:.2f}%"
-
-    of = "" if run.epochs is None else f" of {run.epochs}"
-    rows = {
-        f"top-1 on the held-out images of {model.config.data.data_set}": percent(run.acc1),
-        "top-5": percent(run.acc5),
-        "seed": run.seed,
-        "after epoch": None if run.epoch is None else f"{run.epoch}{of}",
-        "date": run.date,
-        "commit": run.commit,
-        "hardware": run.hardware,
+    data_set = run.config.data.data_set
+    primary, *others = task_of(data_set).metrics
+    epoch = None if trained["epoch"] is None else f"{trained['epoch']} of {trained['epochs']}"
+    about = {
+        "seed": trained["seed"],
+        "after epoch": epoch,
+        **{name: trained[name] for name in ("date", "commit", "hardware")},
     }
-    lines = [f"| {name} | {'unknown' if v is None else v} |" for name, v in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *lines])
+    return Table(
+        head=("", ""),
+        rows=[
+            [f"{primary.label} on the held-out images of {data_set}", value(primary)],
+            *([metric.label, value(metric)] for metric in others),
+            *([name, "unknown" if known is None else str(known)] for name, known in about.items()),
+        ],
+        names=2,
+    ).render("markdown")
 
 
-def _cost(model: Pretrained) -> str:
+def _cost(run: LoadedRun) -> str:
     try:
-        report = costs.count(model.net)
+        report = flops.count(run.net)
     except ValueError:  # not a model whose cost is known
-        return f"FLOPs: {UNKNOWN}."
-    total, dense = report.total.json(), report.dense.json()
-    lines = [
-        "| convention | G operations | without reduction | what counts |",
-        "|---|---:|---:|---|",
-    ]
-    for name, meaning in costs.CONVENTIONS.items():
-        lines.append(f"| {name} | {total[name] / 1e9:.4f} | {dense[name] / 1e9:.4f} | {meaning} |")
-    return "\n".join([*lines, "", "By arithmetic on sizes; time on a device: not measured."])
+        return f"FLOPs: {_UNKNOWN}."
+    total, unreduced = report.total.as_dict(), report.unreduced.as_dict()
+    return Table(
+        head=("convention", "what counts", "G operations", "without reduction"),
+        rows=[
+            [name, meaning, f"{total[name] / 1e9:.4f}", f"{unreduced[name] / 1e9:.4f}"]
+            for name, meaning in flops.CONVENTIONS.items()
+        ],
+        names=2,
+        notes=["By arithmetic on sizes; time on a device: not measured."],
+    ).render("markdown")
 
 
-def _front_matter(model: Pretrained, told: dict[str, Any], run: Run) -> str:
-    data_set = model.config.data.data_set.lower()
-    result = {
-        "task": {"type": "image-classification"},
-        "dataset": {"name": data_set, "type": data_set},
-        "metrics": [{"type": "accuracy", "value": run.acc1}],
-    }
-    head: dict[str, Any] = {
+def _metadata(run: LoadedRun, description: Mapping[str, Any]) -> str:
+    """Return the YAML that Hugging Face's hub reads."""
+    task, data_set = task_of(run.config.data.data_set), run.config.data.data_set.lower()
+    value = description["fambav"]["run"][task.primary.name]
+    metadata: dict[str, Any] = {
         "license": "apache-2.0",
         "library_name": "fambav",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "vision-mamba", "token-reduction", "fambav", "timm"],
+        "pipeline_tag": task.hub,
+        "tags": [task.hub, "vision-mamba", "token-reduction", "fambav", "timm"],
         "datasets": [data_set],
-        "metrics": ["accuracy"],
+        "metrics": [task.primary.hub],
     }
-    if run.acc1 is not None:
-        head["model-index"] = [{"name": told["architecture"], "results": [result]}]
-    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"
+    if value is not None:
+        result = {
+            "task": {"type": task.hub},
+            "dataset": {"name": data_set, "type": data_set},
+            "metrics": [{"type": task.primary.hub, "value": value}],
+        }
+        metadata["model-index"] = [{"name": description["architecture"], "results": [result]}]
+    return yaml.safe_dump(metadata, sort_keys=False)

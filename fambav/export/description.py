@@ -1,157 +1,112 @@
 """What is known of an exported model, for programs: config.json.
 
-The words at the top are those of timm's own files; what only this package knows is under "fambav".
+The keys at the top are those of timm's own files; what only this package knows is under "fambav".
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import fambav
 from fambav.config import affecting
-from fambav.experiments import read_environment, read_log
+from fambav.experiments import log_metrics, read_environment, read_log
 from fambav.models import Backbone
-from fambav.training.entries import fact
-from fambav.training.prediction import Pretrained
+from fambav.tasks import task_of
+from fambav.training.inference import LoadedRun
+
+_IMAGES = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What the files of a run say; None where they do not.
-
-    Attributes:
-        epoch: Number of the epoch behind which the weights were saved, from 1.
-        epochs: Epochs that the run was to have.
-        acc1, acc5: Of the raw weights on the held-out images after that epoch, in percent.
-        seed: Of the run.
-        date: When it started.
-        commit: Of the source.
-        hardware: What it ran on.
-    """
-
-    epoch: int | None = None
-    epochs: int | None = None
-    acc1: float | None = None
-    acc5: float | None = None
-    seed: int | None = None
-    date: str | None = None
-    commit: str | None = None
-    hardware: str | None = None
-
-
-def run_of(model: Pretrained) -> Run:
-    """Read a checkpoint's history and the files beside it; what they do not say is unknown.
-
-    The log counts only where the file has no history of its own, whose digest has been checked.
-
-    Raises:
-        ValueError: If the log is damaged.
-    """
-    folder, state = model.source.parent, model.state
-    log = folder / "log.txt"
-    epochs = state.get("history")
-    if epochs is None:
-        if not log.is_file():
-            return Run()
-        epochs = read_log(log) if log.stat().st_size else []
-    number = state.get("epoch", epochs[-1].get("epoch") if epochs else None)
-    record: Mapping[str, Any] = next((e for e in epochs if e.get("epoch") == number), {})
-    where = read_environment(folder)
-    return Run(
-        epoch=None if number is None else int(number) + 1,
-        epochs=model.config.optim.epochs,
-        acc1=record.get("test_acc1"),
-        acc5=record.get("test_acc5"),
-        seed=model.config.run.seed,
-        date=where.get("started"),
-        commit=where.get("commit"),
-        hardware=_hardware(where),
-    )
-
-
-def described(model: Pretrained, kind: str) -> dict[str, Any]:
+def describe(run: LoadedRun, kind: str) -> dict[str, Any]:
     """Return what `config.json` holds.
 
     Args:
-        model: The model.
+        run: The model.
         kind: The format.
+
+    Raises:
+        ValueError: If the log beside the weights is damaged.
     """
-    net: Any = model.net
-    config, plan, images = model.config, None, net.pretrained_cfg
-    told = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes")
+    net: Any = run.net
+    plan = None
     if isinstance(net, Backbone):
         plan = {**asdict(net.schedule), "share": net.schedule.share}
     return {
-        "architecture": config.model.model.removeprefix("timm/"),
-        "num_classes": num_classes(model),
+        "architecture": run.config.model.model.removeprefix("timm/"),
+        "num_classes": run.num_classes,
         "num_features": getattr(net, "num_features", None),
-        "label_names": model.class_names,
+        "label_names": run.class_names,
         "pretrained_cfg": {
             "fixed_input_size": True,
-            **{name: images[name] for name in told},
+            **{name: net.pretrained_cfg[name] for name in _IMAGES},
         },
         "fambav": {
             "version": fambav.__version__,
             "format": kind,
-            "class_token": config.model.class_token,
-            "settings": settings(model),
+            "class_token": run.config.model.class_token,
+            "settings": _settings(run),
             "plan": plan,
-            "run": asdict(run_of(model)),
+            "run": _training(run),
         },
     }
 
 
-def settings(model: Pretrained) -> dict[str, Any]:
+def facts(run: LoadedRun) -> dict[str, Any]:
+    """Return what the file of weights says beside them."""
+    return {
+        "config": _settings(run),
+        "class_token": run.config.model.class_token,
+        "grid": getattr(run.net, "grid", None),
+        "num_classes": run.num_classes,
+        "class_names": run.class_names,
+        "mean": list(run.mean),
+        "std": list(run.std),
+        "torch": run.state.facts.get("torch", "unknown"),
+    }
+
+
+def _settings(run: LoadedRun) -> dict[str, Any]:
     """Return the settings that the model is built from, and how its images are made."""
     names = affecting("model") | {"data_set", "data_stats"}
-    kept = {name: value for name, value in model.config.flat().items() if name in names}
+    kept = {name: value for name, value in run.config.flat().items() if name in names}
     if kept["fusion_strategy"] == "none" and kept["reduction"] != "none":
         del kept["fusion_strategy"]
     return kept
 
 
-def input_size(model: Pretrained) -> tuple[int, int, int]:
-    """Return channels, height and width of an image."""
-    net: Any = model.net
-    channels, height, width = net.pretrained_cfg["input_size"]
-    return channels, height, width
+def _training(run: LoadedRun) -> dict[str, Any]:
+    """Return how the weights were trained, by their own history or the files beside them.
 
-
-def num_classes(model: Pretrained) -> int:
-    """Return the length of the output."""
-    net: Any = model.net
-    return int(net.num_classes)
-
-
-def facts(model: Pretrained) -> dict[str, Any]:
-    """Return what the file of weights says beside them."""
+    Epochs count from 1.  The metrics are those of the raw weights on the held-out samples, by their
+    names.  What no file says is None.  The log counts only where the weights' own file, whose
+    digest was checked, has no history.
+    """
+    folder, entries = run.source.parent, run.state.entries
+    log, history = folder / "log.txt", entries.get("history")
+    if history is None and log.is_file():
+        history = read_log(log) if log.stat().st_size else []
+    known = history is not None
+    number = entries.get("epoch", history[-1].get("epoch") if history else None) if known else None
+    record: Mapping[str, Any] = next((e for e in history or () if e.get("epoch") == number), {})
+    about = read_environment(folder) if known else {}
     return {
-        "config": settings(model),
-        "class_token": model.config.model.class_token,
-        "grid": getattr(model.net, "grid", None),
-        "num_classes": num_classes(model),
-        "class_names": model.class_names,
-        "mean": list(model.mean),
-        "std": list(model.std),
-        "torch": fact(model.state, "torch") or "unknown",
+        "epoch": None if number is None else int(number) + 1,
+        "epochs": run.config.optim.epochs if known else None,
+        **log_metrics(record, task_of(run.config.data.data_set)),
+        "seed": run.config.run.seed if known else None,
+        "date": about.get("started"),
+        "commit": about.get("commit"),
+        "hardware": _hardware(about),
     }
 
 
-def write(folder: Path, told: dict[str, Any]) -> None:
-    """Write `config.json` into a folder."""
-    text = json.dumps(told, indent=1, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def _hardware(where: dict[str, Any]) -> str | None:
-    if not where:
+def _hardware(about: Mapping[str, Any]) -> str | None:
+    if not about:
         return None
-    if where.get("gpu") and str(where.get("device", "")).startswith("cuda"):
-        return str(where["gpu"])
-    threads = where.get("threads")
-    name = where.get("cpu", "CPU")
-    return f"{name}, {where.get('cpu_count')} cores, {threads} thread{'s' * (threads != 1)}"
+    if about.get("gpu") and str(about.get("device", "")).startswith("cuda"):
+        return str(about["gpu"])
+    threads = about.get("threads")
+    name = about.get("cpu", "CPU")
+    return f"{name}, {about.get('cpu_count')} cores, {threads} thread{'s' * (threads != 1)}"

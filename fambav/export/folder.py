@@ -9,23 +9,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fambav.engine import checkpoint
+from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
-from fambav.engine.record import WEIGHTS
-from fambav.engine.runtime import processes
-from fambav.export import description
+from fambav.engine.run_dir import DESCRIPTION, WEIGHTS
 from fambav.export.card import Check, card
+from fambav.export.description import describe, facts
 from fambav.registry import nearest
 from fambav.training import batches
-from fambav.training.prediction import Pretrained, opened
-from fambav.training.saved import as_strings
+from fambav.training.inference import LoadedRun, load_run
+from fambav.training.run_state import as_strings
 
 Run = Callable[[Tensor], Tensor]
 
@@ -45,7 +44,7 @@ class Format(NamedTuple):
         needs: Packages that must be there.
     """
 
-    write: Callable[[Pretrained, Path], None]
+    write: Callable[[LoadedRun, Path], None]
     load: Callable[[Path], Run]
     needs: tuple[str, ...] = ()
 
@@ -83,21 +82,26 @@ def export(
     place = Path(folder)
     _check(kind, place, images, tolerance)
     settings = {} if data_path is None else {"data_path": data_path}
-    model = opened(path, **settings)
-    inputs = _noise(model, images) if noise else _held_out(model, images)
-    want = _answers(model.net, inputs)
-    check_logits(model.net, inputs, want, "the images to compare on")
-    told = description.described(model, kind)
+    run = load_run(path, settings, allowed=("data_path",))
+    inputs = _noise(run, images) if noise else _held_out(run, images)
+    want = _logits(run.net, inputs)
+    check_logits(run.net, inputs, want, "the images to compare on")
+    description = describe(run, kind)
     with _kept(place) as temporary:
         start = time.perf_counter()
-        FORMATS[kind].write(model, temporary)
+        FORMATS[kind].write(run, temporary)
         seconds = time.perf_counter() - start
-        description.write(temporary, told)
-        got = _answers(FORMATS[kind].load(temporary), inputs)
-        what = "images of noise" if noise else f"held-out images of {model.config.data.data_set}"
-        steady = partial(_steady, model.net, inputs, want)
-        check = _compared(got, want, steady, what, tolerance=tolerance, seconds=seconds)
-        text = card(model, told, check, folder=place.name)
+        _write_json(temporary / DESCRIPTION, description)
+        check = _compare(
+            run.net,
+            inputs,
+            want,
+            _logits(FORMATS[kind].load(temporary), inputs),
+            kind="images of noise" if noise else f"held-out images of {run.config.data.data_set}",
+            tolerance=tolerance,
+            seconds=seconds,
+        )
+        text = card(run, description, check, folder=place.name)
         (temporary / "README.md").write_text(text, encoding="utf-8")
     return check
 
@@ -120,38 +124,39 @@ def _check(kind: str, place: Path, images: int, tolerance: float) -> None:
         raise ValueError(f"output_dir is {str(place)!r}, expected a folder that is empty or new")
 
 
-def _compared(
-    got: Tensor,
+def _compare(
+    model: Run,
+    images: Tensor,
     want: Tensor,
-    steady: Callable[[Tensor, float], Tensor],
-    kind: str,
+    got: Tensor,
     *,
+    kind: str,
     tolerance: float,
     seconds: float,
 ) -> Check:
-    """Compare logits, and look at an image that differs again: rounding may decide it.
+    """Compare logits, (images, classes), apart from images in which rounding chooses a token.
 
     Raises:
-        ValueError: If they differ by more than is allowed where the model itself is steady.
+        ValueError: If they differ by more than the tolerance on another image.
     """
     apart = (got - want).abs().amax(dim=1)
     allowed = tolerance * max(1.0, float(want.abs().max()))
     wrong = ~(apart <= allowed)
-    close = wrong.clone()
+    ties = wrong.clone()
     if wrong.any():
-        close[wrong] = ~steady(wrong, allowed)
-    told = apart[~close]
+        ties[wrong] = ~_steady(model, images[wrong], want[wrong], allowed)
+    compared = apart[~ties]
     check = Check(
         images=len(want),
         kind=kind,
-        difference=float(told.max()) if len(told) else float("nan"),
+        difference=float(compared.max()) if len(compared) else float("nan"),
         agreeing=int((got.argmax(dim=1) == want.argmax(dim=1)).sum()),
         tolerance=allowed,
         seconds=seconds,
-        ties=int(close.sum()),
+        ties=int(ties.sum()),
     )
-    failed = int((wrong & ~close).sum())
-    if failed or close.all():
+    failed = int((wrong & ~ties).sum())
+    if failed or ties.all():
         raise ValueError(
             f"export differs on {failed or len(want)} of {check.line()}, expected it to agree;"
             " nothing was kept; --tolerance allows more"
@@ -159,19 +164,19 @@ def _compared(
     return check
 
 
-def _steady(net: Run, images: Tensor, want: Tensor, which: Tensor, allowed: float) -> Tensor:
-    """Say for which of some images a model gives the same if pixels change by more than rounding.
+def _steady(model: Run, images: Tensor, want: Tensor, allowed: float) -> Tensor:
+    """Return whose logits stay as they are if pixels change by more than rounding, (images,), bool.
 
     Which tokens are removed is a choice: where two are nearly as good, rounding makes it.  Noise of
     either sign moves such a choice to either side.
     """
-    images, want, draw = images[which], want[which], torch.Generator().manual_seed(0)
-    found = torch.ones(len(images), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    steady = torch.ones(len(images), dtype=torch.bool)
     for _ in range(_DRAWS):
-        noise = _NOISE * torch.randn(images.shape, generator=draw)
+        noise = _NOISE * torch.randn(images.shape, generator=generator)
         for moved in (images + noise, images - noise):
-            found &= (_answers(net, moved) - want).abs().amax(dim=1) <= allowed
-    return found
+            steady &= (_logits(model, moved) - want).abs().amax(dim=1) <= allowed
+    return steady
 
 
 @contextmanager
@@ -189,58 +194,59 @@ def _kept(place: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _held_out(model: Pretrained, images: int) -> Tensor:
+def _held_out(run: LoadedRun, images: int) -> Tensor:
     """Return the first held-out images, (at most images, channels, height, width)."""
-    size = description.input_size(model)[1:]
     with processes("cpu") as group:
-        found = batches.data_set(model.config, group, input_size=size)
-    number = min(images, len(found.val))
-    return torch.stack([model.transform(found.val[n][0]) for n in range(number)])
+        data = batches.data_set(run.config, group, input_size=run.input_size[1:])
+    number = min(images, len(data.val))
+    return torch.stack([run.transform(data.val[n][0]) for n in range(number)])
 
 
-def _noise(model: Pretrained, images: int) -> Tensor:
-    draw = torch.Generator().manual_seed(0)
-    return torch.randn(images, *description.input_size(model), generator=draw)
+def _noise(run: LoadedRun, images: int) -> Tensor:
+    return torch.randn(images, *run.input_size, generator=torch.Generator().manual_seed(0))
 
 
-def _answers(run: Run, images: Tensor) -> Tensor:
-    """Return the logits, (images, classes)."""
+def _logits(model: Run, images: Tensor) -> Tensor:
+    """Classify images in batches: (images, classes)."""
     with torch.no_grad():
-        return torch.cat([run(some) for some in images.split(_BATCH)]).float()
+        return torch.cat([model(some) for some in images.split(_BATCH)]).float()
 
 
-def _write_weights(model: Pretrained, folder: Path) -> None:
-    strings = as_strings(description.facts(model))
-    checkpoint.save_weights(folder / WEIGHTS, model.net.state_dict(), strings)
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_weights(run: LoadedRun, folder: Path) -> None:
+    checkpoint.save_weights(folder / WEIGHTS, run.net.state_dict(), as_strings(facts(run)))
 
 
 def _load_weights(folder: Path) -> Run:
-    return opened(folder).net
+    return load_run(folder).net
 
 
-def _write_hf(model: Pretrained, folder: Path) -> None:
-    _write_weights(model, folder)
-    _, height, width = description.input_size(model)
-    told: dict[str, Any] = {
+def _write_hf(run: LoadedRun, folder: Path) -> None:
+    _write_weights(run, folder)
+    _, height, width = run.input_size
+    preprocessing = {
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": 3,
         "do_rescale": True,
         "do_normalize": True,
-        "image_mean": list(model.mean),
-        "image_std": list(model.std),
-        "crop_pct": description.described(model, "hf")["pretrained_cfg"]["crop_pct"],
+        "image_mean": list(run.mean),
+        "image_std": list(run.std),
+        "crop_pct": cast(Any, run.net).pretrained_cfg["crop_pct"],
     }
-    text = json.dumps(told, indent=1) + "\n"
-    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    _write_json(folder / "preprocessor_config.json", preprocessing)
 
 
-def _write_program(model: Pretrained, folder: Path) -> None:
+def _write_program(run: LoadedRun, folder: Path) -> None:
     from fambav.export.recurrence import in_blocks
     from fambav.export.tracing import bare, quiet, traced
 
     lowering = {torch.ops.fambav.recurrence.default: in_blocks}
-    program = bare(traced(model.net, description.input_size(model), lowering))
+    program = bare(traced(run.net, run.input_size, lowering))
     with quiet():
         torch.export.save(program, folder / PROGRAM)
 
@@ -253,12 +259,12 @@ def _load_program(folder: Path) -> Run:
     return run
 
 
-def _write_graph(model: Pretrained, folder: Path) -> None:
+def _write_graph(run: LoadedRun, folder: Path) -> None:
     import onnx
 
     from fambav.export.graph import onnx_model
 
-    onnx.save(onnx_model(model.net, description.input_size(model)), folder / GRAPH)
+    onnx.save(onnx_model(run.net, run.input_size), folder / GRAPH)
 
 
 def _load_graph(folder: Path) -> Run:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fambav.export.choosing import largest_first, rank_in
 from fambav.export.tracing import quiet, traced
 
 OPSET = 18  # the first with all that is used here, and the one torch translates to
@@ -41,8 +40,8 @@ _RECURRENCE = f"""
     given = Mul (row, column)
     next = Add (kept, given)
     weight = Unsqueeze (C_t, two)
-    told = MatMul (next, weight)
-    y_t = Squeeze (told, two)
+    out = MatMul (next, weight)
+    y_t = Squeeze (out, two)
   }}> (nothing, step, drive, B, C)
 }}
 """
@@ -68,8 +67,8 @@ def onnx_model(net: nn.Module, input_size: tuple[int, int, int]) -> Any:
 
     lowering: dict[Any, Any] = {
         torch.ops.fambav.recurrence.default: _placeholder,
-        torch.ops.aten.sort.stable: largest_first,
-        torch.ops.aten.searchsorted.Tensor: rank_in,
+        torch.ops.aten.sort.stable: sort_by_topk,
+        torch.ops.aten.searchsorted.Tensor: rank_by_counting,
     }
     if not hasattr(torch.onnx, "ops"):
         raise ValueError(f"torch is {torch.__version__}, expected 2.8 or later for export to onnx")
@@ -77,7 +76,7 @@ def onnx_model(net: nn.Module, input_size: tuple[int, int, int]) -> Any:
     names: dict[str, Any] = dict(input_names=[INPUT], output_names=[OUTPUT])
     with torch.no_grad(), quiet():
         try:
-            found = torch.onnx.export(
+            exported = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, verbose=False, **names
             )
         except torch.onnx.errors.OnnxExporterError as error:
@@ -86,7 +85,7 @@ def onnx_model(net: nn.Module, input_size: tuple[int, int, int]) -> Any:
             raise ValueError(
                 f"model is a {type(net).__name__}, expected one that ONNX can express: {reason}"
             ) from error
-        model = found.model_proto if found is not None else onnx.ModelProto()
+        model = exported.model_proto if exported is not None else onnx.ModelProto()
     model.functions.append(onnx.parser.parse_function(_RECURRENCE))
     if all(known.domain != _DOMAIN for known in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
@@ -95,8 +94,26 @@ def onnx_model(net: nn.Module, input_size: tuple[int, int, int]) -> Any:
     return model
 
 
+def sort_by_topk(
+    x: Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Do what `torch.sort` does by TopK, in which ONNX puts the lower index first among equals."""
+    del stable
+    values, indices = torch.topk(x, x.shape[dim], dim, descending)
+    return values, indices
+
+
+def rank_by_counting(ordered: Tensor, x: Tensor, **options: Any) -> Tensor:
+    """Do what `torch.searchsorted` does: ordered (..., k), x (..., n) -> ranks (..., n)."""
+    if not ordered.shape[-1]:  # ONNX Runtime returns nothing for a sum over an empty axis
+        return torch.zeros_like(x)
+    right = options.get("right") or options.get("side") == "right"
+    rows, each = ordered.unsqueeze(-2), x.unsqueeze(-1)
+    return (rows <= each if right else rows < each).sum(dim=-1)
+
+
 def _tidied(model: Any) -> Any:
-    """Name the size of the batch, and take out what is left of our own names and source."""
+    """Name the size of the batch, and remove our own names and source."""
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
     for dim in (dim for value in values for dim in value.type.tensor_type.shape.dim):
@@ -113,7 +130,7 @@ def _tidied(model: Any) -> Any:
 
 
 def _placeholder(step: Tensor, *rest: Tensor) -> Tensor:
-    """Stand where the loop will be."""
+    """Mark where the loop goes."""
     y: Tensor = torch.onnx.ops.symbolic(
         f"{_DOMAIN}::{_NAME}", (step, *rest), dtype=step.dtype, shape=step.shape, version=1
     )

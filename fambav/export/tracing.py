@@ -16,8 +16,8 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from fambav.export import recurrence
-from fambav.export.choosing import match
 from fambav.ops.dispatch import SCAN, Backend, backends, force
+from fambav.ops.match import MATCH
 from fambav.ops.selective_scan import SELECTIVE_SCAN
 
 Lowering = Mapping[Any, Callable[..., Any]]
@@ -30,9 +30,10 @@ def traced(net: nn.Module, input_size: tuple[int, int, int], lowering: Lowering)
     """Trace a model.
 
     Args:
-        net: In evaluation mode, on the CPU; its parameters no longer want gradients afterwards.
+        net: In evaluation mode, on the CPU; its parameters need no gradients afterwards.
         input_size: Channels, height and width of an image.
-        lowering: What operators become in the graph; the matching is in it already.
+        lowering: What operators become in the graph, beside the matching, which becomes its
+            reference.
 
     Returns:
         A program without operators of ours, but for those that `lowering` brings in.
@@ -42,13 +43,14 @@ def traced(net: nn.Module, input_size: tuple[int, int, int], lowering: Lowering)
     """
     examples = (torch.zeros(_EXAMPLES, *input_size),)
     shapes = ({0: Dim("batch", min=1)},)
+    matching = {torch.ops.fambav.match.default: MATCH["reference"].run}
     net.requires_grad_(requires_grad=False)
     with torch.no_grad(), _plain_backends(), quiet():
         try:
             program: ExportedProgram = torch.export.export(
                 net, examples, dynamic_shapes=shapes, strict=False
             )
-            program = program.run_decompositions({**_choice(), **lowering})
+            program = program.run_decompositions({**matching, **lowering})
         except (RuntimeError, TypeError, torch._dynamo.exc.UserError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
@@ -59,7 +61,7 @@ def traced(net: nn.Module, input_size: tuple[int, int, int], lowering: Lowering)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back what torch and ONNX remark on themselves."""
+    """Hold back the log lines and warnings of torch and ONNX."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -71,7 +73,7 @@ def quiet() -> Iterator[None]:
 
 
 def bare(program: ExportedProgram) -> ExportedProgram:
-    """Take out of a program, in place, what it says of the source it was traced from."""
+    """Strip a program, in place, of what its nodes say of the source they were traced from."""
     graph = program.graph_module.graph
     for node in list(graph.nodes):
         node.meta = {name: node.meta[name] for name in _KEPT if name in node.meta}
@@ -82,13 +84,9 @@ def bare(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def _choice() -> Lowering:
-    return {torch.ops.fambav.match.default: match}
-
-
 @contextmanager
 def _plain_backends() -> Iterator[None]:
-    """Let every operation run its reference, and the scan as the recurrence and what is around."""
+    """Force the reference of every operation, and for the scan the one that is exported."""
     before = SELECTIVE_SCAN.backends
     last = {op: name for op, name, _ in backends()}
     SELECTIVE_SCAN.backends = (Backend("export", recurrence.scan), *before)

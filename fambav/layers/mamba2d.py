@@ -35,6 +35,7 @@ from fambav.ops.cross_scan import (
     cross_merge,
     cross_scan,
     kept_order,
+    select_rows,
     snake_order,
     to_scan_order,
     to_token_order,
@@ -184,7 +185,7 @@ class Mamba2D(nn.Module):
         if self.param_order == "permuted":
             delta, B, C = (cross_scan(x, orders) for x in own)
         else:
-            raster = own if orders.raster is None else [take_rows(x, orders.raster) for x in own]
+            raster = own if orders.raster is None else [select_rows(x, orders.raster) for x in own]
             delta, B, C = (x[:, None].expand(-1, orders.directions, -1, -1) for x in raster)
         B = B + self.direction_Bs[orders.move]
         # (batch, directions, length, width) -> (batch * directions, length, width)

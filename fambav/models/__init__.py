@@ -19,4 +19,4 @@ __all__ = [
 ]
 
 if find_spec("triton") is not None:  # without it torch's counter complains that it is not there
-    from fambav.ops import flops as flops
+    from fambav.ops import flop_formulas as flop_formulas

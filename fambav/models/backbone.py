@@ -18,7 +18,7 @@ from fambav.layers.drop import DropPath
 from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import Tokens, take_rows
 from fambav.models.entry import chosen_layers
-from fambav.models.flops import Parts
+from fambav.models.flops import ModelCost
 from fambav.models.timm_model import TimmModel
 from fambav.ops.match import others
 from fambav.reduction import Schedule, unmerge
@@ -53,8 +53,8 @@ class Backbone(TimmModel):
     head: nn.Module
 
     @abstractmethod
-    def flop_parts(self) -> Parts:
-        """Return what the parts cost an image; weights may be on the meta device."""
+    def flop_parts(self) -> ModelCost:
+        """Return what an image costs each part; weights may be on the meta device."""
 
     @abstractmethod
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:

@@ -1,4 +1,4 @@
-"""What a model's parts cost, by arithmetic on sizes alone, in three conventions side by side.
+"""What the parts of a model cost, by arithmetic on sizes, in three conventions.
 
 A multiply-add of a matrix product or of a convolution counts 1 in all three.
 
@@ -8,21 +8,37 @@ literature        what papers print.  A scan adds 9 * length * inner * state, an
 all-directions    the same terms for every direction that is computed.
 multiply-adds     products and convolutions of all directions, and nothing else: no scan.
 
-Norms, activations, sums of streams and position embeddings count nowhere, nor do biases.  What a
-reduction adds is in `fambav.costs.reduction`.
+Norms, activations, sums of streams and position embeddings count nowhere, nor do biases.
+
+A reduction adds, where L tokens of width D come in and r of them are removed:
+
+matching          6 * L * D elementwise, 2 * D * (L / 2) ** 2 for the similarities, r * D for what
+                  is added to other tokens
+scores            one operation for each number that is summed to a token's score
+alignment         3 or 4 operations for each inner number of each token in each direction
+
+Of these, multiply-adds counts the products of similarities, once, and literature the directions
+that papers count.  Sorting and gathering are not arithmetic and are free.
+
+Arithmetic, because papers count what no operator does, and since a search counts thousands of
+plans; tests compare multiply-adds with torch's counter on the meta device.
 
 Source: the scan's term is the community's, state-spaces/mamba issue 110; the other terms are those
-that reproduce the figures of Shi et al., arXiv:2412.12496, and Yang et al., arXiv:2403.17695.
+that reproduce the figures of Shi et al., arXiv:2412.12496, and Yang et al., arXiv:2403.17695.  The
+counter behind the former counts the multiply-adds of similarities twice.  The terms of other
+reductions follow our own formulas.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 from torch import nn
 
 from fambav.layers.mamba import Mamba
 from fambav.layers.mamba2d import DIRECTIONS, Mamba2D
+from fambav.registry import Registry
 
 CONVENTIONS: dict[str, str] = {
     "literature": "as papers print it: multiply-adds and scan terms, one direction of Vim's two",
@@ -46,12 +62,12 @@ class Cost(NamedTuple):
     multiply_adds: int = 0
 
     @classmethod
-    def plain(cls, products: int) -> Cost:
+    def of_products(cls, products: int) -> Cost:
         """Return the cost of multiply-adds that all conventions count alike."""
         return cls(products, products, products)
 
-    def json(self) -> dict[str, int]:
-        """Return the costs under the conventions' names."""
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts under the conventions' names."""
         return dict(zip(CONVENTIONS, self, strict=True))
 
 
@@ -63,152 +79,197 @@ def total(*costs: Cost) -> Cost:
     return Cost(*map(sum, zip(*costs, strict=True))) if costs else FREE
 
 
-class Mixer(Protocol):
-    """The mixer of one layer, with whatever else of that layer costs anything."""
-
-    def cost(self, length: int, cells: int) -> Cost:
-        """Return the cost for an image.
-
-        Args:
-            length: Tokens that it sees, class tokens included.
-            cells: Cells of the grid on which its 2D convolutions run.
-        """
-
-
-class Parts(NamedTuple):
-    """What an image costs a model, beside the sizes in its `info`.
+class ModelCost(NamedTuple):
+    """The cost of an image in a model, beside the sizes in its `info`.
 
     Attributes:
         patches: Cost of the patch embedding.
-        mixers: One for each layer.
+        layers: For each layer, the cost of its mixer and all else as a function of the tokens that
+            it sees, class tokens included, and of the cells of the grid of its 2D convolutions.
         head: Cost of the classifier.
         inner: Width inside a mixer.
-        printed: Scans of a mixer that papers count.
+        published_directions: Scans of a mixer that papers count.
     """
 
     patches: Cost
-    mixers: tuple[Mixer, ...]
+    layers: tuple[Callable[[int, int], Cost], ...]
     head: Cost
     inner: int
-    printed: int
+    published_directions: int
 
 
-class VimMixer(NamedTuple):
-    """The sizes of a mixer of Vim: two projections; convolution, projections and scan each way.
+def mamba_cost(mixer: Mamba, dim: int, length: int, cells: int) -> Cost:
+    """Return the cost of a mixer of Vim: two projections; convolution, projections, scan each way.
 
-    Attributes:
+    Papers count the convolution at every index of the padded sequence, `kernel - 1` more than
+    there are tokens.
+
+    Args:
+        mixer: Weights may be on the meta device.
         dim: Width of a token.
-        inner: Width inside.
-        state: Numbers of state per channel.
-        rank: Width of what the step sizes are made from.
-        kernel: Length of the convolution.
-        branches: Convolutions with their projections, 2 if each direction has its own.
-        scans: Directions that are scanned, 1 or 2.
+        length: Tokens.
+        cells: Not used, since the convolution follows the sequence.
     """
-
-    dim: int
-    inner: int
-    state: int
-    rank: int
-    kernel: int
-    branches: int
-    scans: int
-
-    def cost(self, length: int, cells: int) -> Cost:
-        """Return the cost of `length` tokens.
-
-        Papers count the convolution at every place of the padded sequence, `kernel - 1` more than
-        there are tokens.
-        """
-        del cells  # its convolution follows the sequence
-        around = 3 * length * self.dim * self.inner  # in_proj to twice the inner width, out_proj
-        widths = self.rank + 2 * self.state
-        projected = length * self.inner * (widths + self.rank)
-        convolved, padded = (
-            n * self.inner * self.kernel for n in (length, length + self.kernel - 1)
-        )
-        scanned = SCAN * length * self.inner * self.state + 2 * length * self.inner
-        products = around + self.branches * (convolved + projected)
-        return Cost(
-            literature=around + padded + projected + scanned,
-            all_directions=products + self.scans * scanned,
-            multiply_adds=products,
-        )
-
-    @classmethod
-    def of(cls, dim: int, mixer: Mamba) -> VimMixer:
-        """Read the sizes off a mixer; weights may be on the meta device."""
-        rank, state, _ = mixer.splits
-        conv: nn.Conv1d = mixer.conv1d
-        return cls(
-            dim=dim,
-            inner=conv.in_channels,
-            state=state,
-            rank=rank,
-            kernel=conv.kernel_size[0],
-            branches=2 if mixer.bimamba_type == "v2" else 1,
-            scans=1 if mixer.bimamba_type == "none" else 2,
-        )
+    del cells
+    (rank, state, _), inner = mixer.splits, mixer.A_log.shape[0]
+    kernel: int = mixer.conv1d.kernel_size[0]
+    branches = 2 if mixer.bimamba_type == "v2" else 1  # each with weights of its own
+    scans = 1 if mixer.bimamba_type == "none" else 2
+    around = 3 * length * dim * inner  # in_proj to twice the inner width, out_proj
+    projected = length * inner * (2 * rank + 2 * state)  # x_proj to rank + 2 state, dt_proj
+    convolved, padded = (n * inner * kernel for n in (length, length + kernel - 1))
+    scanned = SCAN * length * inner * state + 2 * length * inner
+    products = around + branches * (convolved + projected)
+    return Cost(
+        literature=around + padded + projected + scanned,
+        all_directions=products + scans * scanned,
+        multiply_adds=products,
+    )
 
 
-class PlainMixer(NamedTuple):
-    """The sizes of a mixer of PlainMamba, whose scans share the projections.
+def mamba2d_cost(
+    mixer: Mamba2D, dim: int, after: nn.Module | None, length: int, cells: int
+) -> Cost:
+    """Return the cost of a layer of PlainMamba, whose scans share the projections.
 
     Papers count all scans, with 9 * length * inner * state and length * inner each.
 
-    Attributes:
+    Args:
+        mixer: Weights may be on the meta device.
         dim: Width of a token.
-        inner: Width inside.
-        state: Numbers of state per channel.
-        rank: Width of what the step sizes are made from.
-        kernel: Side of the convolution.
-        behind: Side of a further convolution of each channel, behind the layer; 0 for none.
+        after: Has the convolutions of each channel after the mixer, if there are any.
+        length: Tokens.
+        cells: Of the grid on which convolutions run.
+    """
+    (rank, state, _), inner = mixer.splits, mixer.A_log.shape[0]
+    around = 3 * length * dim * inner
+    projected = length * inner * (2 * rank + 2 * state)
+    convolved = cells * mixer.conv2d.weight.numel()
+    convolved += cells * sum(conv.weight.numel() for conv in _convolutions(after))
+    scanned = SCAN * length * inner * state + length * inner
+    products = around + projected + convolved
+    everything = products + DIRECTIONS * scanned
+    return Cost(literature=everything, all_directions=everything, multiply_adds=products)
+
+
+def stem_cost(stem: nn.Module, size: tuple[int, int]) -> Cost:
+    """Add up the convolutions of a patch embedding, each at the size that the one before leaves."""
+    products, (height, width) = 0, size
+    for conv in _convolutions(stem):
+        padding = cast("tuple[int, int]", conv.padding)
+        sides = zip((height, width), padding, conv.kernel_size, conv.stride, strict=True)
+        height, width = ((side + 2 * pad - k) // stride + 1 for side, pad, k, stride in sides)
+        products += height * width * conv.weight.numel()
+    return Cost.of_products(products)
+
+
+def _convolutions(module: nn.Module | None) -> list[nn.Conv2d]:
+    return [] if module is None else [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+
+
+class Overhead(NamedTuple):
+    """One reduction of one image: the sizes that its cost depends on.
+
+    Attributes:
+        length: Tokens before, class tokens included.
+        removed: Tokens removed.
+        dim: Width of a token.
+        inner: Width inside a mixer.
+        directions: Directions of a mixer.
+        published: Directions that papers count.
     """
 
+    length: int
+    removed: int
     dim: int
     inner: int
-    state: int
-    rank: int
-    kernel: int
-    behind: int
+    directions: int
+    published: int
 
-    def cost(self, length: int, cells: int) -> Cost:
-        """Return the cost of `length` tokens whose convolutions run on `cells` cells."""
-        around = 3 * length * self.dim * self.inner
-        projected = length * self.inner * (2 * self.rank + 2 * self.state)
-        convolved = cells * (self.kernel**2 * self.inner + self.behind**2 * self.dim)
-        scanned = SCAN * length * self.inner * self.state + length * self.inner
-        products = around + projected + convolved
-        whole = products + DIRECTIONS * scanned
-        return Cost(literature=whole, all_directions=whole, multiply_adds=products)
+    def each_direction(self, operations: int) -> Cost:
+        """Return the cost of so many operations in each direction."""
+        return Cost(self.published * operations, self.directions * operations)
 
-    @classmethod
-    def of(cls, dim: int, mixer: Mamba2D, behind: nn.Module | None) -> PlainMixer:
-        """Read the sizes off a mixer and the convolutions behind its layer."""
-        rank, state, _ = mixer.splits
-        conv = mixer.conv2d
-        convs = [] if behind is None else [m for m in behind.modules() if isinstance(m, nn.Conv2d)]
-        return cls(
-            dim=dim,
-            inner=conv.in_channels,
-            state=state,
-            rank=rank,
-            kernel=conv.kernel_size[0],
-            behind=sum(other.kernel_size[0] for other in convs),
-        )
+    def merging(self, products: int, scores: Cost = FREE) -> Cost:
+        """Add similarities, counted twice as papers do, to scores and the terms of merging."""
+        rest = (6 * self.length + self.removed) * self.dim + 2 * products
+        return Cost(scores.literature + rest, scores.all_directions + rest, products)
 
 
-def stem_products(stem: nn.Module, size: tuple[int, int]) -> int:
-    """Add up the convolutions of the stem, each at the size that it leaves to the next."""
-    products, (height, width) = 0, size
-    for conv in stem.modules():
-        if isinstance(conv, nn.Conv2d):
-            height, width = (_steps(conv, n, side) for n, side in enumerate((height, width)))
-            products += height * width * conv.weight.numel()
-    return products
+OVERHEADS: Registry[Callable[[Overhead], Cost]] = Registry("method")
 
 
-def _steps(conv: nn.Conv2d, axis: int, side: int) -> int:
-    """Return the places that a convolution takes along a side."""
-    padding = cast("tuple[int, int]", conv.padding)[axis]
-    return (side + 2 * padding - conv.kernel_size[axis]) // conv.stride[axis] + 1
+@OVERHEADS.register("famba-v")
+@OVERHEADS.register("ordered")
+@OVERHEADS.register("r-meeto")
+@OVERHEADS.register("tome")
+def matching(sizes: Overhead) -> Cost:
+    """Match even tokens with odd ones and merge: 6LD + 2D(L/2)^2 + rD."""
+    everything = (6 * sizes.length + sizes.removed) * sizes.dim + sizes.dim * sizes.length**2 // 2
+    return Cost(everything, everything, _half_products(sizes))
+
+
+@OVERHEADS.register("prune-aligned")
+@OVERHEADS.register("evit")
+def scores(sizes: Overhead) -> Cost:
+    """Score each token by the output of the scans: L * inner in each direction."""
+    return sizes.each_direction(sizes.length * sizes.inner)
+
+
+@OVERHEADS.register("random")
+def nothing(sizes: Overhead) -> Cost:
+    """Draw at random: free."""
+    del sizes
+    return FREE
+
+
+@OVERHEADS.register("mtr")
+def scored_matching(sizes: Overhead) -> Cost:
+    """Score as `scores`, match the r lowest with all the others, r * (L - r) * D, and merge."""
+    products = sizes.removed * (sizes.length - sizes.removed) * sizes.dim
+    return sizes.merging(products, scores(sizes))
+
+
+@OVERHEADS.register("utrc")
+def halved_matching(sizes: Overhead) -> Cost:
+    """Score as `scores`, match the lower half with the upper one, and merge or drop."""
+    return sizes.merging(_half_products(sizes), scores(sizes))
+
+
+@OVERHEADS.register("stm")
+def neighbours(sizes: Overhead) -> Cost:
+    """Compare each token with the next one, (L - 1) * D multiply-adds, and merge."""
+    return sizes.merging((sizes.length - 1) * sizes.dim)
+
+
+@OVERHEADS.register("storm")
+def windows(sizes: Overhead) -> Cost:
+    """Compare pairs along rows and then along columns, and merge: no products.
+
+    A difference, its size and a sum for each number of L / 2 pairs, twice; r * D sums.
+    """
+    everything = (3 * sizes.length + sizes.removed) * sizes.dim
+    return Cost(everything, everything)
+
+
+def _half_products(sizes: Overhead) -> int:
+    return sizes.dim * (sizes.length // 2) * (sizes.length - sizes.length // 2)
+
+
+def carrying(sizes: Overhead, gap: str) -> Cost:
+    """Return the cost of carrying the step sizes of removed tokens to the tokens after them.
+
+    Only the gap policy "cached" keeps step sizes: two sums for each inner number of each removed
+    token, one with what was carried to it before and one where it is carried on.
+    """
+    return sizes.each_direction(2 * sizes.removed * sizes.inner) if gap == "cached" else FREE
+
+
+def alignment(length: int, sizes: Overhead, gap: str) -> Cost:
+    """Return the cost, in a mixer of `length` tokens, of letting states age over removed ones.
+
+    A sum, a quotient and a product for each inner number of each token in each direction; gap
+    policies other than "cached" first multiply a step size by the number of removed tokens.
+    """
+    each = {"none": 0, "cached": 3}.get(gap, 4)
+    return sizes.each_direction(each * length * sizes.inner)

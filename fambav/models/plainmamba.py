@@ -31,7 +31,7 @@ from fambav.layers.mamba2d import (
 from fambav.layers.tokens import INTERMEDIATES, Tokens, zero_masked
 from fambav.models.backbone import Backbone, drop_path_rates
 from fambav.models.entry import register
-from fambav.models.flops import Cost, Parts, PlainMixer, stem_products
+from fambav.models.flops import Cost, ModelCost, mamba2d_cost, stem_cost
 from fambav.reduction import no_reduction
 
 STEM = 64  # channels before the projection to tokens
@@ -252,16 +252,15 @@ class PlainMamba(Backbone):
             needs_positions=True,
         )
 
-    def flop_parts(self) -> Parts:
-        """Read the sizes off its layers; weights may be on the meta device."""
+    def flop_parts(self) -> ModelCost:
+        """Return the formulas of its parts; weights may be on the meta device."""
         layers = cast(Sequence[Layer], self.layers)
-        mixers = tuple(PlainMixer.of(self.dim, layer.mamba, layer.dw) for layer in layers)
-        return Parts(
-            patches=Cost.plain(stem_products(self.patch_embed, self.img_size)),
-            mixers=mixers,
-            head=Cost.plain(self.dim * self.num_classes),
-            inner=mixers[0].inner,
-            printed=DIRECTIONS,
+        return ModelCost(
+            patches=stem_cost(self.patch_embed, self.img_size),
+            layers=tuple(partial(mamba2d_cost, each.mamba, self.dim, each.dw) for each in layers),
+            head=Cost.of_products(self.dim * self.num_classes),
+            inner=layers[0].mamba.A_log.shape[0],
+            published_directions=DIRECTIONS,
         )
 
     @property

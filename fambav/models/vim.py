@@ -22,7 +22,7 @@ from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import INTERMEDIATES, Tokens
 from fambav.models.backbone import Backbone, drop_path_rates
 from fambav.models.entry import register
-from fambav.models.flops import Cost, Parts, VimMixer
+from fambav.models.flops import Cost, ModelCost, mamba_cost, stem_cost
 from fambav.reduction import fused
 
 
@@ -165,16 +165,15 @@ class Vim(Backbone):
             cls_index=self.cls_index,
         )
 
-    def flop_parts(self) -> Parts:
-        """Read the sizes off its layers; weights may be on the meta device."""
-        mixers = tuple(VimMixer.of(self.dim, layer.mixer) for layer in self.layers)
-        patches = self.grid[0] * self.grid[1]
-        return Parts(
-            patches=Cost.plain(patches * self.patch_embed.proj.weight.numel()),
-            mixers=mixers,
-            head=Cost.plain(self.dim * self.num_classes),
-            inner=mixers[0].inner,
-            printed=1,
+    def flop_parts(self) -> ModelCost:
+        """Return the formulas of its parts; weights may be on the meta device."""
+        mixers = [layer.mixer for layer in self.layers]
+        return ModelCost(
+            patches=stem_cost(self.patch_embed, self.img_size),
+            layers=tuple(partial(mamba_cost, mixer, self.dim) for mixer in mixers),
+            head=Cost.of_products(self.dim * self.num_classes),
+            inner=mixers[0].A_log.shape[0],
+            published_directions=1,
         )
 
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:

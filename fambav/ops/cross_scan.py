@@ -136,7 +136,7 @@ def to_token_order(x: Tensor, order: ScanOrder) -> Tensor:
     return _permuted(x, order.rank)
 
 
-def take_rows(x: Tensor, indices: Tensor) -> Tensor:
+def select_rows(x: Tensor, indices: Tensor) -> Tensor:
     """Take rows of each sample.
 
     Args:
@@ -155,7 +155,7 @@ def take_rows(x: Tensor, indices: Tensor) -> Tensor:
 def _permuted(x: Tensor, indices: Tensor) -> Tensor:
     directions, length = x.shape[1:3]
     first = torch.arange(directions, device=x.device)[:, None] * length
-    return take_rows(x.flatten(1, 2), first + indices)
+    return select_rows(x.flatten(1, 2), first + indices)
 
 
 class _CrossScan(torch.autograd.Function):
@@ -165,7 +165,7 @@ class _CrossScan(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
         """Take rows."""
         ctx.save_for_backward(order, rank)
-        return take_rows(x, order)
+        return select_rows(x, order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -187,7 +187,7 @@ class _CrossMerge(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Return the gradient of x."""
         order, _ = ctx.saved_tensors
-        return take_rows(grad, order), None, None
+        return select_rows(grad, order), None, None
 
 
 def _snake_order(grid: tuple[int, int], device: torch.device) -> ScanOrder:

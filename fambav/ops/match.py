@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fambav.ops.cross_scan import take_rows
+from fambav.ops.cross_scan import select_rows
 from fambav.ops.dispatch import Backend, Table, without_autocast
 from fambav.ops.kernels import TRITON, on_gpu
 
@@ -172,7 +172,7 @@ def _reference(x: Tensor, cls_index: Tensor, count: int, *, in_order: bool) -> _
     length = x.shape[1]
     if in_order:
         patches = others(cls_index, length)
-        features = take_rows(x, patches)  # (batch, patches, dim)
+        features = select_rows(x, patches)  # (batch, patches, dim)
         source, target = (patches.gather(1, index) for index in _pairs(features, count))
         return others(source, length), source, target
     source, target = _pairs(x, count, masked=cls_index)
@@ -187,7 +187,8 @@ def _pairs(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tens
         x = x.float()
         even, odd = x[:, 0::2], x[:, 1::2]  # whose products are (batch, evens, odds)
         scale = 1 / x.norm(dim=-1).clamp_min(1e-12)
-        score = (even @ odd.mT).mul_(scale[:, 0::2, None]).mul_(scale[:, None, 1::2])
+        # Nothing changes in place, so that the exported graph of a model can hold this.
+        score = (even @ odd.mT) * scale[:, 0::2, None] * scale[:, None, 1::2]
     if masked is not None and masked.shape[1]:
         alone = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         alone = alone.scatter(1, masked, value=True)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fambav.ops.cross_scan import take_rows
+from fambav.ops.cross_scan import select_rows
 from fambav.ops.dispatch import expect, expect_beside
 from fambav.ops.match import others
 from fambav.ops.selective_scan import selective_scan
@@ -199,11 +199,11 @@ def carry_skipped_dt(
     dtype = torch.promote_types(delta.dtype, torch.float32)
     removed, receiver = _receivers(keep, order.expand(batch, -1))
 
-    moved = take_rows(delta.to(dtype), removed)  # (batch, removed, dim)
+    moved = select_rows(delta.to(dtype), removed)  # (batch, removed, dim)
     kept = moved.new_zeros(*keep.shape, delta.shape[2])
     if skipped_dt is not None:
         earlier = skipped_dt.to(dtype)
-        moved, kept = moved + take_rows(earlier, removed), take_rows(earlier, keep)
+        moved, kept = moved + select_rows(earlier, removed), select_rows(earlier, keep)
     padded = F.pad(kept, (0, 0, 0, 1))  # one more row for those that are dropped
     sample = torch.arange(batch, device=receiver.device)[:, None]
     return padded.index_put((sample, receiver), moved, accumulate=True)[:, :-1]

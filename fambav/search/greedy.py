@@ -1,18 +1,35 @@
-"""From all tokens down: again and again the step of least loss for what it saves."""
+"""Greedy search from all tokens down: again and again the step of least loss for what it saves.
+
+A heuristic ranks the steps, and only the best are evaluated: merging tokens with near duplicates
+is taken to be harmless.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fambav.engine.precision import Precision
+from fambav.layers import Tokens
+from fambav.models import Backbone
+from fambav.ops.match import others
+from fambav.reduction import no_reduction
 from fambav.search.space import Counts, Problem
 
-Guess = Callable[[Counts, Counts], float]
+Heuristic = Callable[[Counts, Counts], float]
 
-PROPOSED = 8  # steps tried of those that look best, each at another layer
+EVALUATED = 8  # steps of the best rank, each at another layer
 
 
 def greedy(
-    problem: Problem, guess: Guess | None = None, *, steps: int, proposed: int = PROPOSED
+    problem: Problem,
+    heuristic: Heuristic | None = None,
+    *,
+    steps: int,
+    evaluated: int = EVALUATED,
 ) -> list[Counts]:
     """Remove tokens where it harms least until the budget is met.
 
@@ -21,51 +38,109 @@ def greedy(
     the budget counts for nothing.
 
     Args:
-        problem: What is looked for; some plan meets its budget.
-        guess: Tells from two plans how harmful the step between them looks; without it every step
-            is tried.
-        steps: How many the way is divided into, at least 1; more are finer and slower.
-        proposed: How many of the steps that look best are tried.
+        problem: Some plan meets its budget.
+        heuristic: Estimates from two plans the harm of the step between them; without it every step
+            is evaluated.
+        steps: Into how many the saving is divided, at least 1; more are finer and slower.
+        evaluated: How many of the steps that the heuristic ranks best are evaluated.
 
     Returns:
-        The plans on the way; the last is the first that meets the budget, with what it had left
-        over given back.
+        The plan after each step; the last is the first that meets the budget, with its slack used.
 
     Raises:
         ValueError: If no plan meets the budget.
     """
-    way = [problem.dense]
-    grain = problem.over(problem.dense) / steps
-    while problem.over(way[-1]):
-        here = way[-1]
-        lower = (problem.lowered(here, layer, grain) for layer in range(problem.depth))
-        found = [counts for counts in lower if counts is not None]
-        if not found:
-            least = problem.least()
-            if problem.over(least):
-                raise ValueError(f"budget is {problem.most}, expected {problem.cost(least)}")
-            return [*way, problem.filled(least, range(problem.depth))]
-        if guess is not None and len(found) > proposed:
-            found.sort(key=lambda counts: _rate(problem, here, counts, guess(here, counts)))
-            found = found[:proposed]
-        loss, *losses = problem.losses([here, *found])
+    path = [problem.unreduced]
+    saving = problem.excess(problem.unreduced) / steps
+    while problem.excess(path[-1]):
+        here = path[-1]
+        removed = (problem.remove_more(here, layer, saving) for layer in range(problem.depth))
+        candidates = [counts for counts in removed if counts is not None]
+        if not candidates:
+            cheapest = problem.cheapest()
+            if problem.excess(cheapest):
+                raise ValueError(f"budget is {problem.most}, expected {problem.cost(cheapest)}")
+            return [*path, problem.use_slack(cheapest, range(problem.depth))]
+        if heuristic is not None and len(candidates) > evaluated:
+            candidates.sort(
+                key=lambda counts: _rate(problem, here, counts, heuristic(here, counts))
+            )
+            candidates = candidates[:evaluated]
+        loss, *losses = problem.losses([here, *candidates])
         rates = [
             (_rate(problem, here, counts, after - loss), counts)
-            for counts, after in zip(found, losses, strict=True)
+            for counts, after in zip(candidates, losses, strict=True)
         ]
-        way.append(min(rates)[1])
-    return [*way[:-1], _best_filling(problem, way[-1])]
+        path.append(min(rates)[1])
+    return [*path[:-1], _with_slack_used(problem, path[-1])]
 
 
 def _rate(problem: Problem, before: Counts, after: Counts, harm: float) -> float:
-    """Return the harm of a step for what it saves, as far as that is wanted."""
-    return harm / min(problem.cost(before) - problem.cost(after), problem.over(before))
+    """Return the harm of a step for each unit it saves, up to the saving that is needed."""
+    return harm / min(problem.cost(before) - problem.cost(after), problem.excess(before))
 
 
-def _best_filling(problem: Problem, counts: Counts) -> Counts:
-    """Give back what is left over, at the first layers first or at the last, as is better."""
+def _with_slack_used(problem: Problem, counts: Counts) -> Counts:
+    """Use the slack at the first layers first or at the last, whichever is better."""
     layers = range(problem.depth)
-    found = [problem.filled(counts, layers), problem.filled(counts, layers[::-1])]
-    found = list(dict.fromkeys([*found, counts]))
-    losses = problem.losses(found)
-    return min(zip(losses, found, strict=True))[1]
+    candidates = [problem.use_slack(counts, order) for order in (layers, layers[::-1])]
+    candidates = list(dict.fromkeys([*candidates, counts]))
+    return min(zip(problem.losses(candidates), candidates, strict=True))[1]
+
+
+@torch.no_grad()
+def pair_similarity(net: Backbone, images: Tensor, precision: Precision) -> Tensor:
+    """Return the cosine of the r-th most similar pair of patches at each layer, all tokens kept.
+
+    Patches at even indices are compared with those at odd ones, on the normalised stream, as
+    `fambav.reduction.merging` does.
+
+    Args:
+        net: In evaluation mode; its own reduction is restored.
+        images: (batch, channels, height, width), on the model's device.
+        precision: Format of the forward pass.
+
+    Returns:
+        Means over the images, (depth, pairs), float64, on the CPU; falling along a row.
+    """
+    before, rows = net.reduction, list[Tensor]()
+
+    def record(tokens: Tokens) -> Tokens:
+        rows.append(_sorted_similarity(tokens).mean(dim=0).cpu())
+        return tokens
+
+    net.reduction = no_reduction(net.info).eval()
+    try:
+        with precision.autocast():
+            tokens = net.embed(images)
+            for layer, block in enumerate(net.layers):
+                tokens = block(tokens, net.hooks(layer, tokens)._replace(between=record))
+    finally:
+        net.reduction = before
+    return torch.stack(rows)
+
+
+def _sorted_similarity(tokens: Tokens) -> Tensor:
+    """Return the cosine of each even patch with the odd one most similar to it, highest first."""
+    index = others(tokens.cls_index, tokens.x.shape[1])
+    # (batch, length, dim) -> (batch, patches, dim) -> (batch, even patches)
+    patches = tokens.x.gather(1, index[..., None].expand(-1, -1, tokens.x.shape[2]))
+    patches = F.normalize(patches.double(), dim=2, eps=1e-30)
+    best = (patches[:, 0::2] @ patches[:, 1::2].mT).amax(dim=2)
+    return best.sort(dim=1, descending=True).values
+
+
+def merged_dissimilarity(similarity: Tensor, before: Sequence[int], after: Sequence[int]) -> float:
+    """Sum 1 - cosine over the pairs that one plan merges more than another.
+
+    Args:
+        similarity: As `pair_similarity` returns it.
+        before: Tokens removed at each layer by the one.
+        after: By the other, which may remove fewer at some layers.
+    """
+    total = 0.0
+    for row, old, new in zip(similarity, before, after, strict=True):
+        more = 1 - row[min(old, new) : max(old, new)]
+        beyond = abs(new - old) - len(more)  # tokens without a pair count 1
+        total += (float(more.sum()) + beyond) * (1 if new > old else -1)
+    return total

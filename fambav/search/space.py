@@ -1,4 +1,4 @@
-"""The plans of one method for one model."""
+"""The plans of one method for one model, and how a plan is brought within a budget."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from fambav.layers import BackboneInfo
 from fambav.reduction import Reduction, make_reduction, no_reduction
+from fambav.reduction.schedule import plan as strategy_plan
 
 Counts = tuple[int, ...]
 
@@ -15,7 +16,7 @@ _ROUNDING = 1e-12  # of costs
 
 
 class Plan(NamedTuple):
-    """Where tokens go.
+    """Tokens that a method removes.
 
     Attributes:
         method: Name of the method.
@@ -25,84 +26,75 @@ class Plan(NamedTuple):
     method: str
     counts: Counts
 
-    def told(self) -> str:
-        """Write it as `--fusion-plan` does."""
+    def summary(self) -> str:
+        """Return the plan as `--fusion-plan` takes it."""
         pairs = (f"{layer}:{count}" for layer, count in enumerate(self.counts, start=1) if count)
         return ",".join(pairs) or "every token kept"
 
 
-class Space:
-    """What a method can do with a model.
+class SearchSpace:
+    """All plans that a method can carry out in a model.
 
     Args:
         info: The model.
         method: Name of the method.
-        how: Further arguments of `make_reduction`.
+        policies: Further arguments of `make_reduction`.
+
+    Attributes:
+        unreduced: The plan that keeps every token.
 
     Raises:
         ValueError: If the method can remove nothing anywhere in such a model.
     """
 
-    def __init__(self, info: BackboneInfo, method: str, **how: Any) -> None:
-        self.info, self.method, self.how = info, method, how
-        self._made: dict[Counts, Reduction | None] = {}
-        self._refuse_if_empty()
-
-    @property
-    def dense(self) -> Counts:
-        """The plan that keeps every token."""
-        return (0,) * self.info.depth
+    def __init__(self, info: BackboneInfo, method: str, **policies: Any) -> None:
+        self.info, self.method, self.policies = info, method, policies
+        self.unreduced: Counts = (0,) * info.depth
+        self._reductions: dict[Counts, Reduction | None] = {}
+        last = info.depth - 1
+        single = [with_count(self.unreduced, last, count) for count in range(1, info.tokens)]
+        if not any(map(self.fits, single)):
+            self._make(with_count(self.unreduced, last, 1))  # raises the model's own reason
 
     def fits(self, counts: Counts) -> bool:
         """Whether a plan can be carried out, whatever the images."""
-        return self._reduction(counts) is not None
+        if counts not in self._reductions:
+            try:
+                self._reductions[counts] = self._make(counts)
+            except ValueError:
+                self._reductions[counts] = None
+        return self._reductions[counts] is not None
 
     def reduction(self, counts: Counts) -> Reduction:
-        """Return what carries a plan out, in evaluation mode.
+        """Return the reduction that carries a plan out, in evaluation mode.
 
         Raises:
-            ValueError: If it cannot be.
+            ValueError: If it cannot be carried out.
         """
-        found = self._reduction(counts)
-        return self._make(counts) if found is None else found
-
-    def _reduction(self, counts: Counts) -> Reduction | None:
-        if counts not in self._made:
-            try:
-                self._made[counts] = self._make(counts)
-            except ValueError:  # the layers take no such plan
-                self._made[counts] = None
-        return self._made[counts]
+        known = self._reductions[counts] if self.fits(counts) else None
+        return self._make(counts) if known is None else known
 
     def _make(self, counts: Counts) -> Reduction:
         if not any(counts):
             return no_reduction(self.info).eval()
         text = "list:" + ",".join(map(str, counts))
-        return make_reduction(self.info, self.method, text, **self.how).eval()
-
-    def _refuse_if_empty(self) -> None:
-        """Try every number of tokens at one layer, and let the model's own words say why not."""
-        layer = self.info.depth - 1
-        single = [at(self.dense, layer, count) for count in range(1, self.info.tokens)]
-        if not any(self.fits(counts) for counts in single):
-            self._make(single[0])
-            raise ValueError(f"method is {self.method!r}, expected one that removes tokens")
+        return make_reduction(self.info, self.method, text, **self.policies).eval()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """The plan of least loss among those that cost no more than `most`.
+    """Minimise the loss of a plan whose cost is at most `most`.
 
     Attributes:
-        dense: The plan that keeps every token.
+        unreduced: The plan that keeps every token.
         length: More tokens than any layer can remove.
         fits: Whether a plan can be carried out.
         cost: Of a plan, in any unit.
-        losses: Of some plans, in their order; many at once are cheaper than one by one.
+        losses: Of several plans, in their order; many at once take less time than one by one.
         most: What a plan may cost.
     """
 
-    dense: Counts
+    unreduced: Counts
     length: int
     fits: Callable[[Counts], bool]
     cost: Callable[[Counts], float]
@@ -112,27 +104,27 @@ class Problem:
     @property
     def depth(self) -> int:
         """Number of layers."""
-        return len(self.dense)
+        return len(self.unreduced)
 
-    def over(self, counts: Counts) -> float:
+    def excess(self, counts: Counts) -> float:
         """Return how much more than the budget a plan costs; 0 if it meets it."""
-        over = self.cost(counts) - self.most
-        return over if over > _ROUNDING else 0.0
+        excess = self.cost(counts) - self.most
+        return excess if excess > _ROUNDING else 0.0
 
     def meets(self, counts: Counts) -> bool:
         """Whether a plan can be carried out within the budget."""
-        return self.fits(counts) and not self.over(counts)
+        return self.fits(counts) and not self.excess(counts)
 
-    def settled(self, counts: Counts) -> Counts:
+    def repair(self, counts: Counts) -> Counts:
         """Lower counts, from the first layer on, until the plan can be carried out."""
-        done = self.dense
+        repaired = self.unreduced
         for layer, count in enumerate(counts):
-            fitting = (at(done, layer, less) for less in range(count, 0, -1))
-            done = next(filter(self.fits, fitting), done)
-        return done
+            lower = (with_count(repaired, layer, less) for less in range(count, 0, -1))
+            repaired = next(filter(self.fits, lower), repaired)
+        return repaired
 
-    def lowered(self, counts: Counts, layer: int, saving: float) -> Counts | None:
-        """Remove more tokens at one layer, so many that the cost falls by `saving` or more.
+    def remove_more(self, counts: Counts, layer: int, saving: float) -> Counts | None:
+        """Remove more tokens at one layer, until the cost falls by `saving` or more.
 
         Later layers remove fewer where they must.
 
@@ -142,11 +134,15 @@ class Problem:
             saving: More than 0, in the unit of the cost.
 
         Returns:
-            The plan of the fewest tokens more; the one of least cost if none saves so much; None
-            if none saves anything.
+            The plan of the fewest additional tokens; the one of least cost if none saves so much;
+            None if none saves anything.
         """
         before, best, least = self.cost(counts), None, self.cost(counts)
-        for more in self._raised(counts, layer):
+        for count in range(counts[layer] + 1, self.length):
+            head = (*counts[:layer], count)
+            if not self.fits((*head, *self.unreduced[layer + 1 :])):
+                continue
+            more = self.repair((*head, *counts[layer + 1 :]))
             cost = self.cost(more)
             if cost < least:
                 best, least = more, cost
@@ -154,38 +150,47 @@ class Problem:
                 return more
         return best
 
-    def _raised(self, counts: Counts, layer: int) -> Iterator[Counts]:
-        for count in range(counts[layer] + 1, self.length):
-            head = (*counts[:layer], count, *self.dense[layer + 1 :])
-            if self.fits(head):
-                yield self.settled((*head[: layer + 1], *counts[layer + 1 :]))
-
-    def filled(self, counts: Counts, layers: Sequence[int]) -> Counts:
-        """Keep tokens that the budget has room for, at these layers in their order.
+    def use_slack(self, counts: Counts, layers: Sequence[int]) -> Counts:
+        """Keep more tokens as long as the budget is met, at these layers in their order.
 
         Args:
             counts: A plan within the budget.
             layers: From 0.
         """
         for layer in layers:
-            fewer = (at(counts, layer, count) for count in range(counts[layer]))
+            fewer = (with_count(counts, layer, count) for count in range(counts[layer]))
             counts = next(filter(self.meets, fewer), counts)
         return counts
 
-    def least(self) -> Counts:
+    def cheapest(self) -> Counts:
         """Return the plan that removes as much as possible as early as possible.
 
         A layer where that costs more than it saves removes nothing.
         """
-        counts = self.dense
+        counts = self.unreduced
         for layer in range(self.depth):
-            more = (at(counts, layer, count) for count in range(self.length - 1, 0, -1))
-            found = next(filter(self.fits, more), counts)
-            if self.cost(found) < self.cost(counts):
-                counts = found
+            more = (with_count(counts, layer, count) for count in range(self.length - 1, 0, -1))
+            most = next(filter(self.fits, more), counts)
+            if self.cost(most) < self.cost(counts):
+                counts = most
         return counts
 
 
-def at(counts: Counts, layer: int, count: int) -> Counts:
+def with_count(counts: Counts, layer: int, count: int) -> Counts:
     """Return a plan with another count at a layer, from 0."""
     return (*counts[:layer], count, *counts[layer + 1 :])
+
+
+def uniform_strategies(depth: int, length: int) -> Iterator[tuple[str, list[Counts]]]:
+    """Yield each uniform strategy with its plans, of 1 to `length - 1` tokens at its layers."""
+    strategies: list[tuple[str, int | None]] = [("all", None)]
+    if depth > 1:
+        strategies.append(("interleaved", None))
+    strategies += [("upper", layer) for layer in range(2, depth + 1)]
+    for strategy, layer in strategies:
+        name = strategy if layer is None else f"{strategy}:{layer}"
+        plans = [
+            strategy_plan(strategy, depth=depth, count=count, layer=layer)
+            for count in range(1, length)
+        ]
+        yield name, plans

@@ -1,142 +1,174 @@
-"""The most that a family of plans can remove before accuracy falls by more than a margin."""
+"""The largest reduction of a family of plans that keeps accuracy within a margin."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
-from fambav.search.family import Level
-from fambav.search.space import Plan, Space
-from fambav.search.subject import Subject
+from fambav.reduction.schedule import parse_schedule
+from fambav.reduction.schedule import plan as strategy_plan
+from fambav.search.parsing import Family
+from fambav.search.space import Counts, Plan, SearchSpace
+from fambav.tasks import Metric
+
+Member = tuple[str, Counts]  # the number in which it differs from others, and the plan
 
 _ROUNDING = 1e-9  # of a difference of percentages
+_PERCENT = 100
 
 
-class Tried(NamedTuple):
-    """A plan that was evaluated.
+class Evaluated(NamedTuple):
+    """A plan on the held-out images.
 
     Attributes:
         name: The number in which it differs from others of its family.
         plan: The plan.
-        share: Token-layers left, 0 to 1.
-        acc1: Top-1 on the held-out images, in percent.
-        lost: How much less than with every token, in percentage points.
+        share: Token-layers that remain, 0 to 1.
+        metric: The primary one of the task.
+        lost: How much worse than with every token.
     """
 
     name: str
     plan: Plan
     share: float
-    acc1: float
+    metric: float
     lost: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What was evaluated, and the answer.
+    """The result of tuning.
 
     Attributes:
-        answer: The largest reduction that holds the margin; None if not even the smallest does.
+        answer: The largest reduction within the margin; None if not even the smallest is.
         trail: The model with every token, and the plans in the order of evaluation.
-        plans: How many the family has.
-        smallest, largest: The names of those that remove least and most.
-        monotone: Whether every evaluated plan that removes less than the answer holds it too.
+        monotone: Whether every evaluated plan that removes less than the answer is within it too.
     """
 
-    answer: Tried | None
-    trail: tuple[Tried, ...]
-    plans: int
-    smallest: str
-    largest: str
+    answer: Evaluated | None
+    trail: tuple[Evaluated, ...]
     monotone: bool
-
-    @property
-    def evaluated(self) -> int:
-        """How many plans of the family were evaluated."""
-        return len(self.trail) - 1
 
 
 def tune(
-    subject: Subject,
-    space: Space,
-    plans: Sequence[Level],
+    metric: Callable[[Counts], float],
+    space: SearchSpace,
+    members: Sequence[Member],
     *,
+    primary: Metric,
     margin: float,
-    say: Callable[[Tried], None],
+    report: Callable[[Evaluated], None],
 ) -> Tuned:
-    """Find the largest reduction of some that loses no more than a margin.
+    """Find the largest reduction that loses no more than a margin.
 
     Args:
-        subject: The model; its held-out images are what counts.
+        metric: The primary one of a plan on the held-out images.
         space: The plans of a method.
-        plans: Of these, each removing more than the one before; at least one.
-        margin: Percentage points of top-1, 0 or more.
-        say: Gets each plan as it is evaluated.
+        members: Of these, each removing more than the one before; at least one.
+        primary: That metric.
+        margin: In its unit, such as points of top-1; 0 or more.
+        report: Gets each plan as it is evaluated.
     """
-    trail: list[Tried] = []
+    trail: list[Evaluated] = []
 
-    def tried(name: str, plan: Plan) -> Tried:
-        reduction = space.reduction(plan.counts)
-        acc1 = subject.held_out(reduction).acc1
-        lost = trail[0].acc1 - acc1 if trail else 0.0
-        trail.append(Tried(name, plan, reduction.schedule.share, acc1, lost))
-        say(trail[-1])
+    def evaluate(name: str, counts: Counts) -> Evaluated:
+        value, share = metric(counts), space.reduction(counts).schedule.share
+        lost = primary.gain(trail[0].metric, value) if trail else 0.0
+        trail.append(Evaluated(name, Plan(space.method, counts), share, value, lost))
+        report(trail[-1])
         return trail[-1]
 
-    tried("every token", Plan(space.method, space.dense))
-    known: dict[int, Tried] = {}
+    evaluate("every token", space.unreduced)
+    known: dict[int, Evaluated] = {}
 
-    def holds(place: int) -> bool:
-        known[place] = tried(plans[place].name, Plan(space.method, plans[place].counts))
-        return known[place].lost <= margin + _ROUNDING
+    def holds(index: int) -> bool:
+        known[index] = evaluate(*members[index])
+        return known[index].lost <= margin + _ROUNDING
 
-    found = bisect(len(plans), holds)
-    return Tuned(
-        answer=None if found.answer is None else known[found.answer],
-        trail=tuple(trail),
-        plans=len(plans),
-        smallest=plans[0].name,
-        largest=plans[-1].name,
-        monotone=found.monotone,
-    )
+    last, monotone = bisect(len(members), holds)
+    answer = None if last is None else known[last]
+    return Tuned(answer=answer, trail=tuple(trail), monotone=monotone)
 
 
-class Bisected(NamedTuple):
-    """A boundary.
+def bisect(count: int, holds: Callable[[int], bool]) -> tuple[int | None, bool]:
+    """Find the last of `count` indices that holds, as if none held beyond one that does not.
 
-    Attributes:
-        answer: The last place that holds; None if there is none.
-        monotone: Whether all places looked at before it hold too.
-    """
-
-    answer: int | None
-    monotone: bool
-
-
-def bisect(count: int, holds: Callable[[int], bool]) -> Bisected:
-    """Find the last of `count` places that holds, as if none held behind one that does not.
-
-    The place ahead of the answer and the two behind it are looked at as well: where one behind
-    holds all the same it takes the answer's place, and its neighbours are looked at in turn.
+    The index before the answer and the two after it are tested as well: where one after it holds
+    all the same it becomes the answer, and its neighbours are tested in turn.
 
     Args:
         count: 1 or more.
-        holds: Of a place from 0; asked once for each.
+        holds: Of an index from 0; called once for each.
+
+    Returns:
+        The last index that holds, None if there is none; and whether all tested indices before it
+        hold too.
     """
     known: dict[int, bool] = {}
 
-    def look(place: int) -> bool:
-        if place not in known:
-            known[place] = holds(place)
-        return known[place]
+    def test(index: int) -> bool:
+        if index not in known:
+            known[index] = holds(index)
+        return known[index]
 
-    low, high = -1, count  # low holds, or is ahead of all; high does not
+    low, high = -1, count  # low holds, or precedes all; high does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if look(middle) else (low, middle)
-    while better := [n for n in (low + 1, low + 2) if n < count and look(n)]:
+        low, high = (middle, high) if test(middle) else (low, middle)
+    while better := [n for n in (low + 1, low + 2) if n < count and test(n)]:
         low = max(better)
     if low > 0:
-        look(low - 1)
-    monotone = all(held for place, held in known.items() if place <= low)
-    return Bisected(None if low < 0 else low, monotone)
+        test(low - 1)
+    monotone = all(held for index, held in known.items() if index <= low)
+    return None if low < 0 else low, monotone
+
+
+def members_of(family: Family, space: SearchSpace) -> list[Member]:
+    """Return the plans that can be carried out, each removing more than the one before.
+
+    Raises:
+        ValueError: If the model lacks a layer, or no plan can be carried out.
+    """
+    names: dict[Counts, str] = {}
+    for name, counts in _members(family, space):
+        if any(counts) and space.fits(counts):
+            names.setdefault(counts, name)
+    if not names:
+        raise ValueError(
+            f"family is {family.text!r}, expected one of which {space.method} can carry out a plan"
+        )
+    ordered = sorted(names, key=lambda counts: -space.reduction(counts).schedule.share)
+    return [(names[counts], counts) for counts in ordered]
+
+
+def _members(family: Family, space: SearchSpace) -> Iterator[Member]:
+    """Yield plans, of which some may not fit and some may be equal."""
+    _, kind, rest = family
+    depth, tokens, classes = space.info.depth, space.info.tokens, len(space.info.cls_index)
+    parse = partial(parse_schedule, info=space.info)
+    removals = range(1, tokens)
+    if kind == "keep":
+        for percent in range(_PERCENT - 1, 0, -1):
+            if (tokens - classes) * (_PERCENT - percent) >= _PERCENT:  # else no patch goes
+                share = f"{percent / _PERCENT:g}"
+                yield f"keep {share}", parse(f"keep:{share}@{rest}")
+    elif kind == "r":
+        yield from ((f"r {count}", parse(f"r:{count}@{rest}")) for count in removals)
+    elif kind == "scale":
+        weights = [int(weight) for weight in rest.split(",")]
+        if len(weights) != depth or not any(weights):
+            raise ValueError(
+                f"family is {family.text!r}, expected {depth} counts, one for each layer, not all 0"
+            )
+        most = max(weights)
+        for count in removals:  # of the largest weight, the others rounded to the nearest
+            scaled = tuple((2 * weight * count + most) // (2 * most) for weight in weights)
+            yield f"scale {count / most:.3g}", scaled
+    else:
+        layer = int(rest) if rest else None
+        if layer is not None and not 1 <= layer <= depth:
+            raise ValueError(f"family is {family.text!r}, expected a layer from 1 to {depth}")
+        for count in removals:
+            yield f"r {count}", strategy_plan(kind, depth=depth, count=count, layer=layer)

@@ -1,11 +1,11 @@
 """From settings to objects: the one place that knows both.
 
-Config -> plan -> data -> run folder -> model -> update -> fit
+Config -> plan -> data -> model -> step -> trainer -> run folder
 """
 
-from fambav.training.jobs import run
+from fambav.training.inference import from_pretrained, predict
+from fambav.training.job import run
 from fambav.training.network import model, reduction, schedule
-from fambav.training.prediction import from_pretrained, predict
-from fambav.training.saved import record
+from fambav.training.run_state import record
 
 __all__ = ["from_pretrained", "model", "predict", "record", "reduction", "run", "schedule"]

@@ -1,4 +1,4 @@
-"""The run folder, from its name to what is written before the first update."""
+"""The run folder: its name, and the files written before the first update."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from fambav.config import Config
 from fambav.data import DataSet
-from fambav.engine import checkpoint, record
-from fambav.engine.fit import Fit
-from fambav.engine.record import Recorder
+from fambav.engine import checkpoint, run_dir
+from fambav.engine.run_dir import Recorder
+from fambav.engine.trainer import Trainer
 from fambav.reduction import Schedule
 
 
 def named(config: Config, source: Path | None) -> Path:
-    """Return the folder asked for, that of the run to go on with, or a new one."""
+    """Return the folder in the settings, that of the run to go on with, or a new one."""
     if config.run.output_dir is not None:
         return Path(config.run.output_dir)
     if source is not None:
@@ -30,8 +30,8 @@ def open_folder(
     folder: Path,
     config: Config,
     plan: Schedule | None,
-    found: DataSet,
-    fit: Fit,
+    data_set: DataSet,
+    trainer: Trainer,
     *,
     source: Path | None,
 ) -> Recorder:
@@ -41,37 +41,37 @@ def open_folder(
         folder: The run folder.
         config: The complete settings.
         plan: Tokens at each layer, if the model has such a plan.
-        found: The data set.
-        fit: The run, standing where it will go on.
+        data_set: The data set.
+        trainer: The run, standing where it will go on.
         source: The checkpoint that it goes on from, or None.
 
     Raises:
         OSError: If the folder cannot be written.
     """
-    console = fit.console
-    record.prepare(folder)
+    console = trainer.console
+    run_dir.prepare(folder)
     if source is None or source.parent.resolve() != folder.resolve():
-        kept = record.set_aside(folder)
+        kept = run_dir.set_aside(folder)
         if kept is not None:
-            console.say(f"{folder} holds an earlier run; its files are now in {kept}")
+            console.write(f"{folder} holds an earlier run; its files are now in {kept}")
     if source is not None:
-        fit.repair(source, folder)
-    group, precision = fit.update.processes, fit.update.precision.name
-    about = record.environment(
+        trainer.repair(source, folder)
+    group, precision = trainer.step.processes, trainer.step.precision.name
+    about = run_dir.environment(
         processes=group.world,
         device=str(group.device),
         precision=precision,
-        data={"name": found.name, "sha256": found.digest, "train": len(found.train)},
+        data={"name": data_set.name, "sha256": data_set.digest, "train": len(data_set.train)},
         resumed=source and str(source),
-        unfused=getattr(fit.update.model, "unfused", None) or None,
+        unfused=getattr(trainer.step.model, "unfused", None) or None,
     )
     checkpoint.write_text(folder / "config.yaml", config.to_yaml())
     checkpoint.write_text(folder / "env.json", json.dumps(about, indent=1) + "\n")
     if plan is not None:
         removal = {**asdict(plan), "share": plan.share}
         checkpoint.write_text(folder / "plan.json", json.dumps(removal) + "\n")
-    console.say(f"{config.model.model} on {found.name}: {group.device}, {precision}")
-    console.say(f"run folder: {folder}")
-    done = fit.progress.updates
-    done = fit.progress.epochs * fit.updates if done is None else done
-    return Recorder(folder, fit.progress.history, updates=done, warn=console.say)
+    console.write(f"{config.model.model} on {data_set.name}: {group.device}, {precision}")
+    console.write(f"run folder: {folder}")
+    done = trainer.progress.updates
+    done = trainer.progress.epochs * trainer.updates if done is None else done
+    return Recorder(folder, trainer.progress.history, updates=done, warn=console.write)

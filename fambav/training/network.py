@@ -1,4 +1,4 @@
-"""The model that a configuration asks for, and what is known of it before it is built."""
+"""The model of a configuration, and its layout without weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fambav.registry import FOREIGN, family_of, nearest
 from fambav.timm_compat import timm
 
 
-class Sketch(NamedTuple):
-    """A model without weights.
+class Layout(NamedTuple):
+    """What a model without weights knows of itself.
 
     Attributes:
         input_size: Height and width of an image, in pixels.
-        reduction: Who removes tokens; None for a model that keeps its own.
+        reduction: What removes tokens; None for a model that has no reduction.
     """
 
     input_size: tuple[int, int]
@@ -27,7 +27,7 @@ class Sketch(NamedTuple):
 
     @property
     def schedule(self) -> Schedule | None:
-        """Tokens at each layer; None for a model that keeps its own."""
+        """Tokens at each layer; None for a model that has no reduction."""
         return None if self.reduction is None else self.reduction.schedule
 
 
@@ -62,21 +62,21 @@ def model(config: Config, *, num_classes: int) -> nn.Module:
 
 
 def _reduce(net: nn.Module, config: Config) -> None:
-    asked = config.reduction
+    wanted = config.reduction
     reduce(
         net,
-        asked.reduction,
-        asked.reduction_schedule,
-        hook=asked.reduction_hook,
-        scan=asked.scan_policy,
-        gap_policy=asked.gap_policy,
-        class_policy=asked.class_token_policy,
-        **read_options(asked.reduction, asked.reduction_options),
+        wanted.reduction,
+        wanted.reduction_schedule,
+        hook=wanted.reduction_hook,
+        scan=wanted.scan_policy,
+        gap_policy=wanted.gap_policy,
+        class_policy=wanted.class_token_policy,
+        **read_options(wanted.reduction, wanted.reduction_options),
     )
 
 
-def sketch(config: Config) -> Sketch:
-    """Lay out the model of `config` without memory for its weights.
+def layout(config: Config) -> Layout:
+    """Build the model of `config` on the meta device, without memory for its weights.
 
     Raises:
         ValueError: As `model`.
@@ -84,27 +84,27 @@ def sketch(config: Config) -> Sketch:
     with torch.device("meta"):
         net = model(config, num_classes=1)
     if isinstance(net, Backbone):
-        return Sketch(net.img_size, net.reduction)
+        return Layout(net.img_size, net.reduction)
     height, width = net.pretrained_cfg["input_size"][-2:]  # type: ignore[index]  # timm sets it
     size = config.model.input_size
-    return Sketch((size, size) if size else (int(height), int(width)), None)
+    return Layout((size, size) if size else (int(height), int(width)), None)
 
 
 def reduction(config: Config) -> Reduction:
-    """Return who removes tokens from the model of `config`, and where, without building it.
+    """Return what removes tokens from the model of `config`, and where, without its weights.
 
     Raises:
         ValueError: If the plan cannot be carried out, or the model's tokens cannot be reduced.
     """
-    found = sketch(config).reduction
-    if found is None:
+    laid_out = layout(config).reduction
+    if laid_out is None:
         wanted = "one whose tokens can be reduced"
         raise ValueError(f"model is {config.model.model!r}, expected {wanted}")
-    return found
+    return laid_out
 
 
 def schedule(config: Config) -> Schedule:
-    """Return how many tokens the model of `config` has at each layer, without building it.
+    """Return how many tokens the model of `config` has at each layer, without its weights.
 
     Raises:
         ValueError: As `reduction`.
@@ -119,8 +119,8 @@ def _foreign(config: Config, num_classes: int) -> nn.Module:
         known = nearest(name, timm.list_models())
         hint = known if known.startswith("did") else "see timm.list_models()"
         raise ValueError(f"model is {chosen.model!r}, expected a model of timm's; {hint}")
-    found = timm.models.get_pretrained_cfg(name)
-    fixed = found is not None and found.fixed_input_size
+    published = timm.models.get_pretrained_cfg(name)
+    fixed = published is not None and published.fixed_input_size
     arguments: dict[str, Any] = {
         "num_classes": num_classes,
         "img_size": chosen.input_size if fixed else None,

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a model at the end of its training."""
+"""The picture that TensorBoard gets of a model at the end of its training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fambav.models import Backbone
 from fambav.training import batches
 
 
-def tokens(config: Config, net: nn.Module, found: DataSet) -> NDArray[np.uint8] | None:
+def tokens(config: Config, net: nn.Module, data_set: DataSet) -> NDArray[np.uint8] | None:
     """Draw which patches of the first held-out image each token stands for, layer by layer.
 
     Nothing is drawn from a random generator, and the model stays as it is.
@@ -26,6 +26,6 @@ def tokens(config: Config, net: nn.Module, found: DataSet) -> NDArray[np.uint8] 
     from fambav.viz.patches import strip  # viz opens runs, so it stands above this package
     from fambav.viz.trace import trace_tokens
 
-    statistics = found.statistics(config.data.data_stats)
-    image = batches.eval_transform(config, statistics, net.img_size)(found.val[0][0])
+    statistics = data_set.statistics(config.data.data_stats)
+    image = batches.eval_transform(config, statistics, net.img_size)(data_set.val[0][0])
     return strip(trace_tokens(net, image, statistics=statistics))

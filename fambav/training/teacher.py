@@ -1,4 +1,4 @@
-"""The teacher that a configuration asks for, with its weights."""
+"""The teacher of a configuration, with its weights, and the loss of distillation."""
 
 from __future__ import annotations
 
@@ -8,60 +8,61 @@ from torch import nn
 
 from fambav.config import Config
 from fambav.engine import distill
-from fambav.engine.checkpoint import CheckpointError, State
+from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.distill import Teacher
-from fambav.engine.train import Lesson, Loss
+from fambav.engine.run_dir import weights_file
+from fambav.engine.step import DistillationLoss, Loss
 from fambav.models import official
-from fambav.training import entries, saved
 from fambav.training.network import model
+from fambav.training.run_state import RunState
 
 
 def teacher(config: Config, *, num_classes: int) -> Teacher | None:
     """Build the teacher of `config` and load its weights, drawing from torch's global generator.
 
-    It sees the images that the model in training sees: as large, mixed and normalised as they are.
+    Its images are those of the model in training: of the same size, mixed and normalised alike.
 
     Args:
-        config: The recipe, with the image size filled in.
+        config: The settings, with the image size filled in.
         num_classes: Length of the model's output, and of the teacher's.
 
     Returns:
-        The teacher, frozen, on the CPU; None if nothing is to be learnt from one.
+        The teacher, frozen, on the CPU; None without distillation.
 
     Raises:
         CheckpointError: If its file is missing, or does not hold weights of such a teacher.
         ValueError: If it cannot be built for images of that size.
     """
-    asked = config.distillation
-    if asked.distillation_type == "none":
+    settings = config.distillation
+    if settings.distillation_type == "none":
         return None
-    if not asked.teacher_path:
-        hint = "; --finetune FILE would give the model's own" * (asked.teacher_model is None)
+    if not settings.teacher_path:
+        hint = "; --finetune FILE would give the model's own" * (settings.teacher_model is None)
         raise ValueError(f"teacher_path is '', expected a file of the teacher's weights{hint}")
-    path = Path(asked.teacher_path)
-    state = entries.load(path)
+    state = RunState.read(weights_file(Path(settings.teacher_path)))
     net = model(_settings(config, state), num_classes=num_classes)
-    _check_classes(path, state, net, num_classes)
+    _check_classes(state, net, num_classes)
     try:
-        saved.put(path, state, net)
+        state.load_into(net)
     except CheckpointError as error:
         size = config.model.input_size
         raise type(error)(f"{error}; the teacher is {_name(config)} at {size} pixels") from error
     return Teacher(net)
 
 
-def lesson(config: Config, base: Loss) -> Lesson:
-    """Return the loss of (logits, targets, teacher's logits) that `config` asks for.
+def distillation_loss(config: Config, base: Loss) -> DistillationLoss:
+    """Return the loss of (logits, targets, teacher's logits).
 
     Args:
-        config: The recipe, which has a teacher.
+        config: The settings, which have a teacher.
         base: Loss of (logits, targets).
     """
-    asked = config.distillation
-    if asked.distillation_type == "soft":
-        return distill.soft(base, alpha=asked.distillation_alpha, tau=asked.distillation_tau)
+    settings = config.distillation
+    alpha, tau = settings.distillation_alpha, settings.distillation_tau
+    if settings.distillation_type == "soft":
+        return distill.soft(base, alpha=alpha, tau=tau)
     kinds = {"hard": distill.hard, "kl": distill.kl}
-    return kinds[asked.distillation_type](base, alpha=asked.distillation_alpha)
+    return kinds[settings.distillation_type](base, alpha=alpha)
 
 
 def described(config: Config) -> str:
@@ -73,33 +74,34 @@ def _name(config: Config) -> str:
     return config.distillation.teacher_model or f"{config.model.model} with every token kept"
 
 
-def _settings(config: Config, state: State) -> Config:
-    """What the teacher is built from: the model in training without reduction, or a name.
+def _settings(config: Config, state: RunState) -> Config:
+    """Settings of the teacher's model: the model in training without reduction, or a named one.
 
-    A file of ours says more of a named model than its name does, such as its class token's place.
+    A file of ours has more settings of a named model, such as the position of its class token.
     """
     name = config.distillation.teacher_model
     if name is None:
         return config.dense()
-    known = saved.settings(state)
+    known = state.config
     if known is None or known.model.model != name:
         known = Config.from_flat({"model": name})
     return known.dense().replace(input_size=config.model.input_size)
 
 
-def _check_classes(path: Path, state: State, net: nn.Module, wanted: int) -> None:
-    """Refuse weights whose classes are not those of the model in training.
+def _check_classes(state: RunState, net: nn.Module, num_classes: int) -> None:
+    """Refuse weights with fewer or more classes than the data set.
 
     Raises:
-        CheckpointError: If there are fewer or more of them.
+        CheckpointError: If they have.
     """
-    found = net.pretrained_cfg["classifier"]  # type: ignore[index]  # timm and Vim set it
-    name = found if isinstance(found, str) else found[0]  # of several heads the first
+    heads = net.pretrained_cfg["classifier"]  # type: ignore[index]  # timm and Vim set it
+    name = heads if isinstance(heads, str) else heads[0]
     try:
-        weight = official(state).get(f"{name}.weight")
+        weight = official(state.entries).get(f"{name}.weight")
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if weight is not None and len(weight) != wanted:
+        raise CheckpointError(f"{state.path}: {error}") from error
+    if weight is not None and len(weight) != num_classes:
         raise CheckpointError(
-            f"{path} has {len(weight)} classes, expected {wanted} of a teacher, as the data set has"
+            f"{state.path} has {len(weight)} classes, expected {num_classes} of a teacher, as the"
+            " data set has"
         )

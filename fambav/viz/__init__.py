@@ -1,12 +1,12 @@
-"""Figures of token reduction and of what runs came to, and one page of all of it.
+"""Figures of token reduction and of training, and one HTML page of runs and grids.
 
     figure = fambav.viz.groups(model, image)    # a matplotlib Figure; named as `fambav show --what`
 
 trace      one image on its way through a model
-patches    which patches each token stands for, as labels and pixels
-compare    the strategies set up side by side on the same weights
+patches    the patches of each token, as labels and pixels
+compare    the strategies side by side on the same weights
 figures    tokens drawn on the image: groups, strategies, animation
-measures   what layers read and compute: similarity, likeness, scan, layers
+measures   what layers read and compute: similarity, mean_similarity, scan, layers
 logs       curves of training
 front      accuracy against cost over a grid: pareto
 style      sizes, type, colours and files
@@ -19,7 +19,7 @@ matplotlib is imported when something is drawn.
 from fambav.viz.figures import animation, groups, strategies
 from fambav.viz.front import pareto
 from fambav.viz.logs import curves
-from fambav.viz.measures import layers, likeness, scan, similarity
+from fambav.viz.measures import layers, mean_similarity, scan, similarity
 from fambav.viz.render import Picture, Source, render
 from fambav.viz.report import class_accuracy, write_report
 from fambav.viz.style import save
@@ -34,7 +34,7 @@ __all__ = [
     "curves",
     "groups",
     "layers",
-    "likeness",
+    "mean_similarity",
     "pareto",
     "render",
     "save",

@@ -28,7 +28,7 @@ _GENERAL = METHODS[0]  # can be done anywhere
 
 
 def described(reduction: Reduction) -> str:
-    """Say in a few words which tokens go where."""
+    """Describe a reduction in a few words: method, tokens at which layers, scan."""
     if not reduction.schedule.removed:
         return "no reduction"
     scan = "" if reduction.scan == "compact" else f", {reduction.scan} scan"
@@ -36,7 +36,7 @@ def described(reduction: Reduction) -> str:
 
 
 def removal(reduction: Reduction) -> str:
-    """Say how many tokens go where, of a reduction that removes some."""
+    """Describe how many tokens are removed at which layers."""
     counts = reduction.schedule.counts
     layers = [n for n, count in enumerate(counts, start=1) if count]
     sizes = sorted({counts[n - 1] for n in layers}, reverse=True)
@@ -45,16 +45,15 @@ def removal(reduction: Reduction) -> str:
 
 
 def compare_strategies(model: Backbone) -> tuple[str, dict[str, Reduction]]:
-    """Set every strategy up for a model, beside the model's own plan.
+    """Build the reduction of every strategy for a model, beside the model's own.
 
-    Args:
-        model: If it reduces tokens, its method is taken, and about as many tokens go.
+    The method is the model's, famba-v if it has none or it cannot do them all; about as many tokens
+    are removed as the model removes.
 
     Returns:
         The name of the method, and a reduction for each strategy that the model's depth and length
-        allow, by a label with its L and r.  The label of the model's own says so; it is one more,
-        the last, if no strategy is the same.  Where the model's own method cannot do one of them,
-        the method is famba-v instead.
+        allow, by a label with its L and r.  The model's own is marked; it comes last if it equals
+        no strategy.
     """
     own = model.reduction
     method, made = own.name, _strategies(own, own.method or make_reducer(_GENERAL))
@@ -65,21 +64,21 @@ def compare_strategies(model: Backbone) -> tuple[str, dict[str, Reduction]]:
             f"{_GENERAL} ({method} cannot do them all)",
             _strategies(own, make_reducer(_GENERAL)),
         )
-    found = {}
+    reductions = {}
     for name, reduction in made.items():
         if reduction is not None:
             same = reduction.name == own.name or not own.schedule.removed
             is_own = same and reduction.schedule.counts == own.schedule.counts
             label = _label(name, reduction)
-            found[f"{label}\n({OWN})" if is_own else label] = own if is_own else reduction
-    if own not in found.values():
-        found["\nat".join((OWN + "\n" + removal(own)).split(" at"))] = own
-    return method, found
+            reductions[f"{label}\n({OWN})" if is_own else label] = own if is_own else reduction
+    if own not in reductions.values():
+        reductions[f"{OWN}\n{removal(own)}".replace(" at", "\nat")] = own
+    return method, reductions
 
 
 @contextmanager
 def reducing(model: Backbone, reduction: Reduction) -> Iterator[None]:
-    """Let a model reduce its tokens so, and as before at the end."""
+    """Give a model another reduction for a while."""
     before = model.reduction
     model.reduction = reduction.train(model.training)
     try:
@@ -95,7 +94,7 @@ def _strategies(own: Reduction, method: Reducer) -> dict[str, Reduction | None]:
 
 
 def _strategy(name: str, method: Reducer, like: Reduction) -> Reduction | None:
-    """Set a strategy up, with as many tokens as `like` removes, or as fit; None if none do."""
+    """Build a strategy that removes as many tokens as `like`, or as fit; None if none do."""
     info = like.info
     if name == "none":
         return no_reduction(info)

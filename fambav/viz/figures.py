@@ -1,4 +1,4 @@
-"""What each token stands for, drawn on the image: over depth, for every strategy, in motion."""
+"""The patches of each token drawn on the image: layer by layer, by strategy, animated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def groups(
     title: str | None = None,
     layers: Sequence[int] | None = None,
 ) -> Figure:
-    """Draw which patches each token stands for, at the start and behind layers.
+    """Draw the patches of each token, at the start and behind layers.
 
     Args:
         model: One of ours; it stays as it is.
@@ -108,7 +108,7 @@ def animation(
 
 
 def title_of(model: nn.Module, title: str | None) -> str:
-    """Return the title that is given, or model and reduction."""
+    """Return the title, by default model and reduction."""
     if title is not None:
         return title
     return f"{_name(model)}, {described(cast(Backbone, model).reduction)}"
@@ -119,7 +119,7 @@ def _name(model: nn.Module) -> str:
 
 
 def _key(over: Ints, *, linked: bool) -> str:
-    """Explain what is to be seen of labels, (panels, height, width)."""
+    """Return the legend of some panels with these labels, (panels, height, width)."""
     joined = linked and any(len(patches.links(at)) for at in over)
     return f"{KEY}{LINKED if joined else ''}{GONE if (over == DROPPED).any() else ''}"
 
@@ -133,16 +133,7 @@ def _draw(
     outlined: bool = True,
     linked: bool = True,
 ) -> None:
-    """Draw an image with its tokens.
-
-    Args:
-        axes: Where; its units become patches.
-        image: Pixels from 0 to 1, (height, width, 3).
-        at: Labels of the patches, (grid height, grid width).
-        colour: Their colours, as `patches.colours` gives them.
-        outlined: Draw the borders of tokens.
-        linked: Join the parts of a token whose patches do not all touch with lines.
-    """
+    """Draw an image with its tokens: their borders, and lines between parts that do not touch."""
     from matplotlib.collections import LineCollection
 
     rows, columns = at.shape

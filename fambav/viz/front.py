@@ -1,7 +1,4 @@
-"""The metric against what it costs, over the rows of a grid, and which rows nothing beats.
-
-A row is on the front if no other is at least as good at no higher cost.
-"""
+"""The Pareto front of a grid: a metric against a cost, and the rows that no other beats."""
 
 from __future__ import annotations
 
@@ -13,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fambav.experiments import Point
-from fambav.experiments.metrics import PRIMARY, Metric
+from fambav.experiments.metrics import PRIMARY
+from fambav.pareto import pareto_front
+from fambav.tasks import Metric
 from fambav.viz import style
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Boxes = NDArray[np.float64]  # left, lower, right and upper edges, (boxes, 4)
-Look = Mapping[str, tuple[str, str]]  # colour and mark of each row, by its name
+Markers = Mapping[str, tuple[str, str]]  # colour and mark of each row, by its name
 
 _SPELLED = 5  # most rows whose names stand in the figure; of more, numbers do
 _NAMED = 16  # most rows that all have a number; of more, those on a front
@@ -50,18 +49,6 @@ AXES = (
 )
 
 
-def front(
-    costs: Sequence[float], values: Sequence[float], *, higher_is_better: bool = True
-) -> list[int]:
-    """Return which of several are on the front, by growing cost; of equals the first."""
-    worth = [value if higher_is_better else -value for value in values]
-    found: list[int] = []
-    for number in sorted(range(len(costs)), key=lambda n: (costs[n], -worth[n], n)):
-        if not found or worth[number] > worth[found[-1]]:
-            found.append(number)
-    return found
-
-
 def pareto(
     points: Sequence[Point], *, title: str, detail: str = "", metric: Metric = PRIMARY
 ) -> Figure:
@@ -77,26 +64,26 @@ def pareto(
         ValueError: If no row has the metric and a cost.
     """
     known = [point for point in points if metric.name in point.figures]
-    shown = [axis for axis in AXES if axis.of(known)]
-    if not shown:
+    measured = [axis for axis in AXES if axis.of(known)]
+    if not measured:
         keys = ", ".join(axis.key for axis in AXES)
         raise ValueError(f"points have no figures, expected {metric.name} and one of {keys}")
-    names, look = _names(known, shown, metric), _looks(known)
-    columns = min(2, len(shown))
-    height = 4.2 * -(-len(shown) // columns) + 1.0 + 0.1 * len(names)
+    names, markers = _names(known, measured, metric), _markers(known)
+    columns = min(2, len(measured))
+    height = 4.2 * -(-len(measured) // columns) + 1.0 + 0.1 * len(names)
     figure = style.figure(5.6 * columns, height)
     seeds = sorted({point.figures[metric.name].count for point in known})
     over = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seeds"
-    told = "one seed" if seeds == [1] else f"mean and standard deviation over {over}"
-    told += "; line: rows that no other row beats"
-    style.headed(figure, title, f"{told}{'; ' if detail else ''}{detail}")
-    panels = style.grid_of(figure, len(shown), columns)
-    for axes, axis in zip(panels, shown, strict=True):
-        _draw(axes, axis, metric, axis.of(known), look)
-    _explain(figure, known, names, look)
+    note = "one seed" if seeds == [1] else f"mean and standard deviation over {over}"
+    note += "; line: Pareto front"
+    style.headed(figure, title, f"{note}{'; ' if detail else ''}{detail}")
+    panels = style.grid_of(figure, len(measured), columns)
+    for axes, axis in zip(panels, measured, strict=True):
+        _draw(axes, axis, metric, axis.of(known), markers)
+    _explain(figure, known, names, markers)
     figure.draw_without_rendering()  # only then is it known where points are
-    for axes, axis in zip(panels, shown, strict=True):
-        _write_names(axes, axis, metric, axis.of(known), names, look)
+    for axes, axis in zip(panels, measured, strict=True):
+        _write_names(axes, axis, metric, axis.of(known), names, markers)
     return figure
 
 
@@ -108,39 +95,41 @@ def _at(points: Sequence[Point], axis: Axis, metric: Metric) -> NDArray[np.float
 
 def _front(points: Sequence[Point], axis: Axis, metric: Metric) -> list[int]:
     costs, values = _at(points, axis, metric).T.tolist()
-    return front(costs, values, higher_is_better=metric.higher_is_better)
+    return pareto_front(costs, values, higher_is_better=metric.higher_is_better)
 
 
-def _names(points: Sequence[Point], shown: Sequence[Axis], metric: Metric) -> dict[str, str]:
+def _names(points: Sequence[Point], measured: Sequence[Axis], metric: Metric) -> dict[str, str]:
     """Return what is written beside the rows that have something beside them."""
     if len(points) <= _SPELLED:
         return {point.name: point.name for point in points}
     chosen = {point.name for point in points if point.baseline or len(points) <= _NAMED}
-    for axis in shown:
+    for axis in measured:
         there = axis.of(points)
         chosen |= {there[number].name for number in _front(there, axis, metric)}
     names = [point.name for point in points if point.name in chosen]
     return {name: str(number) for number, name in enumerate(names, start=1)}
 
 
-def _looks(points: Sequence[Point]) -> Look:
-    """Return the colour and mark of each row's method, a black star for what has no reduction."""
+def _markers(points: Sequence[Point]) -> Markers:
+    """Return the colour and marker of each row's method, a black star for the baseline."""
     methods = list(dict.fromkeys(point.method for point in points if not point.baseline))
-    looks = [(style.LINES[n % 6], style.MARKS[n % len(style.MARKS)]) for n in range(len(methods))]
+    styles = [(style.LINES[n % 6], style.MARKS[n % len(style.MARKS)]) for n in range(len(methods))]
     return {
-        point.name: (style.INK, "*") if point.baseline else looks[methods.index(point.method)]
+        point.name: (style.INK, "*") if point.baseline else styles[methods.index(point.method)]
         for point in points
     }
 
 
-def _draw(axes: Axes, axis: Axis, metric: Metric, points: Sequence[Point], look: Look) -> None:
+def _draw(
+    axes: Axes, axis: Axis, metric: Metric, points: Sequence[Point], markers: Markers
+) -> None:
     at, best = _at(points, axis, metric), _front(points, axis, metric)
     ends = [tuple(at[number]) for number in best]
     corners = [(at[n][0], at[before][1]) for before, n in pairwise(best)]
     way = [ends[0], *chain.from_iterable(zip(corners, ends[1:], strict=True))]
     axes.plot(*zip(*way, strict=True), color=style.GREY, lw=1.2, zorder=1, gid=_FRONT)
     for point, (x, y) in zip(points, at, strict=True):
-        colour, mark = look[point.name]
+        colour, mark = markers[point.name]
         wide = point.figures[axis.key].std
         axes.errorbar(
             x,
@@ -158,14 +147,16 @@ def _draw(axes: Axes, axis: Axis, metric: Metric, points: Sequence[Point], look:
     style.plain(axes, grid="both")
 
 
-def _explain(figure: Figure, points: Sequence[Point], names: Mapping[str, str], look: Look) -> None:
+def _explain(
+    figure: Figure, points: Sequence[Point], names: Mapping[str, str], markers: Markers
+) -> None:
     """List every number with its row, and every method whose rows have no number."""
     entries = []
     for point in points:
         number = names.get(point.name, f"other rows of {point.method}")
         label = point.method if number == point.name else number
         label += f"  {point.name}" if number != point.name and point.name in names else ""
-        entries.append((label, look[point.name]))
+        entries.append((label, markers[point.name]))
     style.key(
         figure,
         [(n, {"color": c, "marker": m, "linestyle": ""}) for n, (c, m) in dict.fromkeys(entries)],
@@ -178,7 +169,7 @@ def _write_names(
     metric: Metric,
     points: Sequence[Point],
     names: Mapping[str, str],
-    look: Look,
+    markers: Markers,
 ) -> None:
     """Write names beside points, with a thin line of its colour to a point that is not near."""
     ordered = sorted(points, key=lambda point: point.name not in names)
@@ -199,16 +190,16 @@ def _write_names(
         edge = np.clip(start, (x0, y0), (x1, y1))
         if np.hypot(*(edge - start)) > 0.75 * pixel:
             ends = back.transform((start, edge)).T
-            axes.plot(*ends, color=look[point.name][0], lw=0.7, scalex=False, scaley=False)
+            axes.plot(*ends, color=markers[point.name][0], lw=0.7, scalex=False, scaley=False)
 
 
 def _along(corners: NDArray[np.float64], step: float) -> NDArray[np.float64]:
     """Return points along a line at most `step` apart, (points, 2)."""
-    found = [corners[:1]]
+    pieces = [corners[:1]]
     for start, end in pairwise(corners):
         many = int(np.abs(end - start).max() // step) + 1
-        found.append(start + (end - start) * np.linspace(0, 1, many + 1)[1:, None])
-    return np.concatenate(found)
+        pieces.append(start + (end - start) * np.linspace(0, 1, many + 1)[1:, None])
+    return np.concatenate(pieces)
 
 
 def place_names(
@@ -216,25 +207,25 @@ def place_names(
 ) -> Boxes:
     """Find room for a name beside each point: the nearest that touches no name, point or edge.
 
+    Where there is no room at all, a name covers as few others as possible.
+
     Args:
-        points: x and y, (points, 2).
-        sizes: Width and height of their names in the same unit, (names, 2); points without a name
-            stand behind those that have one.
+        points: x and y, (points, 2); those without a name come last.
+        sizes: Width and height of the names in the same unit, (names, 2).
         area: Left, lower, right and upper edge.
         mark: Side of the square that a point's mark fills.
 
     Returns:
-        The boxes of the names, (names, 4).  Where there is no room at all, a name covers as few
-        others as possible.
+        The boxes of the names, (names, 4).
     """
     marks = np.concatenate((points - mark / 2, points + mark / 2), axis=1)
-    inside, found = np.array([area], dtype=np.float64), np.empty((0, 4))
+    inside, placed = np.array([area], dtype=np.float64), np.empty((0, 4))
     for point, size in zip(points, sizes, strict=False):
         options = _options(point, size, mark)
         outside = size.prod() - _shared(options, inside)
-        cost = 1000.0 * (outside + _shared(options, found)) + _shared(options, marks)
-        found = np.concatenate((found, options[int(np.argmin(cost))][None]))
-    return found
+        cost = 1000.0 * (outside + _shared(options, placed)) + _shared(options, marks)
+        placed = np.concatenate((placed, options[int(np.argmin(cost))][None]))
+    return placed
 
 
 def _options(point: NDArray[np.float64], size: NDArray[np.float64], mark: float) -> Boxes:

@@ -3,7 +3,7 @@
 neighbours    mean cosine over tokens that follow one another in the sequence
 all pairs     mean cosine over all pairs of two tokens
 
-The more alike tokens are, the less goes when they become their mean.
+The more similar tokens are, the less their mean loses.
 Source: Shen et al., "Famba-V", arXiv:2409.09808, section 3, compares tokens by the same cosine.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fambav import costs
+from fambav import flops
 from fambav.models import Backbone
 from fambav.reduction import no_reduction
 from fambav.viz import patches, style
@@ -40,9 +40,9 @@ def similarity(model: nn.Module, image: Tensor | TokenTrace, *, title: str | Non
     It is drawn at each layer, or at 12 spread evenly.
     """
     steps = trace_tokens(model, image).steps
-    found = {layer: cosines(steps[layer - 1].features) for layer in spread(len(steps), _MAPS)}
+    maps = {layer: cosines(steps[layer - 1].features) for layer in spread(len(steps), _MAPS)}
     figure, panels = style.panels(
-        len(found),
+        len(maps),
         columns=_MAP_ROW,
         side=2.2,
         title=title_of(model, title),
@@ -50,8 +50,8 @@ def similarity(model: nn.Module, image: Tensor | TokenTrace, *, title: str | Non
         lines=2,
         more=(1.1, 0.3),
     )
-    least = min(0.0, *(float(each.min()) for each in found.values()))
-    for axes, (layer, each) in zip(panels, found.items(), strict=True):
+    least = min(0.0, *(float(each.min()) for each in maps.values()))
+    for axes, (layer, each) in zip(panels, maps.items(), strict=True):
         drawn = axes.imshow(each, vmin=least, vmax=1, cmap="cividis", interpolation="nearest")
         ticks = [0, len(each) - 1]
         axes.set(xticks=ticks, xticklabels=["1", f"{len(each)}"], yticks=[], title=f"layer {layer}")
@@ -65,20 +65,22 @@ def similarity(model: nn.Module, image: Tensor | TokenTrace, *, title: str | Non
     return figure
 
 
-def likeness(model: Backbone, image: Tensor | TokenTrace, *, title: str | None = None) -> Figure:
+def mean_similarity(
+    model: Backbone, image: Tensor | TokenTrace, *, title: str | None = None
+) -> Figure:
     """Draw mean cosines over depth, also without reduction; arguments as of `groups`."""
     trace = trace_tokens(model, image)
-    found = {described(model.reduction): mean_cosines(trace)}
+    runs = {described(model.reduction): mean_cosines(trace)}
     if model.schedule.removed:
         with reducing(model, no_reduction(model.info)):
-            found["no reduction, same weights"] = mean_cosines(trace_tokens(model, trace.image))
+            runs["no reduction, same weights"] = mean_cosines(trace_tokens(model, trace.image))
     figure = style.figure(8, 4.6)
     detail = "mean cosine of the tokens that a layer's mixer reads"
     style.headed(figure, title_of(model, title), detail)
     panels = figure.subplots(1, 2, sharey=True)
     for part, name in enumerate(("neighbours in the sequence", "all pairs")):
         axes = panels[part]
-        for number, (label, means) in enumerate(found.items()):
+        for number, (label, means) in enumerate(runs.items()):
             layers = range(1, len(means[part]) + 1)
             axes.plot(layers, means[part], label=label, **style.line_style(number))
         axes.set(title=name, xlabel="layer")
@@ -94,8 +96,8 @@ def cosines(features: Floats) -> Floats:
     """Return the cosine of every two tokens, (length, length), of features, (length, dim)."""
     norm = np.linalg.norm(features, axis=1, keepdims=True)
     each = np.divide(features, norm, out=np.zeros_like(features), where=norm > 0)
-    found: Floats = each @ each.T
-    return found
+    cosine: Floats = each @ each.T
+    return cosine
 
 
 def mean_cosines(trace: TokenTrace) -> tuple[Floats, Floats]:
@@ -105,24 +107,24 @@ def mean_cosines(trace: TokenTrace) -> tuple[Floats, Floats]:
     """
     near, every = [], []
     for step in trace.steps:
-        found = cosines(step.features)
-        above = found[np.triu_indices(len(found), 1)]
-        near.append(np.diagonal(found, 1).mean() if above.size else np.nan)
+        cosine = cosines(step.features)
+        above = cosine[np.triu_indices(len(cosine), 1)]
+        near.append(np.diagonal(cosine, 1).mean() if above.size else np.nan)
         every.append(above.mean() if above.size else np.nan)
     return np.array(near, dtype=np.float32), np.array(every, dtype=np.float32)
 
 
-class Path(NamedTuple):
-    """A scan of patches; class tokens are left out.
+class ScanPath(NamedTuple):
+    """A scan of patches, without class tokens.
 
     A step is in order if it leads to a token that stood later in the scan of the whole image.
 
     Attributes:
-        places: Where the tokens that are scanned stand on the whole grid, row by row, (kept,).
+        patches: Grid index, row by row, of the tokens that are scanned, in their order, (kept,).
         forward: Whether each step is in order, (kept - 1,).
     """
 
-    places: Ints
+    patches: Ints
     forward: NDArray[np.bool_]
 
     @property
@@ -131,16 +133,16 @@ class Path(NamedTuple):
         return float(self.forward.mean()) if self.forward.size else 1.0
 
 
-def scan_path(trace: TokenTrace, layer: int) -> Path:
+def scan_path(trace: TokenTrace, layer: int) -> ScanPath:
     """Return the path of the first direction's scan at a layer, from 1; 0: of the whole image."""
-    places = trace.rank.argsort()
+    index = trace.rank.argsort()
     if layer:
         step = trace.steps[layer - 1]
         row_by_row = np.full(trace.start, -1)
-        row_by_row[np.delete(np.arange(trace.start), trace.cls_index)] = np.arange(len(places))
-        places = row_by_row[step.position[step.order]]
-        places = places[places >= 0]
-    return Path(places, np.diff(trace.rank[places]) > 0)
+        row_by_row[np.delete(np.arange(trace.start), trace.cls_index)] = np.arange(len(index))
+        index = row_by_row[step.position[step.order]]
+        index = index[index >= 0]
+    return ScanPath(index, np.diff(trace.rank[index]) > 0)
 
 
 def scan(
@@ -167,11 +169,11 @@ def scan(
         more=(0.0, 0.35),
     )
     for axes, layer in zip(panels, chosen, strict=True):
-        found = scan_path(trace, layer)
-        _draw_path(axes, trace, found)
+        path = scan_path(trace, layer)
+        _draw_path(axes, trace, path)
         name = f"layer {layer}" if layer else "whole image"
-        tokens = f"{len(found.places)} patch tokens"
-        style.picture(axes, f"{name}: {tokens}\n{100 * found.share:.0f}% of steps in order")
+        tokens = f"{len(path.patches)} patch tokens"
+        style.picture(axes, f"{name}: {tokens}\n{100 * path.share:.0f}% of steps in order")
     lines = (("in the order of the whole image", style.BLUE), ("back: order lost", style.RED))
     style.key(figure, [(text, {"color": colour}) for text, colour in lines])
     return figure
@@ -183,9 +185,9 @@ def layers(model: Backbone, *, title: str | None = None) -> Figure:
     Raises:
         ValueError: If nothing is known of what the model, or its method of reduction, costs.
     """
-    rows = [row for row in costs.count(model).rows if row.layer is not None]
+    rows = [row for row in flops.count(model).rows if row.layer is not None]
     with reducing(model, no_reduction(model.info)):
-        unreduced = [row for row in costs.count(model).rows if row.layer is not None]
+        unreduced = [row for row in flops.count(model).rows if row.layer is not None]
     full = np.array([row.own.all_directions for row in unreduced])
     own = np.array([row.own.all_directions for row in rows])
     added = np.array([r.alignment.all_directions + r.reduction.all_directions for r in rows])
@@ -194,7 +196,7 @@ def layers(model: Backbone, *, title: str | None = None) -> Figure:
     kept, spent = tokens.sum() / (start * len(tokens)), (own + added).sum() / full.sum()
     detail = (
         f"tokens kept: {100 * kept:.0f}% of token-layers; operations: {100 * spent:.0f}% of those "
-        f"without reduction, counted as {costs.CONVENTIONS[_CONVENTION]}"
+        f"without reduction, counted as {flops.CONVENTIONS[_CONVENTION]}"
     )
     style.headed(figure, title_of(model, title), detail)
     above, below = figure.subplots(2, 1, sharex=True)
@@ -213,22 +215,22 @@ def layers(model: Backbone, *, title: str | None = None) -> Figure:
 
 def _shorter(trace: TokenTrace) -> list[int]:
     lengths = [trace.start, *(len(step.position) for step in trace.steps)]
-    found = [n for n in range(1, len(lengths)) if lengths[n] < lengths[n - 1]]
-    chosen = spread(len(found), _PATHS - 1) if found else []
-    return [0, *(found[n - 1] for n in chosen)]
+    shorter = [n for n in range(1, len(lengths)) if lengths[n] < lengths[n - 1]]
+    chosen = spread(len(shorter), _PATHS - 1) if shorter else []
+    return [0, *(shorter[n - 1] for n in chosen)]
 
 
-def _draw_path(axes: Axes, trace: TokenTrace, found: Path) -> None:
+def _draw_path(axes: Axes, trace: TokenTrace, path: ScanPath) -> None:
     from matplotlib.collections import LineCollection
 
     height, width = trace.grid
     faint = 0.75 + 0.25 * patches.fitted(trace.pixels, trace.grid)
     axes.imshow(faint, extent=(0, width, height, 0), interpolation="nearest")
-    points = np.stack((found.places % width, found.places // width), axis=1) + 0.5
+    points = np.stack((path.patches % width, path.patches // width), axis=1) + 0.5
     steps = np.stack((points[:-1], points[1:]), axis=1)
     thick = 1.4 if width <= 10 else 0.9
     for forward, colour in ((False, style.RED), (True, style.BLUE)):
-        lines = steps[found.forward == forward]
+        lines = steps[path.forward == forward]
         axes.add_collection(LineCollection(list(lines), colors=colour, linewidths=thick))
     for some, dot in ((points, 7), (points[:1], 34)):
         axes.scatter(some[:, 0], some[:, 1], s=dot * thick, color=style.INK, zorder=3)
@@ -239,14 +241,14 @@ def _bars(
     axes: Axes, parts: Sequence[tuple[Any, str, str]], full: NDArray[Any], *, decimals: int
 ) -> None:
     """Stack parts in front of what there is without reduction, and write the sums."""
-    places = np.arange(1, len(full) + 1)
-    axes.bar(places, full, color=style.PALE, width=0.86, label="without reduction")
+    x = np.arange(1, len(full) + 1)
+    axes.bar(x, full, color=style.PALE, width=0.86, label="without reduction")
     top = np.zeros(len(full))
     for values, colour, name in parts:
-        axes.bar(places, values, bottom=top, color=colour, width=0.62, label=name)
+        axes.bar(x, values, bottom=top, color=colour, width=0.62, label=name)
         top = top + values
     size = style.type_size(style.figure_of(axes))
-    for place, value in enumerate(top.tolist() if len(full) <= 12 else (), start=1):
+    for layer, value in enumerate(top.tolist() if len(full) <= 12 else (), start=1):
         text = f"{value:.{decimals}f}"
-        axes.text(place, value, text, ha="center", va="bottom", fontsize=size)
+        axes.text(layer, value, text, ha="center", va="bottom", fontsize=size)
     axes.set_ylim(0, 1.15 * max(*full, *top))

@@ -1,4 +1,4 @@
-"""Which patches a token stands for, as labels, colours and pixels; needs no drawing library."""
+"""The patches of each token as labels, colours and pixels; needs no drawing library."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _DARK = 0.25  # share of the image where a patch was dropped
 _INK = (0.13, 0.13, 0.16)
 _STRIP = 11  # layers in a strip, the last one among them
 
-# Okabe and Ito's colours, which people with any common kind of colour blindness tell apart; then
-# the same lighter and darker.
+# Okabe and Ito's colours, distinct with any common kind of colour blindness; then the same
+# lighter and darker.
 _HUES = np.array(
     [
         (0.902, 0.624, 0.000),
@@ -34,20 +34,16 @@ COLOURS: Pixels = np.concatenate([_HUES, 0.5 + 0.5 * _HUES, 0.55 * _HUES])
 
 
 def labels(source: Ints, grid: tuple[int, int], cls_index: Sequence[int]) -> Ints:
-    """Say which token each patch is part of.
+    """Label each patch with its token: 0, 1, ... in the order of their first patch, or DROPPED.
 
     Args:
-        source: Place now of the token that each token of the start is part of, -1 if it was
+        source: Index now of the token that each token of the start is part of, -1 if it was
             dropped, (start length,).
         grid: Height and width of the grid of patches.
-        cls_index: Where the class tokens stood at the start.
+        cls_index: Indices of the class tokens at the start.
 
     Returns:
-        Numbers 0, 1, ... of the tokens in the order of their first patch, -1 where a patch was
-        dropped, (height, width).
-
-    Raises:
-        ValueError: If there are not as many patches as the grid has places.
+        Labels, (height, width).
     """
     patches = np.delete(source, list(cls_index))
     if len(patches) != grid[0] * grid[1]:
@@ -68,42 +64,28 @@ def depths(trace: TokenTrace) -> Ints:
 
 
 def colours(over: Ints) -> Ints:
-    """Choose a colour for each patch that is part of a group at some depth.
+    """Choose a row of `COLOURS` for each patch, -1 for one that is always alone.
 
     Patches that end in the same token have the same colour at every depth, and tokens that touch
-    at the end have different ones as long as there are enough.
-
-    Args:
-        over: Labels at growing depth, (depths, height, width).
-
-    Returns:
-        Rows of `COLOURS`, -1 for a patch that was always alone, (height, width).
+    at the end have different ones as long as there are enough.  Labels at growing depth, (depths,
+    height, width) -> (height, width).
     """
     last = (over >= 0).sum(axis=0) - 1  # a patch that was dropped stays so
     ends = last * (over.max() + 1) + np.take_along_axis(over, last[None], axis=0)[0]
     names, sizes = np.unique(ends, return_counts=True)
-    found = np.full(ends.shape, -1)
+    colour = np.full(ends.shape, -1)
     used = np.zeros(len(COLOURS), dtype=np.int64)
     for name in names[sizes > 1][np.argsort(-sizes[sizes > 1], kind="stable")]:
         mine = ends == name
-        beside = np.bincount(found[_around(mine) & (found >= 0)], minlength=len(COLOURS))
+        beside = np.bincount(colour[_around(mine) & (colour >= 0)], minlength=len(COLOURS))
         chosen = int(np.lexsort((np.arange(len(COLOURS)), used, beside))[0])
-        found[mine] = chosen
+        colour[mine] = chosen
         used[chosen] += 1
-    return found
+    return colour
 
 
 def painted(image: Pixels, at: Ints, colour: Ints) -> Pixels:
-    """Colour the patches of groups, and darken those that were dropped.
-
-    Args:
-        image: Pixels from 0 to 1, (height, width, 3).
-        at: Labels of the patches, (grid height, grid width).
-        colour: Their colours, as `colours` gives them.
-
-    Returns:
-        Pixels shaped like the image.
-    """
+    """Colour the patches of groups in an image of pixels from 0 to 1, darken the dropped ones."""
     grouped = (at >= 0) & (np.bincount(at[at >= 0], minlength=1) > 1)[at]
     share = np.where(grouped, _TINT, np.where(at == DROPPED, 1 - _DARK, 0.0))
     paint = np.where(grouped[..., None], COLOURS[colour], _INK)
@@ -117,11 +99,7 @@ def painted(image: Pixels, at: Ints, colour: Ints) -> Pixels:
 def borders(at: Ints) -> NDArray[np.float64]:
     """Return the lines between patches of different tokens, and around the image.
 
-    Args:
-        at: Labels, (height, width).
-
-    Returns:
-        Ends (x, y) of segments in units of patches from the upper left corner, (segments, 2, 2).
+    Labels, (height, width) -> ends (x, y) of segments in units of patches, (segments, 2, 2).
     """
     framed = np.pad(at, 1, constant_values=-2)
     down, right = (framed != np.roll(framed, 1, axis=axis) for axis in (0, 1))
@@ -131,16 +109,11 @@ def borders(at: Ints) -> NDArray[np.float64]:
 
 
 def links(at: Ints) -> NDArray[np.float64]:
-    """Return lines that join the parts of tokens whose patches do not all touch.
+    """Return the shortest lines that join the parts of tokens whose patches do not all touch.
 
-    Args:
-        at: Labels, (height, width).
-
-    Returns:
-        Ends (x, y), in the middle of patches, of as few and short segments as join them, in units
-        of patches from the upper left corner, (segments, 2, 2).
+    Labels, (height, width) -> ends (x, y), in the middle of patches, (segments, 2, 2).
     """
-    found: list[tuple[Ints, Ints]] = []
+    ends: list[tuple[Ints, Ints]] = []
     for name in range(at.max() + 1):
         joined, *apart = _parts(at == name)
         while apart:
@@ -148,9 +121,9 @@ def links(at: Ints) -> NDArray[np.float64]:
             nearest = int(np.argmin([way.min() for way in ways]))
             one, other = np.unravel_index(ways[nearest].argmin(), ways[nearest].shape)
             part = apart.pop(nearest)
-            found.append((joined[one], part[other]))
+            ends.append((joined[one], part[other]))
             joined = np.concatenate((joined, part))
-    return np.array(found, dtype=np.float64).reshape(-1, 2, 2)[..., ::-1] + 0.5
+    return np.array(ends, dtype=np.float64).reshape(-1, 2, 2)[..., ::-1] + 0.5
 
 
 def fitted(image: Pixels, grid: tuple[int, ...]) -> Pixels:
@@ -163,16 +136,10 @@ def fitted(image: Pixels, grid: tuple[int, ...]) -> Pixels:
 
 
 def tile(image: Pixels, at: Ints, colour: Ints, *, side: int = 160) -> NDArray[np.uint8]:
-    """Paint groups with their borders at a size to look at.
-
-    Args:
-        image: Pixels from 0 to 1, (height, width, 3).
-        at: Labels of the patches, (grid height, grid width).
-        colour: Their colours, as `colours` gives them.
-        side: Least height and width of the result, in pixels.
+    """Paint groups with their borders, at a multiple of the image's size of at least `side`.
 
     Returns:
-        Pixels, a whole multiple of the image's size, (3, height, width).
+        Pixels, (3, height, width).
     """
     times = -(-side // min(image.shape[:2]))
     large = painted(image.repeat(times, axis=0).repeat(times, axis=1), at, colour)
@@ -180,16 +147,12 @@ def tile(image: Pixels, at: Ints, colour: Ints, *, side: int = 160) -> NDArray[n
     down, right = np.diff(token, axis=0) != 0, np.diff(token, axis=1) != 0
     large[:-1][down] = large[1:][down] = 1.0
     large[:, :-1][right] = large[:, 1:][right] = 1.0
-    found: NDArray[np.uint8] = np.rint(255 * large.clip(0, 1)).astype(np.uint8).transpose(2, 0, 1)
-    return found
+    pixels: NDArray[np.uint8] = np.rint(255 * large.clip(0, 1)).astype(np.uint8).transpose(2, 0, 1)
+    return pixels
 
 
 def strip(trace: TokenTrace) -> NDArray[np.uint8]:
-    """Paint the tokens at the start and behind each layer, or 11 of them, side by side.
-
-    Returns:
-        Pixels, (3, height, width).
-    """
+    """Paint the tokens at the start and behind each layer, or 11, side by side, (3, h, w)."""
     over = depths(trace)
     colour = colours(over)
     chosen = (0, *spread(len(over) - 1, _STRIP))
@@ -206,7 +169,7 @@ def spread(depth: int, most: int) -> list[int]:
 
 def _parts(mine: NDArray[np.bool_]) -> list[Ints]:
     """Split patches into those that touch: rows and columns of each part, (patches, 2)."""
-    left, found = {(int(y), int(x)) for y, x in np.argwhere(mine)}, []
+    left, parts = {(int(y), int(x)) for y, x in np.argwhere(mine)}, []
     while left:
         part, edge = [], [min(left)]
         left -= set(edge)
@@ -216,8 +179,8 @@ def _parts(mine: NDArray[np.bool_]) -> list[Ints]:
             near = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & left
             left -= near
             edge += sorted(near)
-        found.append(np.array(part))
-    return found
+        parts.append(np.array(part))
+    return parts
 
 
 def _around(mine: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -18,7 +18,7 @@ from fambav.data import DataSet
 from fambav.engine.finite import check_logits
 from fambav.models import Backbone
 from fambav.registry import PICTURES, nearest
-from fambav.training.prediction import Pretrained, load_run
+from fambav.training.inference import LoadedRun, load_run
 from fambav.viz import figures, measures
 from fambav.viz.compare import compare_strategies, described
 from fambav.viz.logs import Record, curves
@@ -48,10 +48,10 @@ class Source:
     index: tuple[int, ...] = (0,)
 
     def several(self) -> bool:
-        """Tell whether there is more than one image."""
+        """Return whether there is more than one image."""
         return len(self.images or self.index) > 1
 
-    def read(self, run: Pretrained) -> Iterator[tuple[Image.Image, str]]:
+    def read(self, run: LoadedRun) -> Iterator[tuple[Image.Image, str]]:
         """Yield images, and what each is.
 
         Raises:
@@ -60,16 +60,16 @@ class Source:
         if self.images:
             yield from ((data.read_image(path), path.name) for path in self.images)
             return
-        found = held_out(run, self)
+        data_set = held_out(run, self)
         for index in self.index:
-            if not 0 <= index < len(found.val):
-                last = len(found.val) - 1
+            if not 0 <= index < len(data_set.val):
+                last = len(data_set.val) - 1
                 raise ValueError(
-                    f"index is {index}, expected 0 to {last}, held-out images of {found.name}"
+                    f"index is {index}, expected 0 to {last}, held-out images of {data_set.name}"
                 )
-            image, label = found.val[index]
-            truth = found.class_names[label] if found.class_names else f"class {label}"
-            yield image, f"{found.name}, held-out image {index}, labelled {truth}"
+            image, label = data_set.val[index]
+            truth = data_set.class_names[label] if data_set.class_names else f"class {label}"
+            yield image, f"{data_set.name}, held-out image {index}, labelled {truth}"
 
 
 class Picture(NamedTuple):
@@ -79,7 +79,7 @@ class Picture(NamedTuple):
     path: Path
 
 
-def held_out(run: Pretrained, source: Source | None = None) -> DataSet:
+def held_out(run: LoadedRun, source: Source | None = None) -> DataSet:
     """Open the data set of a run, or the one that images are to come from.
 
     Raises:
@@ -105,7 +105,7 @@ def traced(
         path: A run folder, a checkpoint, a `.safetensors` file or an exported folder.
         source: Where images come from; the first held-out one of the run's own data by default.
         settings: Settings by the names of main.py's flags that differ from those of the run; of a
-            file that is not ours, what it is of.
+            file that is not ours, such as its model.
 
     Yields:
         The model, what an image does in it, the model's name, and what the image is.
@@ -114,7 +114,7 @@ def traced(
         ValueError: If the weights are missing or cannot be used, or an image is not there.
         NotFiniteError: If a logit is not finite.
     """
-    run = load_run(path, **dict(settings or {}))
+    run = load_run(path, settings)
     name, net = run.config.model.model, run.net
     if not isinstance(net, Backbone):
         raise ValueError(f"model is {name!r}, expected one whose tokens can be reduced")
@@ -169,7 +169,8 @@ def render(
     if "curves" in wanted:
         logs = {name: read_log(run) for name, run in zip(names, runs, strict=True)}
         title = f"training of {', '.join(names)}" if len(names) < 4 else f"{len(names)} runs"
-        yield "curves", _write(curves(logs, title=title), title, folder, "curves", svg=svg)
+        drawn = curves(logs, title=title, metric=experiments.read_primary(runs[0]))
+        yield "curves", _write(drawn, title, folder, "curves", svg=svg)
 
 
 def read_log(run: Path) -> list[Record]:
@@ -185,7 +186,7 @@ def read_log(run: Path) -> list[Record]:
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
-    """Call each run by as many last parts of its path as tell it from the others."""
+    """Name each run by the shortest end of its path that is unique."""
     parts = [
         run.resolve().with_suffix("").parts if run.is_file() else run.resolve().parts
         for run in runs
@@ -202,7 +203,7 @@ _KINDS: dict[str, Callable[..., Figure | list[Figure]]] = {
     "strategies": figures.strategies,
     "animation": figures.animation,
     "similarity": measures.similarity,
-    "likeness": measures.likeness,
+    "mean_similarity": measures.mean_similarity,
     "scan": measures.scan,
 }
 
@@ -222,7 +223,7 @@ def _draw(
 
 
 def _wanted(runs: Sequence[Path], what: Sequence[str] | None) -> list[str]:
-    """Return the kinds asked for, or all that there can be."""
+    """Return the kinds that are named, or all that there can be."""
     if what is None:
         logged = all((run / _LOG).is_file() for run in runs)
         return [name for name in PICTURES if logged or name != "curves"]

@@ -20,24 +20,23 @@ from fambav import config, experiments
 from fambav.config import OPTIONS
 from fambav.data import DataError, DataSet
 from fambav.engine.checkpoint import write_text
+from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
-from fambav.engine.record import environment
-from fambav.engine.runtime import processes
-from fambav.experiments import Estimate, Point, Result
-from fambav.experiments.metrics import METRICS, PRIMARY
+from fambav.engine.run_dir import environment
+from fambav.experiments import Point, Result
 from fambav.table import Table
-from fambav.training.prediction import Pretrained, load_run
+from fambav.tasks import Metric, Task
+from fambav.training.inference import LoadedRun, load_run
 from fambav.viz.front import pareto
 from fambav.viz.render import Source, held_out, names_of, render
 from fambav.viz.style import save
 
-Shown = tuple[str, str]  # what a picture shows, and the picture itself as a data address
+Embedded = tuple[str, str]  # what a picture shows, and the picture itself as a data address
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _CURVES = "curves"
 _BATCH = 64
-_COLUMNS = {  # of a grid: what it is called, and its digits
-    **{metric.name: (metric.head, 2) for metric in METRICS},
+_COLUMNS = {  # of a grid besides metrics: head and digits
     "token_layers": ("token-layers", 3),
     "seconds": ("train s", 1),
     "memory_mib": ("memory MiB", 2),
@@ -72,17 +71,20 @@ def write_report(
     grids = [folder for folder in folders if experiments.is_grid(folder)]
     runs = [folder for folder in folders if folder not in grids]
     results = [experiments.read_run(folder) for folder in runs]
-    points = [(folder.resolve().name, experiments.read_points(folder)) for folder in grids]
+    points = [
+        (folder.resolve().name, experiments.read_points(folder), experiments.read_task(folder))
+        for folder in grids
+    ]
     tables = [experiments.compare(results, mixed=mixed)] if results else []
-    tables += [_grid_table(name, rows) for name, rows in points]
+    tables += [_grid_table(*grid) for grid in points]
     names = names_of(runs) if runs else []
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        together = [_front(place, name, rows) for name, rows in points]
-        drawn = dict(render(runs, place, source=source)) if runs else {}
-        shown = {name: _shown(entry.path, entry.title) for name, entry in drawn.items()}
-    together += [shown.pop(_CURVES)] if _CURVES in shown and len(runs) > 1 else []
-    sentences = [*_of_runs(results, mixed=mixed), *(_of_grid(name, rows) for name, rows in points)]
+        folder = Path(scratch)
+        together = [_front(folder, *grid) for grid in points]
+        drawn = dict(render(runs, folder, source=source)) if runs else {}
+        embedded = {name: _embedded(entry.path, entry.title) for name, entry in drawn.items()}
+    together += [embedded.pop(_CURVES)] if _CURVES in embedded and len(runs) > 1 else []
+    sentences = [*_of_runs(results, mixed=mixed), *(_of_grid(*grid) for grid in points)]
     about, when = environment(), time.strftime("%Y-%m-%d %H:%M")
     commit = "" if about["commit"] is None else f", commit {about['commit']}"
     page = _template().render(
@@ -96,7 +98,7 @@ def write_report(
                 **_section(name, folder, result, by_class=by_class),
                 "pictures": [
                     entry
-                    for label, entry in shown.items()
+                    for label, entry in embedded.items()
                     if len(runs) == 1 or label.startswith(f"{name}/")
                 ],
             }
@@ -106,12 +108,12 @@ def write_report(
     write_text(target, page + "\n")
 
 
-def class_accuracy(run: Pretrained, found: DataSet) -> Table:
+def class_accuracy(run: LoadedRun, data_set: DataSet) -> Table:
     """Measure the accuracy of every class on the held-out images, the weakest class first.
 
     Args:
         run: The model; it computes on a GPU if there is one.
-        found: Its data.
+        data_set: Its data.
 
     Raises:
         NotFiniteError: If a logit is not finite.
@@ -119,16 +121,16 @@ def class_accuracy(run: Pretrained, found: DataSet) -> Table:
     guesses = Counter[tuple[int, int]]()
     with processes(None) as group, torch.no_grad():
         net = run.net.to(group.device)
-        for first in range(0, len(found.val), _BATCH):
-            numbers = range(first, min(first + _BATCH, len(found.val)))
-            samples = [found.val[number] for number in numbers]
+        for first in range(0, len(data_set.val), _BATCH):
+            numbers = range(first, min(first + _BATCH, len(data_set.val)))
+            samples = [data_set.val[number] for number in numbers]
             batch = torch.stack([run.transform(image) for image, _ in samples]).to(group.device)
             logits = net(batch)
             check_logits(net, batch, logits, f"held-out images {numbers[0]} to {numbers[-1]}")
             labels = (label for _, label in samples)
             guesses.update(zip(labels, logits.argmax(1).tolist(), strict=True))
         net.to("cpu")
-    names = found.class_names or [f"class {number}" for number in range(found.num_classes)]
+    names = data_set.class_names or [f"class {number}" for number in range(data_set.num_classes)]
     images = Counter(label for label, _ in guesses.elements())
     rows = []
     for label in sorted(images, key=lambda label: (guesses[label, label] / images[label], label)):
@@ -138,70 +140,67 @@ def class_accuracy(run: Pretrained, found: DataSet) -> Table:
         taken = "-" if most is None else f"{names[most]} ({wrong[most]} x)"
         rows.append([names[label], taken, str(images[label]), f"{share:.1f}"])
     right = sum(guesses[label, label] for label in images)
-    overall = f"{100 * right / len(found.val):.2f}% of {len(found.val)} held-out images"
+    overall = f"{100 * right / len(data_set.val):.2f}% of {len(data_set.val)} held-out images"
     return Table(
         head=("class", "most often taken for", "images", "right %"),
         rows=rows,
         names=2,
-        notes=[f"{run.source.name} on {found.name}: {overall} right"],
+        notes=[f"{run.source.name} on {data_set.name}: {overall} right"],
     )
 
 
 def _of_runs(results: Sequence[Result], *, mixed: bool) -> Iterator[str]:
-    """Say what runs came to: one, or the best of the others against the first."""
+    """Summarise runs: the only one, or the best of the others against the first."""
     if not results:
         return
-    first, *others = results
-    best = _best(others, _value) if others else first
-    told = f"{best.name} reaches a held-out {PRIMARY.title} of {_value(best):.2f}{_unit(' ')}"
+    (first, *others), metric = results, results[0].primary
+    best = _best(others, metric, _value) if others else first
+    text = f"{best.name} reaches a held-out {metric.title} of {_value(best):.2f}{metric.suffix}"
     if others:
-        told += f", {_difference(_value(best) - _value(first))} {first.name}"
+        text += f", {_difference(metric, _value(best) - _value(first))} {first.name}"
         if not mixed and best.epochs == first.epochs:
-            told += f", in {100 * best.seconds / first.seconds:.0f}% of its training time"
+            text += f", in {100 * best.seconds / first.seconds:.0f}% of its training time"
     else:
-        told += f" after {best.epochs} epochs and {best.seconds:.1f} s of training"
+        text += f" after {best.epochs} epochs and {best.seconds:.1f} s of training"
     kept = "" if best.share is None else f"; tokens kept: {100 * best.share:.0f}% of token-layers"
     several = f"Best of the {len(others)} runs beside the first: " if len(others) > 1 else ""
-    yield f"{several}{told}{kept}."
+    yield f"{several}{text}{kept}."
 
 
-def _of_grid(grid: str, points: Sequence[Point]) -> str:
-    """Say which row of a grid is the best, and how far it is from the row without reduction."""
-    known = [point for point in points if PRIMARY.name in point.figures]
+def _of_grid(grid: str, points: Sequence[Point], task: Task) -> str:
+    """Summarise a grid: the best row, and its difference to the row without reduction."""
+    metric = task.primary
+    known = [point for point in points if metric.name in point.figures]
     reduced = [point for point in known if not point.baseline]
     if not known:
-        return f"{grid} has no row with a {PRIMARY.title} yet."
-    best = _best(reduced or known, lambda point: point.figures[PRIMARY.name].mean)
-    value = best.figures[PRIMARY.name]
+        return f"{grid} has no row with a {metric.title} yet."
+    best = _best(reduced or known, metric, lambda point: point.figures[metric.name].mean)
+    value = best.figures[metric.name]
     among = " of the rows with reduction" if reduced else ""
-    told = f"{grid}: {best.name} reaches the best {PRIMARY.title}{among}"
-    told += f", {_text(value, 2)}{_unit(' ')}"
+    text = f"{grid}: {best.name} reaches the best {metric.title}{among}"
+    text += f", {value.text(2)}{metric.suffix}"
     for base in (point for point in known if point.baseline and point is not best):
-        told += f", {_difference(value.mean - base.figures[PRIMARY.name].mean)} {base.name}"
+        text += f", {_difference(metric, value.mean - base.figures[metric.name].mean)} {base.name}"
         if "seconds" in best.figures and "seconds" in base.figures:
             share = best.figures["seconds"].mean / base.figures["seconds"].mean
-            told += f", in {100 * share:.0f}% of its training time"
-    return f"{told}."
+            text += f", in {100 * share:.0f}% of its training time"
+    return f"{text}."
 
 
-def _best(found: Sequence[Any], value: Any) -> Any:
-    return (max if PRIMARY.higher_is_better else min)(found, key=value)
+def _best(items: Sequence[Any], metric: Metric, value: Any) -> Any:
+    return (max if metric.higher_is_better else min)(items, key=value)
 
 
 def _value(result: Result) -> float:
-    return cast(float, result.metrics[PRIMARY.name])  # every log has it
+    return cast(float, result.metrics[result.primary.name])  # every log has it
 
 
-def _unit(space: str) -> str:
-    return PRIMARY.unit if PRIMARY.unit == "%" else f"{space}{PRIMARY.unit}"
-
-
-def _difference(change: float) -> str:
-    """Say how far a value is from another: `0.52 points less than`."""
-    unit = "points" if PRIMARY.unit == "%" else PRIMARY.unit
+def _difference(metric: Metric, change: float) -> str:
+    """Describe a difference: `0.52 points less than`."""
+    unit = " points" if metric.unit == "%" else metric.suffix
     if round(change, 2) == 0:
         return "as"
-    return f"{abs(change):.2f} {unit} {'more' if change > 0 else 'less'} than"
+    return f"{abs(change):.2f}{unit} {'more' if change > 0 else 'less'} than"
 
 
 def _section(name: str, folder: Path, result: Result, *, by_class: bool) -> dict[str, Any]:
@@ -213,8 +212,8 @@ def _section(name: str, folder: Path, result: Result, *, by_class: bool) -> dict
     share = "" if result.share is None else f", {100 * result.share:.1f}% of token-layers kept"
     return {
         "name": name,
-        "summary": f"{result.model}, reduction: {result.reduction}{share}; {PRIMARY.label} "
-        f"{_value(result):.2f}{_unit(' ')} after {result.seconds:.1f} s of training, "
+        "summary": f"{result.model}, reduction: {result.reduction}{share}; {result.primary.label} "
+        f"{_value(result):.2f}{result.primary.suffix} after {result.seconds:.1f} s of training, "
         f"{result.memory_mib:.1f} MiB {result.memory_kind}.",
         "tables": [*tables, ("Settings that are not the defaults", changed)],
         "settings": settings.read_text(encoding="utf-8"),
@@ -247,7 +246,7 @@ def _plan(folder: Path) -> Iterator[Table]:
             for layer, (count, seen) in enumerate(pairs, start=1)
         ],
         names=1,
-        notes=[f"tokens go {'after' if after else 'before'} the mixer of their layer"],
+        notes=[f"tokens are removed {'after' if after else 'before'} the mixer of their layer"],
     )
 
 
@@ -260,8 +259,8 @@ def _changed(flat: Mapping[str, Any]) -> Table:
     return Table(head=("setting", "value", "default"), rows=rows, names=3)
 
 
-def _pairs(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in found.items():
+def _pairs(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in facts.items():
         if isinstance(value, Mapping):
             yield from _pairs(value, f"{prefix}{name}.")
         else:
@@ -274,15 +273,19 @@ def _plain(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _grid_table(name: str, points: Sequence[Point]) -> Table:
-    columns = {k: v for k, v in _COLUMNS.items() if any(k in p.figures for p in points)}
+def _grid_table(name: str, points: Sequence[Point], task: Task) -> Table:
+    heads = {metric.name: (metric.head, 2) for metric in task.metrics} | _COLUMNS
+    columns = {k: v for k, v in heads.items() if any(k in p.figures for p in points)}
     return Table(
         title=name,
         head=("row", *(head for head, _ in columns.values())),
         rows=[
             [
                 point.name,
-                *(_text(point.figures.get(k), digits) for k, (_, digits) in columns.items()),
+                *(
+                    point.figures[key].text(digits) if key in point.figures else "-"
+                    for key, (_, digits) in columns.items()
+                ),
             ]
             for point in points
         ],
@@ -291,21 +294,14 @@ def _grid_table(name: str, points: Sequence[Point]) -> Table:
     )
 
 
-def _text(found: Estimate | None, digits: int) -> str:
-    if found is None:
-        return "-"
-    spread = "" if found.std is None else f" ± {found.std:.{digits}f}"
-    return f"{found.mean:.{digits}f}{spread}"
+def _front(folder: Path, name: str, points: Sequence[Point], task: Task) -> Embedded:
+    title = f"{name}: {task.primary.title} against cost"
+    path = folder / f"pareto_{name}.png"
+    save(pareto(points, title=title, metric=task.primary), path)
+    return _embedded(path, title)
 
 
-def _front(place: Path, name: str, points: Sequence[Point]) -> Shown:
-    title = f"{name}: {PRIMARY.title} against cost"
-    path = place / f"pareto_{name}.png"
-    save(pareto(points, title=title), path)
-    return _shown(path, title)
-
-
-def _shown(path: Path, text: str) -> Shown:
+def _embedded(path: Path, text: str) -> Embedded:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return text, f"data:image/{path.suffix.removeprefix('.')};base64,{data}"
 

@@ -1,4 +1,4 @@
-"""How every figure looks, and how it becomes a file; the one module that asks for matplotlib.
+"""The style of every figure, and how it becomes a file; the one module that needs matplotlib.
 
 Type is never smaller than 11 points, nor than 1.8% of a figure's width, so that it can be read at
 half size.  Colours are those of `patches.COLOURS`, and cividis for numbers.
@@ -85,12 +85,12 @@ def panels(
     """Return a figure of equal squares below a title, and their axes in reading order.
 
     Args:
-        count: Squares.
-        columns: Most of them in a row.
-        side: Width of a square with what surrounds it, in inches.
+        count: Squares, at most `columns` in a row.
+        columns: See `count`.
+        side: Width of a square and its surroundings, in inches.
         title: As in `headed`.
         detail: As in `headed`.
-        lines: Lines of text that belong to a square, above and below it.
+        lines: Lines of text above and below each square.
         more: Further width and height, in inches, such as for a key.
     """
     rows = -(-count // columns)
@@ -108,10 +108,10 @@ def panels(
 def grid_of(on: Figure, count: int, columns: int) -> list[Axes]:
     """Return `count` axes of a figure in reading order, at most `columns` in a row."""
     columns = min(columns, count)
-    found = list(on.subplots(-(-count // columns), columns, squeeze=False).flat)
-    for unused in found[count:]:
+    axes = list(on.subplots(-(-count // columns), columns, squeeze=False).flat)
+    for unused in axes[count:]:
         unused.remove()
-    return found[:count]
+    return axes[:count]
 
 
 def headed(on: Figure, title: str, detail: str = "") -> None:
@@ -177,11 +177,11 @@ def legend(on: Figure, marks: Sequence[Artist]) -> None:
     )
 
 
-def key(on: Figure, looks: Iterable[tuple[str, dict[str, Any]]]) -> None:
+def key(on: Figure, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
     """Explain lines or marks, each with its label, below the figure."""
     from matplotlib.lines import Line2D
 
-    legend(on, [Line2D([], [], label=label, **look) for label, look in looks])
+    legend(on, [Line2D([], [], label=label, **style) for label, style in entries])
 
 
 def labelled(axes: Axes) -> list[Artist]:

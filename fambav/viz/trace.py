@@ -51,7 +51,7 @@ class TokenTrace(NamedTuple):
         rank: Step at which the first direction's scan of the whole image meets each patch, row by
             row, (patches,).
         steps: One for each layer.
-        logits: What the model says, (classes,).
+        logits: Of the image, (classes,).
     """
 
     image: Tensor
@@ -169,5 +169,5 @@ def _pixels(image: Tensor, statistics: Statistics) -> Pixels:
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    found: NDArray[Any] = tensor.cpu().numpy()
-    return found
+    array: NDArray[Any] = tensor.cpu().numpy()
+    return array

@@ -25,7 +25,7 @@ def test_every_number_of_processes_has_a_row_in_both_ways(report):
     assert report.settings["data"] == "DIGITS"
 
 
-def test_rates_are_told_for_a_process_and_beside_one(report):
+def test_rates_are_given_per_process_and_beside_one_worker(report):
     one = find(report, way="loader", workers=1)["images_per_s"]
     for row in report.rows:
         low, high = row["quartiles_per_s"]

@@ -77,6 +77,15 @@ def test_only_methods_that_read_a_mixer_pay_for_it_and_only_aligned_ones_for_agi
     assert aging == aligned == {"prune-aligned"}
 
 
+def test_mixers_look_positions_up_only_where_a_grid_has_gaps(vim, plainmamba):
+    assert {row["lookup"] for row in vim.rows} == {None}
+    names = {row["method"] for row in plainmamba.rows if row["lookup"] is not None}
+    assert names == set(METHODS) - {
+        "storm",
+        "prune-aligned",
+    }  # the one leaves a grid, the other scans across gaps
+
+
 def test_five_percent_of_the_patches_go_or_the_nearest_step_of_a_grid(vim):
     removed = {row["method"]: row["removed"] for row in vim.rows}
     assert removed.pop("storm") == 8  # 8 x 8 patches become 8 x 7

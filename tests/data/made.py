@@ -27,7 +27,7 @@ def made_cifar(path, classes=100, train=200, test=100, seed=0):
     for name, count in (("train", train), ("test", test)):
         labels = source.permutation(np.arange(count) % classes)
         entries = {
-            b"filenames": [b"made_%05d.png" % place for place in range(count)],
+            b"filenames": [b"made_%05d.png" % index for index in range(count)],
             b"batch_label": b"%sing batch 1 of 1" % name.encode(),
             b"fine_labels": labels.tolist(),
             b"coarse_labels": (labels % 20).tolist(),
@@ -54,7 +54,7 @@ def made_cifar10(path, train=50, test=20, seed=0):
             b"batch_label": name.encode(),
             b"labels": labels.tolist(),
             b"data": pictures(labels, source),
-            b"filenames": [b"made_%05d.png" % place for place in range(count)],
+            b"filenames": [b"made_%05d.png" % index for index in range(count)],
         }
         write(folder / name, entries)
     names = [b"class_%d" % label for label in range(10)]
@@ -69,7 +69,7 @@ def made_folder(path, classes=("cat", "dog"), train=6, val=4, size=(40, 48)):
         for name in classes:
             folder = Path(path) / part / name
             folder.mkdir(parents=True)
-            for place in range(count):
+            for index in range(count):
                 pixels = source.integers(0, 256, (*size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{place}.png")
+                Image.fromarray(pixels).save(folder / f"{index}.png")
     return Path(path)

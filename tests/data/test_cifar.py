@@ -15,6 +15,7 @@ import pytest
 
 from fambav.data import DataError, cifar, fetch, load
 from fambav.data.cifar import LAYOUTS
+from fambav.data.types import digest
 from fambav.timm_compat import torchvision
 from tests.data.made import made_cifar, made_cifar10, write
 
@@ -92,7 +93,7 @@ def test_the_digest_changes_with_a_pixel(tmp_path):
     )
     assert one.digest == same.digest
     other.val.images[0, 0, 0, 0] ^= 1
-    assert cifar.digest(other.train, other.val) != one.digest
+    assert digest(other.train, other.val) != one.digest
 
 
 def string(text):
@@ -130,7 +131,7 @@ def test_every_protocol_of_pickle_is_read(folder, protocol):
 
 
 @pytest.mark.parametrize("absent", [("meta",), ("train", "test"), ("train", "test", "meta")])
-def test_what_is_missing_is_told_with_the_command_that_fetches_it(folder, absent):
+def test_what_is_missing_is_reported_with_the_command_that_fetches_it(folder, absent):
     for name in absent:
         (folder / name).unlink()
     with pytest.raises(DataError) as caught:
@@ -143,7 +144,7 @@ def test_what_is_missing_is_told_with_the_command_that_fetches_it(folder, absent
 
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
-def test_a_truncated_file_is_told(folder, name, share):
+def test_a_truncated_file_is_reported(folder, name, share):
     path = folder / name
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(DataError, match=rf"{name} is truncated or damaged .*--download"):
@@ -151,7 +152,7 @@ def test_a_truncated_file_is_told(folder, name, share):
 
 
 @pytest.mark.parametrize("raw", [b"not a pickle", b"\x80\x02]q\x00.", b"\x80\x02K\x07."])
-def test_a_file_of_something_else_is_told(folder, raw):
+def test_a_file_of_something_else_is_reported(folder, raw):
     (folder / "train").write_bytes(raw)
     with pytest.raises(DataError, match="train is truncated or damaged"):
         load("CIFAR", folder)
@@ -170,13 +171,13 @@ def test_a_file_of_something_else_is_told(folder, raw):
         (dict(fine_labels=[-1] * 12), r"labels are -1 \.\. -1"),
     ],
 )
-def test_arrays_that_do_not_fit_are_told(folder, changes, message):
+def test_arrays_that_do_not_fit_are_reported(folder, changes, message):
     spoil(folder / "train", **changes)
     with pytest.raises(DataError, match=message):
         load("CIFAR", folder)
 
 
-def test_labels_or_names_that_are_not_there_are_told(folder):
+def test_labels_or_names_that_are_not_there_are_reported(folder):
     write(folder / "train", {b"data": np.zeros((1, 3072), np.uint8)})
     with pytest.raises(DataError, match=r"train holds .*'data'.*, expected 'fine_labels'"):
         load("CIFAR", folder)
@@ -270,7 +271,7 @@ def test_fetching_unpacks_the_published_archive(tmp_path, published, inner):
     assert (tmp_path / "data" / "cifar-100-python" / "meta").is_file()
 
 
-def test_nothing_is_fetched_unless_asked(tmp_path, published):
+def test_nothing_is_fetched_without_download(tmp_path, published):
     with pytest.raises(DataError, match="missing: train, test, meta"):
         load("CIFAR", tmp_path / "data")
     assert not (tmp_path / "data").exists()
@@ -293,6 +294,6 @@ def test_an_archive_that_can_not_be_had_is_one_sentence(tmp_path, published, mon
 
 
 @pytest.mark.parametrize("name", ["IMNET", "FOLDER", "INAT"])
-def test_what_can_not_be_fetched_is_told(name):
+def test_what_can_not_be_fetched_is_reported(name):
     with pytest.raises(DataError, match=f"data_set is '{name}', expected one that --download"):
         fetch(name, "datasets")

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from fambav.data import DataError, DataSet, fetch, load, read_image
-from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
 from fambav.data.datasets import hold_out
+from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD
 from fambav.registry import BUILDERS, DATA_SETS
 from fambav.timm_compat import torchvision
 from tests.data.made import made_folder
@@ -51,7 +51,7 @@ def test_a_digit_is_a_small_grey_picture():
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 50, 99, 100])
-def test_holding_out_takes_the_number_asked_for(count):
+def test_holding_out_takes_the_number_given(count):
     labels = np.arange(100) ** 2 % 7
     chosen = hold_out(labels, count=count)
     assert chosen.sum() == count
@@ -59,13 +59,13 @@ def test_holding_out_takes_the_number_asked_for(count):
     assert np.abs(held - all_of_them * count / 100).max() < 1
 
 
-def test_fake_images_are_a_function_of_place_and_seed():
+def test_fake_images_are_a_function_of_index_and_seed():
     data, again = (load("FAKE", classes=7, image_size=(16, 24), seed=1) for _ in range(2))
     other = load("FAKE", classes=7, image_size=(16, 24), seed=2)
     image, label = data.train[9]
     assert (image.mode, image.size, label) == ("RGB", (24, 16), 2)
     assert image.tobytes() == again.train[9][0].tobytes()
-    seen = {part[place][0].tobytes() for part in (data.train, data.val) for place in range(8)}
+    seen = {part[index][0].tobytes() for part in (data.train, data.val) for index in range(8)}
     assert len(seen) == 16
     assert image.tobytes() != other.train[9][0].tobytes()
     assert (data.num_classes, len(data.train), len(data.val)) == (7, 1280, 256)
@@ -81,21 +81,21 @@ def test_folders_are_classes(tmp_path, name):
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_a_missing_folder_is_told(tmp_path, part):
+def test_a_missing_folder_is_reported(tmp_path, part):
     root = made_folder(tmp_path)
     (root / part).rename(root / "elsewhere")
     with pytest.raises(DataError, match=f"missing: {root / part}/; IMNET has to be put there"):
         load("IMNET", root)
 
 
-def test_classes_without_images_are_told(tmp_path):
+def test_classes_without_images_are_reported(tmp_path):
     root = made_folder(tmp_path)
     (root / "val" / "emu").mkdir()
     with pytest.raises(DataError, match=r"val is incomplete: .*emu"):
         load("FOLDER", root)
 
 
-def test_classes_that_differ_are_told(tmp_path):
+def test_classes_that_differ_are_reported(tmp_path):
     root = made_folder(tmp_path)
     (root / "val" / "dog").rename(root / "val" / "emu")
     with pytest.raises(DataError, match="only in one of them: dog, emu"):
@@ -103,7 +103,7 @@ def test_classes_that_differ_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 10, 0.6])
-def test_a_damaged_image_is_told_by_its_path(tmp_path, left):
+def test_a_damaged_image_is_reported_by_its_path(tmp_path, left):
     path = made_folder(tmp_path) / "train" / "cat" / "0.png"
     raw = path.read_bytes()
     path.write_bytes(raw[: left if left > 1 else int(left * len(raw))])
@@ -172,7 +172,7 @@ def test_a_tiff_of_sixteen_bits_written_by_hand_is_read(tmp_path):
     assert np.asarray(read_image(tmp_path / "x.tif"))[0, :, 0].tolist() == SCALED
 
 
-def test_sixteen_bits_that_are_cut_off_are_told(tmp_path):
+def test_sixteen_bits_that_are_cut_off_are_reported(tmp_path):
     Image.fromarray(np.arange(10000, dtype="<u2").reshape(100, 100)).save(tmp_path / "x.png")
     raw = (tmp_path / "x.png").read_bytes()
     (tmp_path / "x.png").write_bytes(raw[: len(raw) // 2])
@@ -180,10 +180,28 @@ def test_sixteen_bits_that_are_cut_off_are_told(tmp_path):
         read_image(tmp_path / "x.png")
 
 
+@pytest.mark.parametrize(
+    "extension", ["png", "jpg", "jp2", "bmp", "ppm", "pgm", "tif", "webp", "gif"]
+)
+def test_common_formats_are_read(tmp_path, extension):
+    path = tmp_path / f"x.{extension}"
+    Image.new("L", (3, 2), 90).save(path)
+    image = read_image(path)
+    assert (image.mode, image.size) == ("RGB", (3, 2))
+    assert abs(np.asarray(image).astype(int) - 90).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX", "PDF", "SGI", "TGA"])
+def test_other_formats_are_refused_whatever_the_name(tmp_path, kind):
+    Image.new("RGB", (16, 16), 90).save(tmp_path / "x.png", kind)
+    with pytest.raises(DataError, match=r"x\.png is damaged, expected an image \(cannot identify"):
+        read_image(tmp_path / "x.png")
+
+
 def nest(folder, *names):
     """Put the images of a folder into folders within it, one after the other."""
-    for place, path in enumerate(sorted(folder.glob("*.png"))):
-        inner = folder / names[place % len(names)]
+    for index, path in enumerate(sorted(folder.glob("*.png"))):
+        inner = folder / names[index % len(names)]
         inner.mkdir(parents=True, exist_ok=True)
         path.rename(inner / path.name)
 
@@ -324,13 +342,13 @@ def made_inat(root, *, kingdoms=True, genera=2):
     for part, count in (("train", 2), ("val", 1)):
         images, annotations = [], []
         for number in species:
-            for place in range(count):
+            for index in range(count):
                 name = len(images)
-                file = f"images/Birds/{number}/{part}{place}.png"
-                short = root / "images" / str(number) / f"{part}{place}.png"
+                file = f"images/Birds/{number}/{part}{index}.png"
+                short = root / "images" / str(number) / f"{part}{index}.png"
                 path = root / file if kingdoms else short
                 path.parent.mkdir(parents=True, exist_ok=True)
-                (root / "images" / part / str(number) / f"{place}.png").rename(path)
+                (root / "images" / part / str(number) / f"{index}.png").rename(path)
                 images.append({"id": name, "file_name": file})
                 annotations.append({"image_id": name, "category_id": number})
         lists = {"images": images, "annotations": annotations}
@@ -343,11 +361,11 @@ def test_inaturalist_counts_labels_as_the_training_list_shows_them(tmp_path, kin
     data = load("INAT", made_inat(tmp_path, kingdoms=kingdoms))
     assert data.class_names == ("Corvus corax", "Corvus corone", "Pica pica", "Pica nutalli")
     assert [label for _, label in data.train.entries] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [data.val[place][1] for place in range(4)] == [0, 1, 2, 3]
+    assert [data.val[index][1] for index in range(4)] == [0, 1, 2, 3]
     assert data.train[0][0].size == (48, 40)
 
 
-def test_inaturalist_tells_apart_what_it_is_asked_to(tmp_path):
+def test_inaturalist_labels_are_those_of_the_category(tmp_path):
     data = load("INAT", made_inat(tmp_path), inat_category="genus")
     assert data.class_names == ("Corvus", "Pica")
     assert [label for _, label in data.val.entries] == [0, 0, 1, 1]
@@ -356,7 +374,7 @@ def test_inaturalist_tells_apart_what_it_is_asked_to(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train2018.json", "val2018.json", "categories.json"])
-def test_lists_that_are_missing_or_damaged_are_told(tmp_path, name):
+def test_lists_that_are_missing_or_damaged_are_reported(tmp_path, name):
     path = made_inat(tmp_path) / name
     whole = path.read_text()
     path.write_text(whole[:-5])
@@ -370,7 +388,7 @@ def test_lists_that_are_missing_or_damaged_are_told(tmp_path, name):
         load("INAT", tmp_path)
 
 
-def test_a_class_that_is_only_validated_is_told(tmp_path):
+def test_a_class_that_is_only_validated_is_reported(tmp_path):
     path = made_inat(tmp_path) / "train2018.json"
     lists = json.loads(path.read_text())
     lists["annotations"] = lists["annotations"][2:]

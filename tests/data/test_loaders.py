@@ -5,12 +5,13 @@ import multiprocessing
 import pytest
 import torch
 
-from fambav.data import DataError, Tolerant, eval_loader, load, train_loader, train_transform
-from fambav.data.arrays import ArraySet
+from fambav.config import Augment
+from fambav.data import DataError, SkipCorrupt, eval_loader, load, train_loader, train_transform
 from fambav.data.loaders import Augmented
+from fambav.data.types import ArraySet
 
 DIGITS = load("DIGITS")
-TRANSFORM = train_transform(input_size=32, affine=10.0, reprob=0.5)
+TRANSFORM = train_transform(Augment(affine=10.0, reprob=0.5), input_size=32)
 RUN = dict(batch_size=8, seed=3, epochs=2)
 
 
@@ -117,7 +118,7 @@ def number(image):
 
 
 def numbered(count=24):
-    """Images whose level is their place, as is their label."""
+    """Images whose level is their index, as is their label."""
     places = torch.arange(count, dtype=torch.uint8)
     return ArraySet(places[:, None, None, None].expand(-1, 2, 2, 3).numpy(), places.numpy())
 
@@ -158,32 +159,32 @@ class Spotted:
     def __len__(self):
         return len(self.samples)
 
-    def __getitem__(self, place):
-        if place in self.bad:
-            raise DataError(f"picture {place} is damaged, expected an image")
-        return self.samples[place]
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise DataError(f"picture {index} is damaged, expected an image")
+        return self.samples[index]
 
 
 @pytest.mark.parametrize("bad", [(), (0, 198), (199,), (198, 199)])
 def test_samples_that_cannot_be_read_are_left_out_or_replaced_by_the_next(bad):
-    tolerant = Tolerant(Spotted(*bad), replacing=False)
-    images, labels = both([eval_loader(tolerant, number, batch_size=16)])
-    assert images == labels == [place for place in range(200) if place not in bad]
-    tolerant = Tolerant(Spotted(*bad), replacing=True)
-    found = [tolerant[place][1] for place in range(200)]
+    samples = SkipCorrupt(Spotted(*bad), replacing=False)
+    images, labels = both([eval_loader(samples, number, batch_size=16)])
+    assert images == labels == [index for index in range(200) if index not in bad]
+    samples = SkipCorrupt(Spotted(*bad), replacing=True)
+    found = [samples[index][1] for index in range(200)]
     expected = list(range(200))
-    for place in sorted(bad, reverse=True):
-        expected[place] = expected[(place + 1) % 200]
+    for index in sorted(bad, reverse=True):
+        expected[index] = expected[(index + 1) % 200]
     assert found == expected
-    assert tolerant.count() == len(bad)
+    assert samples.count() == len(bad)
 
 
 class Damaged:
     def __len__(self):
         return 8
 
-    def __getitem__(self, place):
-        raise DataError(f"picture {place} is damaged, expected an image")
+    def __getitem__(self, index):
+        raise DataError(f"picture {index} is damaged, expected an image")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fambav.config import Augment
 from fambav.data import mixup
 from tests import golden
 
@@ -27,7 +28,7 @@ def scripted(monkeypatch, *, lam, cutmix, centre=()):
 @pytest.mark.parametrize(("lam", "smoothing"), [(0.3, 0.1), (0.0, 0.1), (0.75, 0.0)])
 def test_targets_share_their_mass_with_the_partners(monkeypatch, lam, smoothing):
     scripted(monkeypatch, lam=lam, cutmix=False)
-    _, targets = mixup(**OPTIONS, smoothing=smoothing)(images(), LABELS, update=0)
+    _, targets = mixup(Augment(smoothing=smoothing), **OPTIONS)(images(), LABELS, update=0)
     torch.testing.assert_close(
         targets, ARRAYS[f"mix/target_lam{lam}_s{smoothing}"], rtol=0, atol=1e-6
     )
@@ -54,13 +55,13 @@ def test_cutmix_pastes_the_originals_box_with_its_last_odd_pixel(monkeypatch, na
     bottom, right = min(bottom + odd, 8), min(right + odd, 8)
     pasted[..., top:bottom, left:right] = images().flip(0)[..., top:bottom, left:right]
     scripted(monkeypatch, lam=case["lam"], cutmix=True, centre=(case["cy"], case["cx"]))
-    mixed, targets = mixup(**OPTIONS, smoothing=0.0)(images(), LABELS, update=0)
+    mixed, targets = mixup(Augment(smoothing=0.0), **OPTIONS)(images(), LABELS, update=0)
     assert torch.equal(mixed, pasted)
     assert targets[0, 0].item() == 1 - (bottom - top) * (right - left) / 64
 
 
 def test_a_stream_of_draws_is_the_originals():
-    mix = mixup(**OPTIONS, smoothing=0.0)
+    mix = mixup(Augment(smoothing=0.0), **OPTIONS)
     labels, blank = torch.tensor([0, 1]), torch.zeros(2, 3, 224, 224)
     np.random.seed(0)
     for call in TOLD["mix"]["numpy_seed0_stream"]["calls"]:
@@ -86,7 +87,7 @@ def test_the_draws_of_an_update_depend_on_nothing_else():
 
 @pytest.mark.parametrize(("mode", "shares"), [("batch", 1), ("pair", 2), ("elem", 4)])
 def test_a_mode_says_what_draws_a_share_of_its_own(mode, shares):
-    mix = mixup(**OPTIONS, cutmix=0.0, smoothing=0.0, mixup_mode=mode)
+    mix = mixup(Augment(cutmix=0.0, smoothing=0.0, mixup_mode=mode), **OPTIONS)
     mixed, targets = mix(images(), torch.arange(4), update=0)
     assert not torch.equal(mixed, images())
     torch.testing.assert_close(targets.sum(1), torch.ones(4))
@@ -94,8 +95,8 @@ def test_a_mode_says_what_draws_a_share_of_its_own(mode, shares):
 
 
 def test_probabilities_say_how_often_and_which():
-    never = mixup(**OPTIONS, mixup_prob=0.0, smoothing=0.0)
-    boxes, blends = (mixup(**OPTIONS, mixup_switch_prob=share) for share in (1.0, 0.0))
+    never = mixup(Augment(mixup_prob=0.0, smoothing=0.0), **OPTIONS)
+    boxes, blends = (mixup(Augment(mixup_switch_prob=share), **OPTIONS) for share in (1.0, 0.0))
     for update in range(5):
         unmixed, targets = never(images(), LABELS, update=update)
         assert torch.equal(unmixed, images())
@@ -114,12 +115,13 @@ def test_an_odd_batch_is_refused_before_anything_runs():
 @pytest.mark.parametrize("span", [(0.5,), (0.6, 0.4), (0.2, 1.5)])
 def test_a_box_that_is_no_span_is_refused(span):
     with pytest.raises(ValueError, match="cutmix_minmax is"):
-        mixup(**OPTIONS, cutmix_minmax=span)
+        mixup(Augment(cutmix_minmax=span), **OPTIONS)
 
 
 def test_without_mixing_there_is_nothing_to_do():
-    assert mixup(num_classes=10, batch_size=33, seed=0, mixup=0.0, cutmix=0.0) is None
-    only_boxes = mixup(**OPTIONS, mixup=0.0, cutmix=0.0, cutmix_minmax=(0.2, 0.8), smoothing=0.0)
+    assert mixup(Augment(mixup=0.0, cutmix=0.0), num_classes=10, batch_size=33, seed=0) is None
+    boxes = Augment(mixup=0.0, cutmix=0.0, cutmix_minmax=(0.2, 0.8), smoothing=0.0)
+    only_boxes = mixup(boxes, **OPTIONS)
     mixed, targets = only_boxes(images(), LABELS, update=0)
     assert 0.2**2 <= targets[0, 9] <= 0.8**2
     assert (mixed != images()).any()

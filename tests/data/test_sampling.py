@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
-from fambav.data import TrainBatches, deal
+from fambav.data import TrainBatches, repeat_augmented
 from tests import golden
 
 ARRAYS, TOLD = golden.load("recipe_data")
@@ -22,7 +22,7 @@ def permutation(case):
 @pytest.mark.parametrize("name", sorted(TOLD["ra"]))
 def test_repeated_augmentation_deals_as_the_original_does(name):
     case = TOLD["ra"][name]
-    order = deal(permutation(case), repeats=case["repeats"])
+    order = repeat_augmented(permutation(case), repeats=case["repeats"])
     ranks = [order[rank :: case["ranks"]][: case["len"]] for rank in range(case["ranks"])]
     assert torch.equal(torch.stack(ranks)[:, :20].int(), ARRAYS[f"ra/{name}/first20"])
     assert [rank[-5:].tolist() for rank in ranks] == case["last5"]
@@ -37,13 +37,13 @@ def test_the_batches_of_a_rank_are_the_originals(rank):
     batches = TrainBatches(50_000, batch_size=128, seed=0, epochs=1, rank=rank, world=4, repeats=3)
     assert batches.updates_per_epoch == len(batches) == 97
     dealt = batches.order(0)[rank::4][: 97 * 128]
-    seen = [place for batch in batches for _, _, place in batch]
+    seen = [index for batch in batches for _, _, index in batch]
     assert seen == dealt.tolist()
 
 
 def test_repeats_keep_a_set_that_is_smaller_than_the_rounding():
-    order = deal(torch.arange(40), repeats=3)
-    assert order.tolist() == [place // 3 for place in range(40)]
+    order = repeat_augmented(torch.arange(40), repeats=3)
+    assert order.tolist() == [index // 3 for index in range(40)]
 
 
 def test_an_epoch_shows_every_sample_once_in_an_order_of_its_own():
@@ -55,7 +55,7 @@ def test_an_epoch_shows_every_sample_once_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize(("world", "accum"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_the_batches_of_an_epoch_are_told_beforehand_and_hold_every_sample_once(world, accum):
+def test_the_batches_of_an_epoch_are_reported_beforehand_and_hold_every_sample_once(world, accum):
     share = dict(batch_size=8 // (world * accum), seed=0, epochs=2, world=world, accum=accum)
     ranks = [TrainBatches(32, **share, rank=rank) for rank in range(world)]
     streams = [iter(rank) for rank in ranks]
@@ -63,11 +63,11 @@ def test_the_batches_of_an_epoch_are_told_beforehand_and_hold_every_sample_once(
         seen = []
         for update in range(4 * epoch, 4 * epoch + 4):
             read = [
-                [[place for _, _, place in batch] for batch in islice(stream, accum)]
+                [[index for _, _, index in batch] for batch in islice(stream, accum)]
                 for stream in streams
             ]
-            assert all(rank.places(update) == read for rank in ranks)
-            seen += [place for micros in read for batch in micros for place in batch]
+            assert all(rank.indices(update) == read for rank in ranks)
+            seen += [index for micros in read for batch in micros for index in batch]
         assert sorted(seen) == list(range(32))
 
 

@@ -1,19 +1,22 @@
 """From an image to a tensor."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fambav.config import Config, ConfigError
-from fambav.data import eval_transform, three_augment, train_transform
-from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
+from fambav.config import Augment, Config, ConfigError
+from fambav.data import eval_transform, train_transform
 from fambav.data.transforms import Blur
+from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD
 from fambav.seeding import seed_all
 
-PLAIN = dict(aa=None, color_jitter=0, reprob=0.0, hflip=0.0, mean=(0, 0, 0), std=(1, 1, 1))
+SCALE = dict(mean=(0, 0, 0), std=(1, 1, 1))
+PLAIN = Augment(aa=None, color_jitter=0, reprob=0.0, hflip=0.0)
+THREE = Augment(three_augment=True)
 
 
 def picture(height=32, width=32):
@@ -26,14 +29,14 @@ def drawn(transform, image, *name):
     return transform(image)
 
 
-@pytest.mark.parametrize("make", [train_transform, three_augment])
+@pytest.mark.parametrize("augment", [Augment(), THREE], ids=["deit", "three"])
 @pytest.mark.parametrize("size", [224, 32, (32, 64), (64, 32)])
-def test_a_seed_decides_the_result(make, size):
-    transform = make(input_size=size)
+def test_a_seed_decides_the_result(augment, size):
+    transform = train_transform(augment, input_size=size)
     first = drawn(transform, picture(), 0, "augment", 1, 2)
     assert first.shape == (3, *((size, size) if isinstance(size, int) else size))
     assert torch.equal(drawn(transform, picture(), 0, "augment", 1, 2), first)
-    others = [drawn(transform, picture(), 0, "augment", 1, place) for place in range(3, 9)]
+    others = [drawn(transform, picture(), 0, "augment", 1, index) for index in range(3, 9)]
     assert not any(torch.equal(other, first) for other in others)
 
 
@@ -57,12 +60,12 @@ def test_the_published_recipe_has_its_steps_in_order():
 
 
 def test_a_small_input_is_the_whole_image_shifted_by_at_most_four_pixels():
-    transform = train_transform(input_size=32, **PLAIN)
+    transform = train_transform(PLAIN, input_size=32, **SCALE)
     image = torch.from_numpy(np.array(picture())).permute(2, 0, 1) / 255
     padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
     shifts = set()
-    for place in range(90):
-        result = drawn(transform, picture(), place)
+    for index in range(90):
+        result = drawn(transform, picture(), index)
         found = [
             (top, left)
             for top in range(9)
@@ -75,7 +78,7 @@ def test_a_small_input_is_the_whole_image_shifted_by_at_most_four_pixels():
 
 
 def test_a_small_input_from_an_image_of_another_size_is_resized_first():
-    transform = train_transform(input_size=32, **PLAIN)
+    transform = train_transform(PLAIN, input_size=32, **SCALE)
     result = drawn(transform, Image.new("RGB", (8, 8), (255, 255, 255)), 0)
     assert result.shape == (3, 32, 32)
     assert (result == 1).float().mean() >= (28 / 32) ** 2
@@ -83,24 +86,24 @@ def test_a_small_input_from_an_image_of_another_size_is_resized_first():
 
 @pytest.mark.parametrize("policy", [None, "", "none"])
 def test_a_policy_can_be_switched_off(policy):
-    transform = train_transform(input_size=64, aa=policy, color_jitter=0.3)
+    transform = train_transform(Augment(aa=policy, color_jitter=0.3), input_size=64)
     assert "RandAugment" not in str(transform)
     assert "ColorJitter" in str(transform)
-    assert "ColorJitter" not in str(train_transform(input_size=64, aa=policy, color_jitter=None))
-    assert "ColorJitter" not in str(train_transform(input_size=64, color_jitter=0.3))
+    for other in (Augment(aa=policy, color_jitter=None), Augment(color_jitter=0.3)):
+        assert "ColorJitter" not in str(train_transform(other, input_size=64))
 
 
 def test_erasing_takes_its_settings():
-    transform = train_transform(input_size=64, reprob=0.4, remode="const", recount=3)
+    transform = train_transform(Augment(reprob=0.4, remode="const", recount=3), input_size=64)
     erasing = transform.transforms[-1]
     assert (erasing.probability, erasing.mode, erasing.max_count) == (0.4, "const", 3)
-    assert "RandomErasing" not in str(train_transform(input_size=64, reprob=0.0))
+    assert "RandomErasing" not in str(train_transform(Augment(reprob=0.0), input_size=64))
 
 
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("name", ["bilinear", "bicubic"])
-def test_images_are_enlarged_as_asked(size, name):
-    crop = train_transform(input_size=size, train_interpolation=name).transforms[0]
+def test_images_are_enlarged_as_set(size, name):
+    crop = train_transform(Augment(train_interpolation=name), input_size=size).transforms[0]
     assert crop.interpolation.value == name
 
 
@@ -148,7 +151,7 @@ def test_a_policy_that_timm_would_not_carry_out_whole_is_refused(aa):
     assert "\n" not in str(caught.value)
     if aa:  # which is none for the transform
         with pytest.raises(ValueError, match=f"^{re.escape(str(caught.value))}$"):
-            train_transform(input_size=64, aa=aa)
+            train_transform(Augment(aa=aa), input_size=64)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,7 @@ def test_a_policy_that_timm_would_not_carry_out_whole_is_refused(aa):
 )
 def test_every_family_and_key_of_timms_is_taken(aa):
     assert Config.from_flat({"aa": aa}).augment.aa == aa
-    transform = train_transform(input_size=64, aa=aa)
+    transform = train_transform(Augment(aa=aa), input_size=64)
     assert drawn(transform, picture(), 0).shape == (3, 64, 64)
 
 
@@ -172,11 +175,11 @@ def test_affine_moves_a_square_a_little_and_none_leaves_it(size):
     pixels[quarter, quarter] = 255
     image = Image.fromarray(pixels)
     still, moved = (
-        str(train_transform(input_size=size, affine=degrees, **PLAIN)) for degrees in (0, 15)
+        str(train_transform(replace(PLAIN, affine=degrees), input_size=size)) for degrees in (0, 15)
     )
     assert "RandomAffine" not in still
     assert "RandomAffine" in moved
-    transform = train_transform(input_size=size, affine=15, **PLAIN)
+    transform = train_transform(replace(PLAIN, affine=15), input_size=size)
     steps = [type(step).__name__ for step in transform.transforms]
     assert steps[:2] == [
         "Resize" if size == 32 else "RandomResizedCropAndInterpolation",
@@ -184,8 +187,8 @@ def test_affine_moves_a_square_a_little_and_none_leaves_it(size):
     ]
     assert "RandomCrop" not in steps
     affine = transform.transforms[steps.index("RandomAffine")]
-    for place in range(20):
-        seed_all(place)
+    for index in range(20):
+        seed_all(index)
         result = np.asarray(affine(image), dtype=float)[..., 0] / 255
         rows, columns = np.nonzero(result > 0.5)
         assert abs(rows.mean() - (size - 1) / 2) <= 0.1 * size + 1
@@ -195,17 +198,16 @@ def test_affine_moves_a_square_a_little_and_none_leaves_it(size):
 
 @pytest.mark.parametrize("src", [False, True])
 def test_three_augment_takes_one_of_three(src):
-    transform = three_augment(
-        input_size=48, src=src, color_jitter=0, hflip=0, mean=(0, 0, 0), std=(1, 1, 1)
-    )
+    augment = replace(THREE, src=src, color_jitter=0, hflip=0)
+    transform = train_transform(augment, input_size=48, **SCALE)
     names = [type(step).__name__ for step in transform.transforms]
     assert names[-3:] == ["RandomChoice", "ToTensor", "Normalize"]
     assert "RandomErasing" not in names
     choices = transform.transforms[names.index("RandomChoice")].transforms
     assert [type(choice).__name__ for choice in choices] == ["Grayscale", "RandomSolarize", "Blur"]
     grey = solarised = 0
-    for place in range(30):
-        result = drawn(transform, picture(48, 48), place)
+    for index in range(30):
+        result = drawn(transform, picture(48, 48), index)
         assert result.shape == (3, 48, 48)
         grey += bool((result[0] == result[1]).all() and (result[0] == result[2]).all())
         solarised += bool(result.max() <= 128 / 255)
@@ -213,29 +215,33 @@ def test_three_augment_takes_one_of_three(src):
     assert 3 <= solarised <= 20
 
 
-def test_three_augment_flips_as_often_as_asked():
-    assert "RandomHorizontalFlip(p=0.3)" in str(three_augment(input_size=48, hflip=0.3))
-    assert "RandomHorizontalFlip" not in str(three_augment(input_size=48, hflip=0.0))
+def test_three_augment_flips_as_often_as_set():
+    often, never = (
+        str(train_transform(replace(THREE, hflip=share), input_size=48)) for share in (0.3, 0.0)
+    )
+    assert "RandomHorizontalFlip(p=0.3)" in often
+    assert "RandomHorizontalFlip" not in never
 
 
 def test_a_simple_random_crop_shifts_over_a_mirrored_border():
-    resize, crop, *_ = three_augment(input_size=48, src=True).transforms
+    resize, crop, *_ = train_transform(replace(THREE, src=True), input_size=48).transforms
     assert resize.size == 48
     assert (crop.size, crop.padding, crop.padding_mode) == ((48, 48), 4, "reflect")
 
 
 def test_blur_takes_noise_away_by_a_drawn_amount():
     spread = []
-    for place in range(20):
-        seed_all(place)
+    for index in range(20):
+        seed_all(index)
         spread.append(np.asarray(Blur()(picture())).std())
     assert max(spread) < np.asarray(picture()).std()
     assert min(spread) < 0.5 * max(spread)
 
 
-def test_three_augment_jitters_colours_unless_told_not_to():
-    assert "ColorJitter" in str(three_augment(input_size=48))
-    assert "ColorJitter" not in str(three_augment(input_size=48, color_jitter=None))
+def test_three_augment_jitters_colours_unless_switched_off():
+    assert "ColorJitter" in str(train_transform(THREE, input_size=48))
+    plain = train_transform(replace(THREE, color_jitter=None), input_size=48)
+    assert "ColorJitter" not in str(plain)
 
 
 @pytest.mark.parametrize(("ratio", "side"), [(0.875, 256), (0.5, 448)])

@@ -8,8 +8,8 @@ import torch
 from fambav.bench.candidates import EAGER, REPLAYED, Candidate
 from fambav.bench.passes import training
 from fambav.bench.report import training_dtype
-from fambav.engine.runtime import numerics
-from fambav.engine.timing import interleave, ratio
+from fambav.bench.timing import interleave, ratio
+from fambav.engine.precision import determinism_settings
 
 
 def made(device, launch=EAGER):
@@ -37,7 +37,7 @@ def trained(device, updates, launch=EAGER):
     ],
 )
 def test_updates_from_one_seed_give_equal_bits(device, launch, updates):
-    with numerics(deterministic=True, matmul_precision="highest"):
+    with determinism_settings(deterministic=True, matmul_precision="highest"):
         first, second = trained(device, updates), trained(device, updates, launch)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     assert first["losses"].isfinite().all()
@@ -49,7 +49,7 @@ def test_the_cost_of_determinism_is_told(device, record_property):
     step, seen = made(device), set()
 
     def run(deterministic):
-        with numerics(deterministic=deterministic, matmul_precision="highest"):
+        with determinism_settings(deterministic=deterministic, matmul_precision="highest"):
             seen.add((deterministic, torch.are_deterministic_algorithms_enabled()))
             step.run()
 

@@ -9,9 +9,13 @@ from torch import nn
 
 from fambav.engine import distill
 from fambav.engine.distill import Teacher, divergence
-from fambav.engine.train import binary_cross_entropy, smooth_cross_entropy, soft_cross_entropy
+from fambav.tasks.classification import (
+    binary_cross_entropy,
+    smooth_cross_entropy,
+    soft_cross_entropy,
+)
 from tests import golden
-from tests.engine.test_train import (
+from tests.engine.test_step import (
     CPU,
     IMAGES,
     LABELS,

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from fambav.engine.memory import MIB, Meter, Saved, allocated_peak, resident_mib
+from fambav.engine.memory import MIB, PeakMemory, SavedBytes, allocated_peak, resident_mib
 
 CPU = torch.device("cpu")
 
 
 def test_a_chain_of_products_saves_each_tensor_once():
     x = torch.ones(1000, requires_grad=True)
-    saved = Saved([x])
+    saved = SavedBytes([x])
     with saved.watch():
         y = x * x
         z = y * y * y
@@ -22,7 +22,7 @@ def test_a_chain_of_products_saves_each_tensor_once():
 
 def test_views_of_one_storage_count_once():
     x = torch.ones(100, requires_grad=True)
-    saved = Saved([x])
+    saved = SavedBytes([x])
     with saved.watch():
         y = (x * 1).view(10, 10)
         _kept = y.exp() @ y.mT
@@ -31,7 +31,7 @@ def test_views_of_one_storage_count_once():
 
 def test_peak_is_of_what_is_held_at_the_same_time():
     weight = torch.ones(1000, requires_grad=True)
-    saved = Saved([weight])
+    saved = SavedBytes([weight])
     with saved.watch():
         for _ in range(3):
             (weight.exp() * 2).sum().backward()
@@ -43,7 +43,7 @@ def test_peak_is_of_what_is_held_at_the_same_time():
 
 def test_an_output_that_its_own_node_saves_is_freed():
     weight = torch.ones(1000, requires_grad=True)
-    saved = Saved([weight])
+    saved = SavedBytes([weight])
     with saved.watch():
         for _ in range(5):
             weight.exp()  # never used: only its own node holds it
@@ -52,7 +52,7 @@ def test_an_output_that_its_own_node_saves_is_freed():
 
 def test_parameters_do_not_count():
     model = nn.Linear(50, 50)
-    saved = Saved(model.parameters())
+    saved = SavedBytes(model.parameters())
     x = torch.ones(1, 50, requires_grad=True)
     with saved.watch():
         _kept = model(x)
@@ -61,12 +61,12 @@ def test_parameters_do_not_count():
 
 def test_meter_measures_the_update_it_surrounds():
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
-    meter, x = Meter(CPU, model.parameters()), torch.randn(32, 64)
+    meter, x = PeakMemory(CPU, model.parameters()), torch.randn(32, 64)
     with meter.first_update():
         model(x).sum().backward()
     first = meter.peak()
     assert first.kind == "saved for backward"
-    blind = Meter(CPU, model.parameters(), checkpointed=True)
+    blind = PeakMemory(CPU, model.parameters(), checkpointed=True)
     assert blind.peak().kind == "saved for backward outside checkpointed blocks"
     assert first.mib == pytest.approx((32 * 64 + 2 * 32 * 256) * 4 / MIB)
     with meter.first_update():
@@ -93,7 +93,7 @@ def test_the_allocator_is_asked_for_what_it_holds_at_once():
 def test_graphs_are_measured_by_the_memory_that_they_reserve():
     gpu = torch.device("cuda")
     for replayed, kind in ((False, "cuda allocated"), (True, "cuda reserved")):
-        meter = Meter(gpu, [], replayed=replayed)
+        meter = PeakMemory(gpu, [], replayed=replayed)
         with meter.first_update():
             torch.empty(4 * MIB, dtype=torch.uint8, device=gpu)
         assert meter.peak().kind == kind

@@ -29,7 +29,7 @@ unscale_lr: true
 repeated_aug: false
 model_ema: false
 """
-DENSE = """base: base.yaml
+UNREDUCED = """base: base.yaml
 seeds: [0, 1]
 finetune: {epochs: 2, lr: 5.0e-4}
 rows:
@@ -64,7 +64,7 @@ def go(path, folder, **given):
     """Carry out a grid; return its records, the cells that ran, and what was said."""
     said = []
     given = {"jobs": 1, "keep": False, **given}
-    found = sweep.run(read_grid(path), folder, say=said.append, **given).records
+    found = sweep.run(read_grid(path), folder, report=said.append, **given).records
     ran = [line.split("] ")[1].split(": ")[0] for line in said if line.startswith("[")]
     return SimpleNamespace(found=found, ran=ran, said=said, folder=folder)
 

@@ -78,8 +78,8 @@ def test_a_cell_starts_from_its_seeds_dense_model_and_has_a_folder_of_its_own(ce
             assert cell.start is None
         else:
             assert (cell.start.phase, cell.start.seed) == ("dense", cell.seed)
-    assert len({cell.place for cell in cells.values()}) == len(cells)
-    place = cells["ordered, 12, seed 3, fine-tuned"].place
+    assert len({cell.folder for cell in cells.values()}) == len(cells)
+    place = cells["ordered, 12, seed 3, fine-tuned"].folder
     assert str(place) == "cells/ordered-12/seed3/fine-tuned"
 
 

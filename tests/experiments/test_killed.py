@@ -11,9 +11,9 @@ import pytest
 
 from fambav.engine.lock import locked
 from tests.experiments.made import (
-    DENSE,
     ROOT,
     SCRATCH,
+    UNREDUCED,
     accuracies,
     at_work,
     descendants,
@@ -33,7 +33,7 @@ PROC = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks fo
 def whole(tmp_path_factory):
     """A grid that nothing stops."""
     place = tmp_path_factory.mktemp("whole")
-    return go(written(place, DENSE), place / "out", jobs=2)
+    return go(written(place, UNREDUCED), place / "out", jobs=2)
 
 
 @pytest.mark.slow
@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
 @PROC
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_grid_leaves_no_process_and_goes_on(whole, tmp_path, blow):
-    path, folder = written(tmp_path, DENSE), tmp_path / "out"
+    path, folder = written(tmp_path, UNREDUCED), tmp_path / "out"
     process = start(path, folder)
     until(lambda: len(list(folder.rglob("result.json"))) >= 3)
     until(lambda: at_work(process.pid))
@@ -64,7 +64,7 @@ def test_a_killed_grid_leaves_no_process_and_goes_on(whole, tmp_path, blow):
 @PROC
 def test_processes_of_a_killed_grid_do_not_finish_their_cells(tmp_path):
     folder = tmp_path / "out"
-    process = start(written(tmp_path, DENSE, epochs=100000), folder)
+    process = start(written(tmp_path, UNREDUCED, epochs=100000), folder)
     until(lambda: len(list(folder.rglob("log.txt"))) == 2)
     workers = descendants(process.pid)
     assert len(workers) >= 2
@@ -78,7 +78,7 @@ def test_processes_of_a_killed_grid_do_not_finish_their_cells(tmp_path):
 @PROC
 def test_a_process_that_dies_fails_its_cell_alone(tmp_path):
     folder = tmp_path / "out"
-    process = start(written(tmp_path, DENSE), folder)
+    process = start(written(tmp_path, UNREDUCED), folder)
     until(lambda: at_work(process.pid))
     (pid, begun), *_ = at_work(process.pid)
     os.kill(pid, signal.SIGKILL)

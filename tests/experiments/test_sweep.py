@@ -14,8 +14,8 @@ import torch
 from fambav.cli import console
 from fambav.experiments import cell, process, sweep
 from fambav.models import Vim
-from fambav.training import jobs
-from tests.experiments.made import DENSE, ROOT, SCRATCH, accuracies, edit, go, losses, written
+from fambav.training import job
+from tests.experiments.made import ROOT, SCRATCH, UNREDUCED, accuracies, edit, go, losses, written
 
 CELLS = 8  # two dense models; each then tuned, with fusion, and tuned with fusion
 PHASES = ("training-free", "fine-tuned")
@@ -30,7 +30,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(place, tmp_path_factory):
     """A whole grid, carried out."""
-    return go(written(place, DENSE), tmp_path_factory.mktemp("finished") / "out")
+    return go(written(place, UNREDUCED), tmp_path_factory.mktemp("finished") / "out")
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_what_a_process_does_once_is_done_before_an_epoch_is_timed(alone, tmp_pa
 
     forward = Vim.forward
     monkeypatch.setattr(Vim, "forward", passed)
-    monkeypatch.setattr(jobs.Job, "train", begin)
+    monkeypatch.setattr(job.TrainingJob, "train", begin)
     with pytest.raises(KeyboardInterrupt):
         cell.figures(folder)
     assert seen == [(8, 3, 16, 16), "backward", "training"]
@@ -128,7 +128,7 @@ def test_what_a_process_does_once_is_done_before_an_epoch_is_timed(alone, tmp_pa
 
 def test_finished_cells_are_not_run_again(finished, place, again):
     before = {path: path.stat().st_mtime_ns for path in again.rglob("cells/**/*.*")}
-    found = go(written(place, DENSE), again)
+    found = go(written(place, UNREDUCED), again)
     assert found.ran == []
     assert found.said == [f"{CELLS} of {CELLS} cells are finished"]
     assert accuracies(found.found) == accuracies(finished.found)
@@ -146,14 +146,14 @@ def test_results_of_the_first_version_stay_valid(place, again):
         edit(path, age)
     for path in (*again.rglob("machine.json"), *again.rglob("figures.json")):
         path.unlink()
-    found = go(written(place, DENSE), again)
+    found = go(written(place, UNREDUCED), again)
     assert found.ran == []
     assert all(line["started"] and not line["ended"] for line in lines(again))
     assert "| dense |" in (again / "results.md").read_text()
 
 
 def test_a_changed_row_runs_again_and_nothing_else(place, again):
-    found = go(written(place, DENSE, ("fusion_token: 3", "fusion_token: 4")), again)
+    found = go(written(place, UNREDUCED, ("fusion_token: 3", "fusion_token: 4")), again)
     assert found.ran == [f"ordered, seed {seed}, {phase}" for seed in (0, 1) for phase in PHASES]
     assert {line["fusion_token"] for line in lines(again)} == {"", "4"}
     log = again / "cells/ordered/seed0/fine-tuned/log.txt"
@@ -164,7 +164,7 @@ def test_a_changed_row_runs_again_and_nothing_else(place, again):
 def test_a_new_seed_runs_alone_and_what_is_gone_or_cut_short_runs_again(place, again):
     (again / "cells/dense/seed1/dense/model.safetensors").unlink()
     (again / "cells/ordered/seed1/training-free/result.json").write_text('{"row": ')
-    found = go(written(place, DENSE, ("[0, 1]", "[0, 1, 5]")), again)
+    found = go(written(place, UNREDUCED, ("[0, 1]", "[0, 1, 5]")), again)
     fifth = [name for name in found.ran if ", seed 5, " in name]
     assert len(fifth) == CELLS // 2
     assert set(found.ran) - set(fifth) == {
@@ -198,7 +198,7 @@ def test_a_cell_that_fails_is_told_the_others_go_on_and_it_is_tried_again(place,
     weights = again / "cells/dense/seed1/dense/model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(b"no weights")
-    path = written(place, DENSE, wrong)
+    path = written(place, UNREDUCED, wrong)
     assert console(["table", "--grid", str(path), "--output_dir", str(again)]) == 2
     out, err = capsys.readouterr()
     assert "wrong, seed 0, training-free: failed: fusion_token is 9, expected at most" in out
@@ -210,13 +210,13 @@ def test_a_cell_that_fails_is_told_the_others_go_on_and_it_is_tried_again(place,
     assert "Traceback" in (again / "cells/wrong/seed0/fine-tuned/output.txt").read_text()
     assert "| wrong | - | - | - | - | - | - | - | - |" in (again / "results.md").read_text()
     weights.write_bytes(whole)
-    found = go(written(place, DENSE), again)
+    found = go(written(place, UNREDUCED), again)
     assert found.ran == [f"ordered, seed 1, {phase}" for phase in PHASES]
     assert not any(known["error"] for known in found.found.values())
 
 
 def test_cells_of_a_dense_model_that_diverged_fail_in_their_turn(tmp_path):
-    path = written(tmp_path, DENSE, ("[0, 1]", "[0]"), SHORT)
+    path = written(tmp_path, UNREDUCED, ("[0, 1]", "[0]"), SHORT)
     base = tmp_path / "base.yaml"
     base.write_text(base.read_text().replace("lr: 1.0e-3", "lr: 1.0e+30"))
     found = go(path, tmp_path / "out").found
@@ -245,7 +245,7 @@ def test_the_tidy_table_has_a_line_for_each_cell(finished):
 
 
 def test_the_command_prints_the_table_and_leaves_it(place, again, capsys):
-    words = ["table", "--grid", str(written(place, DENSE)), "--output_dir", str(again)]
+    words = ["table", "--grid", str(written(place, UNREDUCED)), "--output_dir", str(again)]
     assert console(words) == 0
     plain = capsys.readouterr().out
     assert console([*words, "--format", "markdown"]) == 0
@@ -287,7 +287,7 @@ def test_a_wrong_command_is_one_line_and_writes_nothing(
 
 
 def test_two_jobs_have_the_numbers_of_one(finished, place, tmp_path):
-    found = go(written(place, DENSE), tmp_path / "out", jobs=2)
+    found = go(written(place, UNREDUCED), tmp_path / "out", jobs=2)
     assert sorted(found.ran) == sorted(finished.ran)
     assert accuracies(found.found) == pytest.approx(accuracies(finished.found))
     ours, theirs = losses(found.folder), losses(finished.folder)
@@ -398,13 +398,13 @@ def test_each_process_gets_a_gpu_of_its_own_and_shares_them_in_turn(tmp_path, al
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *number: f"GPU {number}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-ab")
-    named = [variables["CUDA_VISIBLE_DEVICES"] for variables, _ in process.seats(3)]
+    named = [variables["CUDA_VISIBLE_DEVICES"] for variables, _ in process.slots(3)]
     assert named == ["4", "GPU-ab", "4"]
-    assert process.seats(1)[0][0] == {}
+    assert process.slots(1)[0][0] == {}
     found = go(alone[0], tmp_path / "out", jobs=2, mixed=True).found.values()
     assert {known["about"]["gpu"] for known in found} == {"GPU (0,)", "GPU (1,)"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert [variables for variables, _ in process.seats(2)] == [{}, {}]
+    assert [variables for variables, _ in process.slots(2)] == [{}, {}]
 
 
 def test_the_gpu_of_a_process_is_in_its_environment_before_cuda_is_asked(tmp_path, monkeypatch):

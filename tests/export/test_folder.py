@@ -1,7 +1,6 @@
 """An exported folder is whole, tells only what is known, and gives back the model."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -133,20 +132,16 @@ def test_rounding_that_decides_a_near_tie_is_told_and_not_refused():
     want = chooses(images)
     got = want.clone()
     got[1, 0] = 1.0
-    steady = partial(folder._steady, chooses, images, want)
-    everyone = torch.ones(3, dtype=torch.bool)
-    assert steady(everyone, 1e-3).tolist() == [True, False, True]
-    assert steady(torch.tensor([False, True, True]), 1e-3).tolist() == [False, True]
-    given = dict(tolerance=1e-3, seconds=1.0)
-    check = folder._compared(got, want, steady, "images", **given)
+    assert folder._steady(chooses, images, want, 1e-3).tolist() == [True, False, True]
+    given = dict(kind="images", tolerance=1e-3, seconds=1.0)
+    check = folder._compare(chooses, images, want, got, **given)
     assert (check.images, check.ties, check.difference) == (3, 1, 0.0)
     assert "but for 1 with a near tie between tokens, same top-1 on" in check.line()
     got[2, 0] += 0.1
     with pytest.raises(ValueError, match="export differs on 1 of 3 images"):
-        folder._compared(got, want, steady, "images", **given)
+        folder._compare(chooses, images, want, got, **given)
     with pytest.raises(ValueError, match="export differs on 1 of 1 images"):
-        steady = partial(folder._steady, chooses, images[1:2], want[1:2])
-        folder._compared(got[1:2], want[1:2], steady, "images", **given)
+        folder._compare(chooses, images[1:2], want[1:2], got[1:2], **given)
 
 
 def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from fambav.layers.block import Hooks
 from fambav.models import PlainMamba, adapt
 from fambav.reduction import reduce
 from fambav.timm_compat import timm
-from fambav.training.saved import put
+from fambav.training.run_state import RunState
 from tests import golden
 from tests.golden import fill, images
 
@@ -314,15 +314,15 @@ def test_checkpoints_in_openmmlab_s_layout_load_and_may_lose_their_head(tmp_path
     payload = {"meta": {"epoch": 300}, "state_dict": source.state_dict(), "optimizer": {}}
     path = tmp_path / "l1.pth"
     with pytest.raises(CheckpointError, match="checkpoint has 1000 classes, expected 5"):
-        put(path, payload, model)
+        RunState.of(path, payload).load_into(model)
     head = model.head.fc.weight.clone()
-    put(path, payload, model, head="drop")
+    RunState.of(path, payload).load_into(model, head="drop")
     assert torch.equal(model.head.fc.weight, head)
     assert model.backbone.pos_embed.shape == (1, 16, 32)
     name = "backbone.layers.2.mamba.direction_Bs"
     assert torch.equal(model.state_dict()[name], source.state_dict()[name])
     twin = small(num_classes=1000, img_size=64)
-    put(path, payload, twin)
+    RunState.of(path, payload).load_into(twin)
     assert torch.equal(twin.eval()(IMAGES), source.eval()(IMAGES))
     with pytest.raises(CheckpointError, match=r"such as backbone\.layers\.0\.dw"):
-        put(path, payload, small(num_classes=1000, dwconv=True))
+        RunState.of(path, payload).load_into(small(num_classes=1000, dwconv=True))

@@ -142,7 +142,7 @@ def test_a_square_is_assumed_of_a_grid_that_is_not_known():
     model = small(img_size=(16, 128))  # 2 x 16 patches
     square = resize_pos_embed(torch.randn(1, 17, 16), model)
     assert square.shape == (1, 33, 16)
-    with pytest.raises(ValueError, match="grid is 2 x 16, expected 20 places"):
+    with pytest.raises(ValueError, match="grid is 2 x 16, expected 20 cells"):
         resize_pos_embed(torch.randn(1, 21, 16), model, (2, 16))
 
 

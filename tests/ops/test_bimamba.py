@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import fambav.ops.flops  # noqa: F401  registers the formulas
+import fambav.ops.flop_formulas  # noqa: F401  registers the formulas
 from fambav.ops import BackendError, Direction, bimamba, bimamba_scan, force
 from tests.ops.agreement import (
     CHAINED,

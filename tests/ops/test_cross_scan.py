@@ -10,8 +10,8 @@ from fambav.ops.cross_scan import (
     cross_merge,
     cross_scan,
     kept_order,
+    select_rows,
     snake_order,
-    take_rows,
     to_scan_order,
     to_token_order,
 )
@@ -124,8 +124,8 @@ def test_steps_and_tokens_undo_each_other(left):
 
 def test_rows_are_taken_of_each_sample_or_the_same_of_all():
     x = torch.randn(2, 5, 3)
-    assert torch.equal(take_rows(x, torch.tensor([[4, 0], [1, 1]]))[1], x[1, [1, 1]])
-    assert torch.equal(take_rows(x, torch.tensor([[4, 0]])), x[:, [4, 0]])
+    assert torch.equal(select_rows(x, torch.tensor([[4, 0], [1, 1]]))[1], x[1, [1, 1]])
+    assert torch.equal(select_rows(x, torch.tensor([[4, 0]])), x[:, [4, 0]])
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import fambav.ops.flops  # noqa: F401  registers the formulas
+import fambav.ops.flop_formulas  # noqa: F401  registers the formulas
 from fambav.ops import force
 from fambav.ops.match import MATCH, evens_then_odds, in_order, match
 from fambav.reduction import FambaV, Ordered

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import fambav.ops.flops  # noqa: F401  registers the formulas
+import fambav.ops.flop_formulas  # noqa: F401  registers the formulas
 from fambav.ops import BackendError, force, selective_scan
 from tests import golden
 from tests.ops.agreement import agree, device_of, draw, results, scan_inputs, widened

@@ -55,11 +55,17 @@ def published(variable, path, name, stand_ins):
 
 def over(test, values):
     """The same test over other lists of values, for some of its arguments."""
-    grid = _grid(test) | values
+    values = grid(test) | values
     parts = (test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
     again = FunctionType(*parts)
-    again.pytestmark = [pytest.mark.parametrize(n, these).mark for n, these in grid.items()]
+    again.pytestmark = [pytest.mark.parametrize(n, these).mark for n, these in values.items()]
     return again
+
+
+def grid(test):
+    """The lists of values that a test runs over, by argument."""
+    marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+    return {mark.args[0]: list(mark.args[1]) for mark in marks}
 
 
 def commented(variable, path, name):
@@ -80,8 +86,8 @@ def commented(variable, path, name):
 
 def longest(test, lists):
     """The same test over whichever list is longer, its own or the one given."""
-    grid = _grid(test)
-    return over(test, {n: max(grid[n], these, key=len) for n, these in lists.items()})
+    own = grid(test)
+    return over(test, {n: max(own[n], these, key=len) for n, these in lists.items()})
 
 
 def reference(path, name):
@@ -119,10 +125,6 @@ class _WithoutOwnMarks(ast.NodeTransformer):
 def _sorts(decorator):
     name = decorator.removeprefix("pytest.mark.")
     return name != decorator and not name.startswith(("parametrize", "skipif", "filterwarnings"))
-
-
-def _grid(test):
-    return {mark.args[0]: list(mark.args[1]) for mark in getattr(test, "pytestmark", [])}
 
 
 def _is_complex(value):

@@ -8,7 +8,7 @@ from fambav.data import load
 from fambav.engine import checkpoint
 from fambav.search.space import Problem
 from fambav.seeding import seed_all
-from fambav.training import saved
+from fambav.training import run_state
 
 
 def problem(weights, *, length=9, share=0.6, power=1.5, savings=None, seen=None):
@@ -30,7 +30,7 @@ def problem(weights, *, length=9, share=0.6, power=1.5, savings=None, seen=None)
         return [sum(w * c**power for w, c in zip(weights, plan, strict=True)) for plan in plans]
 
     return Problem(
-        dense=(0,) * depth,
+        unreduced=(0,) * depth,
         length=length,
         fits=lambda counts: sum(counts) < length and min(counts) >= 0,
         cost=cost,
@@ -58,7 +58,7 @@ def weights(folder: Path, **settings) -> Path:
     net = training.model(complete, num_classes=found.num_classes)
     # Drawn larger than a new head's, so that plans differ in what the model says.
     net.head.weight.data.mul_(50)
-    known = saved.facts(complete, found, None, images=64)
+    known = run_state.facts(complete, found, None, images=64)
     path = folder / "weights.pth"
     checkpoint.save(path, {"model": net.state_dict(), **known})
     return path

@@ -10,12 +10,14 @@ from fambav.cli import main
 from fambav.commands import search_plan, tune
 from fambav.config import Config, ConfigError
 from fambav.data import load
-from fambav.search import answer
-from fambav.search.compared import Row, beaten
-from fambav.search.finder import Search, find
+from fambav.search.baselines import Row, count_beaten
+from fambav.search.budget_search import SearchOptions
+from fambav.search.budget_search import search_plan as search
+from fambav.search.parsing import parse_budget
+from fambav.search.plan_file import plan_settings
 from fambav.search.space import Plan
 from fambav.search.subject import opened
-from fambav.search.written import parse_budget
+from fambav.tasks import Scores, task_of
 from tests.search.made import weights
 
 SMALL = ["--images", "8", "--steps", "3", "--trials", "2"]
@@ -66,8 +68,10 @@ def test_no_strategy_compared_costs_less_and_the_front_only_holds_what_nothing_b
 
 
 def test_strategies_that_are_beaten_and_equalled_are_counted():
-    rows = [Row("", (), 1.0, acc1) for acc1 in (97.0, 90.0, 89.0, 90.0, 91.0, 12.0)]
-    assert beaten(rows) == (2, 1, 4)
+    rows = [Row("", (), 1.0, value) for value in (97.0, 90.0, 89.0, 90.0, 91.0, 12.0)]
+    higher = task_of("DIGITS").primary
+    assert count_beaten(rows, higher) == (2, 1, 4)
+    assert count_beaten(rows, higher._replace(higher_is_better=False)) == (1, 1, 4)
 
 
 def test_the_same_seed_finds_the_same_and_another_draws_other_images(source, tmp_path):
@@ -101,7 +105,7 @@ def test_a_budget_in_milliseconds_is_measured(source, tmp_path, monkeypatch, cap
     def times(self, reductions):
         return 100.0, [100 * made.schedule.share + 3 for made in reductions]
 
-    monkeypatch.setattr("fambav.search.price.Clock.times", times)
+    monkeypatch.setattr("fambav.search.cost_models.Stopwatch.times", times)
     search_plan.run(words(source, tmp_path, "--budget", "ms:80", *SMALL))
     found = figures(tmp_path)
     share = training.schedule(config.load(tmp_path / "plan.yaml")).share
@@ -114,9 +118,9 @@ def test_a_budget_in_milliseconds_is_measured(source, tmp_path, monkeypatch, cap
 )
 def test_a_budget_that_no_plan_meets_is_refused_with_the_least(source, tmp_path, budget, method):
     flags = [str(source), "--budget", budget, "--method", method, *SMALL]
-    with pytest.raises(ValueError, match=f"the least that {method} can reach") as told:
+    with pytest.raises(ValueError, match=f"the least that {method} can reach") as refused:
         search_plan.run(flags)
-    least = str(told.value).split("expected at least ")[1].split(",")[0]
+    least = str(refused.value).split("expected at least ")[1].split(",")[0]
     search_plan.run([str(source), "--budget", least, "--method", method, *SMALL])
 
 
@@ -142,10 +146,10 @@ def test_images_of_the_held_out_set_are_never_looked_at(source, monkeypatch):
         data = subject.data.__class__(**{**vars(found), "train": Watched(), "val": Forbidden()})
         object.__setattr__(subject, "data", data)
         budget = parse_budget("token-layers:0.8")
-        search = Search(
+        options = SearchOptions(
             budget=budget,
             methods=["ordered"],
-            how={},
+            policies={},
             images=30,
             objective="accuracy",
             algorithm="both",
@@ -153,7 +157,7 @@ def test_images_of_the_held_out_set_are_never_looked_at(source, monkeypatch):
             trials=4,
             seed=5,
         )
-        find(subject, search, lambda _: None)
+        search(subject, options, lambda _: None)
     assert len(read) == len(set(read)) == 30 and read != sorted(read)
 
 
@@ -169,7 +173,8 @@ def test_images_of_the_held_out_set_are_never_looked_at(source, monkeypatch):
         (["--budget", "flops:0.5", "--output", "no/such/plan.yaml"], "folder is 'no/such'"),
         (["--budget", "flops:0.5", "--fusion-plan", "6:1"], "expected --method"),
         (["--budget", "flops:0.5", "--scan-policy", "masked"], "saves something"),
-        (["--budget", "flops:0.5", "--epochs", "3"], "which says itself what it is"),
+        (["--budget", "flops:0.5", "--epochs", "3"], "where it would change nothing"),
+        (["--budget", "flops:0.5", "--patch-size", "4"], "beside weights that know theirs"),
         (["--budget", "flops:0.5", "--model", "vim_tiny"], "expected no model beside it"),
         (["--budget", "flops:0.5", "--method", "evit", "stm", "--gap-policy", "bias"], "several"),
     ],
@@ -184,7 +189,7 @@ def test_a_checkpoint_that_is_missing_or_damaged_is_refused(source, tmp_path, co
     flags = ["--budget", "flops:0.5"] if command is search_plan else ["--margin", "1"]
     with pytest.raises(ConfigError, match=r"checkpoint is .*gone\.pth"):
         command.run([str(tmp_path / "gone.pth"), *flags])
-    with pytest.raises(ValueError, match=r"expected a folder with checkpoint\.pth"):
+    with pytest.raises(ValueError, match=r"holds no best_checkpoint\.pth"):
         command.run([str(tmp_path), *flags])
     damaged = tmp_path / "damaged.pth"
     damaged.write_bytes(source.read_bytes()[:4000])
@@ -208,7 +213,8 @@ def test_a_run_is_known_by_its_folder(source, tmp_path):
     (tmp_path / "checkpoint.pth").write_bytes(source.read_bytes())
     with opened(tmp_path) as subject:
         assert subject.path == tmp_path / "checkpoint.pth"
-        assert subject.net.schedule.removed == 0 and subject.trained.fusion.fusion_plan == "6:2"
+        assert subject.net.schedule.removed == 0 and subject.run.config.fusion.fusion_plan == "6:2"
+        assert subject.reduction.schedule.counts == (0, 0, 0, 0, 0, 2)
 
 
 def test_tuning_finds_the_margin_and_writes_what_it_found(source, tmp_path, capsys):
@@ -228,7 +234,7 @@ def test_a_margin_that_nothing_holds_is_said(source, tmp_path, monkeypatch, caps
     falling = iter(range(90, 0, -1))
 
     def held_out(self, reduction):
-        return type("Scores", (), {"acc1": float(next(falling))})
+        return Scores({"acc1": float(next(falling))}, samples=1)
 
     monkeypatch.setattr("fambav.search.subject.Subject.held_out", held_out)
     tune.run(words(source, tmp_path, "--margin", "0.5"))
@@ -253,9 +259,9 @@ def test_what_cannot_be_tuned_is_refused(source, flags, said):
 
 
 @pytest.mark.parametrize("method", ["ordered", "famba-v", "utrc"])
-def test_settings_of_a_plan_train_and_evaluate_without_what_the_run_was_told(method):
+def test_settings_of_a_plan_train_and_evaluate_without_the_reduction_of_the_run(method):
     recipe = Config.from_flat({"model": "vim_micro", "data_set": "DIGITS", "epochs": 7})
-    made = answer.settings(recipe, Plan(method, (0, 4, 0, 0, 2, 0)))
+    made = plan_settings(recipe, Plan(method, (0, 4, 0, 0, 2, 0)))
     read = Config.from_flat(made.replace(resume="x.pth", eval=True).flat())
     assert training.schedule(read).counts == (0, 4, 0, 0, 2, 0)
     assert read.optim.epochs == 7 and training.reduction(read).name == method

@@ -3,7 +3,7 @@
 import pytest
 
 from fambav.reduction import make_reduction
-from fambav.search.space import Plan, Space
+from fambav.search.space import Plan, SearchSpace
 from tests.reduction.made import body
 from tests.search.made import problem
 
@@ -11,19 +11,19 @@ SIZES = body(17, depth=4, cls_index=(8,), grid=(4, 4))
 
 
 def test_a_plan_is_written_as_a_fusion_plan_is():
-    assert Plan("ordered", (0, 3, 0, 2)).told() == "2:3,4:2"
-    assert Plan("ordered", (0, 0)).told() == "every token kept"
+    assert Plan("ordered", (0, 3, 0, 2)).summary() == "2:3,4:2"
+    assert Plan("ordered", (0, 0)).summary() == "every token kept"
 
 
 def test_a_space_knows_what_its_method_can_do():
-    space = Space(SIZES, "ordered")
+    space = SearchSpace(SIZES, "ordered")
     assert space.fits((8, 4, 2, 1)) and not space.fits((9, 0, 0, 0))
-    assert not Space(SIZES, "storm").fits((1, 0, 0, 0))  # no grid is left
-    assert Space(SIZES, "storm").fits((4, 0, 0, 0))
+    assert not SearchSpace(SIZES, "storm").fits((1, 0, 0, 0))  # no grid is left
+    assert SearchSpace(SIZES, "storm").fits((4, 0, 0, 0))
 
 
 def test_a_space_hands_its_arguments_to_the_method():
-    made = Space(SIZES, "ordered", scan="aligned", gap_policy="bias").reduction((4, 0, 0, 0))
+    made = SearchSpace(SIZES, "ordered", scan="aligned", gap_policy="bias").reduction((4, 0, 0, 0))
     wanted = make_reduction(SIZES, "ordered", "list:4", scan="aligned", gap_policy="bias")
     assert (made.scan, made.gap_policy) == (wanted.scan, wanted.gap_policy) == ("aligned", "bias")
     assert not made.training
@@ -31,56 +31,66 @@ def test_a_space_hands_its_arguments_to_the_method():
 
 def test_what_a_model_cannot_do_is_refused_in_its_own_words():
     with pytest.raises(ValueError, match="gap_policy is 'bias', expected none unless"):
-        Space(SIZES, "ordered", gap_policy="bias")
+        SearchSpace(SIZES, "ordered", gap_policy="bias")
     with pytest.raises(ValueError, match="which reads y, z of the mixer"):
-        Space(body(17, depth=4, cls_index=(8,), intermediates=frozenset()), "evit")
+        SearchSpace(body(17, depth=4, cls_index=(8,), intermediates=frozenset()), "evit")
 
 
 def test_counts_are_lowered_from_the_first_layer_on_until_they_fit():
-    asked = problem((1, 1, 1), length=9)
-    assert asked.settled((4, 3, 5)) == (4, 3, 1)
-    assert asked.settled((20, 3, 5)) == (8, 0, 0)
-    assert asked.settled((1, 2, 3)) == (1, 2, 3)
+    task = problem((1, 1, 1), length=9)
+    assert task.repair((4, 3, 5)) == (4, 3, 1)
+    assert task.repair((20, 3, 5)) == (8, 0, 0)
+    assert task.repair((1, 2, 3)) == (1, 2, 3)
 
 
 def test_the_fewest_tokens_go_that_save_enough():
-    asked = problem((1, 1, 1), length=9)  # a token at layer 0 saves 3 of 27
-    assert asked.lowered((0, 0, 0), 0, 3.5 / 27) == (2, 0, 0)
-    assert asked.lowered((0, 0, 0), 2, 3.5 / 27) == (0, 0, 4)
+    task = problem((1, 1, 1), length=9)  # a token at layer 0 saves 3 of 27
+    assert task.remove_more((0, 0, 0), 0, 3.5 / 27) == (2, 0, 0)
+    assert task.remove_more((0, 0, 0), 2, 3.5 / 27) == (0, 0, 4)
 
 
 def test_later_layers_make_room_for_earlier_ones():
-    asked = problem((1, 1, 1), length=9)
-    assert asked.lowered((0, 0, 8), 0, 1.5 / 27) == (1, 0, 7)
+    task = problem((1, 1, 1), length=9)
+    assert task.remove_more((0, 0, 8), 0, 1.5 / 27) == (1, 0, 7)
 
 
 def test_the_most_is_removed_where_nothing_saves_enough_and_none_where_nothing_saves():
-    asked = problem((1, 1, 1), length=9)
-    assert asked.lowered((0, 0, 0), 2, 1.0) == (0, 0, 8)
-    assert asked.lowered((8, 0, 0), 2, 0.1) is None
+    task = problem((1, 1, 1), length=9)
+    assert task.remove_more((0, 0, 0), 2, 1.0) == (0, 0, 8)
+    assert task.remove_more((8, 0, 0), 2, 0.1) is None
 
 
-def test_what_is_left_of_the_budget_is_given_back_where_asked():
-    asked = problem((1, 1, 1), length=9, share=18 / 27)
-    assert asked.filled((4, 0, 0), [0]) == (3, 0, 0)
-    assert asked.filled((3, 1, 1), [2, 1, 0]) == (3, 0, 0)
+def test_what_is_left_of_the_budget_is_given_back_where_task():
+    task = problem((1, 1, 1), length=9, share=18 / 27)
+    assert task.use_slack((4, 0, 0), [0]) == (3, 0, 0)
+    assert task.use_slack((3, 1, 1), [2, 1, 0]) == (3, 0, 0)
 
 
 def test_the_least_plan_is_the_cheapest_of_all():
-    space = Space(SIZES, "ordered")
-    asked = problem((1,) * 4, length=17)
+    space = SearchSpace(SIZES, "ordered")
+    task = problem((1,) * 4, length=17)
     share = lambda counts: space.reduction(counts).schedule.share  # noqa: E731
-    least = type(asked)(
-        dense=space.dense, length=17, fits=space.fits, cost=share, losses=asked.losses, most=0
-    ).least()
+    least = type(task)(
+        unreduced=space.unreduced,
+        length=17,
+        fits=space.fits,
+        cost=share,
+        losses=task.losses,
+        most=0,
+    ).cheapest()
     assert least == (8, 4, 2, 1)
 
 
 def test_a_layer_behind_whose_mixer_nothing_is_saved_keeps_its_tokens():
-    space = Space(SIZES, "prune-aligned")  # tokens go behind the mixer
+    space = SearchSpace(SIZES, "prune-aligned")  # tokens go behind the mixer
     share = lambda counts: space.reduction(counts).schedule.share  # noqa: E731
-    asked = problem((1,) * 4, length=17)
-    least = type(asked)(
-        dense=space.dense, length=17, fits=space.fits, cost=share, losses=asked.losses, most=0
-    ).least()
+    task = problem((1,) * 4, length=17)
+    least = type(task)(
+        unreduced=space.unreduced,
+        length=17,
+        fits=space.fits,
+        cost=share,
+        losses=task.losses,
+        most=0,
+    ).cheapest()
     assert least == (15, 0, 0, 0)

@@ -2,39 +2,36 @@
 
 import pytest
 
-from fambav.search.family import levels
-from fambav.search.space import Space
-from fambav.search.tuning import bisect
-from fambav.search.written import parse_family
+from fambav.search.parsing import parse_family
+from fambav.search.space import SearchSpace
+from fambav.search.tuning import bisect, members_of
 from tests.reduction.made import body
 
-SPACE = Space(body(17, depth=4, cls_index=(8,), grid=(4, 4)), "ordered")
+SPACE = SearchSpace(body(17, depth=4, cls_index=(8,), grid=(4, 4)), "ordered")
 
 
 def counting(accept):
-    asked = []
-    return asked, lambda place: asked.append(place) or accept(place)
+    tested = []
+    return tested, lambda place: tested.append(place) or accept(place)
 
 
 @pytest.mark.parametrize("boundary", [0, 1, 37, 62, 99])
 def test_bisection_finds_the_boundary_with_few_evaluations(boundary):
-    asked, holds = counting(lambda place: place <= boundary)
-    found = bisect(100, holds)
-    assert found.answer == boundary and found.monotone
-    assert len(asked) == len(set(asked)) <= 7 + 3
-    assert {boundary - 1, boundary + 1, boundary + 2} & set(range(100)) <= set(asked)
+    tested, holds = counting(lambda place: place <= boundary)
+    assert bisect(100, holds) == (boundary, True)
+    assert len(tested) == len(set(tested)) <= 7 + 3
+    assert {boundary - 1, boundary + 1, boundary + 2} & set(range(100)) <= set(tested)
 
 
 def test_nothing_holds_where_the_smallest_does_not():
-    asked, holds = counting(lambda _: False)
-    assert bisect(50, holds).answer is None
-    assert {0, 1} <= set(asked)
+    tested, holds = counting(lambda _: False)
+    assert bisect(50, holds)[0] is None
+    assert {0, 1} <= set(tested)
 
 
 def test_a_plan_that_holds_again_behind_the_boundary_takes_its_place():
     _, holds = counting(lambda place: place in (0, 1, 2, 4, 6))
-    found = bisect(9, holds)
-    assert found.answer == 6 and not found.monotone
+    assert bisect(9, holds) == (6, False)
 
 
 @pytest.mark.parametrize(
@@ -49,13 +46,13 @@ def test_a_plan_that_holds_again_behind_the_boundary_takes_its_place():
     ],
 )
 def test_a_family_goes_from_the_least_reduction_to_the_most(family, first, last):
-    found = levels(parse_family(family), SPACE)
+    found = members_of(parse_family(family), SPACE)
     assert (found[0], found[-1]) == (first, last)
-    shares = [SPACE.reduction(level.counts).schedule.share for level in found]
+    shares = [SPACE.reduction(counts).schedule.share for _, counts in found]
     assert shares == sorted(set(shares), reverse=True)
 
 
 @pytest.mark.parametrize("family", ["upper:5", "lower:0", "r@5", "keep@9", "scale:1,2", "scale:0"])
 def test_a_family_that_the_model_has_not_is_refused(family):
     with pytest.raises(ValueError, match="expected"):
-        levels(parse_family(family), SPACE)
+        members_of(parse_family(family), SPACE)

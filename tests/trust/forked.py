@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 
 from fambav import cli
-from fambav.engine import train
+from fambav.engine.step import TrainStep
 
 FORK = multiprocessing.get_context("fork")
 FRESH = multiprocessing.get_context("forkserver")  # forks a process that has never had threads
@@ -98,7 +98,7 @@ def dies():
 
 def dies_in_update():
     """Let the fourth update be the last thing that this process does."""
-    real, calls = train.Update.__call__, []
+    real, calls = TrainStep.__call__, []
 
     def counted(*given):
         calls.append(1)
@@ -106,4 +106,4 @@ def dies_in_update():
             dies()
         return real(*given)
 
-    train.Update.__call__ = counted
+    TrainStep.__call__ = counted

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from fambav.engine.record import environment
+from fambav.engine.run_dir import environment
 from tests.data.made import made_cifar
 from tests.identical import assert_identical, log
 from tests.trust.forked import RECIPE

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fambav.engine import checkpoint, fit
+from fambav.engine import checkpoint, trainer
 from tests.identical import assert_identical, assert_same_folders, log
 from tests.trust.forked import run
 
@@ -35,7 +35,7 @@ def fails(times, number=errno.EIO):
                 raise OSError(number, "the disk is gone", str(path))
             real(path, state)
 
-        fit.checkpoint.save = save
+        trainer.checkpoint.save = save
 
     return prepare
 
@@ -65,7 +65,7 @@ def full_at(name, epochs):
     """Let the disk be full for one file from the time on when so many epochs are evaluated."""
 
     def prepare():
-        scores, replace, opened, calls = fit.Fit._scores, Path.replace, Path.open, []
+        scores, replace, opened, calls = trainer.Trainer._evaluate, Path.replace, Path.open, []
 
         def refuse(path):
             if len(calls) >= epochs and Path(path).name == name:
@@ -80,7 +80,7 @@ def full_at(name, epochs):
                 refuse(path)
             return opened(path, mode, **options)
 
-        fit.Fit._scores = lambda *given: (calls.append(1), scores(*given))[1]
+        trainer.Trainer._evaluate = lambda *given: (calls.append(1), scores(*given))[1]
         Path.replace, Path.open = moved, appended
 
     return prepare
@@ -131,7 +131,7 @@ def test_resuming_on_a_full_disk_loses_nothing(whole, recipe, tmp_path):
 
 
 def stop_after_two():
-    from fambav.engine import train
+    from fambav.engine.step import TrainStep
     from tests.trust.test_signals import asked_at
 
-    asked_at(train.Update, "__call__", 2, signal.SIGTERM)()
+    asked_at(TrainStep, "__call__", 2, signal.SIGTERM)()

@@ -6,7 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from fambav.engine.runtime import processes
+from fambav.engine.distributed import processes
 from tests.trust.forked import FORK
 
 

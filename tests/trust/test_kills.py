@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from fambav.engine import checkpoint, fit, train
-from fambav.engine.record import Recorder
+from fambav.engine import checkpoint, trainer
+from fambav.engine.run_dir import Recorder
+from fambav.engine.step import TrainStep
 from tests.identical import assert_same_folders, same
 from tests.trust import forked
 from tests.trust.forked import dies, run
@@ -51,9 +52,9 @@ def in_the_middle_of_a_write():
 
 
 def in_the_middle_of_a_log_line():
-    from fambav.engine import record
+    from fambav.engine import run_dir
 
-    real, calls = record._append, []
+    real, calls = run_dir._append, []
 
     def half(path, text):
         calls.append(1)
@@ -64,19 +65,19 @@ def in_the_middle_of_a_log_line():
             dies()
         real(path, text)
 
-    record._append = half
+    run_dir._append = half
 
 
 def _append_between(number):
-    from fambav.engine import record
+    from fambav.engine import run_dir
 
-    return at_call(record, "_append", number)
+    return at_call(run_dir, "_append", number)
 
 
 POINTS = {
-    "before the first update": at_call(train.Update, "__call__", 1),
-    "in the middle of an epoch": at_call(train.Update, "__call__", 4),
-    "in an evaluation": at_call(fit.Fit, "_scores", 2),
+    "before the first update": at_call(TrainStep, "__call__", 1),
+    "in the middle of an epoch": at_call(TrainStep, "__call__", 4),
+    "in an evaluation": at_call(trainer.Trainer, "_evaluate", 2),
     "before the temporary file": at_call(checkpoint.tempfile, "mkstemp", 12),
     "in the middle of a write": in_the_middle_of_a_write,
     "after the write, before it is on the disk": at_call(checkpoint, "_sync", 15),
@@ -119,7 +120,7 @@ def copied_in_the_last_save(folder, copies, epochs):
     """
 
     def prepare():
-        real, calls, seen, busy = fit.Fit._scores, [], [], []
+        real, calls, seen, busy = trainer.Trainer._evaluate, [], [], []
 
         def counted(*given):
             calls.append(1)
@@ -143,7 +144,7 @@ def copied_in_the_last_save(folder, copies, epochs):
                 shutil.copytree(folder, copies / str(len(seen)))
             busy.clear()
 
-        fit.Fit._scores = counted
+        trainer.Trainer._evaluate = counted
         sys.addaudithook(copied)
 
     return prepare

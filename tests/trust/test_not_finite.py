@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from fambav.engine import checkpoint, train
+from fambav.engine import checkpoint
+from fambav.engine.step import TrainStep
 from tests.identical import log
 from tests.trust.forked import run, run_two
 
@@ -16,7 +17,7 @@ def poisons(what, update=UPDATE):
     """Spoil the loss, or one gradient while the loss stays as it is, of one update."""
 
     def prepare():
-        real = train.Update._backward
+        real = TrainStep._backward
 
         def spoiled(self, batch, number, micro):
             loss = real(self, batch, number, micro)
@@ -24,7 +25,7 @@ def poisons(what, update=UPDATE):
                 next(self.model.parameters()).grad.view(-1)[0] = torch.inf
             return loss * (torch.nan if number == update and what == "loss" else 1)
 
-        train.Update._backward = spoiled
+        TrainStep._backward = spoiled
 
     return prepare
 

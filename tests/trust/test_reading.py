@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fambav.data import loaders
-from fambav.data.arrays import ArraySet
+from fambav.data.types import ArraySet
 from fambav.engine import checkpoint
 from fambav.training import batches
 from tests.data.made import made_folder

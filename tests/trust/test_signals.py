@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fambav.engine import checkpoint, fit, train
-from fambav.engine.record import Recorder
+from fambav.engine import checkpoint, trainer
+from fambav.engine.run_dir import Recorder
+from fambav.engine.step import TrainStep
 from fambav.training import folder as run_folder
 from fambav.training import pictured
 from tests.identical import assert_identical
@@ -44,10 +45,10 @@ def asked_at(owner, name, number, which, times=1, ask=signal.raise_signal):
 
 MOMENTS = {
     "before the run folder is written": (run_folder, "open_folder", 1, 0),
-    "in the first update": (train.Update, "__call__", 1, 1),
-    "in the middle of an epoch": (train.Update, "__call__", 3, 3),
-    "in the last update of an epoch": (train.Update, "__call__", 4, 4),
-    "in an evaluation": (fit.Fit, "_scores", 2, 4),
+    "in the first update": (TrainStep, "__call__", 1, 1),
+    "in the middle of an epoch": (TrainStep, "__call__", 3, 3),
+    "in the last update of an epoch": (TrainStep, "__call__", 4, 4),
+    "in an evaluation": (trainer.Trainer, "_evaluate", 2, 4),
     "while a checkpoint is written": (checkpoint, "save", 1, 2),
 }
 
@@ -205,11 +206,11 @@ def test_a_signal_to_all_processes_at_any_moment_saves(loading, tmp_path, line, 
 
 def test_going_on_within_an_epoch_leaves_the_best_checkpoint_as_it_was(recipe, tmp_path):
     folder = tmp_path / "run"
-    stopped = run(recipe, folder, asked_at(train.Update, "__call__", 3, signal.SIGTERM))
+    stopped = run(recipe, folder, asked_at(TrainStep, "__call__", 3, signal.SIGTERM))
     assert stopped.status == 143, stopped.out
     before = (folder / "best_checkpoint.pth").read_bytes()
     words = [*recipe, "--resume", "auto"]
-    again = run(words, folder, asked_at(train.Update, "__call__", 1, signal.SIGTERM))
+    again = run(words, folder, asked_at(TrainStep, "__call__", 1, signal.SIGTERM))
     assert again.status == 143, again.out
     assert "saved after update 4" in again.out
     assert (folder / "best_checkpoint.pth").read_bytes() == before
@@ -224,7 +225,7 @@ def again_later(which):
 
 def test_a_second_signal_ends_at_once_and_loses_nothing(whole, recipe, tmp_path):
     folder = tmp_path / "run"
-    twice = asked_at(train.Update, "__call__", 4, signal.SIGTERM, ask=again_later)
+    twice = asked_at(TrainStep, "__call__", 4, signal.SIGTERM, ask=again_later)
     stopped = run(recipe, folder, twice)
     assert stopped.status == -signal.SIGTERM
     assert "saved" not in stopped.out
@@ -236,7 +237,7 @@ def test_a_second_signal_ends_at_once_and_loses_nothing(whole, recipe, tmp_path)
 def test_a_signal_that_comes_several_times_at_once_is_one_request(whole, recipe, tmp_path, which):
     """As from `timeout`, which sends it to its child and to the group of that."""
     folder = tmp_path / "run"
-    stopped = run(recipe, folder, asked_at(train.Update, "__call__", 4, which, times=3))
+    stopped = run(recipe, folder, asked_at(TrainStep, "__call__", 4, which, times=3))
     assert stopped.status == STATUS[which], stopped.out
     assert f"{which.name}: saved after update 4" in stopped.out
     assert run([*recipe, "--resume", "auto"], folder).status == 0
@@ -260,11 +261,11 @@ def test_a_signal_after_the_last_update_lets_the_run_end(whole, recipe, tmp_path
 
 def test_signals_do_what_they_did_once_a_run_is_over():
     before = [signal.getsignal(number) for number in STATUS]
-    from fambav.engine.control import Signals
+    from fambav.engine.preemption import Preemption
 
-    with Signals() as signals:
+    with Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert signals.number == signal.SIGUSR1
+        assert preemption.signal == signal.SIGUSR1
     assert [signal.getsignal(number) for number in STATUS] == before
 
 

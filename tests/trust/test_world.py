@@ -25,10 +25,10 @@ def test_with_the_flag_the_samples_come_in_the_same_order(recipe, tmp_path):
     assert run(words, folders[0]).status == 0
     import signal
 
-    from fambav.engine import train
+    from fambav.engine.step import TrainStep
     from tests.trust.test_signals import asked_at
 
-    assert run(words, folders[1], asked_at(train.Update, "__call__", 3, signal.SIGUSR1)).status == 0
+    assert run(words, folders[1], asked_at(TrainStep, "__call__", 3, signal.SIGUSR1)).status == 0
     assert checkpoint.load(folders[1] / "checkpoint.pth")["updates"] == 3
     more = ["--batch-size", "4", "--resume", "auto", "--allow-world-size-change"]
     found = run_two([*words, *more], folders[1])

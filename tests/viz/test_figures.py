@@ -13,7 +13,7 @@ from PIL import Image
 
 import fambav
 import fambav.models
-from fambav import costs, viz
+from fambav import flops, viz
 from fambav.viz import style
 from fambav.viz.patches import spread
 
@@ -41,7 +41,16 @@ def every():
     return found
 
 
-NAMES = ("groups", "strategies", "similarity", "likeness", "scan", "layers", "curves", "frame")
+NAMES = (
+    "groups",
+    "strategies",
+    "similarity",
+    "mean_similarity",
+    "scan",
+    "layers",
+    "curves",
+    "frame",
+)
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +166,8 @@ def test_the_first_row_of_strategies_names_the_layers_and_all_give_their_tokens(
 
 
 def test_layers_are_as_high_as_the_numbers(drawn):
-    rows = [row for row in costs.count(made()).rows if row.layer is not None]
-    full = [row.own.all_directions for row in costs.count(made("none")).rows if row.layer]
+    rows = [row for row in flops.count(made()).rows if row.layer is not None]
+    full = [row.own.all_directions for row in flops.count(made("none")).rows if row.layer]
     own = [row.own.all_directions for row in rows]
     more = [row.alignment.all_directions + row.reduction.all_directions for row in rows]
     tokens, operations = drawn["layers"].axes

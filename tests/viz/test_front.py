@@ -8,8 +8,9 @@ import pytest
 from matplotlib.text import Text
 
 from fambav.experiments.metrics import PRIMARY
+from fambav.pareto import pareto_front
 from fambav.viz import pareto, save
-from fambav.viz.front import front, place_names
+from fambav.viz.front import place_names
 
 
 class Estimate(NamedTuple):
@@ -47,15 +48,15 @@ def points(count, *, seeds=3, keys=("seconds", "memory_mib", "flops", "token_lay
 
 def test_the_front_is_what_nothing_beats():
     costs, values = [1.0, 2.0, 2.0, 3.0, 4.0, 5.0], [10.0, 9.0, 12.0, 12.0, 15.0, 14.0]
-    assert front(costs, values) == [0, 2, 4]
-    assert front([1.0, 1.0], [5.0, 5.0]) == [0]
+    assert pareto_front(costs, values) == [0, 2, 4]
+    assert pareto_front([1.0, 1.0], [5.0, 5.0]) == [0]
     for number in range(len(costs)):
         beaten = any(
             costs[n] <= costs[number] and values[n] >= values[number] and n != number
             for n in range(len(costs))
         )
-        assert (number in front(costs, values)) == (not beaten)
-    assert front(costs, [-value for value in values], higher_is_better=False) == [0, 2, 4]
+        assert (number in pareto_front(costs, values)) == (not beaten)
+    assert pareto_front(costs, [-value for value in values], higher_is_better=False) == [0, 2, 4]
 
 
 def test_a_metric_may_be_one_of_which_less_is_better():
@@ -175,7 +176,9 @@ def test_of_many_rows_those_on_a_front_are_named():
     figure = pareto(rows, title="made up")
     best = set()
     for key in ("seconds", "memory_mib", "flops", "token_layers"):
-        chosen = front([r.figures[key].mean for r in rows], [r.figures["acc1"].mean for r in rows])
+        chosen = pareto_front(
+            [r.figures[key].mean for r in rows], [r.figures["acc1"].mean for r in rows]
+        )
         best |= {rows[n].name for n in chosen}
     key = {text.get_text().split("  ")[-1] for text in figure.legends[0].texts}
     others = {"other rows of famba-v", "other rows of ordered"}

@@ -83,18 +83,18 @@ def test_the_cosine_of_nothing_is_nothing():
 
 
 def test_a_step_back_in_the_scan_is_told():
-    found = scan_path(made(np.eye(3), position=[1, 0, 2]), 1)
-    assert found.places.tolist() == [1, 0, 2]
-    assert found.forward.tolist() == [False, True]
-    assert found.share == 0.5
+    path = scan_path(made(np.eye(3), position=[1, 0, 2]), 1)
+    assert path.patches.tolist() == [1, 0, 2]
+    assert path.forward.tolist() == [False, True]
+    assert path.share == 0.5
 
 
 def test_a_whole_image_is_scanned_row_by_row_or_along_a_snake():
     trace = trace_tokens(small(), IMAGE)
-    assert scan_path(trace, 0).places.tolist() == list(range(16))
-    assert scan_path(trace, 1).places.tolist() == list(range(16))
+    assert scan_path(trace, 0).patches.tolist() == list(range(16))
+    assert scan_path(trace, 1).patches.tolist() == list(range(16))
     snake = scan_path(trace_tokens(small("plainmamba_micro"), IMAGE), 1)
-    assert snake.places.tolist() == [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11, 15, 14, 13, 12]
+    assert snake.patches.tolist() == [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11, 15, 14, 13, 12]
     assert snake.share == 1.0
 
 

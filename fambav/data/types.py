@@ -1,0 +1,141 @@
+"""What a data set is, and one that is held in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fambav.timm_compat import timm
+
+Triple = tuple[float, float, float]
+IMAGENET_MEAN: Triple = timm.data.IMAGENET_DEFAULT_MEAN
+IMAGENET_STD: Triple = timm.data.IMAGENET_DEFAULT_STD
+
+
+class DataError(ValueError):
+    """Data that is missing, truncated or damaged, in one sentence."""
+
+
+class Samples(Protocol):
+    """Images and labels by index."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Return one image in RGB and its label."""
+
+
+class ArraySet:
+    """Images held as one array.
+
+    Args:
+        images: (count, height, width, 3), uint8.
+        labels: (count,), integers.
+    """
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[Any]) -> None:
+        self.images = images
+        self.labels = labels.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+    def statistics(self) -> tuple[Triple, Triple]:
+        """Return mean and standard deviation of each channel, for pixels in [0, 1]."""
+        levels = np.arange(256) / 255
+        means, deviations = [], []
+        for channel in range(3):
+            counts = np.bincount(self.images[..., channel].ravel(), minlength=256)
+            share = counts / counts.sum()
+            mean = float(share @ levels)
+            means.append(mean)
+            deviations.append(float(share @ (levels - mean) ** 2) ** 0.5)
+        return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
+
+
+def digest(*parts: ArraySet | NDArray[np.int64]) -> str:
+    """Return the sha256 of sets (images, then labels) and of plain integer arrays, in hex."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, ArraySet):
+            sha.update(np.ascontiguousarray(part.images).data)
+        labels = part.labels if isinstance(part, ArraySet) else part
+        sha.update(np.ascontiguousarray(labels, dtype="<i8").data)
+    return sha.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A training and a validation set with what a run needs to know about them.
+
+    Attributes:
+        name: One of `fambav.registry.DATA_SETS`.
+        train: Training samples.
+        val: Validation samples.
+        num_classes: Labels are 0 .. num_classes - 1.
+        class_names: Names of the classes, if known.
+        mean: The set's own mean of each channel in [0, 1], if known.
+        std: The set's own standard deviation of each channel, if known.
+        notes: Sentences for the log.
+        digest: sha256 of everything in it, for sets held in memory.
+    """
+
+    name: str
+    train: Samples
+    val: Samples
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+    notes: tuple[str, ...] = ()
+    digest: str | None = None
+
+    @classmethod
+    def in_memory(
+        cls, name: str, train: ArraySet, val: ArraySet, *, class_names: tuple[str, ...], **more: Any
+    ) -> DataSet:
+        """Return a set with its statistics and the digest of both parts.
+
+        Args:
+            name: One of `fambav.registry.DATA_SETS`.
+            train: Training samples.
+            val: Validation samples.
+            class_names: Names of the classes.
+            more: Other attributes, or another digest.
+        """
+        mean, std = train.statistics()
+        more.setdefault("digest", digest(train, val))
+        return cls(
+            name=name,
+            train=train,
+            val=val,
+            num_classes=len(class_names),
+            class_names=class_names,
+            mean=mean,
+            std=std,
+            **more,
+        )
+
+    def statistics(self, which: str) -> tuple[Triple, Triple]:
+        """Return the mean and standard deviation to normalise with.
+
+        Args:
+            which: "imagenet" or "own".
+
+        Raises:
+            ValueError: If `which` is "own" and the set's own are not known, or are 0.
+        """
+        if which == "imagenet":
+            return IMAGENET_MEAN, IMAGENET_STD
+        if self.mean is None or self.std is None or min(self.std) <= 0:
+            raise ValueError(f"data_stats is {which!r}, expected 'imagenet' for {self.name}")
+        return self.mean, self.std

@@ -1,0 +1,275 @@
+"""What an image costs, by arithmetic on sizes: no weights, no forward pass.
+
+    config or model -> parts -> a cost for each part in three conventions -> table, JSON, Markdown
+
+The formulas and conventions are in `fambav.models.flops`.  A method of reduction is counted once
+`OVERHEADS` has a formula of its name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from fambav import training
+from fambav.config import Config
+from fambav.models import Backbone
+from fambav.models.flops import (
+    CONVENTIONS,
+    FREE,
+    OVERHEADS,
+    Cost,
+    ModelCost,
+    Overhead,
+    alignment,
+    carrying,
+    total,
+)
+from fambav.reduction import Reduction
+from fambav.table import Table
+
+__all__ = ["CLASSES", "CONVENTIONS", "OVERHEADS", "Cost", "Overhead", "count", "count_config"]
+
+# Of data sets whose classes are known without reading them.
+CLASSES = {
+    "DIGITS": 10,
+    "SHAPES100": 100,
+    "CIFAR": 100,
+    "CIFAR10": 10,
+    "IMNET": 1000,
+    "FAKE": 1000,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One part of a model.
+
+    Attributes:
+        part: "patches", "layer" or "head".
+        layer: Number of the layer, from 1; None for the other parts.
+        tokens: Tokens that the part works on; of a layer, those that its mixer sees.
+        removed: Tokens removed at this layer.
+        own: Cost of the part by itself.
+        alignment: Cost of scanning as if removed tokens were still there.
+        reduction: Cost of choosing and removing tokens.
+    """
+
+    part: str
+    layer: int | None = None
+    tokens: int
+    removed: int = 0
+    own: Cost
+    alignment: Cost = FREE
+    reduction: Cost = FREE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one image costs.
+
+    Attributes:
+        model: Name of the model.
+        input_size: Height and width of an image, in pixels.
+        num_classes: Length of the output.
+        method: Name of the method of reduction; None if no tokens are removed.
+        scan: The scan policy; None if no tokens are removed.
+        counted: Whether the method has a formula in `OVERHEADS`; without one it counts nothing.
+        start: Tokens before the first layer, class tokens included.
+        rows: The parts, in the order in which an image meets them.
+        unreduced: Cost of the model without reduction.
+    """
+
+    model: str
+    input_size: tuple[int, int]
+    num_classes: int
+    method: str | None
+    scan: str | None
+    counted: bool = True
+    start: int
+    rows: tuple[Row, ...]
+    unreduced: Cost
+
+    @property
+    def reduction(self) -> Cost:
+        """Cost of choosing and removing tokens, over all layers."""
+        return total(*(row.reduction for row in self.rows))
+
+    @property
+    def alignment(self) -> Cost:
+        """Cost of scanning as if removed tokens were still there, over all layers."""
+        return total(*(row.alignment for row in self.rows))
+
+    @property
+    def total(self) -> Cost:
+        """Cost of everything."""
+        return total(*(row.own for row in self.rows), self.reduction, self.alignment)
+
+    def table(self) -> Table:
+        """Return the parts as a table; neighbouring layers that are equal share a line."""
+        unit, size = ("G (1e9)", 1e9) if self.unreduced.literature >= 1e9 else ("M (1e6)", 1e6)
+
+        def line(part: str, cost: Cost, tokens: str = "", removed: str = "") -> Sequence[str]:
+            return part, tokens, removed, *(f"{number / size:.4f}" for number in cost)
+
+        lines = []
+        for (_, tokens, removed), run in groupby(
+            self.rows, key=lambda row: (row.part, row.tokens, row.removed)
+        ):
+            rows = list(run)
+            cost = total(*(row.own for row in rows))
+            lines.append(line(_span(rows), cost, str(tokens), str(removed or "-")))
+        head = lines.pop()
+        if self.method:
+            lines.append(line("reduction", self.reduction))
+        if any(self.alignment):
+            lines.append(line("alignment", self.alignment))
+        lines += [head, line("total", self.total)]
+        if self.method:
+            spent = total(self.reduction, self.alignment)
+            lines += [
+                line("without reduction", self.unreduced),
+                ("share left", "", "", *_shares(self.total, self.unreduced)),
+                ("spent on reduction", "", "", *_shares(spent, self.total)),
+            ]
+        note = f"in {unit} operations for one image; a line of several layers is their sum"
+        if not self.counted:
+            note += f"; what choosing costs {self.method} is not known, and not counted"
+        return Table(
+            head=("part", "tokens", "removed", *CONVENTIONS),
+            rows=lines,
+            names=1,
+            title=self._title(),
+            notes=[note, *(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())],
+        )
+
+    def _title(self) -> str:
+        (height, width), removed = self.input_size, sum(row.removed for row in self.rows)
+        how = f"{self.method} removes {removed}, {self.scan} scan" if self.method else "none go"
+        return (
+            f"{self.model}, {height} x {width} pixels, {self.num_classes} classes: "
+            f"{self.start} tokens, {how}"
+        )
+
+    def json(self) -> str:
+        """Return everything as JSON, counts as whole numbers under the conventions' names."""
+        names = ("model", "input_size", "num_classes", "method", "scan", "counted", "start")
+        figures = {
+            **{name: getattr(self, name) for name in names},
+            "dense": self.unreduced.as_dict(),
+            **{n: getattr(self, n).as_dict() for n in ("reduction", "alignment", "total")},
+            "conventions": CONVENTIONS,
+        }
+        each = (
+            {k: v.as_dict() if isinstance(v, Cost) else v for k, v in vars(row).items()}
+            for row in self.rows
+        )
+        rows = ",\n  ".join(map(json.dumps, each))
+        return f'{json.dumps(figures, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}'
+
+
+def _span(rows: list[Row]) -> str:
+    """Name neighbouring parts of one kind."""
+    first, last = rows[0], rows[-1]
+    if first.layer is None:
+        return first.part
+    return f"layer {first.layer}" if last is first else f"layers {first.layer}-{last.layer}"
+
+
+def _shares(part: Cost, whole: Cost) -> tuple[str, ...]:
+    """Return each convention's share in percent."""
+    return tuple(f"{100 * a / b:.1f}%" for a, b in zip(part, whole, strict=True))
+
+
+def count_config(config: Config) -> Report:
+    """Count what an image costs the model of a configuration, without reading its data.
+
+    Args:
+        config: The settings; without `num_classes` the head has the classes of the data set.
+
+    Raises:
+        ValueError: If the model is not one of ours, cannot be built, or the number of classes is
+            known only to the data's files.
+    """
+    name, classes = config.model.model, config.model.num_classes
+    if name.startswith("timm/"):
+        raise ValueError(f"model is {name!r}, expected one of `fambav list models`")
+    if classes is None:
+        classes = CLASSES.get(config.data.data_set)
+    if classes is None:
+        raise ValueError(
+            f"num_classes is None, expected a number with data_set {config.data.data_set}, whose"
+            " classes only its files tell"
+        )
+    with torch.device("meta"):
+        return count(training.model(config, num_classes=classes))
+
+
+def count(model: nn.Module, reduction: Reduction | None = None) -> Report:
+    """Count what an image costs a model at the lengths of its schedule.
+
+    Args:
+        model: One of ours; weights may be on the meta device.
+        reduction: Instead of the model's own.
+
+    Raises:
+        ValueError: If the model is not one of ours.
+    """
+    if not isinstance(model, Backbone):
+        raise ValueError(f"model is a {type(model).__name__}, expected one of `fambav list models`")
+    cost, info, cells = model.flop_parts(), model.info, math.prod(model.info.grid)
+    reduction = reduction or model.reduction
+    name = reduction.name if reduction.schedule.removed else None
+    full = [layer(info.tokens, cells) for layer in cost.layers]
+    return Report(
+        model=model.pretrained_cfg.get("architecture", type(model).__name__),
+        input_size=model.img_size,
+        num_classes=model.num_classes,
+        method=name,
+        scan=None if name is None else reduction.scan,
+        counted=name is None or name in OVERHEADS.names(),
+        start=info.tokens,
+        rows=(
+            Row(part="patches", tokens=cells, own=cost.patches),
+            *_layer_rows(cost, reduction),
+            Row(part="head", tokens=1, own=cost.head),
+        ),
+        unreduced=total(cost.patches, *full, cost.head),
+    )
+
+
+def _layer_rows(cost: ModelCost, reduction: Reduction) -> Iterator[Row]:
+    """Follow tokens, and the grid they form as long as they form one, through the layers.
+
+    Convolutions of tokens that form no grid run on the initial grid, among zeros.
+    """
+    schedule, method, info = reduction.schedule, reduction.method, reduction.info
+    masked, gap = reduction.scan == "masked", reduction.gap_policy
+    kept = info.tokens
+    grid: tuple[int, int] | None = info.grid
+    for layer, (own, removed) in enumerate(zip(cost.layers, schedule.counts, strict=True)):
+        sizes = Overhead(
+            kept, removed, info.width, cost.inner, info.directions, cost.published_directions
+        )
+        after, spent = grid, FREE
+        if method is not None and removed:
+            after = grid if masked else method.grid_after(grid, removed)
+            known = method.name in OVERHEADS.names()
+            spent = total(OVERHEADS[method.name](sizes) if known else FREE, carrying(sizes, gap))
+        seen = info.tokens if masked else schedule.lengths[layer]
+        yield Row(
+            part="layer",
+            layer=layer + 1,
+            tokens=seen,
+            removed=removed,
+            own=own(seen, math.prod((grid if schedule.after else after) or info.grid)),
+            alignment=alignment(seen, sizes, gap) if seen < info.tokens else FREE,
+            reduction=spent,
+        )
+        kept, grid = kept - removed, after

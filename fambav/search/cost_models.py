@@ -1,0 +1,82 @@
+"""Cost models of a plan: token-layers, operations, milliseconds.
+
+Milliseconds are measured in rounds that alternate with the unreduced model, so that a busy machine
+slows both alike.  A plan's time is the median ratio over the rounds, times the first median of the
+unreduced model.  Small differences remain noise.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fambav import flops
+from fambav.bench.timing import interleave, ratio
+from fambav.engine.precision import Precision
+from fambav.models import Backbone
+from fambav.reduction import Reduction, no_reduction
+from fambav.search.space import Counts, SearchSpace
+
+CostModel = Callable[[Counts], float]
+
+ROUNDS, WARMUP = 15, 2
+
+
+def token_layers(space: SearchSpace) -> CostModel:
+    """Return a cost model: the share of token-layers that remain."""
+    return lambda counts: space.reduction(counts).schedule.share
+
+
+def flop_share(space: SearchSpace, net: Backbone) -> CostModel:
+    """Return a cost model: the share of operations that remain, as papers count them."""
+    known: dict[Counts, float] = {}
+
+    def cost(counts: Counts) -> float:
+        if counts not in known:
+            report = flops.count(net, space.reduction(counts))
+            known[counts] = report.total.literature / report.unreduced.literature
+        return known[counts]
+
+    return cost
+
+
+class Stopwatch:
+    """Times a model under reductions.
+
+    Args:
+        net: In evaluation mode, on its device.
+        images: One batch, (batch, channels, height, width), on that device.
+        precision: Format of the forward pass.
+
+    Attributes:
+        unreduced: Milliseconds of a batch without reduction, measured the first time; None before.
+    """
+
+    def __init__(self, net: Backbone, images: Tensor, precision: Precision) -> None:
+        self.net, self.images, self.precision = net, images, precision
+        self.unreduced: float | None = None
+
+    def times(self, reductions: Sequence[Reduction]) -> tuple[float, list[float]]:
+        """Return milliseconds of a batch: without reduction, and under each reduction."""
+        baseline = no_reduction(self.net.info).eval()
+        before, runs = self.net.reduction, dict(enumerate(map(self._run, (baseline, *reductions))))
+        try:
+            times = interleave(runs, rounds=ROUNDS, warmup=WARMUP, device=self.images.device)
+        finally:
+            self.net.reduction = before
+        unreduced = self.unreduced = self.unreduced or statistics.median(times[0])
+        ratios = (ratio(times[n], times[0]) or 1.0 for n in range(1, len(runs)))
+        return unreduced, [unreduced * share for share in ratios]
+
+    def _run(self, reduction: Reduction) -> Callable[[], object]:
+        @torch.no_grad()
+        def run() -> Tensor:
+            self.net.reduction = reduction
+            with self.precision.autocast():
+                logits: Tensor = self.net(self.images)
+            return logits
+
+        return run

@@ -1,0 +1,217 @@
+"""Tasks: whatever differs between classification, segmentation or forecasting in a training run.
+
+A task is one file here, which bears the name that `fambav.registry.DATA_SETS` gives.  It imports
+torch where it computes, so that tables can read its metrics without torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fambav.registry import DATA_SETS, TASKS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fambav.config import Config
+
+Triple = tuple[float, float, float]
+Statistics = tuple[Triple, Triple]  # mean and standard deviation of the channels
+Loss = Callable[["Tensor", "Tensor"], "Tensor"]
+Mixing = Callable[..., "tuple[Tensor, Tensor]"]
+
+
+class Metric(NamedTuple):
+    """A metric on held-out samples.
+
+    Attributes:
+        name: log.txt has it as `test_NAME`, results have it as `NAME`.
+        label: Head of a column.
+        unit: Of its values; "" if it has none.
+        title: Label of an axis.
+        higher_is_better: Which of two values wins.
+        hub: What Hugging Face calls it.
+    """
+
+    name: str
+    label: str
+    unit: str
+    title: str
+    higher_is_better: bool
+    hub: str = ""
+
+    @property
+    def head(self) -> str:
+        """Label and unit."""
+        return f"{self.label} {self.unit}".rstrip()
+
+    @property
+    def suffix(self) -> str:
+        """Unit as it stands behind a number."""
+        return self.unit if self.unit in ("", "%") else f" {self.unit}"
+
+    @property
+    def key(self) -> str:
+        """Its key in log.txt."""
+        return f"test_{self.name}"
+
+    def gain(self, value: float, base: float) -> float:
+        """Return by how much a value is better than another; negative if it is worse."""
+        return value - base if self.higher_is_better else base - value
+
+
+class Scores(NamedTuple):
+    """What an evaluation yields.
+
+    Attributes:
+        metrics: Loss and metrics by name, in the order of log.txt.
+        samples: How many samples were counted, each once.
+    """
+
+    metrics: dict[str, float]
+    samples: int
+
+
+class Meter(ABC):
+    """Sums over samples that metrics follow from; sums of several processes are added up.
+
+    Args:
+        size: Number of sums.
+        device: Where they are kept.
+
+    Attributes:
+        sums: (size + 1,), float64; the last one counts the samples.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        import torch
+
+        self.sums = torch.zeros(size + 1, dtype=torch.float64, device=device)
+
+    def update(self, outputs: Any, targets: Any) -> Tensor:
+        """Add a batch.
+
+        Returns:
+            Whether all its sums are finite, a scalar, bool.
+        """
+        sums = self.batch_sums(outputs, targets)
+        self.sums[:-1] += sums
+        self.sums[-1] += len(targets)
+        return sums.isfinite().all()
+
+    def scores(self) -> Scores:
+        """Return the metrics of all samples; there must be one at least."""
+        sums = self.sums.cpu()
+        samples = int(sums[-1])
+        return Scores(self.metrics(sums[:-1], samples), samples)
+
+    @abstractmethod
+    def batch_sums(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the sums of one batch, (size,), float64; NaN if an output is not finite.
+
+        Args:
+            outputs: Of the model.
+            targets: As the data set has them.
+        """
+
+    @abstractmethod
+    def metrics(self, sums: Tensor, samples: int) -> dict[str, float]:
+        """Return loss and metrics of the sums of all batches, in the order of log.txt."""
+
+
+class Task(ABC):
+    """All of a run that is not the loop.
+
+    Attributes:
+        hub: What Hugging Face calls the task.
+        metrics: The primary one first, by which checkpoints, runs and plans are compared.
+    """
+
+    hub: str
+    metrics: tuple[Metric, ...]
+
+    @property
+    def primary(self) -> Metric:
+        """The metric that decides."""
+        return self.metrics[0]
+
+    @property
+    def best_key(self) -> str:
+        """Key of the best value of the primary metric in a checkpoint."""
+        return f"best_{self.primary.name}"
+
+    def best_epoch(self, history: Sequence[Mapping[str, Any]]) -> int:
+        """Return the place of the best record, of equal ones the first.
+
+        Args:
+            history: Records of epochs as log.txt has them, at least one.
+        """
+        values = [record[self.primary.key] for record in history]
+        return values.index((max if self.primary.higher_is_better else min)(values))
+
+    def line(self, scores: Scores) -> str:
+        """Return the line that is printed of an evaluation, with a star in front."""
+        labels = {metric.name: metric.label for metric in self.metrics}
+        values = (f"{labels.get(name, name)} {value:.3f}" for name, value in scores.metrics.items())
+        return f"* {' '.join(values)}"
+
+    def best_line(self, value: float) -> str:
+        """Return the line that is printed of the best epoch so far."""
+        return f"Best {self.primary.label}: {value:.4g}{self.primary.suffix}"
+
+    def summary(self, scores: Scores) -> str:
+        """Return the last line of a run that only evaluates."""
+        value, primary = scores.metrics[self.primary.name], self.primary
+        return f"{primary.title} on the {scores.samples} test samples: {value:.4g}{primary.suffix}"
+
+    @abstractmethod
+    def train_transform(
+        self, config: Config, statistics: Statistics, input_size: tuple[int, int]
+    ) -> Any:
+        """Return what augments a sample and makes a tensor of it.
+
+        Args:
+            config: The settings.
+            statistics: Mean and standard deviation of the channels.
+            input_size: Height and width, in pixels.
+        """
+
+    @abstractmethod
+    def eval_transform(
+        self, config: Config, statistics: Statistics, input_size: tuple[int, int]
+    ) -> Any:
+        """Return what makes a tensor of a sample in evaluation; arguments as above."""
+
+    def mixing(self, config: Config, num_classes: int) -> Mixing | None:
+        """Return what makes mixed (images, targets) of (images, targets, update=); None for not."""
+        return None
+
+    @abstractmethod
+    def loss(self, config: Config, *, mixed: bool) -> Loss:
+        """Return the mean loss of (outputs, targets) over a batch.
+
+        Args:
+            config: The settings.
+            mixed: Whether targets are those of `mixing`.
+        """
+
+    @abstractmethod
+    def meter(self, num_classes: int, device: torch.device) -> Meter:
+        """Return an empty meter of this process's samples."""
+
+
+def task_of(data_set: str) -> Task:
+    """Return the task of a data set.
+
+    Args:
+        data_set: One of `fambav.registry.DATA_SETS`.
+    """
+    name = DATA_SETS[data_set]
+    if name not in TASKS.names():
+        import_module(f"fambav.tasks.{name}")
+    task: Task = TASKS[name]
+    return task

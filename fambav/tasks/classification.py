@@ -1,0 +1,138 @@
+"""Classification of images: cross-entropy, and top-1 and top-5 accuracy, as DeiT logs them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fambav.registry import TASKS
+from fambav.tasks import Loss, Meter, Metric, Mixing, Scores, Statistics, Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fambav.config import Config
+
+
+class Classification(Task):
+    """Each image has one of several classes."""
+
+    hub = "image-classification"
+    metrics = (
+        Metric("acc1", "top-1", "%", "top-1 accuracy", higher_is_better=True, hub="accuracy"),
+        Metric("acc5", "top-5", "%", "top-5 accuracy", higher_is_better=True),
+    )
+
+    def line(self, scores: Scores) -> str:
+        """Return DeiT's line, which tools look for."""
+        values = scores.metrics
+        return f"* Acc@1 {values['acc1']:.3f} Acc@5 {values['acc5']:.3f} loss {values['loss']:.3f}"
+
+    def best_line(self, value: float) -> str:
+        """Return DeiT's line."""
+        return f"Max accuracy: {value:.2f}%"
+
+    def summary(self, scores: Scores) -> str:
+        """Return DeiT's line."""
+        first = scores.metrics[self.primary.name]
+        return f"Accuracy of the network on the {scores.samples} test images: {first:.1f}%"
+
+    def train_transform(
+        self, config: Config, statistics: Statistics, input_size: tuple[int, int]
+    ) -> Any:
+        """Return DeiT's augmentation, or with --ThreeAugment that of DeiT III."""
+        from fambav import data
+
+        mean, std = statistics
+        return data.train_transform(config.augment, input_size=input_size, mean=mean, std=std)
+
+    def eval_transform(
+        self, config: Config, statistics: Statistics, input_size: tuple[int, int]
+    ) -> Any:
+        """Return what resizes an image, cuts out its centre and normalises it."""
+        from fambav import data
+
+        mean, std = statistics
+        ratio = config.data.eval_crop_ratio
+        return data.eval_transform(input_size=input_size, eval_crop_ratio=ratio, mean=mean, std=std)
+
+    def mixing(self, config: Config, num_classes: int) -> Mixing | None:
+        """Return Mixup and CutMix, or None if both are off."""
+        from fambav import data
+
+        return data.mixup(
+            config.augment,
+            num_classes=num_classes,
+            batch_size=config.optim.batch_size,
+            seed=config.run.seed,
+        )
+
+    def loss(self, config: Config, *, mixed: bool) -> Loss:
+        """Return cross-entropy of soft or smoothed targets, or with --bce-loss the binary one."""
+        if config.optim.bce_loss:
+            return binary_cross_entropy
+        return soft_cross_entropy if mixed else smooth_cross_entropy(config.augment.smoothing)
+
+    def meter(self, num_classes: int, device: torch.device) -> Meter:
+        """Return an empty meter of cross-entropy and accuracy."""
+        return Accuracy(3, device)
+
+
+TASKS.register("classification")(Classification())
+
+
+class Accuracy(Meter):
+    """Sums of cross-entropy and of hits, among one guess and among five."""
+
+    def batch_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the sums of logits, (batch, classes), and labels, (batch,); (3,), float64."""
+        import torch
+        import torch.nn.functional as F
+
+        logits = outputs.float()
+        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (batch, 5)
+        hits = guesses == targets[:, None]
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        loss = loss.masked_fill(~logits.isfinite().all(dim=1), torch.nan)
+        return torch.stack([x.double().sum() for x in (loss, hits[:, 0], hits.any(dim=1))])
+
+    def metrics(self, sums: Tensor, samples: int) -> dict[str, float]:
+        """Return the mean loss in nats, and both accuracies in percent."""
+        loss, first, five = sums.tolist()
+        return {"loss": loss / samples, "acc1": 100 * first / samples, "acc5": 100 * five / samples}
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of logits, (batch, classes), and probabilities of the same shape."""
+    import torch.nn.functional as F
+
+    return F.cross_entropy(logits, targets)
+
+
+def smooth_cross_entropy(smoothing: float) -> Loss:
+    """Return the mean cross-entropy of logits, (batch, classes), and labels, (batch,).
+
+    Args:
+        smoothing: Share of the target spread over all classes, at least 0 and less than 1.
+    """
+    import torch.nn.functional as F
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    return loss
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean binary cross-entropy over samples and classes, each class its own decision.
+
+    Targets, probabilities or labels, are first made yes or no: a class with any share is a yes.
+    Smoothed targets have a share in every class, so smoothing must be off.
+
+    Source: DeiT III, arXiv:2204.07118, as its code computes it.
+    """
+    import torch.nn.functional as F
+
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, logits.shape[1])
+    return F.binary_cross_entropy_with_logits(logits, targets.gt(0).to(logits.dtype))

@@ -1,0 +1,423 @@
+"""What a file of weights holds; entries of ours are checked as it is read.
+
+A digest says that a file is as it was written, not who wrote it: an entry of the wrong type is
+refused here, before anything is made of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fambav.config import Config, affecting
+from fambav.data import DataSet
+from fambav.engine import checkpoint
+from fambav.engine.checkpoint import CheckpointError, NotFiniteWeightsError, State
+from fambav.engine.finite import NotFiniteError, check_weights
+from fambav.engine.run_dir import CHECKPOINT, DESCRIPTION, WEIGHTS, weights_file
+from fambav.models import Backbone, official
+from fambav.reduction import Schedule
+
+# What may differ between a run and its continuation: where and how fast, not what.
+_FREE = affecting("nothing", "speed")
+_KEPT_BY_EVAL = {"data_path", "on_bad_image", "matmul_precision"}  # of those, where and how exact
+_IMAGES = {"batch_size", "grad_accum_steps"}  # compared as images per update
+_TEXTS = {"class_token", "torch"}  # facts that a safetensors file holds as they are, not as JSON
+_CHANNELS = 3
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # and not bool
+
+
+def _is_count(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _is_list(of: Callable[[Any], bool], *, length: int | None = None) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, list | tuple) and length in (None, len(v)) and all(map(of, v))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether something could stand in a JSON file."""
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_plain(own) for name, own in value.items())
+    return value is None or isinstance(value, str | int | float) or _is_list(_is_plain)(value)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) and _is_plain(value)
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(own, Tensor) for name, own in value.items()
+    )
+
+
+def _is_optimizer(value: Any) -> bool:
+    """Whether something has the form of a torch optimizer's state_dict."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("state"), Mapping):
+        return False
+    groups, states = value.get("param_groups"), value["state"].values()
+    return (
+        isinstance(groups, list)
+        and all(isinstance(own, Mapping) for own in (*groups, *states))
+        and all(isinstance(v, Tensor | int | float) for own in states for v in own.values())
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        _is_table(value)
+        and _is_number(value.get("epoch"))
+        and all(_is_number(own) for name, own in value.items() if name.startswith("test_"))
+    )
+
+
+_is_mean = _is_list(lambda v: _is_number(v) and math.isfinite(v), length=_CHANNELS)
+_is_std = _is_list(lambda v: _is_number(v) and 0 < v < math.inf, length=_CHANNELS)
+_FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "config": (_is_table, "plain values by name"),
+    "class_token": (_is_text, "text"),
+    "grid": (_is_list(_is_count(1), length=2), "2 whole numbers of at least 1"),
+    "schedule": (_is_table, "plain values by name"),
+    "images_per_update": (_is_count(1), "a whole number of at least 1"),
+    "teacher": (_is_text, "text"),
+    "world": (_is_count(1), "a whole number of at least 1"),
+    "num_classes": (_is_count(1), "a whole number of at least 1"),
+    "class_names": (_is_list(_is_text), "names"),
+    "mean": (_is_mean, "3 finite numbers"),
+    "std": (_is_std, "3 finite numbers above 0"),
+    "torch": (_is_text, "text"),
+}
+_CHECKS = {
+    **_FACTS,
+    "model": (_is_weights, "tensors by name"),
+    "model_ema": (_is_weights, "tensors by name"),
+    "optimizer": (_is_optimizer, "the state of an optimizer"),
+    "scaler": (_is_table, "plain values by name"),
+    "epoch": (_is_count(-1), "a whole number of at least -1"),
+    "updates": (_is_count(0), "a whole number of at least 0"),
+    "history": (_is_list(_is_record), "a record for each epoch"),
+    "losses": (_is_list(_is_number), "numbers"),
+    "seconds": (_is_number, "a number"),
+    "peak_mib": (_is_number, "a number"),
+    "maxima": (_is_list(_is_number), "numbers"),
+}
+_OPTIONAL = {
+    *("class_token", "grid", "schedule", "teacher", "class_names"),
+    *("model_ema", "scaler", "updates"),
+}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A file of weights, and what it says of the run that wrote it.
+
+    Attributes:
+        path: The file.
+        entries: All it holds, as `checkpoint.load` returns it.
+        facts: What describes the run, checked; empty if the file is not ours.
+    """
+
+    path: Path
+    entries: State
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> RunState:
+        """Read a file, and of exported weights the description beside them.
+
+        Raises:
+            CheckpointError: If a file is missing or damaged, or an entry is of the wrong type.
+        """
+        state, description = cls.of(path, checkpoint.load(path)), path.parent / DESCRIPTION
+        if path.name != WEIGHTS or not description.is_file():
+            return state
+        known, trained = _read_description(description), state.class_token
+        if trained is not None and trained != known["class_token"]:
+            raise CheckpointError(
+                f"class_token is {known['class_token']!r} in {description}, expected {trained!r} as"
+                f" in {path.name}"
+            )
+        return dataclasses.replace(state, facts={**state.facts, **known})
+
+    @classmethod
+    def of(cls, path: Path, entries: State) -> RunState:
+        """Check what was read from a file.
+
+        Raises:
+            CheckpointError: If an entry is of the wrong type.
+        """
+        strings, known = entries.get("metadata"), entries
+        if isinstance(strings, Mapping) and "config" in strings:
+            known = {name: _parse(path, name, text) for name, text in strings.items()}
+        elif "config" not in entries:  # not ours
+            known = {}
+        _check(path, known)
+        return cls(path, entries, {name: known[name] for name in _FACTS if name in known})
+
+    @cached_property
+    def config(self) -> Config | None:
+        """Settings of the run; None if the file is not ours.
+
+        Raises:
+            ConfigError: If one of them is unknown or wrong.
+        """
+        flat = self.facts.get("config")
+        if flat is None:
+            return None
+        return Config.recorded({name: _as_list(value) for name, value in flat.items()})
+
+    @property
+    def class_token(self) -> str | None:
+        """Where the class token stood in training, if the file says it."""
+        return self.facts.get("class_token")
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Patches along height and width in training, if the file says it."""
+        grid = self.facts.get("grid")
+        return grid and (grid[0], grid[1])
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Of the classes, in order, if the file has them."""
+        return self.facts.get("class_names")
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of the channels in training, if the file says them."""
+        mean, std = self.facts.get("mean"), self.facts.get("std")
+        return (tuple(mean), tuple(std)) if mean and std else None
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that were complete; only a checkpoint of a run knows it."""
+        return int(self.entries["epoch"]) + 1
+
+    @property
+    def updates(self) -> int | None:
+        """Updates that were made; None in older files, which are of complete epochs only."""
+        return self.entries.get("updates")
+
+    def statistics_for(self, config: Config, data: DataSet) -> tuple[Any, Any]:
+        """Return mean and standard deviation of the channels, to evaluate the weights with.
+
+        They are those of training, unless the file does not say them or `config` sets others.
+
+        Raises:
+            ValueError: If the data set has none of the kind that `config` names.
+        """
+        known = self.config
+        if not self.statistics or not known or known.data.data_stats != config.data.data_stats:
+            return data.statistics(config.data.data_stats)
+        return self.statistics
+
+    def load_into(
+        self, net: nn.Module, *, ema: bool = False, head: Literal["strict", "drop"] = "strict"
+    ) -> None:
+        """Load the weights into a model.
+
+        Args:
+            net: Gets the weights; those of a model of ours are fitted to its image size.
+            ema: Take the moving average instead.
+            head: "drop" leaves the model's head as it is if the file's has other classes.
+
+        Raises:
+            CheckpointError: If the weights are not those of such a model.
+            NotFiniteWeightsError: If one of them is not finite.
+        """
+        try:
+            weights = official(self.entries, ema=ema)
+            check_weights(weights, net.state_dict())
+            if isinstance(net, Backbone):
+                place, grid = self.class_token, self.grid
+                weights = net.remap(self.entries, ema=ema, class_token=place, grid=grid, head=head)
+            elif head == "drop":
+                weights = _with_own_head(weights, net)
+            net.load_state_dict(weights)
+        except (ValueError, RuntimeError) as error:
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[:2])
+            infinite = isinstance(error, NotFiniteError)
+            kind = NotFiniteWeightsError if infinite else CheckpointError
+            raise kind(f"{self.path}: {reason}") from error
+
+    def check_same_run(
+        self, config: Config, *, images: int, teacher: str | None = None, world: int = 1
+    ) -> None:
+        """Refuse to go on with the run under other settings.
+
+        Args:
+            config: The settings now.
+            images: Images in an update now, over all processes.
+            teacher: Digest of the weights of the teacher now, if there is one.
+            world: Number of processes now.
+
+        Raises:
+            CheckpointError: If it is no run of ours, or a setting that matters differs.
+        """
+        entries = self.entries
+        if not {"config", "optimizer", "epoch"} <= entries.keys():
+            hint = "--finetune starts from its weights, --eval evaluates it"
+            raise CheckpointError(
+                f"{self.path} does not hold a run, expected a checkpoint of ours; {hint}"
+            )
+        # A setting that was not there yet had its default.
+        before = {**Config().flat(), **self.facts["config"]}
+        changed = [
+            f"{name} {before[name]} -> {value}"
+            for name, value in config.flat().items()
+            if name not in _FREE | _IMAGES and _as_list(before[name]) != _as_list(value)
+        ]
+        if entries.get("images_per_update") != images:
+            changed.append(f"images per update {entries.get('images_per_update')} -> {images}")
+        if entries.get("teacher") != teacher:
+            changed.append("weights of the teacher")
+        processes = entries.get("world", world)
+        if processes != world and not config.run.allow_world_size_change:
+            changed.append(f"processes {processes} -> {world} (see --allow-world-size-change)")
+        if changed:
+            raise CheckpointError(
+                f"{self.path} is of a run with other settings, expected the same;"
+                f" {', '.join(changed)}"
+            )
+
+
+def facts(
+    config: Config,
+    data: DataSet,
+    plan: Schedule | None,
+    *,
+    images: int,
+    grid: tuple[int, int] | None = None,
+    teacher: str | None = None,
+    world: int = 1,
+) -> State:
+    """Return what a checkpoint says of its run besides weights and optimizer: plain data.
+
+    Args:
+        config: The settings, with the model's and the data set's own sizes filled in.
+        data: The data set.
+        plan: Tokens at each layer, if the model has such a plan.
+        images: Images in an update, over all processes.
+        grid: Patches along height and width, if the model has such a grid.
+        teacher: Digest of the teacher's weights, if there is a teacher.
+        world: Number of processes.
+    """
+    mean, std = data.statistics(config.data.data_stats)
+    return {
+        "config": config.flat(),
+        "class_token": config.model.class_token,
+        "grid": grid and list(grid),
+        "schedule": plan and {name: _as_list(value) for name, value in asdict(plan).items()},
+        "images_per_update": images,
+        "teacher": teacher,
+        "world": world,
+        "num_classes": data.num_classes,
+        "class_names": data.class_names and list(data.class_names),
+        "mean": list(mean),
+        "std": list(std),
+        "torch": str(torch.__version__),
+    }
+
+
+def as_strings(known: Mapping[str, Any]) -> dict[str, str]:
+    """Return facts as the strings that a safetensors file can hold."""
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in known.items()}
+
+
+def record(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the settings of the run that wrote what `--eval` evaluates, without places and speed.
+
+    Args:
+        given: Settings of the evaluation.
+
+    Returns:
+        The settings; None if no file is named, or it is not ours.
+
+    Raises:
+        CheckpointError: If the file cannot be used.
+    """
+    path = resume_path(given.get("resume", ""), given.get("output_dir"))
+    path = path or (Path(given["finetune"]) if given.get("finetune") else None)
+    known = None if path is None else RunState.read(weights_file(path)).config
+    if known is None:
+        return None
+    return {name: v for name, v in known.flat().items() if name not in _FREE - _KEPT_BY_EVAL}
+
+
+def resume_path(resume: str, output_dir: str | None) -> Path | None:
+    """Return what --resume names, None without it; with auto, where a checkpoint would be."""
+    if resume == "auto":
+        return Path(output_dir or "") / CHECKPOINT
+    return Path(resume) if resume else None
+
+
+def _parse(path: Path, name: str, text: str) -> Any:
+    if name in _TEXTS or name not in _CHECKS:
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {name} is no JSON, expected what was written") from error
+
+
+def _check(path: Path, known: Mapping[str, Any]) -> None:
+    best = {name: (_is_number, "a number") for name in known if name.startswith("best_")}
+    for name, (holds, words) in {**_CHECKS, **best}.items():
+        optional = name in _OPTIONAL
+        if name not in known or (optional and known[name] is None) or holds(known[name]):
+            continue
+        shown = " ".join(repr(known[name]).split())
+        shown = shown if len(shown) < 60 else f"{shown[:60]}..."
+        raise CheckpointError(
+            f"{path}: {name} is {shown}, expected {words}{' or nothing' * optional}"
+        )
+
+
+def _read_description(path: Path) -> State:
+    """Return the facts in the `config.json` of an exported folder."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        own, images = content["fambav"], content["pretrained_cfg"]
+        known = {
+            "config": own["settings"],
+            "class_token": own["class_token"],
+            "class_names": content["label_names"],
+            "mean": images["mean"],
+            "std": images["std"],
+        }
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged, expected what fambav export writes: {error!r}"
+        ) from error
+    _check(path, known)
+    return known
+
+
+def _with_own_head(weights: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    """Replace the classifier of a timm model where its shape is not that of `net`."""
+    own = net.state_dict()
+    fits = {n: v for n, v in weights.items() if n not in own or v.shape == own[n].shape}
+    classifier = {n for n in own if n.split(".")[0] in ("head", "fc", "classifier", "head_dist")}
+    return fits | {n: own[n] for n in classifier - fits.keys()}
+
+
+def _as_list(value: Any) -> Any:
+    """A tuple as the list that JSON makes of it."""
+    return list(value) if isinstance(value, tuple) else value
