@@ -281,7 +281,7 @@ def step(device, *words):
         --distillation-type kl"""
     config = parse([*text.split(), *words])
     torch.manual_seed(0)
-    guide = Teacher(model(config.dense(), num_classes=10).to(device))
+    guide = Teacher(model(config.unreduced(), num_classes=10).to(device))
     net = model(config, num_classes=10).to(device)
     group = Processes(0, 1, device)
     made = train_step(config, net, group, num_classes=10, per_epoch=3, teacher=guide)

@@ -59,7 +59,7 @@ def reduction(
             share_of_layer  reduce over layer
             intermediates   a mixer that returns those which the method reads over a plain one
             aging           a mixer that scans across the gaps over one at its length that does not
-            lookup          a mixer that looks up positions of tokens in the grid over a plain one
+            lookup          a mixer that finds its tokens in the grid by position over a plain one
             net             reduce and what intermediates add, in layers; a token that went saves
                             one part in `length` of a layer at each layer behind
         Those of a PlainMamba have its param_order: "raster" as in released weights, "permuted" for

@@ -69,7 +69,7 @@ def read_settings(
     if how.get("scan_policy") == "masked":
         raise ConfigError("--scan_policy is 'masked', expected one that saves something")
     if "config" in given:
-        base = config.load(given.pop("config")).dense()
+        base = config.load(given.pop("config")).unreduced()
         return base.replace(**given) if given else base, {}, how
     if "model" in given:
         return Config.from_flat(given), {}, how

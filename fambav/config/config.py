@@ -71,7 +71,7 @@ class Config:
         given = _record(self.flat())
         return _resolved({**given, **parsing.from_mapping(changes, COMMAND)}, self.notice)
 
-    def dense(self) -> Config:
+    def unreduced(self) -> Config:
         """Return a copy whose model keeps every token."""
         return dataclasses.replace(self, fusion=schema.Fusion(), reduction=schema.Reduction())
 

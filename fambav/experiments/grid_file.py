@@ -144,7 +144,7 @@ class _File:
             if own is None:
                 raise ConfigError(f"{label} has no config, expected one, or a base of the grid")
             configs.append(_with(own, row.settings, label))
-        first = next((n for n, run in enumerate(configs) if run == run.dense()), None)
+        first = next((n for n, run in enumerate(configs) if run == run.unreduced()), None)
         if first is None:
             names = [row.name for row in rows]
             refuse(f"{self.path}: rows", names, "a row without reduction among them")

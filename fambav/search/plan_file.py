@@ -23,7 +23,7 @@ def plan_settings(config: Config, plan: Plan, policies: Mapping[str, Any] | None
     Raises:
         ConfigError: If one of these is unknown or wrong.
     """
-    unreduced = config.dense()
+    unreduced = config.unreduced()
     if not any(plan.counts):
         return unreduced
     if plan.method in FUSION_METHODS and not policies:

@@ -161,7 +161,7 @@ def opened(
             f"model is {trained.model.model!r}, expected one whose tokens can be reduced"
         )
     reduction, net.reduction = net.reduction, no_reduction(net.info).eval()
-    complete = trained.dense().replace(
+    complete = trained.unreduced().replace(
         resume="", finetune="", eval=False, output_dir=None, num_classes=run.num_classes
     )
     with process_settings(complete), processes(complete.run.device) as group:

@@ -81,11 +81,11 @@ def _settings(config: Config, state: RunState) -> Config:
     """
     name = config.distillation.teacher_model
     if name is None:
-        return config.dense()
+        return config.unreduced()
     known = state.config
     if known is None or known.model.model != name:
         known = Config.from_flat({"model": name})
-    return known.dense().replace(input_size=config.model.input_size)
+    return known.unreduced().replace(input_size=config.model.input_size)
 
 
 def _check_classes(state: RunState, net: nn.Module, num_classes: int) -> None:
