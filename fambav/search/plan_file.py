@@ -28,8 +28,8 @@ def plan_settings(config: Config, plan: Plan, policies: Mapping[str, Any] | None
         return unreduced
     if plan.method in FUSION_METHODS and not policies:
         return unreduced.replace(fusion_method=plan.method, fusion_plan=plan.summary())
-    schedule = "list:" + ",".join(map(str, plan.counts))
-    return unreduced.replace(reduction=plan.method, reduction_schedule=schedule, **(policies or {}))
+    given = dict(reduction=plan.method, reduction_schedule=plan.summary())
+    return unreduced.replace(**given, **(policies or {}))
 
 
 def write_plan(

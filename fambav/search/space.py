@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fambav.layers import BackboneInfo
-from fambav.reduction import Reduction, make_reduction, no_reduction
+from fambav.reduction import Reduction, make_reduction, no_reduction, write_schedule
 from fambav.reduction.schedule import plan as strategy_plan
 
 Counts = tuple[int, ...]
@@ -27,9 +27,8 @@ class Plan(NamedTuple):
     counts: Counts
 
     def summary(self) -> str:
-        """Return the plan as `--fusion-plan` takes it."""
-        pairs = (f"{layer}:{count}" for layer, count in enumerate(self.counts, start=1) if count)
-        return ",".join(pairs) or "every token kept"
+        """Return the plan as a schedule."""
+        return write_schedule(self.counts) or "every token kept"
 
 
 class SearchSpace:
@@ -77,7 +76,7 @@ class SearchSpace:
     def _make(self, counts: Counts) -> Reduction:
         if not any(counts):
             return no_reduction(self.info).eval()
-        text = "list:" + ",".join(map(str, counts))
+        text = write_schedule(counts)
         return make_reduction(self.info, self.method, text, **self.policies).eval()
 
 
