@@ -136,7 +136,7 @@ class Worker(ValueError):
 
 
 TRACE = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
-TRACE += 'last):\n  File "x.py", line 1\nfambav.data.arrays.DataError: a.png is damaged\n'
+TRACE += 'last):\n  File "x.py", line 1\nfambav.data.types.DataError: a.png is damaged\n'
 DIVERGED = type("DivergedError", (RuntimeError,), {"__module__": "fambav.engine.step"})
 BACKEND = type("BackendError", (RuntimeError,), {"__module__": "fambav.ops.dispatch"})
 

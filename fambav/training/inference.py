@@ -13,7 +13,7 @@ from torch import nn
 
 from fambav import data
 from fambav.config import Config, affecting, read_settings, refuse
-from fambav.data.arrays import IMAGENET_MEAN, IMAGENET_STD
+from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD
 from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits

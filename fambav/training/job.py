@@ -14,7 +14,7 @@ from torch import nn
 
 from fambav.config import Config
 from fambav.data import Batches, DataSet, eval_crop
-from fambav.data.resident import ResidentEvaluation
+from fambav.data.device_augment import DeviceEvalLoader
 from fambav.engine.activations import ActivationMax
 from fambav.engine.checkpoint import CheckpointError, State
 from fambav.engine.console import Console
@@ -316,7 +316,7 @@ class TrainingJob:
             precision=precision(self.config, self.group),
         )
 
-    def _held_out(self, statistics: Statistics | None = None) -> Batches | ResidentEvaluation:
+    def _held_out(self, statistics: Statistics | None = None) -> Batches | DeviceEvalLoader:
         return batches.eval_batches(
             self.config,
             self.data,
