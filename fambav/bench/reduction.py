@@ -72,8 +72,7 @@ def reduction(
     batch = BATCH[device.type] if batch is None else batch
     dtype = training_dtype(device) if dtype is None else dtype
     positive(batch=batch, **({} if count is None else {"count": count}))
-    names = list(dict.fromkeys(methods))
-    _known(names)
+    names = _known(methods)
     rows, skipped = dict[str, Row](), dict[str, str]()
     with determinism_settings(deterministic=False, matmul_precision="high"):
         bench = _Bench(model, batch, device, dtype)
@@ -94,12 +93,13 @@ def reduction(
     return Report(title=TITLE, settings=told, rows=ordered, skipped=skipped)
 
 
-def _known(methods: Sequence[str]) -> None:
-    """Refuse names that no method has."""
+def _known(methods: Sequence[str]) -> list[str]:
+    """Return each name once; refuse one that no method has."""
     for name in methods:
         if name not in METHODS:
             hint = nearest(name, METHODS)
             raise ValueError(f"method is {name!r}, expected a known name; {hint}")
+    return list(dict.fromkeys(methods))
 
 
 def nearest_count(method: Reducer, info: BackboneInfo) -> int:
@@ -232,7 +232,7 @@ class _Bench:
             # Scattered over a grid, they must be looked up there without aging, too.
             plain = (hidden, Ask(asked.tokens)) if self.info.needs_positions else (hidden,)
             found[self._mixer_part(plain)] = self._mixer(mixers[1], plain)
-        elif len(behind) > 1 and self.info.needs_positions:
+        elif len(behind) > 1 and cast(Ask, behind[1]).tokens.grid is None:
             whole = (before[0], Ask(met._replace(grid=None)))
             found[name, "lookup"] = self._mixer(mixers[1], whole)
         return found
