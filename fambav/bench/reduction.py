@@ -73,8 +73,7 @@ def reduction(
     batch = BATCH[device.type] if batch is None else batch
     dtype = training_dtype(device) if dtype is None else dtype
     positive(batch=batch, **({} if count is None else {"count": count}))
-    names = list(dict.fromkeys(methods))
-    _known(names)
+    names = _known(methods)
     rows, skipped = dict[str, Row](), dict[str, str]()
     with determinism_settings(deterministic=False, matmul_precision="high"):
         bench = _Bench(model, batch, device, dtype)
@@ -95,12 +94,13 @@ def reduction(
     return Report(title=TITLE, settings=about, rows=ordered, skipped=skipped)
 
 
-def _known(methods: Sequence[str]) -> None:
-    """Refuse names that no method has."""
+def _known(methods: Sequence[str]) -> list[str]:
+    """Return each name once; refuse one that no method has."""
     for name in methods:
         if name not in METHODS:
             hint = nearest(name, METHODS)
             raise ValueError(f"method is {name!r}, expected a known name; {hint}")
+    return list(dict.fromkeys(methods))
 
 
 def nearest_count(method: Reducer, info: BackboneInfo) -> int:
@@ -234,7 +234,7 @@ class _Bench:
             # At positions on a grid, they have to be placed there without aging, too.
             plain: Call = ((hidden, *given) if self.info.needs_positions else (hidden,), {})
             found[self._mixer_part(plain)] = self._mixer(mixers[1], plain)
-        elif given and self.info.needs_positions:
+        elif given and cast(Tokens, given[0]).grid is None:
             call: Call = ((before[0][0], met._replace(grid=None)), {})
             found[name, "lookup"] = self._mixer(mixers[1], call)
         return found

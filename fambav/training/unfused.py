@@ -1,8 +1,9 @@
 """Which mixers of a reduced model cannot run fused, and why, for a line at the start of a run.
 
 A fused mixer keeps step sizes and scan outputs to itself.  A reduction that reads them, or lets the
-state decay over removed tokens, makes some mixers run as single scans.  One that leaves gaps in a
-grid has mixers look up the position of each token.  `fambav bench reduction` measures the cost.
+state decay over removed tokens, makes some mixers run as single scans.  Of a model that scans a
+grid, mixers behind a reduction receive positions, which they look up unless a whole grid remains.
+`fambav bench reduction` measures the cost.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def unfused_line(reduction: Reduction) -> str | None:
         return None
     text = " and ".join(f"{why} at layers {_ranges(layers)}" for why, layers in reasons.items())
     return (
-        f"{reduction.name}: mixers {text}, which takes longer than in a plain mixer; fambav bench "
+        f"{reduction.name}: mixers {text}, which may take longer than a plain mixer; fambav bench "
         "reduction measures by how much"
     )
 
@@ -36,7 +37,7 @@ def unfused_layers(reduction: Reduction) -> dict[str, list[int]]:
             layer for layer, hook in hooks.items() if hook.want - OUTPUT
         ],
         "scan across gaps": [layer for layer, hook in hooks.items() if hook.gap_policy is not None],
-        "look up positions of tokens": [
+        "receive positions of tokens": [
             layer for layer in gapped if info.needs_positions and hooks[layer].gap_policy is None
         ],
     }

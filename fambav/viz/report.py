@@ -71,10 +71,7 @@ def write_report(
     grids = [folder for folder in folders if experiments.is_grid(folder)]
     runs = [folder for folder in folders if folder not in grids]
     results = [experiments.read_run(folder) for folder in runs]
-    points = [
-        (folder.resolve().name, experiments.read_points(folder), experiments.read_task(folder))
-        for folder in grids
-    ]
+    points = list(map(_grid, grids))
     tables = [experiments.compare(results, mixed=mixed)] if results else []
     tables += [_grid_table(*grid) for grid in points]
     names = names_of(runs) if runs else []
@@ -147,6 +144,11 @@ def class_accuracy(run: LoadedRun, data_set: DataSet) -> Table:
         names=2,
         notes=[f"{run.source.name} on {data_set.name}: {overall} right"],
     )
+
+
+def _grid(folder: Path) -> tuple[str, Sequence[Point], Task]:
+    """Name, rows and task of a grid."""
+    return folder.resolve().name, experiments.read_points(folder), experiments.read_task(folder)
 
 
 def _of_runs(results: Sequence[Result], *, mixed: bool) -> Iterator[str]:

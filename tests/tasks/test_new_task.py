@@ -1,17 +1,21 @@
 """A task that the package has never seen: trained, resumed, kept, evaluated, compared, exported."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from fambav import experiments
 from fambav.cli import console
 from fambav.engine import checkpoint
 from fambav.engine.step import TrainStep
 from fambav.registry import DATA_SETS, TASKS
 from fambav.tasks import Meter, Metric, Task, task_of
 from tests.data.made import made_cifar10
+from tests.experiments.made import SCRATCH, written
 from tests.identical import assert_identical, log
 from tests.test_runs import Crash, go, refused
 
@@ -157,6 +161,32 @@ def test_runs_of_several_tasks_stand_in_no_table(finished, tmp_path, capsys):
     assert "by top-1 accuracy and run by Brier score, expected runs of one task" in (
         capsys.readouterr().err
     )
+
+
+def test_the_table_of_a_grid_has_its_columns(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATA_SETS, "CIFAR", "calibration")
+    grid = experiments.read_grid(written(tmp_path, SCRATCH))
+    head = experiments.table(experiments.Results(grid, {})).head
+    assert {"Brier nat", "distance"} < set(head) and "top-1 %" not in head
+
+
+def test_a_report_says_which_run_is_best(finished, tmp_path, monkeypatch):
+    worse, better = finished[0], tmp_path / "better"
+    shutil.copytree(worse, better)
+    text = (better / "log.txt").read_text()
+    (better / "log.txt").write_text(re.sub('"test_brier": [0-9.]+', '"test_brier": 0.25', text))
+    target = tmp_path / "report.html"
+    words = [
+        "report",
+        str(worse),
+        str(better),
+        "--mixed",
+        "--no-class-accuracy",
+        "--output",
+        str(target),
+    ]
+    assert console(words) == 0
+    assert "better reaches a held-out Brier score of 0.25 nat" in target.read_text()
 
 
 def test_an_exported_model_names_the_task_and_its_metric(finished, tmp_path):

@@ -18,6 +18,7 @@ from fambav import experiments, viz
 from fambav.cli import console, main
 from fambav.engine import checkpoint
 from fambav.experiments import Estimate, Point
+from fambav.tasks import task_of
 from tests.conftest import BROWSERS
 from tests.data.made import made_cifar
 
@@ -230,6 +231,7 @@ def test_a_grid_stands_as_a_sentence_a_table_and_its_front(tmp_path, monkeypatch
     ]
     monkeypatch.setattr(experiments, "is_grid", lambda folder: True)
     monkeypatch.setattr(experiments, "read_points", lambda folder: points)
+    monkeypatch.setattr(experiments, "read_task", lambda folder: task_of("DIGITS"))
     viz.write_report([tmp_path / "a & b"], tmp_path / "grid.html", title="A grid")
     found, text = seen(tmp_path / "grid.html"), (tmp_path / "grid.html").read_text()
     assert found.cells[-4:] == ["all < 7", "90.50 ± 0.25", "0.500", "20.0 ± 1.0"]
