@@ -4,9 +4,10 @@
     hard   (1 - alpha) base + alpha CE(p, argmax q)
     kl     base + alpha KL(q || p)
 
-p are the probabilities of the model in training, q those of its teacher, and KL and CE are means
-over the batch.  KL(q || p) = sum q (log q - log p), with the expectation under the teacher, so the
-model is drawn to every class to which the teacher gives some probability.
+base is the mean loss of (logits, targets), and each result is one of (logits, targets, teacher's
+logits).  p are the probabilities of the model in training, q those of its teacher, and KL and CE
+are means over the batch.  KL(q || p) = sum q (log q - log p), with the expectation under the
+teacher, so the model is drawn to every class to which the teacher gives some probability.
 
 Source: soft and hard, Touvron et al., "Training data-efficient image transformers", DeiT,
 arXiv:2012.12877, as its code computes them, which divides by the number of elements and so by
@@ -56,13 +57,7 @@ class Teacher:
 
 
 def soft(base: Loss, *, alpha: float, tau: float) -> DistillationLoss:
-    """Return DeiT's soft distillation, a loss of (logits, targets, teacher's logits).
-
-    Args:
-        base: Mean loss of (logits, targets) over a batch.
-        alpha: Share of the teacher, more than 0 and at most 1; the labels have the rest.
-        tau: Temperature that both logits are divided by, more than 0.
-    """
+    """Return DeiT's soft distillation; alpha is in (0, 1], the temperature tau above 0."""
 
     def loss(logits: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
         distance = divergence(logits / tau, taught / tau) * tau**2 / logits.shape[1]
@@ -72,12 +67,7 @@ def soft(base: Loss, *, alpha: float, tau: float) -> DistillationLoss:
 
 
 def hard(base: Loss, *, alpha: float) -> DistillationLoss:
-    """Return DeiT's hard distillation, a loss of (logits, targets, teacher's logits).
-
-    Args:
-        base: Mean loss of (logits, targets) over a batch.
-        alpha: Share of the teacher, more than 0 and at most 1; the labels have the rest.
-    """
+    """Return DeiT's hard distillation; alpha is in (0, 1]."""
 
     def loss(logits: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
         guess = F.cross_entropy(logits, taught.argmax(dim=1))
@@ -87,12 +77,7 @@ def hard(base: Loss, *, alpha: float) -> DistillationLoss:
 
 
 def kl(base: Loss, *, alpha: float) -> DistillationLoss:
-    """Return R-MeeTo's loss of (logits, targets, teacher's logits), base + alpha KL.
-
-    Args:
-        base: Mean loss of (logits, targets) over a batch, which keeps its whole weight.
-        alpha: Weight of the divergence, more than 0.
-    """
+    """Return R-MeeTo's loss, in which the labels keep their whole weight; alpha is above 0."""
 
     def loss(logits: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
         return base(logits, targets) + alpha * divergence(logits, taught)

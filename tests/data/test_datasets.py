@@ -17,7 +17,7 @@ from tests.data.made import made_folder
 
 
 def test_every_listed_name_has_a_builder():
-    assert tuple(BUILDERS.names()) == DATA_SETS
+    assert BUILDERS.names() == list(DATA_SETS)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
