@@ -18,7 +18,7 @@ def reduced(name, method):
 @pytest.mark.parametrize("name", ["vim_micro", "plainmamba_micro"])
 def test_every_mixer_that_is_asked_and_no_other_has_a_reason(name, method):
     net = reduced(name, method)
-    asked = {n + 1 for n in range(net.depth) if net.reduction.hooks(n).asked}
+    asked = {n + 1 for n in range(net.depth) if net.reduction.hooks(n).unfused}
     assert {n for layers in unfused_layers(net.reduction).values() for n in layers} == asked
     assert (unfused_line(net.reduction) is None) == (not asked)
 
