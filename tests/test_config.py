@@ -684,8 +684,8 @@ def test_every_setting_is_read_by_the_builder():
     from fambav.registry import FAMILIES
 
     read = {name for family in FAMILIES.values() for name in family.arguments}
-    builders = (ROOT / "fambav/training").glob("*.py")
-    for path in (*builders, ROOT / "fambav/data/transforms.py"):
+    folders = (ROOT / "fambav" / name for name in ("training", "tasks", "data"))
+    for path in (path for folder in folders for path in folder.glob("*.py")):
         tree = ast.parse(path.read_text())
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert set(OPTIONS) - read - {"sched"} == set(), "sched has one value"

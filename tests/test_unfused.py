@@ -16,11 +16,11 @@ def reduced(name, method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["vim_micro", "plainmamba_micro"])
-def test_every_mixer_that_is_asked_and_no_other_has_a_reason(name, method):
+def test_every_unfused_mixer_and_no_other_has_a_reason(name, method):
     net = reduced(name, method)
-    asked = {n + 1 for n in range(net.depth) if net.reduction.hooks(n).unfused}
-    assert {n for layers in unfused_layers(net.reduction).values() for n in layers} == asked
-    assert (unfused_line(net.reduction) is None) == (not asked)
+    unfused = {n + 1 for n in range(net.depth) if net.reduction.hooks(n).unfused}
+    assert {n for layers in unfused_layers(net.reduction).values() for n in layers} == unfused
+    assert (unfused_line(net.reduction) is None) == (not unfused)
 
 
 def test_an_output_that_is_known_anyway_is_no_reason():
