@@ -68,6 +68,8 @@ def run(words: list[str]) -> None:
             )
             images = len(trained.data.val)
             print(_compared_text(given, plan.method, rows, left_out, primary, images=images))
+            as_trained = trained.metric(trained.reduction)
+            print(f"as trained, the reference of the search: {primary.label} {as_trained:.2f}")
         if given.output is not None:
             write_plan(
                 given.output,

@@ -50,9 +50,10 @@ def run(words: list[str]) -> None:
         primary = trained.task.primary
         print(f"{'plan':>12}  {'token-layers':>12}  {primary.label:>7}  {'lost':>6}")
         tuned = tune(
-            lambda counts: trained.metric(space.reduction(counts)),
+            trained.metric,
             space,
             members,
+            trained=trained.reduction,
             primary=primary,
             margin=given.margin,
             report=lambda row: print(_line(row), flush=True),
@@ -111,7 +112,7 @@ def _result_text(given: argparse.Namespace, tuned: Tuned, members: Sequence[Memb
     if best.name == largest:
         lines.append(f"it is the largest that {method} can carry out in this family")
     lines.append(
-        f"{len(tuned.trail) - 1} of {len(members)} plans were evaluated, with the two behind the "
+        f"{tuned.evaluated} of {len(members)} plans were evaluated, with the two behind the "
         "answer; "
         + (
             "among them accuracy held up to the answer and not behind it"

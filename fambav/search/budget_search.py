@@ -87,7 +87,14 @@ def search_plan(run: Subject, options: SearchOptions, log: Log) -> SearchResult:
     """
     spaces = [SearchSpace(run.net.info, name, **options.policies) for name in options.methods]
     images, labels = run.calibration(options.images, seed=options.seed)
-    objective = Objective(run.net, images, labels, kind=options.objective, precision=run.precision)
+    objective = Objective(
+        run.net,
+        images,
+        labels,
+        kind=options.objective,
+        reference=run.reduction,
+        precision=run.precision,
+    )
     log(f"judging on {len(labels)} training images, {options.objective}; none is held out")
     search = _Search(run, options, objective, images, log)
     solutions = {space: own for space in spaces if (own := search.solve(space)) is not None}

@@ -1,4 +1,4 @@
-"""The objective: how far a plan moves a model's predictions from those with all tokens.
+"""The objective: how far a plan moves a model's predictions from those as trained.
 
 Many plans are evaluated at once, each common prefix computed once: plans that remove the same
 tokens at the first layers go through these together, like the branches of a tree, so that a plan
@@ -18,7 +18,7 @@ from fambav.engine.finite import NotFiniteError, check_logits
 from fambav.engine.precision import Precision
 from fambav.layers import Tokens
 from fambav.models import Backbone
-from fambav.reduction import Reduction, no_reduction
+from fambav.reduction import Reduction
 from fambav.search.space import Counts, Plan, SearchSpace
 
 
@@ -41,10 +41,11 @@ class Objective:
         net: In evaluation mode, on its device.
         images: (images, channels, height, width), on that device.
         labels: Their classes, (images,), int64, there too.
-        kind: "distance", the mean Kullback-Leibler divergence from the predictions of the model
-            with all tokens, in nats; or "accuracy", the error rate, to which the mean cross-entropy
+        kind: "distance", the mean Kullback-Leibler divergence from the predictions under
+            `reference`, in nats; or "accuracy", the error rate, to which the mean cross-entropy
             over the number of images is added, so that of plans with equal error the more confident
             one wins.
+        reference: What the model was trained with.
         precision: Format of the forward pass.
         batch_size: Images that are evaluated together.
 
@@ -52,7 +53,7 @@ class Objective:
         scores: All scores so far, in the order of evaluation.
 
     Raises:
-        NotFiniteError: If a logit of the model with all tokens is not finite.
+        NotFiniteError: If a logit under the reference is not finite.
     """
 
     def __init__(
@@ -62,16 +63,17 @@ class Objective:
         labels: Tensor,
         *,
         kind: str,
+        reference: Reduction,
         precision: Precision,
         batch_size: int = 128,
     ) -> None:
         self.net, self.batches, self.labels = net, images.split(batch_size), labels
         self.kind, self.precision = kind, precision
         self.scores: dict[Plan, PlanScore] = {}
-        (logits,) = self._logits([no_reduction(net.info).eval()])
+        (logits,) = self._logits([reference])
         for batch, own in zip(self.batches, logits.split(batch_size), strict=True):
             check_logits(net, batch, own, "the images of the search", precision=precision)
-        self.unreduced = logits.double().log_softmax(dim=1)  # (images, classes)
+        self.reference = logits.double().log_softmax(dim=1)  # (images, classes)
 
     def losses(self, space: SearchSpace, plans: Sequence[Counts]) -> list[float]:
         """Return the loss of each plan; those without a score are evaluated together.
@@ -99,7 +101,7 @@ class Objective:
         predicted = logits.double().log_softmax(dim=1)  # (images, classes)
         wrong = (predicted.argmax(dim=1) != self.labels).double().mean().item()
         if self.kind == "distance":
-            loss = F.kl_div(predicted, self.unreduced, log_target=True, reduction="batchmean")
+            loss = F.kl_div(predicted, self.reference, log_target=True, reduction="batchmean")
         else:
             loss = wrong + F.nll_loss(predicted, self.labels) / len(self.labels)
         return PlanScore(max(float(loss), 0.0), 100 * (1 - wrong))

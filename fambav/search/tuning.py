@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from fambav.reduction import Reduction
 from fambav.reduction.schedule import parse_schedule
 from fambav.reduction.schedule import plan as strategy_plan
 from fambav.search.parsing import Family
@@ -27,7 +28,7 @@ class Evaluated(NamedTuple):
         plan: The plan.
         share: Token-layers that remain, 0 to 1.
         metric: The primary one of the task.
-        lost: How much worse than with every token.
+        lost: How much worse than as trained.
     """
 
     name: str
@@ -43,20 +44,24 @@ class Tuned:
 
     Attributes:
         answer: The largest reduction within the margin; None if not even the smallest is.
-        trail: The model with every token, and the plans in the order of evaluation.
+        trail: The model as trained, with every token if that differs, and the plans in the order
+            of evaluation.
+        evaluated: How many of these plans are of the family.
         monotone: Whether every evaluated plan that removes less than the answer is within it too.
     """
 
     answer: Evaluated | None
     trail: tuple[Evaluated, ...]
+    evaluated: int
     monotone: bool
 
 
 def tune(
-    metric: Callable[[Counts], float],
+    metric: Callable[[Reduction], float],
     space: SearchSpace,
     members: Sequence[Member],
     *,
+    trained: Reduction,
     primary: Metric,
     margin: float,
     report: Callable[[Evaluated], None],
@@ -64,32 +69,36 @@ def tune(
     """Find the largest reduction that loses no more than a margin.
 
     Args:
-        metric: The primary one of a plan on the held-out images.
+        metric: The primary one under a reduction on the held-out images.
         space: The plans of a method.
         members: Of these, each removing more than the one before; at least one.
+        trained: What the model was trained with, the reference.
         primary: That metric.
         margin: In its unit, such as points of top-1; 0 or more.
         report: Gets each plan as it is evaluated.
     """
     trail: list[Evaluated] = []
 
-    def evaluate(name: str, counts: Counts) -> Evaluated:
-        value, share = metric(counts), space.reduction(counts).schedule.share
+    def evaluate(name: str, method: str, reduction: Reduction) -> Evaluated:
+        value, schedule = metric(reduction), reduction.schedule
         lost = primary.gain(trail[0].metric, value) if trail else 0.0
-        trail.append(Evaluated(name, Plan(space.method, counts), share, value, lost))
+        trail.append(Evaluated(name, Plan(method, schedule.counts), schedule.share, value, lost))
         report(trail[-1])
         return trail[-1]
 
-    evaluate("every token", space.unreduced)
+    if trained.schedule.removed:
+        evaluate("as trained", trained.name, trained)
+    evaluate("every token", space.method, space.reduction(space.unreduced))
     known: dict[int, Evaluated] = {}
 
     def holds(index: int) -> bool:
-        known[index] = evaluate(*members[index])
+        name, counts = members[index]
+        known[index] = evaluate(name, space.method, space.reduction(counts))
         return known[index].lost <= margin + _ROUNDING
 
     last, monotone = bisect(len(members), holds)
     answer = None if last is None else known[last]
-    return Tuned(answer=answer, trail=tuple(trail), monotone=monotone)
+    return Tuned(answer=answer, trail=tuple(trail), evaluated=len(known), monotone=monotone)
 
 
 def bisect(count: int, holds: Callable[[int], bool]) -> tuple[int | None, bool]:

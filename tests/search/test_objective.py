@@ -91,7 +91,8 @@ def test_milliseconds_are_a_share_of_the_first_median(net, images, monkeypatch):
 @pytest.mark.parametrize("objective", ["distance", "accuracy"])
 def test_a_plan_is_evaluated_once_and_no_plan_is_no_distance(net, images, objective, monkeypatch):
     labels = torch.arange(6)
-    scorer = Objective(net, images, labels, kind=objective, precision=PRECISION)
+    given = dict(reference=net.reduction, precision=PRECISION)
+    scorer = Objective(net, images, labels, kind=objective, **given)
     space = SearchSpace(net.info, "ordered")
     first = scorer.losses(space, PLANS[:3])
     monkeypatch.setattr(
@@ -107,6 +108,14 @@ def test_a_plan_is_evaluated_once_and_no_plan_is_no_distance(net, images, object
         wrong = (logits.argmax(1) != labels).double().mean()
         sure = torch.nn.functional.cross_entropy(logits, labels) / 6
         assert unreduced.loss == pytest.approx(float(wrong + sure), rel=1e-5)
+
+
+def test_a_model_trained_with_a_plan_is_at_no_distance_under_that_plan(net, images):
+    space = SearchSpace(net.info, "ordered")
+    given = dict(reference=space.reduction(PLANS[1]), precision=PRECISION)
+    scorer = Objective(net, images, torch.arange(6), kind="distance", **given)
+    unreduced, trained = scorer.losses(space, PLANS[:2])
+    assert trained == pytest.approx(0, abs=1e-9) and unreduced > 1e-3
 
 
 def test_patches_that_are_alike_have_a_double_at_the_first_layer(net, images):
