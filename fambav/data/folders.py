@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD, DataError, DataSet
+from fambav.json_files import Form, check, parse, shorten
 from fambav.timm_compat import torchvision
 
 Folders = dict[str, list[str]]  # names of the images in each
@@ -22,6 +22,10 @@ _EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
 _FORMATS = ("PNG", "JPEG", "JPEG2000", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # readers of Pillow
 _LISTED = 5  # names in a message
 _PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+_IMAGES = {
+    "images": [{"id": (int, str), "file_name": str}],
+    "annotations": [{"image_id": (int, str), "category_id": int}],
+}
 _BITS, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1  # TIFF's tags, and a value of the second
 
 
@@ -264,20 +268,19 @@ def read_inat(name: str, root: Path, *, year: int, category: str) -> DataSet:
             f"data_path is {str(root)!r}, expected {', '.join(lists)} and the images in it; "
             f"missing: {', '.join(missing)}; {name} has to be put there by hand"
         )
-    train, val, categories = (_json(root / file) for file in lists)
-    try:
-        names = _category_names(categories, category)
-        labels: dict[str, int] = {}
-        for annotation in train["annotations"]:
-            labels.setdefault(names[int(annotation["category_id"])], len(labels))
-        sets = [_inat_images(root, part, names, labels) for part in (train, val)]
-    except DataError:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{root}: {', '.join(lists)} do not fit together, expected iNaturalist's lists of "
-            f"{year} ({type(error).__name__}: {error})"
-        ) from None
+    train, val = (_read_list(root / file, _IMAGES) for file in lists[:2])
+    names = _category_names(root / lists[2], category)
+    labels: dict[str, int] = {}
+    kinds = [
+        _image_names(root / file, part, names)
+        for file, part in zip(lists, (train, val), strict=False)
+    ]
+    for annotation in train["annotations"]:
+        labels.setdefault(names[annotation["category_id"]], len(labels))
+    sets = [
+        _inat_images(root, part["images"], own, labels)
+        for part, own in zip((train, val), kinds, strict=True)
+    ]
     return DataSet(
         name=name,
         train=sets[0],
@@ -287,34 +290,68 @@ def read_inat(name: str, root: Path, *, year: int, category: str) -> DataSet:
     )
 
 
-def _json(path: Path) -> Any:
+def _read_list(path: Path, form: Form) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = parse(path.read_bytes(), path, "iNaturalist's list")
+        check(value, form, path)
     except ValueError as error:
-        raise DataError(f"{path} is truncated or damaged, expected JSON ({error})") from None
+        raise DataError(str(error)) from None
+    return value
 
 
-def _category_names(categories: Any, category: str) -> dict[int, str]:
-    """Return the name of each category id at the level of `category`."""
+def _category_names(path: Path, category: str) -> dict[int, str]:
+    """Return the name of each category id at the level of `category`; a number becomes text."""
+    categories = _read_list(path, [dict])
+    if not categories:
+        raise DataError(f"{path} lists no categories, expected two at least")
     levels = sorted(set(categories[0]) - {"id"})
     if category not in levels:
         raise DataError(f"inat_category is {category!r}, expected one of {', '.join(levels)}")
-    return {int(entry.get("id", index)): entry[category] for index, entry in enumerate(categories)}
+    names = {}
+    for index, entry in enumerate(categories):
+        number, name = entry.get("id", index), entry.get(category)
+        if type(number) is not int or type(name) not in (str, int, float):
+            raise DataError(
+                f"{path}: entry {index} has id {shorten(number)} and {category} {shorten(name)},"
+                " expected a whole number and a name"
+            )
+        names[number] = str(name)
+    return names
+
+
+def _image_names(path: Path, part: Any, names: dict[int, str]) -> list[str]:
+    """Return the name of each image's category, in the order of the images."""
+    if not part["images"]:
+        raise DataError(f"{path} lists no images, expected one at least")
+    names_of = {}
+    for annotation in part["annotations"]:
+        number = annotation["category_id"]
+        if number not in names:
+            raise DataError(f"{path}: category_id is {number}, expected one of categories.json")
+        names_of[annotation["image_id"]] = names[number]
+    for image in part["images"]:
+        file = image["file_name"]
+        if image["id"] not in names_of:
+            raise DataError(f"{path}: image {shorten(image['id'])} has no annotation, expected one")
+        if "\0" in file or file.startswith("/") or ".." in file.split("/"):
+            raise DataError(
+                f"{path}: file_name is {shorten(file)}, expected a path in the folder of the list"
+            )
+    return [names_of[image["id"]] for image in part["images"]]
 
 
 def _inat_images(
-    root: Path, part: Any, names: dict[int, str], labels: dict[str, int]
+    root: Path, images: list[Any], names: list[str], labels: dict[str, int]
 ) -> ListedImages:
-    images = part["images"]
-    first = images[0]["file_name"].split("/") if images else []
+    first = images[0]["file_name"].split("/")
     # DeiT expects folders without the kingdom that the list names.
     short = len(first) == 4 and root.joinpath(first[0], *first[2:]).is_file()
-    category_of = {entry["image_id"]: int(entry["category_id"]) for entry in part["annotations"]}
     entries = []
-    for image in images:
-        name = names[category_of[image["id"]]]
+    for image, name in zip(images, names, strict=True):
         if name not in labels:
-            raise DataError(f"{root}: {name!r} is only in the validation list, expected in both")
+            raise DataError(
+                f"{root}: {shorten(name)} is only in the validation list, expected in both"
+            )
         parts = image["file_name"].split("/")
         entries.append((str(root.joinpath(parts[0], *parts[2 if short else 1 :])), labels[name]))
     return ListedImages(entries)

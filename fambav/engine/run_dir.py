@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from fambav.engine.checkpoint import CheckpointError, write_text
 from fambav.engine.events import Events
+from fambav.json_files import parse_object
 
 Record = dict[str, Any]
 
@@ -249,8 +250,8 @@ def _lines(path: Path) -> list[str]:
 def _fill_in(record: Record, line: str) -> None:
     """Take the time of a checkpoint's own save, which is 0 in it, from the line of the epoch."""
     try:
-        seconds = json.loads(line)["save_seconds"]
-    except (ValueError, LookupError, TypeError):
+        seconds = parse_object(line, _LOG, "the record of an epoch", constants=True)["save_seconds"]
+    except (ValueError, LookupError):
         return
     if record.get("save_seconds") == 0 and isinstance(seconds, float) and math.isfinite(seconds):
         record["save_seconds"] = seconds

@@ -28,8 +28,28 @@ from fambav.experiments.cell import FIGURES, OUTPUT, SETTINGS, perform
 from fambav.experiments.grid import FREE, UNREDUCED, Cell
 from fambav.experiments.provenance import differing, machine
 from fambav.experiments.results import Record
+from fambav.json_files import Form, read_object
 
 _BEGUN, _MACHINE, _RESULT = "cell.json", "machine.json", "result.json"
+_OPEN = (str, type(None))
+_RECORD = {  # what tables read of a result
+    "phase": str,
+    "figures": {str: (float, *_OPEN)},
+    "error": _OPEN,
+    "wall_seconds": (float, type(None)),
+    "settings": dict,
+    "about": {
+        "fambav": str,
+        "python": str,
+        "packages": {str: str},
+        "commit": _OPEN,
+        "platform": str,
+        "cpu_count": (int, type(None)),
+        "gpu": _OPEN,
+        "jobs": int,
+        "started": str,
+    },
+}
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 Slot = tuple[dict[str, str], str | None]  # variables of a process, its GPU: see `slots`
@@ -74,10 +94,11 @@ def finished(cell: Cell, folder: Path) -> Record | None:
     cell_folder = folder / cell.folder
     if cell.phase == UNREDUCED and not (cell_folder / WEIGHTS).is_file():
         return None
-    known = _json(cell_folder / _RESULT)
-    if known is None or known.get("error") is not None:
+    known = _json(cell_folder / _RESULT, _RECORD)
+    if known is None or known["error"] is not None:
         return None
-    return known if cell.agrees(known.get("settings")) else None
+    texts = {name for name, value in known["figures"].items() if isinstance(value, str)}
+    return known if texts <= {"memory_kind"} and cell.agrees(known["settings"]) else None
 
 
 class Process:
@@ -183,10 +204,9 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _json(path: Path) -> Record | None:
+def _json(path: Path, form: Form = dict) -> Record | None:
     """What a file of ours holds; None if it is missing or damaged, since it is then made again."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, "what the process of a cell writes", form)
     except (FileNotFoundError, ValueError):
         return None
-    return content if isinstance(content, dict) else None

@@ -6,7 +6,6 @@ results.json    the same with every setting of each cell, and the means over see
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -18,6 +17,7 @@ from fambav.config import Config, Run
 from fambav.experiments.grid import PHASES, Cell, Grid
 from fambav.experiments.provenance import machine
 from fambav.experiments.rows import Row
+from fambav.json_files import read_object
 from fambav.registry import DATA_SETS, FOREIGN, METHODS
 from fambav.tasks import Task, task_of
 
@@ -26,6 +26,24 @@ Record = dict[str, Any]
 CSV, JSON, MARKDOWN = "results.csv", "results.json", "results.md"
 FLOPS = "flops"
 
+_OPEN = (float, type(None))
+_DOCUMENT = {  # what is read of JSON
+    "grid": str,
+    "title": str,
+    "phase": str,
+    "rows": [
+        {
+            "name": str,
+            "labels": [str],
+            "baseline": bool,
+            "method": str,
+            "settings": dict,
+            "paper": ({str: _OPEN}, type(None)),
+            "phases": {str: {str: {"mean": float, "std": _OPEN, "count": int}}},
+        }
+    ],
+    "cells": [{"figures": {str: (str, *_OPEN)}}],
+}
 _COSTS = ("seconds", "seconds_per_epoch", "images_per_second", "memory_mib")
 _MACHINE = ("platform", "cpu", "cpu_count", "threads", "gpu", "jobs")
 
@@ -272,7 +290,7 @@ def read_title(folder: Path) -> tuple[str, str]:
     """
     document = _document(folder)
     kinds = {cell["figures"].get("memory_kind") for cell in document["cells"]} - {None}
-    return document["title"] or document["grid"], "; ".join(sorted(kinds))
+    return document["title"] or document["grid"], "; ".join(sorted(map(str, kinds)))
 
 
 def read_task(folder: Path) -> Task:
@@ -281,8 +299,11 @@ def read_task(folder: Path) -> Task:
     Raises:
         ValueError: If the folder holds no results, or they are damaged.
     """
-    names = (cell.get("config", {}).get("data_set") for cell in _document(folder)["cells"])
-    return task_of(next((name for name in names if name in DATA_SETS), next(iter(DATA_SETS))))
+    for cell in _document(folder)["cells"]:
+        match cell:
+            case {"config": {"data_set": str(name)}} if name in DATA_SETS:
+                return task_of(name)
+    return task_of(next(iter(DATA_SETS)))
 
 
 def _document(folder: Path) -> dict[str, Any]:
@@ -290,19 +311,7 @@ def _document(folder: Path) -> dict[str, Any]:
     path = folder / JSON
     if not path.is_file():
         raise ValueError(f"grid is {str(folder)!r}, expected a folder with {JSON} in it")
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        whole = document.keys() >= {"grid", "title", "phase", "rows", "cells"} and all(
-            isinstance(cell["figures"], dict) for cell in document["cells"]
-        )
-        for row in document["rows"]:
-            for phase in (document["phase"], *row["phases"]):
-                _point(row, phase)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is damaged, expected the results of a grid")
-    return document
+    return read_object(path, "the results of a grid", _DOCUMENT)
 
 
 def _point(row: dict[str, Any], phase: str) -> Point:
@@ -314,6 +323,8 @@ def _point(row: dict[str, Any], phase: str) -> Point:
         phase=phase,
         settings=row["settings"],
         method=row["method"],
-        figures={name: Estimate(**known) for name, known in figures.items()},
+        figures={
+            name: Estimate(own["mean"], own["std"], own["count"]) for name, own in figures.items()
+        },
         paper=paper and {name: value for name, value in paper.items() if value is not None},
     )

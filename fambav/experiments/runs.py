@@ -5,8 +5,8 @@ Source of the numbers: log.txt, one JSON object per epoch, config.yaml, plan.jso
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -15,12 +15,25 @@ from typing import Any
 from fambav import config
 from fambav.experiments.metrics import PRIMARY, difference
 from fambav.experiments.provenance import described, differing, fingerprint, machine
+from fambav.json_files import check, parse_object, read_object
 from fambav.table import Table
 from fambav.tasks import Metric, Task, task_of
 
 _NAMES = ("run", "model", "reduction")
 _COST = ("train s", "images/s", "memory MiB")
 _TOKENS = ("tokens", "token-layers")
+_RECORD = {
+    "epoch": int,
+    "tokens": [int],
+    "train_lr": float,
+    "train_loss": float,
+    "train_seconds": float,
+    "images_per_second": float,
+    "peak_memory_mib": float,
+    "peak_memory_kind": str,
+}
+_LOW = {"epoch": 0, "train_seconds": 1e-3, "images_per_second": 1e-2}  # as they are rounded
+_PLAN = {"share": float, "start": int, "counts": [int], "lengths": [int], "after": bool}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,31 +100,30 @@ def read_run(folder: Path) -> Result:
     log, settings = folder / "log.txt", folder / "config.yaml"
     if not (log.is_file() and settings.is_file()):
         raise ValueError(f"run is {str(folder)!r}, expected a folder with log.txt and config.yaml")
-    run, epochs = config.load(settings), read_log(log)
-    last, wanted = epochs[-1], run.optim.epochs
-    unfinished = f" ({len(epochs)} of {wanted} epochs)" if len(epochs) < wanted else ""
-    plan, task = read_plan(folder), task_of(run.data.data_set)
+    run = config.load(settings)
+    task, plan = task_of(run.data.data_set), read_plan(folder)
     primary = task.primary
-    try:
-        return Result(
-            name=folder.resolve().name + unfinished,
-            model=run.model.model,
-            reduction=_reduction(run.reduction) or _fusion(run.fusion),
-            task=task,
-            metrics={primary.name: last[primary.key], **log_metrics(last, task)},
-            ema=last.get(f"test_ema_{primary.name}"),
-            epochs=len(epochs),
-            seconds=sum(epoch["train_seconds"] for epoch in epochs),
-            speed=median(epoch["images_per_second"] for epoch in epochs),
-            memory_mib=max(epoch["peak_memory_mib"] for epoch in epochs),
-            memory_kind=last["peak_memory_kind"],
-            tokens=last["tokens"][-1] if last["tokens"] else None,
-            share=None if plan is None else float(plan["share"]),
-            machine=machine(read_environment(folder)),
-            recipe=fingerprint(run),
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{log} is not a log of this program; it has no {error}") from None
+    wanted = {*_RECORD, primary.key} - {"train_lr", "train_loss"}
+    epochs = read_log(log, wanted=wanted)
+    last, planned = epochs[-1], run.optim.epochs
+    unfinished = f" ({len(epochs)} of {planned} epochs)" if len(epochs) < planned else ""
+    return Result(
+        name=folder.resolve().name + unfinished,
+        model=run.model.model,
+        reduction=_reduction(run.reduction) or _fusion(run.fusion),
+        task=task,
+        metrics={primary.name: last[primary.key], **log_metrics(last, task)},
+        ema=last.get(f"test_ema_{primary.name}"),
+        epochs=len(epochs),
+        seconds=sum(epoch["train_seconds"] for epoch in epochs),
+        speed=median(epoch["images_per_second"] for epoch in epochs),
+        memory_mib=max(epoch["peak_memory_mib"] for epoch in epochs),
+        memory_kind=last["peak_memory_kind"],
+        tokens=last["tokens"][-1] if last["tokens"] else None,
+        share=None if plan is None else float(plan["share"]),
+        machine=machine(read_environment(folder)),
+        recipe=fingerprint(run),
+    )
 
 
 def read_primary(folder: Path) -> Metric:
@@ -126,23 +138,50 @@ def read_primary(folder: Path) -> Metric:
     return task_of(config.load(settings).data.data_set).primary
 
 
-def read_log(log: Path) -> list[dict[str, Any]]:
+def read_log(log: Path, *, wanted: Collection[str] = ("epoch",)) -> list[dict[str, Any]]:
     """Return the records of a log.txt; a last line that a crash cut short does not count.
+
+    Args:
+        log: The file.
+        wanted: Keys that each record must have.
 
     Raises:
         ValueError: If a line is damaged, or there is none.
     """
     epochs = []
-    lines = log.read_text(encoding="utf-8").splitlines()
+    raw = log.read_bytes()
+    lines = raw.splitlines()
     for number, line in enumerate(lines, start=1):
+        where = f"{log}: line {number}"
         try:
-            epochs.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            if number < len(lines):
-                raise ValueError(f"{log}: line {number} is not a JSON object") from None
+            record = parse_object(line, where, "the record of an epoch", constants=True)
+        except ValueError:
+            if number < len(lines) or raw.endswith(b"\n"):
+                raise
+            continue
+        _check_record(record, where, wanted)
+        epochs.append(record)
     if not epochs:
         raise ValueError(f"{log} is empty, expected a run with a finished epoch")
     return epochs
+
+
+def _check_record(record: Mapping[str, Any], where: str, wanted: Collection[str]) -> None:
+    """Refuse a record that lacks a key, or has a figure that is no finite number.
+
+    The loss of training is NaN where every update of an epoch was skipped.
+    """
+    metrics = [name for name in (*wanted, *record) if name.startswith("test_")]
+    form = dict.fromkeys(metrics, float) | {
+        name: own for name, own in _RECORD.items() if name in record or name in wanted
+    }
+    check(record, form, where)
+    for name, own in form.items():
+        value, low = record[name], _LOW.get(name, -math.inf)
+        if own is float and name != "train_loss" and not math.isfinite(value):
+            raise ValueError(f"{where}: {name} is {value}, expected a finite number")
+        if own in (int, float) and value < low:
+            raise ValueError(f"{where}: {name} is {value}, expected at least {low:g}")
 
 
 def log_metrics(record: Mapping[str, Any], task: Task) -> dict[str, float | None]:
@@ -156,7 +195,8 @@ def read_environment(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file is damaged.
     """
-    return _object(folder / "env.json", "the machine of a run") or {}
+    path = folder / "env.json"
+    return read_object(path, "the machine of a run") if path.is_file() else {}
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
@@ -165,20 +205,16 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: If the file is damaged.
     """
-    path, what = folder / "plan.json", "a plan with its share"
-    plan = _object(path, what)
-    if plan is not None and not isinstance(plan.get("share"), float | int):
-        raise ValueError(f"{path} is damaged, expected {what}")
-    return plan
-
-
-def _object(path: Path, what: str) -> dict[str, Any] | None:
+    path = folder / "plan.json"
     if not path.is_file():
         return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged, expected {what}") from None
+    plan = read_object(path, "a plan with its share", _PLAN)
+    if not 0 <= plan["share"] <= 1:
+        raise ValueError(f"{path}: share is {plan['share']}, expected 0 to 1")
+    if len(plan["counts"]) != len(plan["lengths"]):
+        layers = f"{len(plan['lengths'])}, one for each layer"
+        raise ValueError(f"{path}: counts are {len(plan['counts'])} numbers, expected {layers}")
+    return plan
 
 
 def compare(results: Sequence[Result], *, mixed: bool = False) -> Table:

@@ -35,7 +35,7 @@ def official(payload: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tens
         A state_dict without the prefixes that wrappers add.
 
     Raises:
-        ValueError: If there are no such weights.
+        ValueError: If there are no such weights, or one is sparse or has no values.
     """
     names = _AVERAGED if ema else _RAW
     inside = (payload[name] for name in names if isinstance(payload.get(name), Mapping))
@@ -43,6 +43,10 @@ def official(payload: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tens
     if not found or not _are_weights(found):
         here = ", ".join(map(str, list(payload)[:8])) or "nothing"
         raise ValueError(f"checkpoint holds {here}, expected weights under {' or '.join(names)}")
+    for name, value in found.items():
+        if value.is_meta or value.layout != torch.strided:
+            kind = "on the meta device" if value.is_meta else str(value.layout)
+            raise ValueError(f"{name} of the checkpoint is {kind}, expected dense values")
     return {_bare(name): value for name, value in found.items()}
 
 

@@ -18,14 +18,13 @@ from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
 from fambav.engine.run_dir import weights_file
-from fambav.models import Backbone, official
+from fambav.models import Backbone
 from fambav.training import batches
 from fambav.training.network import layout, model
 from fambav.training.run_state import RunState
 
 Guess = tuple[str, float]
 
-_HEADS = ("head.weight", "head.fc.weight", "fc.weight")
 # Settings of a model that its weights leave open.
 OPEN = affecting("model") - {"legacy_init"} | {"grad_checkpointing"}
 
@@ -192,7 +191,9 @@ def _build(state: RunState, config: Config, *, classes: int | None) -> nn.Module
         config: What the model is.
         classes: Length of the output, with a new head if the file's differs; None for the file's.
     """
-    there, expected = _classes(state), config.model.num_classes
+    there, expected = state.num_classes, config.model.num_classes
+    if there is None:
+        raise CheckpointError("checkpoint has no head.weight, expected a classifier")
     if classes is None and expected not in (None, there):
         raise CheckpointError(f"num_classes is {expected}, expected {there} as {state.path} has")
     net = model(config, num_classes=classes or there)
@@ -238,11 +239,3 @@ def _described(
         std=std,
         transform=batches.eval_transform(config, (mean, std), size),
     )
-
-
-def _classes(state: RunState) -> int:
-    weights = official(state.entries)
-    head = next((weights[name] for name in _HEADS if name in weights), None)
-    if head is None:
-        raise CheckpointError("checkpoint has no head.weight, expected a classifier")
-    return len(head)

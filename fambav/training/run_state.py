@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError, NotFiniteWeightsError, State
 from fambav.engine.finite import NotFiniteError, check_weights
 from fambav.engine.run_dir import CHECKPOINT, DESCRIPTION, WEIGHTS, weights_file
+from fambav.json_files import is_plain, parse, read_object
 from fambav.models import Backbone, official
 from fambav.reduction import Schedule
 
@@ -33,10 +35,18 @@ _KEPT_BY_EVAL = {"data_path", "on_bad_image", "matmul_precision"}  # of those, w
 _IMAGES = {"batch_size", "grad_accum_steps"}  # compared as images per update
 _TEXTS = {"class_token", "torch"}  # facts that a safetensors file holds as they are, not as JSON
 _CHANNELS = 3
+_HEADS = ("head.weight", "head.fc.weight", "fc.weight")
+_MOST = 100_000  # values of an entry at one depth
+_DESCRIPTION = {
+    "fambav": {"settings": dict, "class_token": (str, type(None))},
+    "label_names": (list, type(None)),
+    "pretrained_cfg": {"mean": list, "std": list},
+}
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)  # and not bool
+    """Whether something is a number, and not bool, that a float can hold."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
 def _is_count(least: int) -> Callable[[Any], bool]:
@@ -48,10 +58,7 @@ def _is_list(of: Callable[[Any], bool], *, length: int | None = None) -> Callabl
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether something could stand in a JSON file."""
-    if isinstance(value, Mapping):
-        return all(isinstance(name, str) and _is_plain(own) for name, own in value.items())
-    return value is None or isinstance(value, str | int | float) or _is_list(_is_plain)(value)
+    return is_plain(value, most=_MOST)
 
 
 def _is_table(value: Any) -> bool:
@@ -154,14 +161,16 @@ class RunState:
                 f"class_token is {known['class_token']!r} in {description}, expected {trained!r} as"
                 f" in {path.name}"
             )
-        return dataclasses.replace(state, facts={**state.facts, **known})
+        state = dataclasses.replace(state, facts={**state.facts, **known})
+        state._check_classes()
+        return state
 
     @classmethod
     def of(cls, path: Path, entries: State) -> RunState:
         """Check what was read from a file.
 
         Raises:
-            CheckpointError: If an entry is of the wrong type.
+            CheckpointError: If an entry is of the wrong type, or classes are not those of the head.
         """
         strings, known = entries.get("metadata"), entries
         if isinstance(strings, Mapping) and "config" in strings:
@@ -169,7 +178,10 @@ class RunState:
         elif "config" not in entries:  # not ours
             known = {}
         _check(path, known)
-        return cls(path, entries, {name: known[name] for name in _FACTS if name in known})
+        state = cls(path, entries, {name: known[name] for name in _FACTS if name in known})
+        if state.facts and entries.get("model"):
+            state._check_classes()
+        return state
 
     @cached_property
     def config(self) -> Config | None:
@@ -194,6 +206,26 @@ class RunState:
         grid = self.facts.get("grid")
         return grid and (grid[0], grid[1])
 
+    @cached_property
+    def num_classes(self) -> int | None:
+        """Rows of the classifier; None if its weight has no name that we know.
+
+        Raises:
+            CheckpointError: If there are no weights, or that one is no matrix of classes.
+        """
+        try:
+            weights = official(self.entries)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        name = next((name for name in _HEADS if name in weights), None)
+        if name is None:
+            return None
+        head = weights[name]
+        if head.ndim < 2 or not len(head):
+            shape = tuple(head.shape)
+            raise CheckpointError(f"{self.path}: {name} is {shape}, expected (classes, width)")
+        return len(head)
+
     @property
     def class_names(self) -> list[str] | None:
         """Of the classes, in order, if the file has them."""
@@ -204,6 +236,19 @@ class RunState:
         """Mean and standard deviation of the channels in training, if the file says them."""
         mean, std = self.facts.get("mean"), self.facts.get("std")
         return (tuple(mean), tuple(std)) if mean and std else None
+
+    def _check_classes(self) -> None:
+        """Refuse names of classes, or a number of them, that are not those of the head."""
+        names = self.class_names
+        counts = {
+            "num_classes": self.facts.get("num_classes"),
+            "class_names": None if names is None else len(names),
+            "the head": self.num_classes,
+        }
+        known = {name: count for name, count in counts.items() if count is not None}
+        if len(set(known.values())) > 1:
+            text = ", ".join(f"{count} by {name}" for name, count in known.items())
+            raise CheckpointError(f"{self.path}: classes are {text}, expected one number of them")
 
     @property
     def epochs(self) -> int:
@@ -372,9 +417,9 @@ def _parse(path: Path, name: str, text: str) -> Any:
     if name in _TEXTS or name not in _CHECKS:
         return text
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {name} is no JSON, expected what was written") from error
+        return parse(text, f"{path}: {name}", "what was written")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _check(path: Path, known: Mapping[str, Any]) -> None:
@@ -393,19 +438,17 @@ def _check(path: Path, known: Mapping[str, Any]) -> None:
 def _read_description(path: Path) -> State:
     """Return the facts in the `config.json` of an exported folder."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        own, images = content["fambav"], content["pretrained_cfg"]
-        known = {
-            "config": own["settings"],
-            "class_token": own["class_token"],
-            "class_names": content["label_names"],
-            "mean": images["mean"],
-            "std": images["std"],
-        }
-    except (ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged, expected what fambav export writes: {error!r}"
-        ) from error
+        content = read_object(path, "what fambav export writes", _DESCRIPTION)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    own, images = content["fambav"], content["pretrained_cfg"]
+    known = {
+        "config": own["settings"],
+        "class_token": own["class_token"],
+        "class_names": content["label_names"],
+        "mean": images["mean"],
+        "std": images["std"],
+    }
     _check(path, known)
     return known
 

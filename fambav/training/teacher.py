@@ -100,7 +100,7 @@ def _check_classes(state: RunState, net: nn.Module, num_classes: int) -> None:
         weight = official(state.entries).get(f"{name}.weight")
     except ValueError as error:
         raise CheckpointError(f"{state.path}: {error}") from error
-    if weight is not None and len(weight) != num_classes:
+    if weight is not None and weight.ndim and len(weight) != num_classes:
         raise CheckpointError(
             f"{state.path} has {len(weight)} classes, expected {num_classes} of a teacher, as the"
             " data set has"

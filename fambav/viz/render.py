@@ -158,6 +158,7 @@ def render(
     source = source or Source()
     wanted, names = _wanted(runs, what), names_of(runs)
     kinds = [kind for kind in wanted if kind != "curves"]
+    logs = dict(zip(names, map(read_log, runs), strict=True)) if "curves" in wanted else {}
     for run, name in zip(runs, names, strict=True):
         images = traced(run, source, settings) if kinds else iter(())
         for number, (model, trace, model_name, about) in enumerate(images):
@@ -167,7 +168,6 @@ def render(
                 drawn, title = _draw(kind, model, trace, model_name, about)
                 yield label, _write(drawn, f"{PICTURES[kind]}: {title}", folder, label, svg=svg)
     if "curves" in wanted:
-        logs = {name: read_log(run) for name, run in zip(names, runs, strict=True)}
         title = f"training of {', '.join(names)}" if len(names) < 4 else f"{len(names)} runs"
         drawn = curves(logs, title=title, metric=experiments.read_primary(runs[0]))
         yield "curves", _write(drawn, title, folder, "curves", svg=svg)

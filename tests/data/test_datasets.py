@@ -378,10 +378,10 @@ def test_lists_that_are_missing_or_damaged_are_reported(tmp_path, name):
     path = made_inat(tmp_path) / name
     whole = path.read_text()
     path.write_text(whole[:-5])
-    with pytest.raises(DataError, match=f"{name} is truncated or damaged, expected JSON"):
+    with pytest.raises(DataError, match=f"{name} is damaged, expected iNaturalist's list: "):
         load("INAT", tmp_path)
     path.write_text("{}")
-    with pytest.raises(DataError, match="do not fit together"):
+    with pytest.raises(DataError, match=rf"{name}(: images is missing| is {{}}), expected a list"):
         load("INAT", tmp_path)
     path.unlink()
     with pytest.raises(DataError, match=f"missing: {name}; INAT has to be put there"):

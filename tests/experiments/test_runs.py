@@ -54,7 +54,8 @@ def made(folder, epochs, words=FUSED, share=0.692, **about):
     (folder / "log.txt").write_text("".join(json.dumps(record) + "\n" for record in epochs))
     (folder / "env.json").write_text(json.dumps({**ABOUT, **about}))
     if share is not None:
-        (folder / "plan.json").write_text(json.dumps({"share": share}))
+        plan = dict(start=65, counts=[0], lengths=[65], after=False, share=share)
+        (folder / "plan.json").write_text(json.dumps(plan))
     return folder
 
 
@@ -245,9 +246,9 @@ def test_a_line_that_a_crash_cut_short_is_no_epoch(fused):
         ("log.txt", None, "expected a folder with log.txt and config.yaml"),
         ("config.yaml", None, "expected a folder with log.txt and config.yaml"),
         ("log.txt", "", r"log.txt is empty, expected a run with a finished epoch"),
-        ("log.txt", "{\n{}\n", r"log.txt: line 1 is not a JSON object"),
-        ("log.txt", "3\n{}\n", r"log.txt: line 1 is not a JSON object"),
-        ("log.txt", "{}\n", r"log.txt is not a log of this program; it has no 'test_acc1'"),
+        ("log.txt", "{\n{}\n", r"log.txt: line 1 is damaged, expected the record of an epoch: Exp"),
+        ("log.txt", "3\n{}\n", r"log.txt: line 1 is damaged, .* it is 3, no JSON object"),
+        ("log.txt", "{}\n", r"log.txt: line 1: test_acc1 is missing, expected a number"),
         ("config.yaml", "ephocs: 3", r"'ephocs' is not a setting; did you mean epochs\?"),
         ("env.json", "[", r"env.json is damaged, expected the machine of a run"),
         ("plan.json", "{", r"plan.json is damaged, expected a plan with its share"),

@@ -313,7 +313,7 @@ def test_points_are_the_rows_of_a_folder(grid, tmp_path):
         (None, None, "expected a folder with results.json in it"),
         ("{", None, "results.json is damaged, expected the results of a grid"),
         ("[]", None, "results.json is damaged"),
-        ("{}", None, "results.json is damaged"),
+        ("{}", None, "results.json: grid is missing, expected text"),
         ("whole", "fine-tuned", "phase is 'fine-tuned', expected one of scratch"),
     ],
 )

@@ -96,7 +96,7 @@ def test_the_card_believes_the_history_of_a_checkpoint_and_not_the_log(run, tmp_
 def test_a_log_that_is_damaged_is_refused_in_one_line(run, tmp_path):
     log = run / "log.txt"
     log.write_text("{" + log.read_text())
-    with pytest.raises(ValueError, match=r"^[^\n]*log\.txt: line 1 is not a JSON object$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*log\.txt: line 1 is damaged[^\n]*$"):
         export(run, "hf", tmp_path / "out", images=1, noise=True)
 
 
@@ -187,7 +187,7 @@ def test_of_a_run_folder_the_best_checkpoint_is_taken(run):
     ("change", "message"),
     [
         (lambda told: told["fambav"].update(class_token="head"), "class_token is 'head'"),
-        (lambda told: told.pop("pretrained_cfg"), "is damaged, expected what fambav export writes"),
+        (lambda told: told.pop("pretrained_cfg"), "pretrained_cfg is missing"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(run, tmp_path, change, message):

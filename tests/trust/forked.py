@@ -29,7 +29,7 @@ RECIPE = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 -
     --fusion-strategy upper --fusion-layer 4 --fusion-token 3"""
 
 
-def _body(words, output, prepare, fresh):
+def _body(words, output, prepare, fresh, program):
     if not fresh:
         torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of loader processes
@@ -42,12 +42,13 @@ def _body(words, output, prepare, fresh):
         if prepare is not None:
             prepare()
         with contextlib.suppress(SystemExit):
-            os._exit(cli.main([str(word) for word in words]))
+            os._exit(program([str(word) for word in words]))
 
 
-def start(words, output, prepare=None, context=FORK):
+def start(words, output, prepare=None, context=FORK, program=cli.main):
     """Start main.py with `words`; `prepare` is called in the new process first."""
-    process = context.Process(target=_body, args=(words, output, prepare, context is FRESH))
+    given = (words, output, prepare, context is FRESH, program)
+    process = context.Process(target=_body, args=given)
     process.start()
     return process
 
@@ -57,9 +58,19 @@ def run(words, folder, prepare=None, timeout=120, context=FORK):
     output = Path(folder).with_suffix(".out")
     before = output.stat().st_size if output.exists() else 0
     process = start([*words, "--output_dir", folder], output, prepare, context)
+    return _ended(process, output, before, timeout)
+
+
+def run_alone(words, output, prepare=None, timeout=60, program=cli.main):
+    """Run a program with no more than `words` to its end, as `run` does."""
+    return _ended(start(words, output, prepare, program=program), output, 0, timeout)
+
+
+def _ended(process, output, before, timeout):
     process.join(timeout)
     if process.is_alive():
         process.kill()
+        process.join()
         raise AssertionError(f"still running after {timeout} s: {output.read_text()}")
     return SimpleNamespace(status=process.exitcode, out=output.read_text()[before:])
 

@@ -1,0 +1,98 @@
+"""Names that are no UTF-8, and terminals that know no more than ASCII."""
+
+import os
+import shutil
+
+import pytest
+from PIL import Image
+
+from fambav import cli
+from tests.data.made import made_folder
+from tests.trust.refusals import call
+from tests.trust.test_reading import FOLDER
+
+LATIN = os.fsdecode(b"caf\xe9")  # as an old disk has it
+NAMES = {"no UTF-8": LATIN, "accents": "caf\u00e9", "other letters": "\u6f22\u5b57"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_is_written_into_a_folder_of_any_name(recipe, tmp_path, name, encoding):
+    folder = tmp_path / NAMES[name]
+    words = [*recipe, "--epochs", "1", "--output_dir", folder]
+    found = call(*words, encoding=encoding)
+    assert found.status == 0, found.err
+    assert (folder / "checkpoint.pth").is_file()
+    assert found.out.isascii() or encoding == "utf-8"
+    found = call(*words, "--resume", "auto", encoding=encoding)
+    assert found.status == 0, found.err
+    found = call("--eval", "--resume", folder / "checkpoint.pth", encoding=encoding)
+    assert found.status == 0, found.err
+
+
+COMMANDS = {
+    "table": lambda folder, new: ["table", folder],
+    "table as csv": lambda folder, new: ["table", folder, "--format", "csv"],
+    "table as latex": lambda folder, new: ["table", folder, "--format", "latex"],
+    "show": lambda folder, new: ["show", folder, "--what", "curves,layers", "--output_dir", new],
+    "predict": lambda folder, new: ["predict", folder, new / "a.png"],
+    "export": lambda folder, new: [
+        *("export", folder, "--format", "hf", "--noise", "--images", "1"),
+        *("--output_dir", new / "hf"),
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("name", ["no UTF-8", "other letters"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_take_a_folder_of_any_name(whole, tmp_path, command, name, encoding):
+    folder, new = shutil.copytree(whole, tmp_path / NAMES[name]), tmp_path / f"{NAMES[name]} new"
+    new.mkdir()
+    Image.new("RGB", (16, 16)).save(new / "a.png")
+    found = call(*COMMANDS[command](folder, new), program=cli.console, encoding=encoding)
+    assert found.status == 0, found.err
+    assert found.out
+
+
+def test_a_page_is_written_of_a_run_of_any_name(whole, tmp_path, monkeypatch):
+    folder = shutil.copytree(whole, tmp_path / LATIN)
+    monkeypatch.setattr("fambav.viz.report.render", lambda *given, **options: iter(()))
+    words = ["report", folder, "--no-class-accuracy", "--title", LATIN]
+    found = call(*words, program=cli.console, encoding="ascii")
+    assert found.status == 0, found.err
+    assert "caf" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_in_a_name_is_a_line_on_any_terminal(tmp_path, name, encoding):
+    for words in (["--model", NAMES[name]], ["--resume", tmp_path / NAMES[name]], [NAMES[name]]):
+        found = call(*words, "--model", "vim_micro", encoding=encoding)
+        assert found.status == 2
+        assert found.err.startswith("error: ")
+        assert found.err.count("\n") == 1
+    found = call("predict", tmp_path / NAMES[name], "a.png", program=cli.console, encoding=encoding)
+    assert found.status == 2
+    assert found.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_classes_and_images_of_any_name_are_trained_on_and_told(tmp_path, encoding):
+    made_folder(tmp_path / "images", classes=[LATIN, "\u6f22\u5b57"], train=8, val=4, size=(16, 16))
+    run, images = tmp_path / "run", tmp_path / "images"
+    words = [*FOLDER.split(), "--epochs", "1", "--data-path", images, "--output_dir", run]
+    found = call(*words, encoding=encoding)
+    assert found.status == 0, found.err
+    image = next(path for path in images.glob("val/*/*.png"))
+    found = call("predict", run, image, program=cli.console, encoding=encoding)
+    assert found.status == 0, found.err
+    assert "caf" in found.out
+
+
+def test_tables_with_signs_are_printed_on_any_terminal():
+    flops = ["flops", "--model", "vim_micro"]
+    for words in (flops, [*flops, "--markdown"], ["list", "options"], ["doctor"], ["--help"]):
+        assert call(*words, program=cli.console, encoding="ascii").status == 0
+    assert call("--help", encoding="ascii").status == 0
