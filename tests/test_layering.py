@@ -14,6 +14,8 @@ RANK = {
     "timm_compat": 0,
     "seeding": 0,
     "table": 0,
+    "pickles": 0,
+    "short_repr": 0,
     "pareto": 0,
     "ops": 1,
     "layers": 2,
