@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+from fambav.short_repr import short_repr
 
 # What a value has to be: a type (float takes whole numbers too), a list of one form for each entry,
 # a dictionary of forms by name or, under `str`, for whatever names, or a tuple of alternatives.
@@ -23,7 +26,6 @@ _WORDS = {
     dict: "values by name",
     type(None): "null",
 }
-_SHOWN = 60  # characters of a value in a message
 
 
 def parse(raw: bytes | str, where: object, expected: str, *, constants: bool = False) -> Any:
@@ -65,7 +67,7 @@ def parse_object(raw: bytes | str, where: object, expected: str, **more: bool) -
     """
     value = parse(raw, where, expected, **more)
     if type(value) is not dict:
-        raise _damaged(where, expected, f"it is {shorten(value)}, no JSON object")
+        raise _damaged(where, expected, f"it is {short_repr(value)}, no JSON object")
     return value
 
 
@@ -103,36 +105,37 @@ def misfit(value: Any, form: Form) -> str:
         parts = ((f"[{n}]", own, form[0]) for n, own in enumerate(value))
     elif isinstance(form, dict) and kind is dict:
         if str in form:
-            parts = ((f"[{shorten(name)}]", own, form[str]) for name, own in value.items())
+            parts = ((f"[{short_repr(name)}]", own, form[str]) for name, own in value.items())
         elif missing := next((name for name in form if name not in value), None):
             return f".{missing} is missing, expected {_words(form[missing])}"
         else:
             parts = ((f".{name}", value[name], own) for name, own in form.items())
     elif isinstance(form, tuple):
         fits = any(not misfit(value, own) for own in form)
-        return "" if fits else f" is {shorten(value)}, expected {_words(form)}"
+        return "" if fits else f" is {short_repr(value)}, expected {_words(form)}"
     else:
         fits = kind is form or (form is float and kind is int)
-        return "" if fits else f" is {shorten(value)}, expected {_words(form)}"
+        return "" if fits else f" is {short_repr(value)}, expected {_words(form)}"
     for name, own, wanted in parts:
         if problem := misfit(own, wanted):
             return name + problem
     return ""
 
 
-def is_plain(value: Any, *, most: float = float("inf")) -> bool:
+def is_plain(value: Any, *, most: float = math.inf, largest: float = math.inf) -> bool:
     """Return whether a value could stand in a JSON file, MAX_DEPTH deep at most.
 
     Args:
         value: Anything; it may contain itself.
         most: How many values it may hold at each depth, those met twice counted twice.
+        largest: Size of the largest whole number in it.
     """
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        if not all(map(_is_value, level)):
+        if not all(_is_value(own, largest) for own in level):
             return False
         inner = chain.from_iterable(map(_inside, level))
-        level = list(inner if most == float("inf") else islice(inner, int(most) + 1))
+        level = list(inner if most == math.inf else islice(inner, int(most) + 1))
         if not level:
             return True
         if len(level) > most:
@@ -140,16 +143,12 @@ def is_plain(value: Any, *, most: float = float("inf")) -> bool:
     return False
 
 
-def shorten(value: Any) -> str:
-    """Return a JSON value in one line of bounded length."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _is_value(value: Any) -> bool:
+def _is_value(value: Any, largest: float) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(name, str) for name in value)
-    return value is None or isinstance(value, str | int | float | list | tuple)
+    if isinstance(value, int):
+        return abs(value) <= largest
+    return value is None or isinstance(value, str | float | list | tuple)
 
 
 def _inside(value: Any) -> Any:

@@ -11,10 +11,12 @@ import fambav
 
 RANK = {
     "registry": 0,
-    "json_files": 0,
+    "json_files": 1,
     "timm_compat": 0,
     "seeding": 0,
     "table": 0,
+    "pickles": 0,
+    "short_repr": 0,
     "pareto": 0,
     "ops": 1,
     "layers": 2,

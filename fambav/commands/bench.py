@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fambav.commands.output import show
-from fambav.commands.parser import Parser
+from fambav.commands.parser import Parser, natural, processes
 from fambav.registry import DATA_SETS, FAMILIES, METHODS, MODELS, SCAN_BACKENDS
 
 VIMS = FAMILIES["vim"].models
 DTYPES = ("float32", "bfloat16", "float16")
 PLAN = "a schedule as of --reduction-schedule, such as upper:6:9, all:7 or r:5@3-23/2, or none"
-NUMBER: dict[str, Any] = dict(type=int, metavar="N")
+NUMBER: dict[str, Any] = dict(type=natural, metavar="N")
 SWITCH: dict[str, Any] = dict(action="store_true")
 # What may be given to `add_flags`; a flag that is not given is left to the function's own default.
 FLAGS: dict[str, dict[str, Any]] = {
@@ -49,7 +49,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "cuda-graphs": dict(SWITCH, help="measure each also as a replay of a CUDA graph"),
     "data-set": dict(choices=DATA_SETS, metavar="NAME"),
     "data-path": dict(metavar="FOLDER"),
-    "workers": dict(NUMBER, nargs="+", help="loader processes; several are measured in turn"),
+    "workers": dict(
+        type=processes,
+        metavar="N",
+        nargs="+",
+        help="loader processes; several are measured in turn",
+    ),
 }
 SPELLED = dict(dtypes="dtype", lengths="length", names="backend", vim="model", plans="plan")
 SPELLED |= dict(methods="method", peers="peer")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fambav.commands.parser import Parser
+from fambav.commands.parser import Parser, count, number
 from fambav.commands.trained import RUN
 from fambav.config import ConfigError
+from fambav.config.setting import POSITIVE
 from fambav.registry import nearest
 
 _FORMATS = ("safetensors", "torch", "onnx", "hf")
@@ -27,14 +28,14 @@ def run(words: list[str]) -> None:
         help="empty or new; export-FORMAT beside the weights by default",
     )
     parser.add_argument(
-        "--images", type=int, default=64, metavar="N", help="held-out images to compare on (64)"
+        "--images", type=count, default=64, metavar="N", help="held-out images to compare on (64)"
     )
     parser.add_argument(
         "--noise", action="store_true", help="compare on noise, where the data set is not at hand"
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number(float, POSITIVE),
         default=1e-4,
         metavar="X",
         help="largest difference of a logit, relative to the largest logit, at least 1 (1e-4)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fambav import config
-from fambav.commands.parser import Parser
+from fambav.commands.parser import Parser, count
 from fambav.commands.trained import RUN
 from fambav.config import ConfigError
 
@@ -20,11 +20,9 @@ def run(words: list[str]) -> None:
         "A file that is not ours needs --model and whatever else describes it to main.py.",
         allow_abbrev=False,
     )
-    parser.add_argument("--topk", type=int, default=5, metavar="N")
+    parser.add_argument("--topk", type=count, default=5, metavar="N")
     parser.add_argument("--device", metavar="NAME")
     given, rest = parser.parse_known_args(words[flags:])
-    if given.topk < 1:
-        raise ConfigError(f"--topk is {given.topk}, expected at least 1")
     if flags < 2:
         raise ConfigError("images are missing, expected fambav predict RUN|CHECKPOINT IMAGE ...")
     model = config.parse(rest) if rest else None

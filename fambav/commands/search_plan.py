@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fambav.commands.parser import Parser
+from fambav.commands.parser import Parser, count, natural, number
 from fambav.commands.trained import (
     RUN,
     read_settings,
@@ -16,7 +16,7 @@ from fambav.commands.trained import (
     refuse_folders,
     refuse_method,
 )
-from fambav.config import ConfigError
+from fambav.config import OPTIONS, ConfigError
 from fambav.search.parsing import parse_budget
 
 if TYPE_CHECKING:
@@ -91,16 +91,16 @@ def _parser() -> Parser:
         "Also main.py's --data-path, --device, --threads and the like; of a file that is not ours "
         "--model, --data-set and whatever else describes it."
     )
-    add = parser.add_argument
+    add, seed = parser.add_argument, number(int, OPTIONS["seed"].bounds)
     add("checkpoint", type=Path, metavar="CHECKPOINT", help=RUN)
     add("--budget", required=True, metavar="KIND:MOST", help="token-layers:0.7, flops:0.75, ms:9")
     add("--method", nargs="+", default=["ordered"], metavar="NAME", help="ordered by default")
-    add("--images", type=int, default=256, metavar="N", help="of the training set (256)")
+    add("--images", type=count, default=256, metavar="N", help="of the training set (256)")
     add("--objective", choices=("distance", "accuracy"), default="distance")
     add("--algorithm", choices=("greedy", "evolution", "both"), default="both")
-    add("--steps", type=int, default=16, metavar="N", help="of greedy, to the budget (16)")
-    add("--trials", type=int, default=150, metavar="N", help="plans that evolution tries (150)")
-    add("--seed", type=int, default=0, metavar="S", help="of the images and of evolution (0)")
+    add("--steps", type=count, default=16, metavar="N", help="of greedy, to the budget (16)")
+    add("--trials", type=natural, default=150, metavar="N", help="plans that evolution tries (150)")
+    add("--seed", type=seed, default=0, metavar="S", help="of the images and of evolution (0)")
     add("--compare", action="store_true", help="with uniform strategies, on held-out images")
     add("--output", type=Path, metavar="FILE.yaml", help="gets the run that the plan makes")
     add("--json", type=Path, metavar="FILE", help="gets all figures")
@@ -113,9 +113,6 @@ def _check(given: argparse.Namespace) -> None:
     refuse_folders(given.output, given.json)
     for method in given.method:
         refuse_method(method)
-    for name, least in (("images", 1), ("steps", 1), ("trials", 0), ("seed", 0)):
-        if getattr(given, name) < least:
-            raise ConfigError(f"--{name} is {getattr(given, name)}, expected at least {least}")
 
 
 def _front_text(given: argparse.Namespace, result: SearchResult, primary: Metric) -> str:

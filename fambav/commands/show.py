@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fambav.commands.parser import Parser
+from fambav.commands.parser import Parser, natural
 from fambav.commands.trained import RUN
 from fambav.config import ConfigError, read_flags
 from fambav.registry import PICTURES, nearest
@@ -57,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(*("--data-path", "--data_path"), type=Path, metavar="DIR")
     parser.add_argument(
-        *("--index",), type=int, nargs="+", default=[0], metavar="N", help="which of them, from 0"
+        *("--index",),
+        type=natural,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="which of them, from 0",
     )
     parser.add_argument(
         *("--output-dir", "--output_dir"),

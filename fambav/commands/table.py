@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from fambav import registry
-from fambav.commands.parser import Parser
+from fambav.commands.parser import Parser, number
 from fambav.config import ConfigError
+from fambav.config.setting import PROCESSES, Bounds
 from fambav.table import FORMATS
 
 _LOG, _RESULTS = "log.txt", "results.json"  # what makes a folder a run's, and a grid's
@@ -45,8 +46,9 @@ def run(words: list[str]) -> None:
 
 
 def _grid_flags(group: argparse._ArgumentGroup) -> None:
+    seeds, jobs = number(int, Bounds(1, 10_000)), number(int, PROCESSES._replace(low=1))
     group.add_argument("--grid", type=Path, metavar="FILE.yaml", help="the same as GRID")
-    group.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (the grid's own)")
+    group.add_argument("--seeds", type=seeds, metavar="N", help="seeds 0 to N - 1 (the grid's own)")
     group.add_argument(
         "--output_dir",
         "--output-dir",
@@ -58,7 +60,7 @@ def _grid_flags(group: argparse._ArgumentGroup) -> None:
         "--data_path", "--data-path", metavar="DIR", help="folder of the data set (the settings')"
     )
     group.add_argument(
-        "--jobs", type=int, metavar="N", help="processes that train at once (one per GPU, else 1)"
+        "--jobs", type=jobs, metavar="N", help="processes that train at once (one per GPU, else 1)"
     )
     group.add_argument("--keep", action="store_true", help="keep every run's checkpoints")
 
@@ -87,10 +89,6 @@ def _grid(given: argparse.Namespace) -> Path | None:
 
 def _table_of_grid(given: argparse.Namespace, path: Path) -> None:
     """Run what is missing of a grid, and print its table; what is finished is not run again."""
-    for name in ("jobs", "seeds"):
-        number = getattr(given, name)
-        if number is not None and number < 1:
-            raise ConfigError(f"--{name} is {number}, expected at least 1")
     folder = Path("output", path.stem) if given.output_dir is None else given.output_dir
     from fambav import experiments
     from fambav.experiments import process, sweep

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fambav.commands.parser import Parser
+from fambav.commands.parser import Parser, number
 from fambav.commands.trained import (
     RUN,
     read_settings,
@@ -16,7 +15,7 @@ from fambav.commands.trained import (
     refuse_folders,
     refuse_method,
 )
-from fambav.config import ConfigError
+from fambav.config.setting import NOT_NEGATIVE
 from fambav.search.parsing import FAMILIES, parse_family
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ USAGE = "fambav tune CHECKPOINT --margin POINTS [--method NAME] [--family PLANS]
 def run(words: list[str]) -> None:
     """Find how many tokens a trained model can do without before accuracy falls by a margin."""
     given, rest = _parser().parse_known_args(words)
-    if not 0 <= given.margin < math.inf:
-        raise ConfigError(f"--margin is {given.margin:g}, expected 0 or more percentage points")
     refuse_method(given.method)
     refuse_folders(given.output, given.json)
     family = parse_family(given.family)
@@ -82,9 +79,9 @@ def _parser() -> Parser:
         "Also main.py's --data-path, --device, --threads and the like; of a file that is not ours "
         "--model, --data-set and whatever else describes it."
     )
-    add = parser.add_argument
+    add, margin = parser.add_argument, number(float, NOT_NEGATIVE)
     add("checkpoint", type=Path, metavar="CHECKPOINT", help=RUN)
-    add("--margin", type=float, required=True, metavar="POINTS", help="of top-1, in percent")
+    add("--margin", type=margin, required=True, metavar="POINTS", help="of top-1, in percent")
     add("--method", default="ordered", metavar="NAME", help="ordered by default")
     add("--family", default="all", metavar="PLANS", help=f"{FAMILIES}; all by default")
     add("--output", type=Path, metavar="FILE.yaml", help="gets the run that the answer makes")

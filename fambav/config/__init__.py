@@ -2,7 +2,7 @@
 
 from fambav.config.checks import policy
 from fambav.config.config import Config, load, parse
-from fambav.config.parsing import help_text, read_flags, read_settings, read_yaml
+from fambav.config.parsing import check_path, help_text, read_flags, read_settings, read_yaml
 from fambav.config.schema import (
     OPTIONS,
     Augment,
@@ -30,6 +30,7 @@ __all__ = [
     "Reduction",
     "Run",
     "affecting",
+    "check_path",
     "format_value",
     "help_text",
     "load",

@@ -7,6 +7,7 @@ without a word; here they are refused.
 
 from __future__ import annotations
 
+import os
 import re
 
 from fambav.config.setting import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, PROBABILITY, Bounds
@@ -38,7 +39,7 @@ def model_name(name: str) -> None:
 
 def device_name(name: str) -> None:
     """Refuse what is not `cpu`, `cuda` or `cuda:0` and so on."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise ValueError("cpu, cuda or cuda:N")
 
 
@@ -50,8 +51,19 @@ def fusion_list(plan: str) -> None:
         raise ValueError("layer:tokens pairs such as 6:9,8:9, counted from 1, no layer twice")
 
 
+def file_path(path: str) -> None:
+    """Refuse what no file system can hold."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise ValueError("a path of characters that file systems know")
+
+
 def local_file(path: str) -> None:
-    """Refuse an address on the network."""
+    """Refuse an address on the network, and what is no path."""
+    file_path(path)
     if re.match(r"[a-z]+://", path):
         raise ValueError("a file on this machine; download it first")
 
@@ -62,9 +74,10 @@ def rising(pair: tuple[float, float]) -> None:
         raise ValueError("two rising numbers")
 
 
-def filled(text: str) -> None:
-    """Refuse an empty text."""
-    if not text.strip():
+def filled(path: str) -> None:
+    """Refuse an empty path, and what is no path."""
+    file_path(path)
+    if not path.strip():
         raise ValueError("a text that is not empty")
 
 

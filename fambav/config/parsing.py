@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import textwrap
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fambav.config.checks import file_path
 from fambav.config.legacy_flags import LAUNCHER, UNSUPPORTED
 from fambav.config.schema import GROUPS, OPTIONS
 from fambav.config.setting import (
@@ -32,9 +33,14 @@ from fambav.config.setting import (
 )
 
 CONFIG = Option(
-    "YAML file of settings; flags win over it", name="config", flag="config", default=""
+    "YAML file of settings; flags win over it",
+    name="config",
+    flag="config",
+    default="",
+    check=file_path,
 )
 _COLUMN = 37  # where the help explains
+_REASON = 200  # characters of a reason that is not ours
 
 
 def _spellings() -> dict[str, tuple[Option, bool]]:
@@ -148,6 +154,7 @@ def from_file(path: Path) -> dict[str, Setting]:
         return given
     if not isinstance(base, str):
         refuse(f"{path}: base", base, "the path of a YAML file")
+    check_path(f"{path}: base", base)
     parent = path.parent / base
     inherited = read_yaml(parent)
     if "base" in inherited:
@@ -175,13 +182,18 @@ class _Loader(yaml.SafeLoader):
         deep: bool = False,  # noqa: FBT001, FBT002  (PyYAML's signature)
     ) -> dict[Any, Any]:
         """Build a mapping, refusing a repeated key."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, times in keys.items():
+            if times > 1:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key} is given twice", node.start_mark
                 )
         return super().construct_mapping(node, deep=deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Take in the mappings that `<<` names, what several of them share once."""
+        super().flatten_mapping(node)
+        node.value = list({id(key): (key, value) for key, value in node.value}.values())
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
@@ -191,6 +203,9 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         ConfigError: If it cannot be read, is not YAML, gives a key twice or holds something else.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir() or _is_pipe_of_shell(path)):
+            hint = "a pipe or a device may never end"
+            raise ConfigError(f"config is {str(path)!r}, expected a plain file; {hint}")
         text = path.read_text(encoding="utf-8")
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
     except OSError as error:
@@ -198,16 +213,36 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"config is {str(path)!r}, expected a readable file; {reason}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}: line {line} is not YAML; {error.problem}") from None
+        reason = str(error.problem)[:_REASON]
+        raise ConfigError(f"{path}: line {line} is not YAML; {reason}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:_REASON]
         raise ConfigError(f"{path} is not YAML; {reason}") from None
+    except (LookupError, AttributeError, TypeError, ArithmeticError):
+        raise ConfigError(f"{path} is not YAML; a value does not fit its tag") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         kind = type(tree).__name__
         raise ConfigError(f"{path} is a {kind}, expected lines such as `lr: 0.001`")
     return tree
+
+
+def check_path(label: str, path: str) -> None:
+    """Refuse a path to another file that no file system can hold.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    try:
+        file_path(path)
+    except ValueError as error:
+        refuse(label, path, str(error))
+
+
+def _is_pipe_of_shell(path: Path) -> bool:
+    """Whether a path was made by `<(command)`, or is /dev/stdin."""
+    return path.is_fifo() and path.is_relative_to("/dev")
 
 
 def help_text(program: str, text: str) -> str:

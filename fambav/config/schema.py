@@ -22,8 +22,10 @@ from fambav.config.setting import (
     COUNT,
     NATURAL,
     NOT_NEGATIVE,
+    PIXELS,
     POSITIVE,
     PROBABILITY,
+    PROCESSES,
     RATE,
     Affects,
     Bounds,
@@ -48,16 +50,16 @@ class Model(Group):
         "vim_tiny", "model of `fambav list models`, or timm/NAME", check=checks.model_name
     )
     input_size: int | None = option(
-        None, "height and width of an image in pixels; none = the model's own", bounds=COUNT
+        None, "height and width of an image in pixels; none = the model's own", bounds=PIXELS
     )
     patch_size: int | None = option(
         None,
         "height and width of a patch in pixels; none = the model's own",
         when.VIM,
-        bounds=COUNT,
+        bounds=PIXELS,
     )
     stride: int | None = option(
-        None, "pixels between patches; none = the model's own", when.VIM, bounds=COUNT
+        None, "pixels between patches; none = the model's own", when.VIM, bounds=PIXELS
     )
     num_classes: int | None = option(
         None, "length of the output; none = the data set's", bounds=COUNT
@@ -222,7 +224,7 @@ class Data(Group):
         choices=("error", "skip"),
     )
     num_workers: int = option(
-        10, "loader processes", affects="speed", bounds=NATURAL, flag="num_workers"
+        10, "loader processes", affects="speed", bounds=PROCESSES, flag="num_workers"
     )
     pin_mem: bool = switch(
         "pinned memory for batches on a GPU", on=True, affects="speed", off="no-pin-mem"
@@ -440,7 +442,7 @@ class Run(Group):
         None,
         "CPU threads of a process; none = as many as torch takes",
         affects="speed",
-        bounds=COUNT,
+        bounds=PROCESSES._replace(low=1),
     )
     seed: int = option(0, "of every random draw", bounds=Bounds(0, 2**32 - 1))
     deterministic: bool = switch("deterministic algorithms only", affects="speed")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, get_args, get_type_hints
 
 from fambav.registry import Registry, nearest
+from fambav.short_repr import short_repr
 
 # A higher level wins.  RECORD is what the files of a finished or older run hold.
 DEFAULT, RECORD, BASE, FILE, COMMAND = range(5)
@@ -45,12 +46,25 @@ class Bounds(NamedTuple):
         return over and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
-        low = f"{'more than' if self.above else 'at least'} {self.low:g}"
-        high = f"{'less than' if self.below else 'at most'} {self.high:g}"
-        return low if self.high == math.inf else f"{low} and {high}"
+        low = f"{'more than' if self.above else 'at least'} {_digits(self.low)}"
+        return low if self.high in (math.inf, LARGEST) else f"{low} and {self._upper}"
+
+    def expected(self, value: float) -> str:
+        """Say what a number outside should have been."""
+        return self._upper if self.high == LARGEST and value > LARGEST else str(self)
+
+    @property
+    def _upper(self) -> str:
+        return f"{'less than' if self.below else 'at most'} {_digits(self.high)}"
 
 
-COUNT, NATURAL = Bounds(1), Bounds(0)
+def _digits(number: float) -> str:
+    return f"{number:g}" if isinstance(number, float) else str(number)
+
+
+LARGEST = 2**31 - 1  # of what is counted; no library below takes more everywhere
+COUNT, NATURAL = Bounds(1, LARGEST), Bounds(0, LARGEST)
+PIXELS, PROCESSES = Bounds(1, 2**15), Bounds(0, 1024)  # beyond any image side, and any machine
 POSITIVE, NOT_NEGATIVE = Bounds(0, above=True), Bounds(0)
 PROBABILITY, RATE = Bounds(0, 1), Bounds(0, 1, below=True)
 
@@ -139,8 +153,7 @@ def format_value(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "on" if value else "off"
-    text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return short_repr(list(value) if isinstance(value, tuple) else value)
 
 
 def refuse(label: str, value: Any, expected: str) -> NoReturn:
@@ -160,7 +173,7 @@ def from_text(option: Option, words: list[str], label: str) -> Any:
 
 def from_data(option: Option, value: Any, label: str) -> Any:
     """Return the value of a YAML or Python object."""
-    if option.optional and (value is None or _is_unset(option, str(value))):
+    if option.optional and (value is None or _is_unset(option, value)):
         return None
     if option.kind is not tuple:
         return _checked(option, _typed(option.kind, value, label), label)
@@ -182,7 +195,7 @@ def _checked(option: Option, value: Any, label: str) -> Any:
         if not abs(number) <= sys.float_info.max:  # also a whole number beyond every float
             refuse(label, number, "a finite number")
         if number not in option.bounds:
-            refuse(label, number, str(option.bounds))
+            refuse(label, number, option.bounds.expected(number))
     if option.length is not None and len(numbers) != option.length:
         refuse(label, value, f"{option.length} numbers")
     if option.check:
@@ -193,9 +206,11 @@ def _checked(option: Option, value: Any, label: str) -> Any:
     return value
 
 
-def _is_unset(option: Option, word: str) -> bool:
+def _is_unset(option: Option, value: Any) -> bool:
     """Whether a word leaves a setting open: "none", unless that is one of its own values."""
-    return option.optional and word.lower() == "none" and "none" not in option.choices
+    if not option.optional or "none" in option.choices:
+        return False
+    return isinstance(value, str) and value.lower() == "none"
 
 
 def _number(kind: type, word: str, label: str) -> Any:

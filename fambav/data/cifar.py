@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fambav.data.types import ArraySet, DataError, DataSet
+from fambav.pickles import DeepPickleError, check_depth
 from fambav.timm_compat import torchvision
 
 LAYOUTS: dict[str, Any] = {
@@ -114,6 +115,7 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
     """Return the dictionary in a file, its keys as str, and the file's md5."""
     raw = path.read_bytes()
     try:
+        check_depth(io.BytesIO(raw))
         pickled = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
         entries = {_text(name): value for name, value in pickled.items()}
     except _Refused as error:
@@ -121,6 +123,8 @@ def _unpickle(path: Path) -> tuple[dict[str, Any], str]:
             f"{path} asks for {error}, expected only arrays, lists, strings and numbers; "
             "nothing in it was run"
         ) from None
+    except DeepPickleError as error:
+        raise DataError(f"{path} is {error}, expected a CIFAR file of pickled arrays") from None
     except _BROKEN as error:
         raise DataError(
             f"{path} is truncated or damaged ({type(error).__name__}), expected a CIFAR file of "

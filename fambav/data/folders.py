@@ -13,7 +13,8 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD, DataError, DataSet
-from fambav.json_files import Form, check, parse, shorten
+from fambav.json_files import Form, check, parse
+from fambav.short_repr import short_repr
 from fambav.timm_compat import torchvision
 
 Folders = dict[str, list[str]]  # names of the images in each
@@ -312,8 +313,8 @@ def _category_names(path: Path, category: str) -> dict[int, str]:
         number, name = entry.get("id", index), entry.get(category)
         if type(number) is not int or type(name) not in (str, int, float):
             raise DataError(
-                f"{path}: entry {index} has id {shorten(number)} and {category} {shorten(name)},"
-                " expected a whole number and a name"
+                f"{path}: entry {index} has id {short_repr(number)} and {category}"
+                f" {short_repr(name)}, expected a whole number and a name"
             )
         names[number] = str(name)
     return names
@@ -332,10 +333,12 @@ def _image_names(path: Path, part: Any, names: dict[int, str]) -> list[str]:
     for image in part["images"]:
         file = image["file_name"]
         if image["id"] not in names_of:
-            raise DataError(f"{path}: image {shorten(image['id'])} has no annotation, expected one")
+            raise DataError(
+                f"{path}: image {short_repr(image['id'])} has no annotation, expected one"
+            )
         if "\0" in file or file.startswith("/") or ".." in file.split("/"):
             raise DataError(
-                f"{path}: file_name is {shorten(file)}, expected a path in the folder of the list"
+                f"{path}: file_name is {short_repr(file)}, expected a path in the list's folder"
             )
     return [names_of[image["id"]] for image in part["images"]]
 
@@ -350,7 +353,7 @@ def _inat_images(
     for image, name in zip(images, names, strict=True):
         if name not in labels:
             raise DataError(
-                f"{root}: {shorten(name)} is only in the validation list, expected in both"
+                f"{root}: {short_repr(name)} is only in the validation list, expected in both"
             )
         parts = image["file_name"].split("/")
         entries.append((str(root.joinpath(parts[0], *parts[2 if short else 1 :])), labels[name]))

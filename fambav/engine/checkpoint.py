@@ -19,6 +19,8 @@ import shutil
 import struct
 import tempfile
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from fambav.pickles import DeepPickleError, check_depth
+
 State = dict[str, Any]
 
 _MARK = b"fambav sha256 "
@@ -36,9 +40,13 @@ _COMMENT = len(_MARK) + 64
 _WRITER = "fambav"  # in the safetensors files that must have a digest
 _RULE = "2"  # of the digest there; files without a number are of the first rule
 _END = b"PK\x05\x06"  # a zip archive without a comment has this 22 bytes before its end
+_START = b"PK\x03\x04"  # of a zip archive; files of torch before 1.6 are pickles after each other:
+_OLD_PICKLES = 5  # magic number, version, system, state and names of storages; bytes follow
 _DAMAGED = (
     RuntimeError,
     pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
     struct.error,
     EOFError,
     LookupError,
@@ -131,6 +139,7 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> State:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on the format of old and broken files
+            _check_depth(path)
             state = torch.load(path, map_location=device, weights_only=True)
     except _DAMAGED as error:
         raise CheckpointError(_reason(path, error)) from error
@@ -227,11 +236,27 @@ def _digest(path: Path) -> bytes:
     return digest.hexdigest().encode()
 
 
+def _check_depth(path: Path) -> None:
+    """Refuse a file whose pickles are nested so deeply that loading it ends the process."""
+    with path.open("rb") as file:
+        if file.read(len(_START)) != _START:
+            file.seek(0)
+            for _ in range(_OLD_PICKLES):
+                check_depth(file)
+            return
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.filename.endswith("data.pkl"):
+                    check_depth(io.BytesIO(archive.read(entry)))
+
+
 def _reason(path: Path, error: BaseException) -> str:
     """Return one line on why torch could not read `path`."""
     code = re.search(r"GLOBAL (\S+)", str(error))
     if code:
         return f"{path} holds Python code ({code[1]}), expected only weights; nothing was run"
+    if isinstance(error, DeepPickleError):
+        return f"{path} is {error}, expected only weights"
     if isinstance(error, MemoryError | OSError):
         return f"{path} could not be read: {error}"
     return f"{path} is truncated, damaged or no checkpoint"

@@ -30,7 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from fambav import config
-from fambav.config import OPTIONS, Config, ConfigError, format_value, read_yaml, refuse
+from fambav.config import (
+    OPTIONS,
+    Config,
+    ConfigError,
+    check_path,
+    format_value,
+    read_yaml,
+    refuse,
+)
 from fambav.experiments.grid import FREE, SCRATCH, TUNED, UNREDUCED, Cell, Grid
 from fambav.experiments.provenance import described, differing, fingerprint
 from fambav.experiments.rows import NONE, OWN, Row, read_rows, read_settings
@@ -178,6 +186,7 @@ class _File:
         given = self.given.get("base")
         if not isinstance(given, str):
             refuse(f"{self.path}: base", given, "the path of a YAML file")
+        check_path(f"{self.path}: base", given)
         return self.path.parent / given
 
     def _base(self, label: str, file: Path) -> Config:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fambav.config import ConfigError, format_value, refuse
+from fambav.config import ConfigError, check_path, format_value, refuse
+from fambav.config.setting import Option, from_data
 from fambav.experiments.metrics import all_metrics
 from fambav.registry import nearest
 
@@ -16,7 +17,8 @@ OWN = ("seed", "output_dir", "resume", "finetune", "eval")  # settings that the 
 NONE = "-"  # an empty part of a name
 
 COSTS = ("seconds", "memory")  # of what a paper reports; the file has seconds as `time`
-_CLOCK = re.compile(r"(\d+):([0-5]\d):([0-5]\d)")
+_CLOCK = re.compile(r"(\d{1,5}):([0-5]\d):([0-5]\d)")
+_FIGURE = Option("of a paper", kind=float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,10 @@ def _row(path: Path, label: str, entry: Any, names: int) -> Row:
         refuse(f"{label}: name", name, "a name with a letter or a digit")
     label = f"{path}: row {name!r}"
     file = entry.get("config")
-    if file is not None and not isinstance(file, str):
-        refuse(f"{label}: config", file, "the path of a YAML file")
+    if file is not None:
+        if not isinstance(file, str):
+            refuse(f"{label}: config", file, "the path of a YAML file")
+        check_path(f"{label}: config", file)
     given = {key: value for key, value in entry.items() if key not in ("name", "config", "paper")}
     return Row(
         name=name,
@@ -131,10 +135,8 @@ def _paper(label: str, given: Any) -> dict[str, float | None] | None:
             )
         if key == "time":
             figures["seconds"] = _seconds(f"{label}: time", value)
-        elif type(value) not in (int, float):
-            refuse(f"{label}: {key}", value, "a number")
         else:
-            figures[key] = float(value)
+            figures[key] = from_data(_FIGURE, value, f"{label}: {key}")
     return figures
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fambav.layers.embed import pair, patch_grid
 from fambav.registry import nearest
+from fambav.short_repr import short_repr
 from fambav.timm_compat import timm
 
 if TYPE_CHECKING:  # which is described with what is written here
@@ -22,6 +23,7 @@ _BUILDER = (  # arguments of timm's builder, beside those of the model
     *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_model_args"),
     *("cache_dir", "features_only", "out_indices", "feature_cls"),
 )
+_LARGEST = 2**31 - 1
 _SOURCES = ("state_dict", "file", "url", "hf_hub_id")
 
 
@@ -117,6 +119,7 @@ def _entry_point(
     ) -> nn.Module:
         for unknown in set(arguments) - {*known, *_BUILDER}:
             raise TypeError(f"{unknown!r} is no argument of {name}; {nearest(unknown, known)}")
+        _check_sizes(arguments)
         if pretrained:
             _check_source(name, arguments)
         with nullcontext() if device is None else torch.device(device):
@@ -146,6 +149,19 @@ def _entry_point(
 def _fitted(state_dict: Mapping[str, Any], net: TimmModel) -> dict[str, Tensor]:
     """Fit the weights of a file that timm has read; a head of other classes stays as it is."""
     return net.remap(state_dict, head="drop")
+
+
+def _check_sizes(arguments: Mapping[str, Any]) -> None:
+    """Refuse whole numbers that torch cannot count to.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for name, value in arguments.items():
+        sizes = value if isinstance(value, list | tuple) else (value,)
+        for size in sizes:
+            if isinstance(size, int) and abs(size) > _LARGEST:
+                raise ValueError(f"{name} is {short_repr(size)}, expected at most {_LARGEST}")
 
 
 def _check_source(name: str, arguments: Mapping[str, Any]) -> None:

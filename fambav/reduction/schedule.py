@@ -30,11 +30,13 @@ from typing import cast
 from fambav.layers import BackboneInfo
 from fambav.reduction.reducer import Grid, Indices, Reducer
 from fambav.registry import SCHEDULES, STRATEGIES, STRATEGY_ALIASES, nearest
+from fambav.short_repr import short_repr
 
 Counts = tuple[int, ...]
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:/([1-9]\d*))?)?")
 _PAIRS = re.compile(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*")
+_LONG = re.compile(r"(?<![\d.])\d{10}")  # not behind a point
 _NAME, PUBLISHED = "reduction_schedule", "published"
 
 
@@ -202,7 +204,8 @@ def from_fusion(
 
 def _fusion_plan(plan: str, depth: int) -> str:
     if not _PAIRS.fullmatch(plan):
-        raise ValueError(f"fusion_plan is {plan!r}, expected layer:count pairs such as 6:9,8:9")
+        shown = short_repr(plan)
+        raise ValueError(f"fusion_plan is {shown}, expected layer:count pairs such as 6:9,8:9")
     _parse(plan, depth=depth, name="fusion_plan")
     return plan
 
@@ -245,12 +248,14 @@ def _parse(text: str, *, depth: int, start: int = 0, classes: int = 0, name: str
         if not any(found.values()):
             raise ValueError("one that removes tokens")
     except ValueError as expected:
-        raise ValueError(f"{name} is {text!r}, expected {expected}") from None
+        raise ValueError(f"{name} is {short_repr(text)}, expected {expected}") from None
     return tuple(found.get(number, 0) for number in range(1, depth + 1))
 
 
 def _read(text: str, depth: int, start: int, classes: int) -> dict[int, int]:
     """Return counts by layer; whatever is wrong is raised as the text of what was expected."""
+    if _LONG.search(text):
+        raise ValueError("numbers of at most 9 digits")
     kind, colon, rest = text.partition(":")
     if _PAIRS.fullmatch(text):
         return _pairs(text, depth)

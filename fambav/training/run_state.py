@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -28,6 +27,7 @@ from fambav.engine.run_dir import CHECKPOINT, DESCRIPTION, WEIGHTS, weights_file
 from fambav.json_files import is_plain, parse, read_object
 from fambav.models import Backbone, official
 from fambav.reduction import Schedule
+from fambav.short_repr import short_repr
 
 # What may differ between a run and its continuation: where and how fast, not what.
 _FREE = affecting("nothing", "speed")
@@ -36,6 +36,7 @@ _IMAGES = {"batch_size", "grad_accum_steps"}  # compared as images per update
 _TEXTS = {"class_token", "torch"}  # facts that a safetensors file holds as they are, not as JSON
 _CHANNELS = 3
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight")
+_LARGEST = 2**63 - 1  # of whole numbers
 _MOST = 100_000  # values of an entry at one depth
 _DESCRIPTION = {
     "fambav": {"settings": dict, "class_token": (str, type(None))},
@@ -45,24 +46,23 @@ _DESCRIPTION = {
 
 
 def _is_number(value: Any) -> bool:
-    """Whether something is a number, and not bool, that a float can hold."""
-    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+    return type(value) is float or _is_count(-_LARGEST)(value)
 
 
 def _is_count(least: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and value >= least
+    return lambda value: type(value) is int and least <= value <= _LARGEST  # and not bool
 
 
 def _is_list(of: Callable[[Any], bool], *, length: int | None = None) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, list | tuple) and length in (None, len(v)) and all(map(of, v))
 
 
-def _is_plain(value: Any) -> bool:
-    return is_plain(value, most=_MOST)
+def _is_table(value: Any, largest: float = _LARGEST) -> bool:
+    return isinstance(value, Mapping) and is_plain(value, most=_MOST, largest=largest)
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping) and _is_plain(value)
+def _is_config(value: Any) -> bool:
+    return _is_table(value, math.inf)  # a setting's own limit is checked with the setting
 
 
 def _is_weights(value: Any) -> bool:
@@ -78,8 +78,9 @@ def _is_optimizer(value: Any) -> bool:
     groups, states = value.get("param_groups"), value["state"].values()
     return (
         isinstance(groups, list)
-        and all(isinstance(own, Mapping) for own in (*groups, *states))
-        and all(isinstance(v, Tensor | int | float) for own in states for v in own.values())
+        and all(map(_is_table, groups))
+        and all(isinstance(own, Mapping) for own in states)
+        and all(isinstance(v, Tensor) or _is_number(v) for own in states for v in own.values())
     )
 
 
@@ -98,14 +99,14 @@ def _is_record(value: Any) -> bool:
 _is_mean = _is_list(lambda v: _is_number(v) and math.isfinite(v), length=_CHANNELS)
 _is_std = _is_list(lambda v: _is_number(v) and 0 < v < math.inf, length=_CHANNELS)
 _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "config": (_is_table, "plain values by name"),
+    "config": (_is_config, "plain values by name"),
     "class_token": (_is_text, "text"),
-    "grid": (_is_list(_is_count(1), length=2), "2 whole numbers of at least 1"),
+    "grid": (_is_list(_is_count(1), length=2), "2 64-bit whole numbers of at least 1"),
     "schedule": (_is_table, "plain values by name"),
-    "images_per_update": (_is_count(1), "a whole number of at least 1"),
+    "images_per_update": (_is_count(1), "a 64-bit whole number of at least 1"),
     "teacher": (_is_text, "text"),
-    "world": (_is_count(1), "a whole number of at least 1"),
-    "num_classes": (_is_count(1), "a whole number of at least 1"),
+    "world": (_is_count(1), "a 64-bit whole number of at least 1"),
+    "num_classes": (_is_count(1), "a 64-bit whole number of at least 1"),
     "class_names": (_is_list(_is_text), "names"),
     "mean": (_is_mean, "3 finite numbers"),
     "std": (_is_std, "3 finite numbers above 0"),
@@ -117,13 +118,13 @@ _CHECKS = {
     "model_ema": (_is_weights, "tensors by name"),
     "optimizer": (_is_optimizer, "the state of an optimizer"),
     "scaler": (_is_table, "plain values by name"),
-    "epoch": (_is_count(-1), "a whole number of at least -1"),
-    "updates": (_is_count(0), "a whole number of at least 0"),
+    "epoch": (_is_count(-1), "a 64-bit whole number of at least -1"),
+    "updates": (_is_count(0), "a 64-bit whole number of at least 0"),
     "history": (_is_list(_is_record), "a record for each epoch"),
-    "losses": (_is_list(_is_number), "numbers"),
-    "seconds": (_is_number, "a number"),
-    "peak_mib": (_is_number, "a number"),
-    "maxima": (_is_list(_is_number), "numbers"),
+    "losses": (_is_list(_is_number), "64-bit numbers"),
+    "seconds": (_is_number, "a 64-bit number"),
+    "peak_mib": (_is_number, "a 64-bit number"),
+    "maxima": (_is_list(_is_number), "64-bit numbers"),
 }
 _OPTIONAL = {
     *("class_token", "grid", "schedule", "teacher", "class_names"),
@@ -423,16 +424,23 @@ def _parse(path: Path, name: str, text: str) -> Any:
 
 
 def _check(path: Path, known: Mapping[str, Any]) -> None:
-    best = {name: (_is_number, "a number") for name in known if name.startswith("best_")}
+    best = {name: (_is_number, "a 64-bit number") for name in known if name.startswith("best_")}
     for name, (holds, words) in {**_CHECKS, **best}.items():
         optional = name in _OPTIONAL
         if name not in known or (optional and known[name] is None) or holds(known[name]):
             continue
-        shown = " ".join(repr(known[name]).split())
-        shown = shown if len(shown) < 60 else f"{shown[:60]}..."
-        raise CheckpointError(
-            f"{path}: {name} is {shown}, expected {words}{' or nothing' * optional}"
-        )
+        label, value, expected = name, known[name], f"{words}{' or nothing' * optional}"
+        inner = _first_wrong(value) if holds in (_is_table, _is_config) else None
+        if inner is not None:
+            label, value, expected = f"{name}: {inner}", value[inner], "a plain value"
+        raise CheckpointError(f"{path}: {label} is {short_repr(value)}, expected {expected}")
+
+
+def _first_wrong(table: Any) -> str | None:
+    """Return the first name whose value is not plain, if names alone are right."""
+    if not isinstance(table, Mapping) or not all(isinstance(name, str) for name in table):
+        return None
+    return next((name for name, own in table.items() if not _is_config({name: own})), None)
 
 
 def _read_description(path: Path) -> State:

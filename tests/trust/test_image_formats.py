@@ -4,11 +4,11 @@ import io
 import os
 
 import pytest
+from fambav.data.arrays import DataError
 from PIL import Image, features
 
 from fambav import cli
 from fambav.data import read_image
-from fambav.data.arrays import DataError
 from tests.data.made import made_folder
 from tests.trust.forked import run, run_alone
 from tests.trust.refusals import the_line_of
