@@ -11,6 +11,7 @@ a bug keeps its traceback.  A warning is one line that begins with `warning:`.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import warnings
@@ -22,6 +23,7 @@ from typing import Any
 from fambav import config, registry
 from fambav.commands import COMMANDS
 from fambav.config import ConfigError
+from fambav.text import printable
 
 Words = list[str]
 
@@ -54,7 +56,7 @@ def _train(words: Words) -> int:
         if line.startswith("warning: "):
             _print_error(line, 0)
         elif _is_primary():
-            print(line, flush=True)
+            print(printable(line), flush=True)
     from fambav import training
 
     return int(training.run(run))
@@ -89,6 +91,9 @@ def guarded(function: Callable[[Words], int | None], words: Words) -> int:
         # Read when torch loads its thread pool.  By default idle threads spin for milliseconds: on
         # cores that are shared with other programs a step then takes up to twenty times as long.
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one that knows fewer characters than our lines
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _short_warnings():
             status = function(words)
@@ -163,7 +168,7 @@ def _reason(error: OSError) -> str:
 
 def _print_error(line: str, status: int) -> int:
     if _is_primary():
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     return status
 
 

@@ -7,12 +7,15 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from fambav.text import printable
 
 Cells = Sequence[str]
 
-FORMATS = ("text", "markdown", "latex", "csv", "json")
+_FOR_PROGRAMS = ("csv", "json")
+FORMATS = ("text", "markdown", "latex", *_FOR_PROGRAMS)
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -52,13 +55,24 @@ class Table:
 
     def render(self, form: str) -> str:
         """Return the table in one of FORMATS, without a line break at the end."""
+        shown = self if form in _FOR_PROGRAMS else self._printable()
         return {
-            "text": self._text,
-            "markdown": self._markdown,
-            "latex": self._latex,
-            "csv": self._csv,
-            "json": self._json,
+            "text": shown._text,
+            "markdown": shown._markdown,
+            "latex": shown._latex,
+            "csv": shown._csv,
+            "json": shown._json,
         }[form]()
+
+    def _printable(self) -> Table:
+        """The same with cells and lines that names of runs cannot break."""
+        return replace(
+            self,
+            title=printable(self.title),
+            head=list(map(printable, self.head)),
+            rows=[list(map(printable, row)) for row in self.rows],
+            notes=list(map(printable, self.notes)),
+        )
 
     def _text(self) -> str:
         sides = "<" * self.names + ">" * (len(self.head) - self.names)

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fambav.commands.output import show
+from fambav.commands.output import check_files, show
 from fambav.commands.parser import Parser, natural, processes
 from fambav.registry import DATA_SETS, FAMILIES, METHODS, MODELS, SCAN_BACKENDS
 
@@ -146,13 +146,14 @@ def measure(function: Callable[..., Any], given: dict[str, Any]) -> None:
     Raises:
         ValueError: If CUDA graphs are wanted where there is no GPU.
     """
+    target = given.pop("json")
+    check_files(target)
     # Read when a profiler starts; below this its library writes lines to the console.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     import torch
 
     from fambav.engine.distributed import processes
 
-    target = given.pop("json")
     with processes(given["device"]) as here:
         given["device"] = device = here.device
         if given.get("cuda_graphs") and device.type != "cuda":

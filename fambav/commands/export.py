@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fambav.commands.output import check_folder, print_line
 from fambav.commands.parser import Parser, count, number
 from fambav.commands.trained import RUN
 from fambav.config import ConfigError
@@ -55,6 +56,7 @@ def run(words: list[str]) -> None:
     source = Path(given.path)
     beside = source if source.is_dir() else source.parent
     folder = Path(given.output_dir or beside / f"export-{given.format}")
+    check_folder(folder)
     check = export(
         source,
         given.format,
@@ -64,7 +66,7 @@ def run(words: list[str]) -> None:
         tolerance=given.tolerance,
         data_path=given.data_path,
     )
-    print(f"{given.format} in {check.seconds:.1f} s: {folder}")
+    print_line(f"{given.format} in {check.seconds:.1f} s: {folder}")
     for file in sorted(folder.iterdir()):
         print(f"  {file.name:<26}{file.stat().st_size / 2**20:8.2f} MiB")
     print(check.line())

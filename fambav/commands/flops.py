@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fambav import config
-from fambav.commands.output import show
+from fambav.commands.output import check_files, print_line, show
 from fambav.commands.parser import Parser
 
 
@@ -19,9 +19,10 @@ def run(words: list[str]) -> None:
         print(config.help_text("fambav flops", f"{run.__doc__}\n{own}"))
         return
     given, flags = parser.parse_known_args(words)
+    check_files(given.json)
     settings = config.parse(flags)
-    if settings.notice:
-        print(settings.notice)
+    for line in settings.notice.splitlines():
+        print_line(line)
     from fambav.flops import count_config
 
     report = count_config(settings)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fambav.commands.output import check_folder, print_line
 from fambav.commands.parser import Parser
 
 
 def run(words: list[str]) -> None:
     """Draw accuracy against time, memory, operations and tokens over the rows of a grid."""
     given = _parser().parse_args(words)
+    folder = given.output_dir or given.folder
+    check_folder(folder)
     from fambav import experiments, viz
 
     points = experiments.read_points(given.folder, phase=given.phase)
@@ -20,12 +23,11 @@ def run(words: list[str]) -> None:
         title = f"{title}: {metric.title} against cost, {points[0].phase}"
     detail = f"memory: {kinds}" if kinds else ""
     figure = viz.pareto(points, title=title, detail=detail, metric=metric)
-    folder = given.output_dir or given.folder
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         path = folder / f"pareto.{kind}"
         viz.save(figure, path)
-        print(f"{path}  {title}")
+        print_line(f"{path}  {title}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fambav import config
+from fambav.commands.output import print_line
 
 
 def run(words: list[str]) -> None:
@@ -11,8 +12,8 @@ def run(words: list[str]) -> None:
         print(config.help_text("fambav plan", f"{run.__doc__}"))
         return
     settings = config.parse(words)
-    if settings.notice:
-        print(settings.notice)
+    for line in settings.notice.splitlines():
+        print_line(line)
     from fambav import training
 
     print(training.reduction(settings).summary())

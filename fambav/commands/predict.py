@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fambav import config
+from fambav.commands.output import print_line
 from fambav.commands.parser import Parser, count
 from fambav.commands.trained import RUN
 from fambav.config import ConfigError
@@ -33,6 +34,6 @@ def run(words: list[str]) -> None:
         checkpoint, images, config=model, device=given.device, topk=given.topk
     )
     for image, guesses in zip(images, predicted, strict=True):
-        print(image)
+        print_line(image)
         for name, share in guesses:
-            print(f"  {100 * share:5.1f}%  {name}")
+            print_line(f"  {100 * share:5.1f}%  {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fambav.commands.output import check_files, print_line
 from fambav.commands.parser import Parser
 from fambav.config import ConfigError
 
@@ -41,6 +42,7 @@ def run(words: list[str]) -> None:
     target = given.output or given.folders[0] / "report.html"
     if target.suffix not in _ENDINGS:
         raise ConfigError(f"--output is {str(target)!r}, expected a file ending in .html")
+    check_files(target if given.folders[0].is_dir() else given.output)
     from fambav import viz
 
     viz.write_report(
@@ -51,4 +53,4 @@ def run(words: list[str]) -> None:
         source=viz.Source(images=tuple(given.image)),
         by_class=not given.no_class_accuracy,
     )
-    print(f"{target}  {target.stat().st_size / 2**20:.1f} MiB")
+    print_line(f"{target}  {target.stat().st_size / 2**20:.1f} MiB")

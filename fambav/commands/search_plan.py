@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fambav.commands.output import check_files, print_line, write
 from fambav.commands.parser import Parser, count, natural, number
 from fambav.commands.trained import (
     RUN,
     read_settings,
     reduction_arguments,
-    refuse_folders,
     refuse_method,
 )
 from fambav.config import OPTIONS, ConfigError
@@ -78,11 +78,10 @@ def run(words: list[str]) -> None:
                 command=("fambav", "search-plan", *words),
                 weights=trained.path,
             )
-            print(f"written: {given.output}")
+            print_line(f"written: {given.output}")
     if given.json is not None:
-        given.json.write_text(
-            json.dumps(_figures(given, result, rows, primary.name), indent=1) + "\n"
-        )
+        figures = _figures(given, result, rows, primary.name)
+        write(given.json, json.dumps(figures, indent=1) + "\n")
 
 
 def _parser() -> Parser:
@@ -110,7 +109,7 @@ def _parser() -> Parser:
 def _check(given: argparse.Namespace) -> None:
     """Parse the budget, and refuse flags that make no sense."""
     given.budget = parse_budget(given.budget)
-    refuse_folders(given.output, given.json)
+    check_files(given.output, given.json)
     for method in given.method:
         refuse_method(method)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fambav.commands.output import check_folder, print_line
 from fambav.commands.parser import Parser, natural
 from fambav.commands.trained import RUN
 from fambav.config import ConfigError, read_flags
@@ -31,10 +32,11 @@ def run(words: list[str]) -> None:
     )
     runs = [Path(word) for word in words[:flags]]
     folder = given.output_dir or (runs[0] if runs[0].is_dir() else runs[0].parent) / _PLACE
+    check_folder(folder)
     for _, picture in viz.render(
         runs, folder, what=what, source=source, settings=settings, svg=given.svg
     ):
-        print(f"{picture.path}  {picture.title}", flush=True)
+        print_line(f"{picture.path}  {picture.title}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from fambav import registry
+from fambav.commands.output import check_folder, print_line
 from fambav.commands.parser import Parser, number
 from fambav.config import ConfigError
 from fambav.config.setting import PROCESSES, Bounds
@@ -90,6 +91,7 @@ def _grid(given: argparse.Namespace) -> Path | None:
 def _table_of_grid(given: argparse.Namespace, path: Path) -> None:
     """Run what is missing of a grid, and print its table; what is finished is not run again."""
     folder = Path("output", path.stem) if given.output_dir is None else given.output_dir
+    check_folder(folder)
     from fambav import experiments
     from fambav.experiments import process, sweep
 
@@ -98,7 +100,7 @@ def _table_of_grid(given: argparse.Namespace, path: Path) -> None:
     )  # the table stands alone there
 
     def report(line: str) -> None:
-        print(line, file=stream, flush=True)
+        print_line(line, stream)
 
     grid = experiments.read_grid(path, seeds=given.seeds, data_path=given.data_path)
     jobs = given.jobs or max(1, len(process.gpus()))

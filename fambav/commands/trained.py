@@ -32,17 +32,6 @@ def refuse_method(name: str) -> None:
         raise ConfigError(f"--method is {name!r}, expected a known name; {hint}")
 
 
-def refuse_folders(*files: Path | None) -> None:
-    """Refuse files to be written into folders that there are not, before any work is done.
-
-    Raises:
-        ConfigError: If there is one.
-    """
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise ConfigError(f"folder is {str(file.parent)!r}, expected one that exists")
-
-
 def read_settings(
     path: Path, words: list[str]
 ) -> tuple[Config | None, dict[str, Any], dict[str, Any]]:

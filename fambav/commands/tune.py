@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fambav.commands.output import check_files, print_line, write
 from fambav.commands.parser import Parser, number
 from fambav.commands.trained import (
     RUN,
     read_settings,
     reduction_arguments,
-    refuse_folders,
     refuse_method,
 )
 from fambav.config.setting import NOT_NEGATIVE
@@ -31,7 +31,7 @@ def run(words: list[str]) -> None:
     """Find how many tokens a trained model can do without before accuracy falls by a margin."""
     given, rest = _parser().parse_known_args(words)
     refuse_method(given.method)
-    refuse_folders(given.output, given.json)
+    check_files(given.output, given.json)
     family = parse_family(given.family)
     foreign, changes, policies = read_settings(given.checkpoint, rest)
     from fambav.search.plan_file import plan_settings, write_plan
@@ -57,7 +57,7 @@ def run(words: list[str]) -> None:
         )
         print(_result_text(given, tuned, members))
         if given.json is not None:
-            given.json.write_text(json.dumps(_figures(given, tuned, primary), indent=1) + "\n")
+            write(given.json, json.dumps(_figures(given, tuned, primary), indent=1) + "\n")
         best = tuned.answer
         if given.output is not None and best is not None:
             write_plan(
@@ -68,9 +68,9 @@ def run(words: list[str]) -> None:
                 command=("fambav", "tune", *words),
                 weights=trained.path,
             )
-            print(f"written: {given.output}")
+            print_line(f"written: {given.output}")
         elif given.output is not None:
-            print(f"not written: {given.output}, since there is no plan to write")
+            print_line(f"not written: {given.output}, since there is no plan to write")
 
 
 def _parser() -> Parser:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD, DataError, DataSet
@@ -21,6 +22,22 @@ Folders = dict[str, list[str]]  # names of the images in each
 
 _EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
 _FORMATS = ("PNG", "JPEG", "JPEG2000", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # readers of Pillow
+_BROKEN = (  # what they raise on files that are not whole
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    EOFError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 _LISTED = 5  # names in a message
 _PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 _IMAGES = {
@@ -33,29 +50,42 @@ _BITS, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1  # TIFF's tags, and a value of
 def read_image(path: str | Path) -> Image.Image:
     """Read one image as RGB, 8 bits a channel.
 
+    The format is known by the content: PNG, JPEG, JPEG 2000, BMP, PPM, TIFF, WebP or GIF.
+
     Greyscale of 16 bits (Pillow's modes `I;16*`; `I` of a PGM, or of a PNG in older versions) is
     scaled from [0, 65535] to [0, 255] and rounded.  Other images of mode `I` and all of mode `F`
     have an unknown range, and are refused.
 
     Raises:
-        DataError: If the file is not an image, not all of one, or one of unknown range.
+        DataError: If the file is not an image in one of these formats, not all of one, or one of
+            unknown range.
     """
+    path = Path(path)
     try:
-        with Path(path).open("rb") as file:
-            image = Image.open(file, formats=_FORMATS)
-            if _is_16_bit(image):
-                levels = (np.asarray(image.convert("I")) * 255 + 32767) // 65535  # rounded
-                return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
-            if image.mode != "F" and not image.mode.startswith("I"):
-                return image.convert("RGB")
-            mode = f"{image.mode} ({image.format})"
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing, expected an image") from None
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        if not path.is_file():  # opening a FIFO would wait for whoever writes into it
+            state = "no file" if path.exists() else "missing"
+            raise DataError(f"{path} is {state}, expected an image")
+        with path.open("rb") as file:
+            return _rgb(Image.open(file, formats=_FORMATS), path)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        formats = ", ".join(_FORMATS)
+        raise DataError(f"{path} is of no known format, expected an image in {formats}") from None
+    except _BROKEN as error:
         raise DataError(f"{path} is damaged, expected an image ({error})") from None
+
+
+def _rgb(image: Image.Image, path: Path) -> Image.Image:
+    if _is_16_bit(image):
+        levels = (np.asarray(image.convert("I")) * 255 + 32767) // 65535  # rounded
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image.convert("RGB")
     raise DataError(
-        f"image {path} has mode {mode}, expected 8 bits a channel, or greyscale of 16 bits without "
-        "sign in PNG, PGM, JPEG 2000 or TIFF (0 is black); save it as one of these"
+        f"image {path} has mode {image.mode} ({image.format}), expected 8 bits a channel, or "
+        "greyscale of 16 bits without sign in PNG, PGM, JPEG 2000 or TIFF (0 is black); save it as "
+        "one of these"
     )
 
 

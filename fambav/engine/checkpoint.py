@@ -35,6 +35,7 @@ from fambav.pickles import DeepPickleError, check_depth
 
 State = dict[str, Any]
 
+_TEMPORARY = ".tmp-"
 _MARK = b"fambav sha256 "
 _COMMENT = len(_MARK) + 64
 _WRITER = "fambav"  # in the safetensors files that must have a digest
@@ -73,25 +74,54 @@ class NotFiniteWeightsError(CheckpointError):
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path that becomes `path` when the block ends without an error.
 
-    Whatever was at `path` stays until the new content is on the disk.
+    Whatever was at `path` stays until the new content is on the disk.  A device or a pipe, such as
+    /dev/stdout, is given as it is.
+
+    Raises:
+        OSError: If it cannot be written, such as on a full disk; it names `path`.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    if path.exists() and not path.is_file():
+        with naming(path):
+            yield path
+        return
+    with naming(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY, suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of writing `path` name it; Python's own name a file only where they open it.
+
+    Raises:
+        OSError: That error.
+    """
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is None or Path(error.filename).name.startswith(_TEMPORARY):
+            error.filename = str(path)
+        raise
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Replace the content of `path`, all of it or nothing."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of `path`, all of it or nothing."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    r"""Replace the content of `path`, all of it or nothing; what UTF-8 lacks becomes `\udce9`."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def save(path: Path, state: State) -> None:
@@ -109,8 +139,7 @@ def save(path: Path, state: State) -> None:
     buffer.seek(-2, os.SEEK_END)
     buffer.write(_COMMENT.to_bytes(2, "little") + _MARK)
     buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
-    with atomic(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    write_bytes(path, buffer.getbuffer())
 
 
 def load(path: Path, *, device: torch.device | str = "cpu") -> State:
@@ -174,14 +203,12 @@ def save_weights(path: Path, weights: dict[str, Tensor], metadata: dict[str, str
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     metadata = {**metadata, "format": "pt", "writer": _WRITER, "digest": _RULE}
     metadata["sha256"] = _digest_of(weights, metadata)
-    content = save_tensors(weights, metadata)
-    with atomic(path) as temporary:
-        temporary.write_bytes(content)
+    write_bytes(path, save_tensors(weights, metadata))
 
 
 def _load_weights(path: Path, device: torch.device | str) -> State:
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with _opened(path) as name, safe_open(name, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
     except (SafetensorError, *_DAMAGED) as error:
@@ -196,6 +223,14 @@ def _load_weights(path: Path, device: torch.device | str) -> State:
             stacklevel=3,
         )
     return {"model": weights, "metadata": metadata}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[str]:
+    """Give a name of an open file that is UTF-8, as safetensors wants it."""
+    with path.open("rb") as file:
+        surrogates = any("\ud800" <= sign <= "\udfff" for sign in str(path))
+        yield f"/dev/fd/{file.fileno()}" if surrogates else str(path)
 
 
 def _digest_of(weights: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fambav.text import printable
+
 
 class Console:
     """Lines for whoever watches: a bar on a terminal, plain lines elsewhere, nothing if silent."""
@@ -19,7 +21,7 @@ class Console:
         """Write one line, or several."""
         if not self._silent:
             self._close()
-            sys.stdout.write(text + "\n")
+            sys.stdout.write("".join(f"{printable(line)}\n" for line in text.split("\n")))
             sys.stdout.flush()
 
     def step(self, label: str, done: int, total: int, text: str) -> None:

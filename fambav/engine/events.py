@@ -37,8 +37,12 @@ class Events:
         except ImportError:
             warn("no TensorBoard events are written: pip install tensorboard")
             return
-        written = _scalars(old)
-        self._writer = SummaryWriter(folder)
+        try:
+            written = _scalars(old)
+            self._writer = SummaryWriter(folder)
+        except UnicodeEncodeError:
+            warn("warning: no TensorBoard events are written: the folder's name is no UTF-8")
+            return
         for (name, step), (value, seconds) in written.items():
             if name.startswith("update/") and step < updates:
                 self.add("scalar", name, value, step, seconds)

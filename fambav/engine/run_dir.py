@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fambav.engine.checkpoint import CheckpointError, write_text
+from fambav.engine.checkpoint import CheckpointError, naming, write_text
 from fambav.engine.events import Events
 from fambav.json_files import parse_object
 
@@ -263,7 +263,7 @@ def _differs(lines: Sequence[str], wanted: Sequence[str]) -> bool:
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
 import tempfile
@@ -102,7 +103,7 @@ def export(
             seconds=seconds,
         )
         text = card(run, description, check, folder=place.name)
-        (temporary / "README.md").write_text(text, encoding="utf-8")
+        checkpoint.write_text(temporary / "README.md", text)
     return check
 
 
@@ -190,6 +191,10 @@ def _kept(place: Path) -> Iterator[Path]:
         if place.exists():
             place.rmdir()
         temporary.rename(place)
+    except OSError as error:
+        if error.filename is not None:  # of the folder that there will be no more
+            error.filename = str(error.filename).replace(str(temporary), str(place))
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -213,8 +218,7 @@ def _logits(model: Run, images: Tensor) -> Tensor:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    checkpoint.write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _write_weights(run: LoadedRun, folder: Path) -> None:
@@ -247,8 +251,10 @@ def _write_program(run: LoadedRun, folder: Path) -> None:
 
     lowering = {torch.ops.fambav.recurrence.default: in_blocks}
     program = bare(traced(run.net, run.input_size, lowering))
+    buffer = io.BytesIO()  # torch's writer may end the process where the disk is full
     with quiet():
-        torch.export.save(program, folder / PROGRAM)
+        torch.export.save(program, buffer)
+    checkpoint.write_bytes(folder / PROGRAM, buffer.getbuffer())
 
 
 def _load_program(folder: Path) -> Run:
@@ -260,11 +266,10 @@ def _load_program(folder: Path) -> Run:
 
 
 def _write_graph(run: LoadedRun, folder: Path) -> None:
-    import onnx
-
     from fambav.export.graph import onnx_model
 
-    onnx.save(onnx_model(run.net, run.input_size), folder / GRAPH)
+    graph = onnx_model(run.net, run.input_size)
+    checkpoint.write_bytes(folder / GRAPH, graph.SerializeToString())
 
 
 def _load_graph(folder: Path) -> Run:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fambav.config import Config
+from fambav.engine.checkpoint import write_text
 from fambav.registry import FUSION_METHODS
 from fambav.search.space import Plan
 
@@ -51,4 +52,4 @@ def write_plan(
         f"main.py --config {path} --finetune {weights} --output_dir DIR",
     )
     comments = "".join(f"# {' '.join(line.split())}\n" for line in lines)
-    path.write_text(f"{comments}\n{config.to_yaml()}", encoding="utf-8")
+    write_text(path, f"{comments}\n{config.to_yaml()}")

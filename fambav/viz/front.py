@@ -185,7 +185,8 @@ def _write_names(
     back = axes.transData.inverted()
     for point, start, (x0, y0, x1, y1) in zip(named, at, boxes, strict=False):
         x, y = back.transform(((x0 + x1) / 2, (y0 + y1) / 2))
-        written = axes.text(x, y, names[point.name], fontsize=size, ha="center", va="center")
+        name = style.literal(names[point.name])
+        written = axes.text(x, y, name, fontsize=size, ha="center", va="center")
         written.set_in_layout(False)  # or axes would move, and points with them
         edge = np.clip(start, (x0, y0), (x1, y1))
         if np.hypot(*(edge - start)) > 0.75 * pixel:

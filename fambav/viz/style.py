@@ -6,6 +6,7 @@ half size.  Colours are those of `patches.COLOURS`, and cividis for numbers.
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image
+
+from fambav.engine.checkpoint import write_bytes
+from fambav.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -159,11 +163,18 @@ def line_style(number: int) -> dict[str, Any]:
     }
 
 
+def literal(text: str) -> str:
+    """Return text that matplotlib draws as it is: names are no mathematics."""
+    return printable(text).replace("$", r"\$")
+
+
 def legend(on: Figure, marks: Sequence[Artist]) -> None:
     """Explain marks with labels below the figure, in as many columns as there is room for."""
     if not marks:
         return
     size = type_size(on)
+    for mark in marks:
+        mark.set_label(literal(str(mark.get_label())))
     longest = max(len(str(mark.get_label())) for mark in marks)
     letters = on.get_figwidth() * 72 / (size * _LETTER)
     on.legend(
@@ -208,8 +219,11 @@ def save(drawn: Figure | Sequence[Figure], path: Path) -> None:
         raise ValueError(f"path is {str(path)!r}, expected one that ends in .png or .svg")
     import matplotlib
 
+    buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fambav"}):
-        drawn.savefig(path, metadata=_METADATA[path.suffix])
+        kind = path.suffix.removeprefix(".")
+        drawn.savefig(buffer, format=kind, metadata=_METADATA[path.suffix])
+    write_bytes(path, buffer.getbuffer())
 
 
 def _save_gif(drawn: Sequence[Figure], path: Path) -> None:
@@ -223,15 +237,17 @@ def _save_gif(drawn: Sequence[Figure], path: Path) -> None:
         canvas.draw()
         pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
         frames.append(pixels.quantize(256, dither=Image.Dither.NONE))
-    time = int(1000 * _SECONDS)
+    time, buffer = int(1000 * _SECONDS), io.BytesIO()
     frames[0].save(
-        path,
+        buffer,
+        "GIF",
         save_all=True,
         append_images=frames[1:],
         duration=[time] * (len(frames) - 1) + [3 * time],
         loop=0,
     )
+    write_bytes(path, buffer.getbuffer())
 
 
 def _wrapped(text: str, width: float, size: float) -> list[str]:
-    return textwrap.wrap(text, int(width * 72 / (size * _LETTER)))
+    return textwrap.wrap(literal(text), int(width * 72 / (size * _LETTER)))

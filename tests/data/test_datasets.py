@@ -107,7 +107,7 @@ def test_a_damaged_image_is_reported_by_its_path(tmp_path, left):
     path = made_folder(tmp_path) / "train" / "cat" / "0.png"
     raw = path.read_bytes()
     path.write_bytes(raw[: left if left > 1 else int(left * len(raw))])
-    with pytest.raises(DataError, match=r"train/cat/0.png is damaged, expected an image") as caught:
+    with pytest.raises(DataError, match=r"train/cat/0.png is .*, expected an image") as caught:
         load("FOLDER", tmp_path).train[0]
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"gone\.png is missing"):
@@ -194,7 +194,9 @@ def test_common_formats_are_read(tmp_path, extension):
 @pytest.mark.parametrize("kind", ["EPS", "ICO", "PCX", "PDF", "SGI", "TGA"])
 def test_other_formats_are_refused_whatever_the_name(tmp_path, kind):
     Image.new("RGB", (16, 16), 90).save(tmp_path / "x.png", kind)
-    with pytest.raises(DataError, match=r"x\.png is damaged, expected an image \(cannot identify"):
+    with pytest.raises(
+        DataError, match=r"x\.png is of no known format, expected an image in PNG, JPEG"
+    ):
         read_image(tmp_path / "x.png")
 
 

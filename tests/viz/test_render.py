@@ -149,7 +149,10 @@ def test_pixels_are_the_image_as_the_model_sees_it(runs):
         ),
         (("{dense}", "--index", "9"), "index is 9, expected 0 to 8, held-out images of CIFAR"),
         (("{dense}", "--index", "x"), "argument --index: invalid int value: 'x'"),
-        (("{dense}", "--image", "{dense}/log.txt"), "log.txt is damaged, expected an image"),
+        (
+            ("{dense}", "--image", "{dense}/log.txt"),
+            "log.txt is of no known format, expected an image",
+        ),
         (("{dense}", "--image", "{dense}/no.png"), "no.png is missing, expected an image"),
         (("{dense}/nowhere",), "nowhere, expected a file that exists"),
         (("{dense}/..",), "holds no best_checkpoint.pth, expected a run folder or one exported as"),
