@@ -141,13 +141,15 @@ class Mamba2D(nn.Module):
             inputs = u, delta, B, C
             skipped_dt = self._skipped_dt(delta, grid, orders, tokens, gap_policy=gap_policy)
             y = aligned_scan(u, delta, A_from_log(self.A_log), B, C, upcast(self.D), skipped_dt)
-        y = y.unflatten(0, (hidden.shape[0], -1))  # (batch, directions, length, inner)
+        y = y.unflatten(
+            0, (hidden.shape[0], orders.directions)
+        )  # (batch, directions, length, inner)
         out: Tensor = self.out_proj(cross_merge(y, orders) * F.silu(z))  # (batch, length, dim)
         if tokens is None:
             return out
         scanned = zip(("u", "delta", "B", "C", "y"), (*inputs, y), strict=True)
         found = {
-            name: to_token_order(x.view(*y.shape[:3], -1), orders)
+            name: to_token_order(x.view(*y.shape[:3], x.shape[-1]), orders)
             for name, x in scanned
             if name in want
         }

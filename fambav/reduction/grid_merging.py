@@ -136,12 +136,12 @@ class Storm(Reducer):
         mean = (first * weight_even[..., None] + second * weight_odd[..., None]) / total[..., None]
         x = x.scatter(1, odd[..., None].expand_as(mean), mean)
         weight = weight.scatter(1, odd, total)
-        keep, batch = others(even, x.shape[1]), grid.x.shape[0]
+        keep, sides = others(even, x.shape[1]), grid.x.shape[:2]
         kept = _Grid(take_rows(x, keep), weight.gather(1, keep), index.gather(1, keep))
         return (
-            _Grid(*(part.unflatten(0, (batch, -1)) for part in kept)),
-            index.gather(1, even).view(batch, -1),
-            index.gather(1, odd).view(batch, -1),
+            _Grid(*(part.unflatten(0, sides) for part in kept)),
+            index.gather(1, even).unflatten(0, sides).flatten(1),
+            index.gather(1, odd).unflatten(0, sides).flatten(1),
         )
 
     def _nearest_pairs(self, x: Tensor, count: int) -> Tensor:
