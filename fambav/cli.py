@@ -4,7 +4,7 @@ main.py      train or evaluate
 fambav ...   the commands of fambav.commands
 
 A user's mistake is one line that begins with `error:`, and status 2; NaN or infinity 3, a full
-disk 4, samples that cannot be read 5, a full device 6, SIGTERM after the state is saved 143;
+disk 4, samples that cannot be read 5, full memory 6, SIGTERM after the state is saved 143;
 a bug keeps its traceback.  A warning is one line that begins with `warning:`.
 """
 
@@ -34,6 +34,7 @@ STATUS = {
     "NotFiniteWeightsError": 3,
     "LoaderError": 5,
 }
+_LINE = 200  # characters of another library's line
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -106,7 +107,7 @@ def guarded(function: Callable[[Words], int | None], words: Words) -> int:
         return _print_error("interrupted", 130)
     except SystemExit as stop:  # argparse has printed its help
         return stop.code if isinstance(stop.code, int) else 0
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         line, code = _failure(error)
         if code is None:
             raise
@@ -135,8 +136,10 @@ def _failure(error: Exception) -> tuple[str, int | None]:
         if error.errno in FULL or kind == "UnsavedError":
             return f"{_reason(error)}; nothing saved before is lost", 4
         return _reason(error), None if error.filename is None else 2
+    hint = "a smaller --batch-size with --grad-accum-steps, or --grad-checkpointing, needs less"
+    if isinstance(error, MemoryError) or "can't allocate memory" in line:  # of numpy, of torch
+        return f"memory is full; {hint} ({line[:_LINE]})", 6
     if kind == "OutOfMemoryError":
-        hint = "a smaller --batch-size with --grad-accum-steps, or --grad-checkpointing, needs less"
         return f"memory of the device is full; {hint} ({line})", 6
     return line, STATUS.get(kind, 2) if _is_ours(error) else None
 
