@@ -192,7 +192,7 @@ def _pairs(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tens
     if masked is not None and masked.shape[1]:
         alone = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         alone = alone.scatter(1, masked, value=True)
-        score.masked_fill_(alone[:, 0::2, None] | alone[:, None, 1::2], -torch.inf)
+        score = score.masked_fill(alone[:, 0::2, None] | alone[:, None, 1::2], -torch.inf)
     best, partner = score.max(dim=-1)
     source = best.sort(dim=-1, descending=True, stable=True).indices.narrow(1, 0, count)
     return 2 * source, 2 * partner.gather(1, source) + 1
