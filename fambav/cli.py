@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fambav import config, registry
+from fambav import config, launcher, registry
 from fambav.commands import COMMANDS
 from fambav.config import ConfigError
 
@@ -105,7 +105,9 @@ def guarded(function: Callable[[Words], int | None], words: Words) -> int:
         line, code = _failure(error)
         if code is None:
             raise
-        return _print_error(f"error: {line}", code)
+        return _print_error(
+            f"error: {line}", code, every_rank=isinstance(error, launcher.LauncherError)
+        )
 
 
 @contextmanager
@@ -161,12 +163,15 @@ def _reason(error: OSError) -> str:
     return f"{where}{(error.strerror or str(error)).lower()}"
 
 
-def _print_error(line: str, status: int) -> int:
-    if _is_primary():
+def _print_error(line: str, status: int, *, every_rank: bool = False) -> int:
+    if every_rank or _is_primary():
         print(line, file=sys.stderr)
     return status
 
 
 def _is_primary() -> bool:
-    """Whether this is rank 0, the one process of a launched run that prints."""
-    return os.environ.get("RANK", "0") in ("", "0")
+    """Whether this is rank 0, the one process of a launched run that prints, or may be it."""
+    try:
+        return launcher.place(os.environ).rank == 0
+    except launcher.LauncherError:
+        return True

@@ -11,6 +11,7 @@ import fambav
 
 RANK = {
     "registry": 0,
+    "launcher": 0,
     "timm_compat": 0,
     "seeding": 0,
     "table": 0,
