@@ -146,7 +146,9 @@ def measure(function: Callable[..., Any], given: dict[str, Any]) -> None:
     import torch
 
     from fambav.engine.distributed import processes
+    from fambav.ops import check_environment
 
+    check_environment()
     target = given.pop("json")
     with processes(given["device"]) as here:
         given["device"] = device = here.device
