@@ -11,6 +11,7 @@ a bug keeps its traceback.  A warning is one line that begins with `warning:`.
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import sys
 import warnings
@@ -32,6 +33,10 @@ STATUS = {
     "NotFiniteWeightsError": 3,
     "LoaderError": 5,
 }
+_UNGUARDED = (
+    "a process that the script started imports it and calls main() again, expected the call under"
+    ' if __name__ == "__main__":'
+)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -85,6 +90,8 @@ def _command(words: Words) -> int:
 
 def guarded(function: Callable[[Words], int | None], words: Words) -> int:
     """Call `function`; turn what is not a bug into a line and a status."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # imports __main__
+        return _print_error(f"error: {_UNGUARDED}", 2)
     if "OMP_WAIT_POLICY" not in os.environ:
         # Read when torch loads its thread pool.  By default idle threads spin for milliseconds: on
         # cores that are shared with other programs a step then takes up to twenty times as long.
