@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import io
+import multiprocessing
 import os
 import sys
 import warnings
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fambav import config, registry
+from fambav import config, launcher, registry
 from fambav.commands import COMMANDS
 from fambav.config import ConfigError
 from fambav.text import printable
@@ -35,6 +36,10 @@ STATUS = {
     "LoaderError": 5,
 }
 _LINE = 200  # characters of another library's line
+_UNGUARDED = (
+    "a process that the script started imports it and calls main() again, expected the call under"
+    ' if __name__ == "__main__":'
+)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -88,6 +93,8 @@ def _command(words: Words) -> int:
 
 def guarded(function: Callable[[Words], int | None], words: Words) -> int:
     """Call `function`; turn what is not a bug into a line and a status."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # imports __main__
+        return _print_error(f"error: {_UNGUARDED}", 2)
     if "OMP_WAIT_POLICY" not in os.environ:
         # Read when torch loads its thread pool.  By default idle threads spin for milliseconds: on
         # cores that are shared with other programs a step then takes up to twenty times as long.
@@ -111,7 +118,9 @@ def guarded(function: Callable[[Words], int | None], words: Words) -> int:
         line, code = _failure(error)
         if code is None:
             raise
-        return _print_error(f"error: {line}", code)
+        return _print_error(
+            f"error: {line}", code, every_rank=isinstance(error, launcher.LauncherError)
+        )
 
 
 @contextmanager
@@ -169,12 +178,15 @@ def _reason(error: OSError) -> str:
     return f"{where}{(error.strerror or str(error)).lower()}"
 
 
-def _print_error(line: str, status: int) -> int:
-    if _is_primary():
+def _print_error(line: str, status: int, *, every_rank: bool = False) -> int:
+    if every_rank or _is_primary():
         print(printable(line), file=sys.stderr)
     return status
 
 
 def _is_primary() -> bool:
-    """Whether this is rank 0, the one process of a launched run that prints."""
-    return os.environ.get("RANK", "0") in ("", "0")
+    """Whether this is rank 0, the one process of a launched run that prints, or may be it."""
+    try:
+        return launcher.place(os.environ).rank == 0
+    except launcher.LauncherError:
+        return True
