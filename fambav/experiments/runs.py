@@ -43,7 +43,8 @@ class Result:
         tokens: Tokens in the last layer, None if the model has no such thing.
         share: Tokens summed over the layers, as a share of what they are without reduction.
         machine: Where it ran; empty without env.json.
-        recipe: Fingerprint of its config: without reduction, seed and the locations of files.
+        recipe: Fingerprint of its config: without reduction, seed and the locations of files; and
+            what was changed in the course of it.
     """
 
     name: str
@@ -108,10 +109,27 @@ def read_run(folder: Path) -> Result:
             tokens=last["tokens"][-1] if last["tokens"] else None,
             share=None if plan is None else float(plan["share"]),
             machine=machine(read_environment(folder)),
-            recipe=fingerprint(run),
+            recipe={**fingerprint(run), "changed": _changes(epochs)},
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{log} is not a log of this program; it has no {error}") from None
+
+
+def _changes(epochs: Sequence[Mapping[str, Any]]) -> str | None:
+    """Settings that were changed in the course of a run, None if none was."""
+    changes = [(record["epoch"], record["changed"]) for record in epochs if "changed" in record]
+    return "; ".join(changed_settings(*change) for change in changes) or None
+
+
+def changed_settings(epoch: int, settings: Mapping[str, list[Any]]) -> str:
+    """Return a change of settings in words.
+
+    Args:
+        epoch: The first one under the settings that are new, from 0.
+        settings: Before and now, by name.
+    """
+    texts = [f"{name} {' -> '.join(map(str, values))}" for name, values in dict(settings).items()]
+    return f"{', '.join(texts)} after {epoch} epochs"
 
 
 def read_primary(folder: Path) -> Metric:
