@@ -181,6 +181,7 @@ def test_a_value_error_of_this_package_is_the_users(job, capsys):
 
 def test_only_the_first_of_many_processes_speaks(job, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     job(failing(ConfigError("lr is 3")))
     assert main([]) == 2
     assert main([*RUN, "--lr", "abc"]) == 2

@@ -49,7 +49,7 @@ def test_the_reducer_of_the_readme_trains_from_a_file_of_its_own(tmp_path):
     made_cifar(data, train=16, test=8)
     words = f"""--reduction quiet --reduction-schedule r:12@3-6 --reduction-options power=1
         --model vim_micro --data-set CIFAR --data-path {data} --epochs 1 --batch-size 8
-        --num_workers 0 --output_dir {tmp_path / "run"}"""
+        --num_workers 1 --output_dir {tmp_path / "run"}"""
     given = dict(cwd=README.parent, env={**os.environ, "PYTHONPATH": str(README.parent)}, text=True)
     done = subprocess.run([sys.executable, file, *words.split()], capture_output=True, **given)
     assert done.returncode == 0, done.stderr

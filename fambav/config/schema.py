@@ -424,7 +424,7 @@ class Run(Group):
     )
     resume: str = option(
         "",
-        "checkpoint to go on from, or auto; with --eval also a run folder, its best checkpoint",
+        "checkpoint or run folder to go on from, or auto; with --eval a folder's best checkpoint",
         affects="nothing",
         check=checks.local_file,
     )
@@ -463,6 +463,11 @@ class Run(Group):
         "go on with another number of processes, at as many images per update",
         when.RESUMED,
         affects="speed",
+    )
+    extend: bool = switch(
+        "go on under other settings of training, such as more --epochs, which are recorded",
+        when.RESUMED,
+        affects="nothing",
     )
 
 

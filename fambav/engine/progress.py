@@ -15,6 +15,7 @@ from fambav.engine.run_dir import Record
 from fambav.engine.step import TrainStep
 from fambav.tasks import Task
 
+_HYPERPARAMETERS = {"weight_decay", "betas", "eps", "momentum"}  # others may be state, as in LAMB
 _UNKNOWN = -1.0  # best value before the first epoch, whatever the metric
 
 
@@ -138,6 +139,8 @@ def _load_optimizer(optimizer: Optimizer, state: State) -> None:
         for name, value in own.items():
             if name not in ("params", "lr") and _kind(group.get(name, value)) != _kind(value):
                 raise TypeError(f"{name} of the optimizer is {group[name]!r}, expected {value!r}")
+            if name in _HYPERPARAMETERS:  # those of now, which --extend may have changed
+                group[name] = value
         for parameter in group["params"]:
             for name, value in optimizer.state.get(parameter, {}).items():
                 if getattr(value, "shape", ()) not in ((), parameter.shape):

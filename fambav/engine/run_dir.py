@@ -173,7 +173,7 @@ class Recorder:
 
     def _add(self, record: Record) -> None:
         table = self.folder / _TABLE
-        _append(table, ("" if table.stat().st_size else _csv(record)) + _row(record))
+        _append(table, ("" if table.stat().st_size else _head(record)) + _row(record))
         _append(self.folder / _LOG, _line(record))
 
     def _rewrite(self) -> None:
@@ -183,7 +183,7 @@ class Recorder:
     def _texts(self) -> dict[str, list[str]]:
         """The lines of both files."""
         records = self._records
-        table = [*map(_csv, records[:1]), *map(_row, records)]
+        table = [*map(_head, records[:1]), *map(_row, records)]
         return {_LOG: list(map(_line, records)), _TABLE: table}
 
 
@@ -273,8 +273,13 @@ def _line(record: Record) -> str:
     return json.dumps(record) + "\n"
 
 
+def _head(record: Record) -> str:
+    return _csv(name for name, value in record.items() if not isinstance(value, dict))
+
+
 def _row(record: Record) -> str:
-    return _csv(" ".join(map(str, v)) if isinstance(v, list) else v for v in record.values())
+    values = (value for value in record.values() if not isinstance(value, dict))
+    return _csv(" ".join(map(str, v)) if isinstance(v, list) else v for v in values)
 
 
 def _csv(cells: Iterable[Any]) -> str:

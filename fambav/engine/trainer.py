@@ -266,7 +266,14 @@ class Trainer:
             "peak_memory_kind": self.peak_memory.peak().kind,
             "rss_mib": round(resident_mib(), 1),
             **({} if self.activation_max is None else {"activation_max": self.progress.maxima}),
+            **self._changed(number),
         }
+
+    def _changed(self, epoch: int) -> Record:
+        """The settings that are others from this epoch on, each before and now."""
+        changes = [own for own in self.facts.get("changes", ()) if own["epoch"] == epoch]
+        settings = {name: v for own in changes for name, v in own["settings"].items()}
+        return {"changed": settings} if settings else {}
 
     def _report_unreadable(self) -> None:
         processes = self.step.processes

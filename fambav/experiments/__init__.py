@@ -30,6 +30,7 @@ from fambav.experiments.results import (
 )
 from fambav.experiments.runs import (
     Result,
+    changed_settings,
     compare,
     log_metrics,
     read_environment,
@@ -46,6 +47,7 @@ __all__ = [
     "Point",
     "Result",
     "Results",
+    "changed_settings",
     "compare",
     "is_grid",
     "log_metrics",

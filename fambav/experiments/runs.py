@@ -56,7 +56,8 @@ class Result:
         tokens: Tokens in the last layer, None if the model has no such thing.
         share: Tokens summed over the layers, as a share of what they are without reduction.
         machine: Where it ran; empty without env.json.
-        recipe: Fingerprint of its config: without reduction, seed and the locations of files.
+        recipe: Fingerprint of its config: without reduction, seed and the locations of files; and
+            what was changed in the course of it.
     """
 
     name: str
@@ -122,8 +123,25 @@ def read_run(folder: Path) -> Result:
         tokens=last["tokens"][-1] if last["tokens"] else None,
         share=None if plan is None else float(plan["share"]),
         machine=machine(read_environment(folder)),
-        recipe=fingerprint(run),
+        recipe={**fingerprint(run), "changed": _changes(epochs)},
     )
+
+
+def _changes(epochs: Sequence[Mapping[str, Any]]) -> str | None:
+    """Settings that were changed in the course of a run, None if none was."""
+    changes = [(record["epoch"], record["changed"]) for record in epochs if "changed" in record]
+    return "; ".join(changed_settings(*change) for change in changes) or None
+
+
+def changed_settings(epoch: int, settings: Mapping[str, list[Any]]) -> str:
+    """Return a change of settings in words.
+
+    Args:
+        epoch: The first one under the settings that are new, from 0.
+        settings: Before and now, by name.
+    """
+    texts = [f"{name} {' -> '.join(map(str, values))}" for name, values in dict(settings).items()]
+    return f"{', '.join(texts)} after {epoch} epochs"
 
 
 def read_primary(folder: Path) -> Metric:
@@ -175,6 +193,8 @@ def _check_record(record: Mapping[str, Any], where: str, wanted: Collection[str]
     form = dict.fromkeys(metrics, float) | {
         name: own for name, own in _RECORD.items() if name in record or name in wanted
     }
+    if "changed" in record:
+        form["changed"] = {str: list}
     check(record, form, where)
     for name, own in form.items():
         value, low = record[name], _LOW.get(name, -math.inf)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from fambav import flops
+from fambav.experiments import changed_settings
 from fambav.models import Backbone
 from fambav.table import Table
 from fambav.tasks import Metric, task_of
@@ -167,10 +168,15 @@ def _accuracy(run: LoadedRun, trained: Mapping[str, Any]) -> str:
     data_set = run.config.data.data_set
     primary, *others = task_of(data_set).metrics
     epoch = None if trained["epoch"] is None else f"{trained['epoch']} of {trained['epochs']}"
+    changes = trained.get("changes", ())
     about = {
         "seed": trained["seed"],
         "after epoch": epoch,
         **{name: trained[name] for name in ("date", "commit", "hardware")},
+        **{
+            f"change {n}": changed_settings(c["epoch"], c["settings"])
+            for n, c in enumerate(changes, 1)
+        },
     }
     return Table(
         head=("", ""),

@@ -64,6 +64,7 @@ def facts(run: LoadedRun) -> dict[str, Any]:
         "mean": list(run.mean),
         "std": list(run.std),
         "torch": run.state.facts.get("torch", "unknown"),
+        **_changes(run),
     }
 
 
@@ -99,7 +100,14 @@ def _training(run: LoadedRun) -> dict[str, Any]:
         "date": about.get("started"),
         "commit": about.get("commit"),
         "hardware": _hardware(about),
+        **_changes(run),
     }
+
+
+def _changes(run: LoadedRun) -> dict[str, Any]:
+    """Return changes of settings in the course of the run; nothing if there were none."""
+    changes = run.state.facts.get("changes")
+    return {"changes": changes} if changes else {}
 
 
 def _hardware(about: Mapping[str, Any]) -> str | None:

@@ -64,6 +64,7 @@ def open_folder(
         data={"name": data_set.name, "sha256": data_set.digest, "train": len(data_set.train)},
         resumed=source and str(source),
         unfused=getattr(trainer.step.model, "unfused", None) or None,
+        **{name: trainer.facts[name] for name in ("changes",) if name in trainer.facts},
     )
     checkpoint.write_text(folder / "config.yaml", config.to_yaml())
     checkpoint.write_text(folder / "env.json", json.dumps(about, indent=1) + "\n")

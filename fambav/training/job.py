@@ -198,15 +198,18 @@ class TrainingJob:
     def _start(self) -> RunState | None:
         """Read the checkpoint to resume from, if there is one.
 
-        With auto, a damaged one gives way to the one before, and that to the best.
+        With auto, or in a folder, a damaged one gives way to the one before, and that to the best.
         """
-        source = self._source()
-        if source is None or self.config.run.resume != "auto":
+        source, auto = self._source(), self.config.run.resume == "auto"
+        if source is None or not (auto or source.is_dir()):
             return None if source is None else RunState.read(source)
-        there = [path for name in KEPT if (path := source.with_name(name)).exists()]
-        if not there:
+        folder = source.parent if auto else source
+        there = [path for name in KEPT if (path := folder / name).exists()]
+        if not there and auto:
             self.console.write(f"resume is auto and there is no {source}: starting anew")
             return None
+        if not there:
+            raise CheckpointError(f"{folder} holds no {KEPT[0]}, expected the folder of a run")
         *others, last = there
         for path in others:
             try:
@@ -221,7 +224,7 @@ class TrainingJob:
         taught_by = self._teacher()
         digest = None if taught_by is None else taught_by.digest()
         if state is not None:
-            self._check(state, digest)
+            state = self._extended(state, digest)
         loader = batches.train_batches(
             config,
             self.data,
@@ -239,7 +242,7 @@ class TrainingJob:
             teacher=taught_by,
         )
         held_out, images = self._held_out(), images_per_update(config, group)
-        facts = self._facts(images, digest)
+        facts = self._facts(images, digest, state)
         return Trainer(
             task=self.task,
             step=step,
@@ -268,8 +271,14 @@ class TrainingJob:
             else None,
         )
 
-    def _facts(self, images: int, digest: str | None) -> State:
-        """What checkpoints hold besides the state, from the images of an update and the teacher."""
+    def _facts(self, images: int, digest: str | None, state: RunState | None) -> State:
+        """What checkpoints hold besides the state.
+
+        Args:
+            images: In an update.
+            digest: Of the teacher's weights.
+            state: Where the run goes on.
+        """
         reduction = self.layout.reduction
         return run_state.facts(
             self.config,
@@ -279,6 +288,7 @@ class TrainingJob:
             grid=None if reduction is None else reduction.info.grid,
             teacher=digest,
             world=self.group.world,
+            changes=() if state is None else state.entries.get("changes") or (),
         )
 
     def _source(self) -> Path | None:
@@ -293,13 +303,14 @@ class TrainingJob:
             self.console.write(described(self.config))
         return built
 
-    def _check(self, state: RunState, teacher: str | None) -> None:
-        """Refuse a checkpoint that is not of this very run."""
+    def _extended(self, state: RunState, teacher: str | None) -> RunState:
+        """Return the state to go on from; a checkpoint of another run is refused."""
         images, world = images_per_update(self.config, self.group), self.group.world
-        state.check_same_run(self.config, images=images, teacher=teacher, world=world)
+        state = state.extended(self.config, images=images, teacher=teacher, world=world)
         done = state.updates
         point = f"epoch {state.epochs - 1}" if done is None else f"update {done}"
         self.console.write(f"going on from {state.path}, after {point}")
+        return state
 
     def _model(self, *, fresh: bool = False) -> nn.Module:
         """Build the model; a fresh one for training starts from --finetune, if that is given."""

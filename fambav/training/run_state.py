@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,10 @@ from fambav.short_repr import short_repr
 _FREE = affecting("nothing", "speed")
 _KEPT_BY_EVAL = {"data_path", "on_bad_image", "matmul_precision"}  # of those, where and how exact
 _IMAGES = {"batch_size", "grad_accum_steps"}  # compared as images per update
+# What --extend leaves as it is: what the weights and the state of the optimizer are of.
+_FIXED = affecting("model") | {"data_set", "inat_category", "opt", "decay_groups", "model_ema"}
+_FIXED |= {"amp", "amp_dtype"}
+_LENGTHS = {"images_per_update", "repeated_aug"}  # which an epoch's number of updates follows from
 _TEXTS = {"class_token", "torch"}  # facts that a safetensors file holds as they are, not as JSON
 _CHANNELS = 3
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight")
@@ -96,6 +100,15 @@ def _is_record(value: Any) -> bool:
     )
 
 
+def _is_change(value: Any) -> bool:
+    return (
+        _is_table(value)
+        and _is_count(0)(value.get("epoch"))
+        and isinstance(value.get("settings"), Mapping)
+        and all(_is_list(_is_plain, length=2)(own) for own in value["settings"].values())
+    )
+
+
 _is_mean = _is_list(lambda v: _is_number(v) and math.isfinite(v), length=_CHANNELS)
 _is_std = _is_list(lambda v: _is_number(v) and 0 < v < math.inf, length=_CHANNELS)
 _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -111,6 +124,7 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mean": (_is_mean, "3 finite numbers"),
     "std": (_is_std, "3 finite numbers above 0"),
     "torch": (_is_text, "text"),
+    "changes": (_is_list(_is_change), "changes of settings, each with its epoch"),
 }
 _CHECKS = {
     **_FACTS,
@@ -128,7 +142,7 @@ _CHECKS = {
 }
 _OPTIONAL = {
     *("class_token", "grid", "schedule", "teacher", "class_names"),
-    *("model_ema", "scaler", "updates"),
+    *("model_ema", "scaler", "updates", "changes"),
 }
 
 
@@ -303,10 +317,13 @@ class RunState:
             kind = NotFiniteWeightsError if infinite else CheckpointError
             raise kind(f"{self.path}: {reason}") from error
 
-    def check_same_run(
+    def extended(
         self, config: Config, *, images: int, teacher: str | None = None, world: int = 1
-    ) -> None:
-        """Refuse to go on with the run under other settings.
+    ) -> RunState:
+        """Return the state to go on from under the settings now.
+
+        Without --extend these are those of the run.  With it, those that differ are added to the
+        entry `changes`.
 
         Args:
             config: The settings now.
@@ -315,7 +332,7 @@ class RunState:
             world: Number of processes now.
 
         Raises:
-            CheckpointError: If it is no run of ours, or a setting that matters differs.
+            CheckpointError: If it is no run of ours, or a setting that has to stay differs.
         """
         entries = self.entries
         if not {"config", "optimizer", "epoch"} <= entries.keys():
@@ -325,23 +342,47 @@ class RunState:
             )
         # A setting that was not there yet had its default.
         before = {**Config().flat(), **self.facts["config"]}
-        changed = [
-            f"{name} {before[name]} -> {value}"
-            for name, value in config.flat().items()
+        before |= {name: entries.get(name) for name in ("images_per_update", "teacher")}
+        now = {**config.flat(), "images_per_update": images, "teacher": teacher}
+        changed = {
+            name: [_as_list(before[name]), _as_list(value)]
+            for name, value in now.items()
             if name not in _FREE | _IMAGES and _as_list(before[name]) != _as_list(value)
-        ]
-        if entries.get("images_per_update") != images:
-            changed.append(f"images per update {entries.get('images_per_update')} -> {images}")
-        if entries.get("teacher") != teacher:
-            changed.append("weights of the teacher")
+        }
+        extend = config.run.extend
+        refused = _shown({n: v for n, v in changed.items() if not extend or n in _FIXED})
+        hint = "" if extend or not changed.keys() - _FIXED else "; --extend goes on with the others"
         processes = entries.get("world", world)
         if processes != world and not config.run.allow_world_size_change:
-            changed.append(f"processes {processes} -> {world} (see --allow-world-size-change)")
-        if changed:
+            refused.append(f"processes {processes} -> {world} (see --allow-world-size-change)")
+        if refused:
             raise CheckpointError(
                 f"{self.path} is of a run with other settings, expected the same;"
-                f" {', '.join(changed)}"
+                f" {', '.join(refused)}{hint}"
             )
+        return self._changed(changed, epochs=config.optim.epochs) if changed else self
+
+    def _changed(self, settings: dict[str, list[Any]], *, epochs: int) -> RunState:
+        """Return the state with one more change of settings.
+
+        Raises:
+            CheckpointError: If the run is too far for it, or in an epoch that it would cut.
+        """
+        if epochs < self.epochs:
+            raise CheckpointError(
+                f"epochs is {epochs}, expected at least the {self.epochs} that {self.path} has done"
+            )
+        updates, lengths = self.updates, {n: settings[n] for n in settings if n in _LENGTHS}
+        if lengths and self.entries.get("losses"):
+            raise CheckpointError(
+                f"{self.path} is within an epoch, expected the end of one to change"
+                f" {', '.join(_shown(lengths))}"
+            )
+        change = {"epoch": self.epochs, "updates": updates, "settings": settings}
+        # None: those of the complete epochs, however many an epoch has by now.
+        entries = {**self.entries, "updates": None if lengths else updates}
+        entries["changes"] = [*(entries.get("changes") or ()), change]
+        return dataclasses.replace(self, entries=entries)
 
 
 def facts(
@@ -353,6 +394,7 @@ def facts(
     grid: tuple[int, int] | None = None,
     teacher: str | None = None,
     world: int = 1,
+    changes: Sequence[Mapping[str, Any]] = (),
 ) -> State:
     """Return what a checkpoint says of its run besides weights and optimizer: plain data.
 
@@ -364,6 +406,7 @@ def facts(
         grid: Patches along height and width, if the model has such a grid.
         teacher: Digest of the teacher's weights, if there is a teacher.
         world: Number of processes.
+        changes: Of settings in the course of the run.
     """
     mean, std = data.statistics(config.data.data_stats)
     return {
@@ -379,6 +422,7 @@ def facts(
         "mean": list(mean),
         "std": list(std),
         "torch": str(torch.__version__),
+        **({"changes": list(changes)} if changes else {}),
     }
 
 
@@ -412,6 +456,16 @@ def resume_path(resume: str, output_dir: str | None) -> Path | None:
     if resume == "auto":
         return Path(output_dir or "") / CHECKPOINT
     return Path(resume) if resume else None
+
+
+def _shown(changed: Mapping[str, list[Any]]) -> list[str]:
+    """Changes of settings in words."""
+    return [
+        "weights of the teacher"
+        if name == "teacher"
+        else f"{name.replace('images_per_update', 'images per update')} {before} -> {now}"
+        for name, (before, now) in changed.items()
+    ]
 
 
 def _parse(path: Path, name: str, text: str) -> Any:

@@ -64,7 +64,7 @@ def test_a_backend_that_there_is_not_is_refused_before_a_run_is_moved(whole, rec
         ("console", ["predict", folder, tmp_path / "none.png"]),
         ("console", ["show", folder, "--what", "layers"]),
         ("console", ["bench", "scan", "--batch", "1", "--length", "4", "--rounds", "1"]),
-        ("console", ["table", "digits", "--output_dir", tmp_path / "grid"]),
+        ("console", ["table", "digits-table3", "--output_dir", tmp_path / "grid"]),
         ("console", ["list", "backends"]),
         ("console", ["doctor"]),
     )
