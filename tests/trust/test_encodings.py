@@ -6,7 +6,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from fambav import cli
+from fambav import cli, config
+from fambav.search.plan_file import write_plan
 from tests.data.made import made_folder
 from tests.trust.refusals import call
 from tests.trust.test_reading import FOLDER
@@ -88,6 +89,16 @@ def test_classes_and_images_of_any_name_are_trained_on_predicted_and_exported(tm
         assert found.status == 0, found.err
         assert r"caf\udce9" in found.out
         assert r"\u6f22\u5b57" in found.out
+
+
+def test_a_plan_of_weights_of_any_name_can_be_read_again(tmp_path):
+    weights, settings = (
+        tmp_path / f"a\n\x1b{LATIN}",
+        config.Config.from_flat({"model": "vim_micro"}),
+    )
+    command = ("fambav", "tune", str(weights))
+    write_plan(tmp_path / "plan.yaml", settings, "found by", command=command, weights=weights)
+    assert config.load(tmp_path / "plan.yaml") == settings
 
 
 def test_tables_with_signs_are_printed_on_any_terminal():
