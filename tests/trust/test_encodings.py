@@ -1,12 +1,15 @@
 """Names that are no UTF-8, and terminals that know no more than ASCII."""
 
+import io
 import os
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from fambav import cli, config
+from fambav.export.folder import FORMATS
 from fambav.search.plan_file import write_plan
 from tests.data.made import made_folder
 from tests.trust.refusals import call
@@ -99,6 +102,21 @@ def test_a_plan_of_weights_of_any_name_can_be_read_again(tmp_path):
     command = ("fambav", "tune", str(weights))
     write_plan(tmp_path / "plan.yaml", settings, "found by", command=command, weights=weights)
     assert config.load(tmp_path / "plan.yaml") == settings
+
+
+def test_programs_are_read_from_a_folder_of_any_name(tmp_path):
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    folder, images = tmp_path / LATIN, torch.ones(2, 3)
+    folder.mkdir()
+    program = io.BytesIO()
+    torch.export.save(torch.export.export(torch.nn.Identity(), (images,)), program)
+    (folder / "model.pt2").write_bytes(program.getvalue())
+    graph = "<ir_version: 8, opset_import: ['': 18]> g (float[2, 3] x) => (float[2, 3] y)"
+    graph = onnx.parser.parse_model(f"{graph} {{ y = Identity (x) }}".replace("'", '"'))
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    for kind in ("torch", "onnx"):
+        assert torch.equal(FORMATS[kind].load(folder)(images), images)
 
 
 def test_tables_with_signs_are_printed_on_any_terminal():
