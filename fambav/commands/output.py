@@ -23,8 +23,9 @@ def check_files(*files: Path | None) -> None:
             raise ConfigError(f"file is {str(file)!r}, expected no folder of that name")
         if not file.parent.is_dir():
             raise ConfigError(f"folder is {str(file.parent)!r}, expected one that exists")
-        if not os.access(file.parent, os.W_OK):
-            raise ConfigError(f"folder is {str(file.parent)!r}, expected one that can be written")
+        place = file if file.exists() and not file.is_file() else file.parent  # such as /dev/stdout
+        if not os.access(place, os.W_OK):
+            raise ConfigError(f"output is {str(place)!r}, expected one that can be written to")
 
 
 def check_folder(folder: Path) -> None:

@@ -16,6 +16,7 @@ from fambav.experiments import changed_settings
 from fambav.models import Backbone
 from fambav.table import Table
 from fambav.tasks import Metric, task_of
+from fambav.text import printable
 from fambav.training.inference import LoadedRun
 
 _UNKNOWN = "not measured"
@@ -120,7 +121,7 @@ def card(run: LoadedRun, description: Mapping[str, Any], check: Check, *, folder
     channels, height, width = run.input_size
     size = dict(channels=channels, height=height, width=width)
     code, needs = _LOADING[kind]
-    names = run.class_names or ()
+    names = [printable(name) for name in run.class_names or ()]
     text = _CARD.format(
         **size,
         architecture=description["architecture"],

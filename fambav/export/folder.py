@@ -261,7 +261,7 @@ def _load_program(folder: Path) -> Run:
     from fambav.export.tracing import quiet
 
     with quiet():
-        run: Run = torch.export.load(folder / PROGRAM).module()
+        run: Run = torch.export.load(io.BytesIO((folder / PROGRAM).read_bytes())).module()
     return run
 
 
@@ -275,7 +275,8 @@ def _write_graph(run: LoadedRun, folder: Path) -> None:
 def _load_graph(folder: Path) -> Run:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
+    graph = (folder / GRAPH).read_bytes()  # its name may be no UTF-8
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 

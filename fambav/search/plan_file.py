@@ -11,6 +11,7 @@ from fambav.config import Config
 from fambav.engine.checkpoint import write_text
 from fambav.registry import FUSION_METHODS
 from fambav.search.space import Plan
+from fambav.text import printable
 
 
 def plan_settings(config: Config, plan: Plan, policies: Mapping[str, Any] | None = None) -> Config:
@@ -51,5 +52,5 @@ def write_plan(
         f"main.py --config {path} --eval --resume {weights}",
         f"main.py --config {path} --finetune {weights} --output_dir DIR",
     )
-    comments = "".join(f"# {' '.join(line.split())}\n" for line in lines)
+    comments = "".join(f"# {printable(' '.join(line.split()))}\n" for line in lines)
     write_text(path, f"{comments}\n{config.to_yaml()}")

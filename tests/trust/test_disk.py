@@ -95,7 +95,7 @@ def test_a_file_that_the_last_save_could_not_write_is_written_on_resume(
     assert run(words, whole).status == 0
     found = run(words, folder, full_at(name, epochs))
     assert found.status == 4, found.out
-    assert found.out.count("error: last state could not be written: no space left") == 1
+    assert found.out.count("last state could not be written: no space left") == 1
     assert checkpoint.load(folder / "checkpoint.pth")["epoch"] == epochs - 1
     found = run([*words, "--resume", "auto"], folder, full_at("model.safetensors", 0))
     assert found.status == 4, found.out
