@@ -113,9 +113,7 @@ def export(
     return check
 
 
-def _check(
-    kind: str, place: Path, images: int, tolerance: float, *, dynamic_batch: bool
-) -> None:
+def _check(kind: str, place: Path, images: int, tolerance: float, *, dynamic_batch: bool) -> None:
     """Refuse what cannot be done, before anything is loaded."""
     if kind not in FORMATS:
         raise ValueError(f"format is {kind!r}, expected a known name; {nearest(kind, FORMATS)}")

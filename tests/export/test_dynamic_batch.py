@@ -26,9 +26,9 @@ PAIRS = [(name, method) for name in MODELS for method in ("none", *METHODS)]
 
 def model(name, method="none"):
     torch.manual_seed(0)
-    net = timm.create_model(name, num_classes=10, img_size=16, depth=3).eval()
+    net = timm.create_model(name, num_classes=10, img_size=16, depth=2).eval()
     if method != "none":
-        schedule = f"r:{net.grid[0]}@3" if method == "storm" else "r:3@3"
+        schedule = f"r:{net.grid[0]}@2" if method == "storm" else "r:3@2"
         fambav.reduce(net, method, schedule, scan="compact")  # what all models can do
     return net
 
@@ -49,6 +49,7 @@ def test_a_program_of_torch_takes_any_batch(name, method):
             torch.testing.assert_close(program.module()(images), net(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, of each check of a shape
 @pytest.mark.parametrize("name", MODELS)
 def test_a_trace_is_the_same_when_torch_makes_it_again(name):
     net, images = model(name), torch.randn(2, 3, 16, 16)
@@ -67,7 +68,6 @@ images = torch.randn(2, 3, 16, 16)
 with torch.no_grad():
     batch = ({0: Dim("batch", min=1)},)
     program = torch.export.export(net, (images,), dynamic_shapes=batch)
-    assert "fambav.ops.numba" not in sys.modules
     torch.testing.assert_close(program.module()(images), net(images), rtol=1e-4, atol=1e-4)
 print("the same")
 """
