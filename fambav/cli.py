@@ -4,7 +4,7 @@ main.py      train or evaluate
 fambav ...   the commands of fambav.commands
 
 A user's mistake is one line that begins with `error:`, and status 2; NaN or infinity 3, a full
-disk 4, samples that cannot be read 5, a full device 6, SIGTERM after the state is saved 143;
+disk 4, samples that cannot be read 5, full memory 6, SIGTERM after the state is saved 143;
 a bug keeps its traceback.  A warning is one line that begins with `warning:`.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import io
+import multiprocessing
 import os
 import sys
 import warnings
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fambav import config, registry
+from fambav import config, launcher, registry
 from fambav.commands import COMMANDS
 from fambav.config import ConfigError
 from fambav.text import printable
@@ -34,6 +35,11 @@ STATUS = {
     "NotFiniteWeightsError": 3,
     "LoaderError": 5,
 }
+_LINE = 200  # characters of another library's line
+_UNGUARDED = (
+    "a process that the script started imports it and calls main() again, expected the call under"
+    ' if __name__ == "__main__":'
+)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -87,6 +93,8 @@ def _command(words: Words) -> int:
 
 def guarded(function: Callable[[Words], int | None], words: Words) -> int:
     """Call `function`; turn what is not a bug into a line and a status."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # imports __main__
+        return _print_error(f"error: {_UNGUARDED}", 2)
     if "OMP_WAIT_POLICY" not in os.environ:
         # Read when torch loads its thread pool.  By default idle threads spin for milliseconds: on
         # cores that are shared with other programs a step then takes up to twenty times as long.
@@ -106,11 +114,13 @@ def guarded(function: Callable[[Words], int | None], words: Words) -> int:
         return _print_error("interrupted", 130)
     except SystemExit as stop:  # argparse has printed its help
         return stop.code if isinstance(stop.code, int) else 0
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         line, code = _failure(error)
         if code is None:
             raise
-        return _print_error(f"error: {line}", code)
+        return _print_error(
+            f"error: {line}", code, every_rank=isinstance(error, launcher.LauncherError)
+        )
 
 
 @contextmanager
@@ -135,8 +145,10 @@ def _failure(error: Exception) -> tuple[str, int | None]:
         if error.errno in FULL or kind == "UnsavedError":
             return f"{_reason(error)}; nothing saved before is lost", 4
         return _reason(error), None if error.filename is None else 2
+    hint = "a smaller --batch-size with --grad-accum-steps, or --grad-checkpointing, needs less"
+    if isinstance(error, MemoryError) or "can't allocate memory" in line:  # of numpy, of torch
+        return f"memory is full; {hint} ({line[:_LINE]})", 6
     if kind == "OutOfMemoryError":
-        hint = "a smaller --batch-size with --grad-accum-steps, or --grad-checkpointing, needs less"
         return f"memory of the device is full; {hint} ({line})", 6
     return line, STATUS.get(kind, 2) if _is_ours(error) else None
 
@@ -166,12 +178,15 @@ def _reason(error: OSError) -> str:
     return f"{where}{(error.strerror or str(error)).lower()}"
 
 
-def _print_error(line: str, status: int) -> int:
-    if _is_primary():
+def _print_error(line: str, status: int, *, every_rank: bool = False) -> int:
+    if every_rank or _is_primary():
         print(printable(line), file=sys.stderr)
     return status
 
 
 def _is_primary() -> bool:
-    """Whether this is rank 0, the one process of a launched run that prints."""
-    return os.environ.get("RANK", "0") in ("", "0")
+    """Whether this is rank 0, the one process of a launched run that prints, or may be it."""
+    try:
+        return launcher.place(os.environ).rank == 0
+    except launcher.LauncherError:
+        return True

@@ -100,7 +100,7 @@ def test_help_is_not_an_error(capsys):
         (["list", "modles"], "invalid choice: 'modles'"),
         (["list"], "the following arguments are required"),
         (["bench"], "the following arguments are required"),
-        (["bench", "scan", "--length", "x"], "argument --length: invalid int value: 'x'"),
+        (["bench", "scan", "--length", "x"], "--length is 'x', expected a whole number"),
         (["bench", "scan", "--leng", "3"], "unrecognized arguments: --leng 3"),
         (["bench", "scan", "--batch", "0"], "batch is 0, expected at least 1"),
         (["bench", "scan", "--warmup", "-1"], "warmup is -1, expected at least 0"),
@@ -151,6 +151,8 @@ BACKEND = type("BackendError", (RuntimeError,), {"__module__": "fambav.ops.dispa
         (Worker("two\nlines"), 2, "error: two lines"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: permission den"),
         (OSError(errno.ENOSPC, "No space left on device"), 4, "error: no space left on device; no"),
+        (MemoryError("Unable to allocate 9 TiB"), 6, "error: memory is full; a smaller --batch"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory"), 6, "error: memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

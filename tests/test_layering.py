@@ -12,6 +12,7 @@ import fambav
 RANK = {
     "registry": 0,
     "json_files": 1,
+    "launcher": 0,
     "timm_compat": 0,
     "seeding": 0,
     "text": 0,

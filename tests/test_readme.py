@@ -43,8 +43,9 @@ def test_the_reducer_of_the_readme_removes_what_the_plan_says(registry):
 def test_the_reducer_of_the_readme_trains_from_a_file_of_its_own(tmp_path):
     assert BLOCKS["A reducer of your own"].count("\n") < 40
     file, data = tmp_path / "quiet.py", tmp_path / "data"
-    end = "from fambav.cli import main\n\nraise SystemExit(main())\n"
-    file.write_text(BLOCKS["A reducer of your own"] + end)
+    section = TEXT.split("## A reducer of your own\n")[1]
+    script, end, *_ = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    file.write_text(script + end)
     made_cifar(data, train=16, test=8)
     words = f"""--reduction quiet --reduction-schedule r:12@3-6 --reduction-options power=1
         --model vim_micro --data-set CIFAR --data-path {data} --epochs 1 --batch-size 8

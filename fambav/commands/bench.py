@@ -153,7 +153,9 @@ def measure(function: Callable[..., Any], given: dict[str, Any]) -> None:
     import torch
 
     from fambav.engine.distributed import processes
+    from fambav.ops import check_environment
 
+    check_environment()
     with processes(given["device"]) as here:
         given["device"] = device = here.device
         if given.get("cuda_graphs") and device.type != "cuda":

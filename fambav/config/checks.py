@@ -15,11 +15,12 @@ from fambav.registry import FOREIGN, MODELS, SCHEDULE_FORM, SCHEDULES, nearest
 
 # What the number of a key may be: whole or not, and in which range.
 _WHOLE, _COUNT, _SWITCH = (int, NATURAL), (int, COUNT), (int, Bounds(0, 1))
+_TIMES = (int, Bounds(1, 100))  # operations on one image, one after another
 _SHARE, _ALPHA = (float, PROBABILITY), (float, POSITIVE)
 _MSTD: dict[str, tuple[type, Bounds]] = {"mstd": (float, NOT_NEGATIVE)}
 _FAMILIES: dict[str, dict[str, tuple[type, Bounds]]] = {
-    "rand": {"m": _WHOLE, "n": _COUNT, "p": _SHARE, **_MSTD, "mmax": _COUNT, "inc": _SWITCH},
-    "augmix": {"m": _WHOLE, "w": _COUNT, "d": _COUNT, "a": _ALPHA, "b": _SWITCH, **_MSTD},
+    "rand": {"m": _WHOLE, "n": _TIMES, "p": _SHARE, **_MSTD, "mmax": _COUNT, "inc": _SWITCH},
+    "augmix": {"m": _WHOLE, "w": _TIMES, "d": _TIMES, "a": _ALPHA, "b": _SWITCH, **_MSTD},
     **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), _MSTD),
 }
 # Sets of operations, and how many of each may fall on one image: drawn by weight, none comes twice.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fambav import launcher
 from fambav.config.setting import Option, Setting, format_value, refuse
 
 
@@ -62,17 +63,14 @@ def refuse_unsupported(given: Mapping[str, Setting], environment: Mapping[str, s
 
     Raises:
         ConfigError: If one of them is switched on.
+        LauncherError: If one of the launcher's is given, and what it sets is malformed.
     """
-    launcher = {
-        "local_rank": _number(environment.get("LOCAL_RANK", ""), 0),
-        "world_size": _number(environment.get("WORLD_SIZE", ""), 1),
-        "distributed": "WORLD_SIZE" in environment,
-    }
+    launched: dict[str, Any] = {}
+    if LAUNCHER.keys() & given.keys():
+        _, world, local_rank = launcher.place(environment)
+        launched = dict(local_rank=local_rank, world_size=world)
+        launched["distributed"] = "WORLD_SIZE" in environment
     for name, option in {**UNSUPPORTED, **LAUNCHER}.items():
-        expected = launcher.get(name, option.default)
+        expected = launched.get(name, option.default)
         if name in given and given[name].value != expected:
             refuse(given[name].label, given[name].value, f"{format_value(expected)}; {option.text}")
-
-
-def _number(text: str, default: int) -> int:
-    return int(text) if text.isdecimal() else default

@@ -290,7 +290,7 @@ class Augment(Group):
     remode: str = option(
         "pixel", "filling of the rectangle", when.ERASING, choices=("pixel", "rand", "const")
     )
-    recount: int = option(1, "rectangles to erase", when.ERASING, bounds=COUNT)
+    recount: int = option(1, "rectangles to erase", when.ERASING, bounds=Bounds(1, 100))
     mixup: float = option(0.8, "alpha of mixup, 0 = off", bounds=NOT_NEGATIVE)
     cutmix: float = option(1.0, "alpha of cutmix, 0 = off", when.NO_SPAN, bounds=NOT_NEGATIVE)
     cutmix_minmax: tuple[float, ...] | None = option(

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -241,7 +242,12 @@ def data_loader(dataset: Dataset[Any], *, workers: int, **options: Any) -> DataL
         dataset: What to read from.
         workers: Processes that read ahead; 0 reads in this one.
         options: Other arguments of DataLoader.
+
+    Raises:
+        ValueError: If processes import the script anew, and cannot.
     """
+    if workers:
+        _try_start(multiprocessing.get_context().get_start_method())
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -250,6 +256,29 @@ def data_loader(dataset: Dataset[Any], *, workers: int, **options: Any) -> DataL
         generator=torch.Generator(),
         **options,
     )
+
+
+@cache
+def _try_start(method: str) -> None:
+    """Start a process that does nothing, where processes are not forked.
+
+    One that ends while it imports the script would never be noticed with a data set to be sent to
+    it: multiprocessing waits for what it has written to be read.
+    """
+    if method == "fork":
+        return
+    process = multiprocessing.Process()
+    try:
+        process.start()
+        process.join()
+        started = process.exitcode == 0
+    except (OSError, EOFError):  # the fork server has ended
+        started = False
+    if not started:
+        raise ValueError(
+            f"a loader process cannot import the script, as the start method {method!r} does, "
+            'expected all that the script runs under if __name__ == "__main__":'
+        )
 
 
 def train_loader(

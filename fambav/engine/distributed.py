@@ -1,7 +1,7 @@
 """The processes of a run and the device of each.
 
-`torchrun` and `python -m torch.distributed.launch --use_env` tell each process its place in the
-environment (RANK, WORLD_SIZE, LOCAL_RANK); without them a run is one process.
+A launcher states the place of each process in its environment, see `fambav.launcher`; without one a
+run is one process.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+
+from fambav import launcher
 
 _TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a lost one gives up
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -94,12 +96,13 @@ def processes(device: str | None) -> Iterator[Processes]:
         device: `cpu`, `cuda`, `cuda:N`, or None for a GPU if there is one.
 
     Raises:
+        LauncherError: If variables of the launcher are missing or wrong.
         ValueError: If the device is not there.
     """
-    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    rank, world, local_rank = launcher.place(os.environ)
     if "RANK" in os.environ:
         end_with_parent()
-    own = _device(device, _number("LOCAL_RANK", 0))
+    own = _device(device, local_rank)
     gpu = own if own.type == "cuda" else None
     if gpu is not None:
         torch.cuda.set_device(gpu)
@@ -128,8 +131,21 @@ def _store() -> dist.PrefixStore:
     A launcher that restarts its processes keeps the keys of those before: without a prefix the new
     ones connect to addresses of processes that are gone, and wait for ever.  Launchers of several
     machines count restarts each for itself, so there is no prefix for those.
+
+    Raises:
+        LauncherError: If the processes cannot meet where the environment says.
     """
-    store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+    host, port = launcher.rendezvous_address(os.environ)
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+    except (dist.DistError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        expected = (
+            "a free port" if "EADDRINUSE" in reason else f"one where rank 0 listens on {host}"
+        )
+        raise launcher.LauncherError(
+            f"MASTER_PORT is {port} in the environment, expected {expected}; {reason}"
+        ) from None
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
     return dist.PrefixStore(f"fambav/{attempt}", store)
@@ -142,13 +158,6 @@ def end_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        raise ValueError(f"{name} is {text!r} in the environment, expected a number")
-    return int(text)
 
 
 def _device(name: str | None, local_rank: int) -> torch.device:

@@ -16,6 +16,7 @@ from fambav.experiments.process import Process, finished, slots
 from fambav.experiments.provenance import described, differing, machine
 from fambav.experiments.results import CSV, JSON, MARKDOWN, Record, Results
 from fambav.experiments.summary import table
+from fambav.ops import check_environment
 from fambav.tasks import Metric
 
 _NAMED = 6  # failed cells that an error names
@@ -49,7 +50,9 @@ def run(
     Raises:
         ValueError: If another process works in the folder, or its cells come from another machine.
         OSError: If the folder cannot be written.
+        BackendError: If the environment forces a scan that cannot run.
     """
+    check_environment()
     with locked(folder):
         run_dir.prepare(folder)
         about = run_dir.environment(jobs=jobs)

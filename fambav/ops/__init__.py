@@ -3,7 +3,7 @@
 from fambav.ops.add_rms_norm import add_rms_norm
 from fambav.ops.bimamba import Direction, bimamba_scan
 from fambav.ops.causal_conv1d import causal_conv1d
-from fambav.ops.dispatch import BackendError, backends, force, set_backend
+from fambav.ops.dispatch import BackendError, backends, check_environment, force, set_backend
 from fambav.ops.match import Selection, match
 from fambav.ops.pool import pool
 from fambav.ops.selective_scan import selective_scan
@@ -16,6 +16,7 @@ __all__ = [
     "backends",
     "bimamba_scan",
     "causal_conv1d",
+    "check_environment",
     "force",
     "match",
     "pool",

@@ -122,7 +122,8 @@ class Table:
 
 
 _tables: dict[str, Table] = {}
-_forced: dict[str, str | None] = {SCAN: os.environ.get("FAMBAV_BACKEND") or None}
+_environment = os.environ.get("FAMBAV_BACKEND") or None
+_forced: dict[str, str | None] = {SCAN: _environment}
 
 
 def _reason(backend: Backend, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -164,6 +165,26 @@ def set_backend(backend: str | None, op: str = SCAN) -> None:
         if reason is not None:
             raise BackendError(f"backend {backend!r} of {op} cannot run: {reason}")
     _forced[op] = backend
+
+
+def check_environment() -> None:
+    """Refuse a scan that FAMBAV_BACKEND forces and that cannot run, before anything is done.
+
+    Raises:
+        BackendError: If there is no such backend, or this machine cannot run it.
+    """
+    if _environment is None or _forced[SCAN] != _environment:  # another is forced by now
+        return
+    known = {backend.name: backend for backend in _table(SCAN).backends}
+    if _environment not in known:
+        raise BackendError(
+            f"FAMBAV_BACKEND is {_environment!r}, expected one of {', '.join(known)}"
+        )
+    reason = known[_environment].unavailable()
+    if reason is not None:
+        raise BackendError(
+            f"FAMBAV_BACKEND is {_environment!r}, expected a backend that can run here; {reason}"
+        )
 
 
 def backends() -> list[tuple[str, str, str | None]]:

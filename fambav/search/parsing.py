@@ -59,11 +59,11 @@ FAMILIES = "all, interleaved, upper:6, lower:3, r@3-23/2, keep@5,10 or scale:0,4
 _FORMS = {
     "all": "",
     "interleaved": "",
-    "upper": r":\d+",
-    "lower": r":\d+",
+    "upper": r":\d{1,9}",
+    "lower": r":\d{1,9}",
     "r": r"@[\d,/-]+",
     "keep": r"@[\d,/-]+",
-    "scale": r":\d+(,\d+)*",
+    "scale": r":\d{1,9}(,\d{1,9})*",
 }
 
 

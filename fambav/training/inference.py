@@ -19,6 +19,7 @@ from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
 from fambav.engine.run_dir import weights_file
 from fambav.models import Backbone
+from fambav.ops import check_environment
 from fambav.training import batches
 from fambav.training.network import layout, model
 from fambav.training.run_state import RunState
@@ -113,8 +114,10 @@ def load_run(
         allowed: Names that `settings` may have.
 
     Raises:
+        BackendError: If the environment forces a scan that cannot run.
         As `from_pretrained`.
     """
+    check_environment()
     changes = read_settings(settings or {})
     for name, value in changes.items():
         if name not in allowed:

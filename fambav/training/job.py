@@ -28,7 +28,7 @@ from fambav.engine.progress import Progress, restore
 from fambav.engine.run_dir import KEPT, weights_file
 from fambav.engine.trainer import Trainer
 from fambav.models import Backbone
-from fambav.ops import force, set_backend
+from fambav.ops import check_environment, force, set_backend
 from fambav.seeding import seed_all
 from fambav.tasks import Scores, Statistics, Task, task_of
 from fambav.training import batches, folder, pictured, run_state
@@ -74,7 +74,11 @@ def opened(config: Config) -> Iterator[TrainingJob]:
 
 @contextmanager
 def process_settings(config: Config) -> Iterator[None]:
-    """Set what holds for the whole process, and put it back at the end."""
+    """Set what holds for the whole process, and put it back at the end.
+
+    Raises:
+        BackendError: If the scan's backend that is forced cannot run.
+    """
     backend = config.model.scan_backend
     with (
         warnings.catch_warnings(),
@@ -88,6 +92,7 @@ def process_settings(config: Config) -> Iterator[None]:
         warnings.filterwarnings("ignore", "This DataLoader will create")  # ours is shorter
         if backend is not None:
             set_backend(backend)
+        check_environment()
         yield
 
 

@@ -145,7 +145,7 @@ def test_the_command_prints_its_table_and_writes_it(capsys, tmp_path):
     [
         (["--method", "tomme"], "invalid choice: 'tomme'"),
         (["--model", "vim_nano"], "invalid choice: 'vim_nano'"),
-        (["--count", "x"], "argument --count: invalid int value: 'x'"),
+        (["--count", "x"], "--count is 'x', expected a whole number"),
         (
             f"--model {PLAIN} --method prune-aligned --count 64 --device cpu".split(),
             "expected at most 63 at layer 4",

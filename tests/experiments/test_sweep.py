@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fambav.cli import console
-from fambav.experiments import cell, process, sweep
+from fambav.experiments import cell, process, read_grid, sweep
 from fambav.models import Vim
 from fambav.training import job
 from tests.experiments.made import ROOT, SCRATCH, UNREDUCED, accuracies, edit, go, losses, written
@@ -171,6 +171,23 @@ def test_a_new_seed_runs_alone_and_what_is_gone_or_cut_short_runs_again(place, a
         "dense, seed 1, dense",
         "ordered, seed 1, training-free",
     }
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda known: known["figures"].update(acc1="high"),
+        lambda known: known["figures"].update(acc1=float("inf")),
+        lambda known: known["about"].pop("packages"),
+        lambda known: known.update(settings=[1]),
+    ],
+)
+def test_a_result_with_a_wrong_entry_is_no_result(place, again, harm):
+    grid = read_grid(written(place, UNREDUCED))
+    assert all(process.finished(one, again) for one in grid.cells)
+    for path in again.rglob("result.json"):
+        edit(path, harm)
+    assert not any(process.finished(one, again) for one in grid.cells)
 
 
 def test_training_that_was_cut_short_goes_on_where_its_settings_and_machine_are_the_same(

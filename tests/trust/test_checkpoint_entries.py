@@ -104,9 +104,6 @@ def test_settings_that_hold_themselves_are_refused(tmp_path, change):
         fambav.from_pretrained(path)
 
 
-DEPTHS = {"a few": 1000, "many": 200_000}
-
-
 def nested(kind, depth):
     """The pickle of a dictionary whose key, or whose value, is nested so deeply."""
     if kind == "keys":
@@ -129,48 +126,33 @@ def as_checkpoint(path, raw):
     return path
 
 
-READ = [
-    *(("--resume", kind, depth) for kind in ("keys", "values", "lists") for depth in DEPTHS),
-    *((reader, "keys", "many") for reader in ("--finetune", "--eval --resume")),
-]
-
-
-@pytest.mark.parametrize(("reader", "kind", "depth"), READ)
-def test_a_checkpoint_nested_deeply_is_refused(recipe, tmp_path, kind, depth, reader):
-    path = as_checkpoint(tmp_path / "deep.pth", nested(kind, DEPTHS[depth]))
-    found = run([*recipe, *reader.split(), path], tmp_path / "run", timeout=30)
-    the_line_of(found, path)
+@pytest.mark.parametrize("kind", ["keys", "values", "lists"])
+def test_a_checkpoint_nested_deeply_is_refused(recipe, tmp_path, kind):
+    """In a process of its own, which a deep key once ended by a segmentation fault."""
+    path = as_checkpoint(tmp_path / "deep.pth", nested(kind, 200_000))
+    found = run([*recipe, "--resume", path], tmp_path / "run", timeout=30)
+    the_line_of(found, path, "nested more than 100 deep")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["keys", "values", "lists"])
-def test_an_old_checkpoint_nested_deeply_is_refused(tmp_path, kind):
+def test_an_old_checkpoint_nested_deeply_is_refused(tmp_path):
     """A file of torch before 1.6 is one pickle after another."""
     path = tmp_path / "deep.pth"
     magic, protocol = 0x1950A86A20F9469CFC6C, 1001
     system = dict(protocol_version=protocol, little_endian=True, type_sizes={})
     heads = [pickle.dumps(part, protocol=2) for part in (magic, protocol, system)]
-    path.write_bytes(b"".join(heads) + nested(kind, 200_000) + pickle.dumps([], protocol=2))
+    path.write_bytes(b"".join(heads) + nested("keys", 200_000) + pickle.dumps([], protocol=2))
     found = run_alone(["predict", path, path], tmp_path / "out", program=cli.console)
-    the_line_of(found, path)
+    the_line_of(found, path, "nested more than 100 deep")
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("train", "keys"),
-        ("train", "values"),
-        ("train", "lists"),
-        ("test", "keys"),
-        ("meta", "keys"),
-    ],
-)
-def test_a_batch_of_cifar_nested_deeply_is_refused(recipe, tmp_path, kind, name):
+@pytest.mark.parametrize("name", ["train", "meta"])
+def test_a_batch_of_cifar_nested_deeply_is_refused(recipe, tmp_path, name):
     folder = made_cifar(tmp_path, train=40, test=37)
-    (folder / name).write_bytes(nested(kind, 300_000))
+    (folder / name).write_bytes(nested("keys", 300_000))
     words = [*recipe[: recipe.index("--data-path")], "--data-path", tmp_path]
     found = run(words, tmp_path / "run", timeout=30)
-    the_line_of(found, folder / name)
+    the_line_of(found, folder / name, "nested more than 100 deep")
     assert not (tmp_path / "run").exists()
 
 

@@ -63,11 +63,13 @@ def test_a_backend_that_there_is_not_is_refused_before_a_run_is_moved(whole, rec
         ("main", [*recipe, "--eval", "--resume", folder / "checkpoint.pth"]),
         ("console", ["predict", folder, tmp_path / "none.png"]),
         ("console", ["show", folder, "--what", "layers"]),
-        ("console", ["bench", "scan", "--batch", "1", "--lengths", "4", "--rounds", "1"]),
+        ("console", ["bench", "scan", "--batch", "1", "--length", "4", "--rounds", "1"]),
+        ("console", ["table", "digits", "--output_dir", tmp_path / "grid"]),
         ("console", ["list", "backends"]),
         ("console", ["doctor"]),
     )
     assert content(folder) == before
+    assert not (tmp_path / "grid").exists()
     assert [listed[0], told[0]] == [0, 0], "what needs no scan goes on"
     check(refused, "garbage")
 

@@ -148,7 +148,7 @@ def test_pixels_are_the_image_as_the_model_sees_it(runs):
             "--what is 'gruops', expected names of pictures; did you",
         ),
         (("{dense}", "--index", "9"), "index is 9, expected 0 to 8, held-out images of CIFAR"),
-        (("{dense}", "--index", "x"), "argument --index: invalid int value: 'x'"),
+        (("{dense}", "--index", "x"), "--index is 'x', expected a whole number"),
         (
             ("{dense}", "--image", "{dense}/log.txt"),
             "log.txt is of no known format, expected an image",
