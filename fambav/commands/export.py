@@ -18,7 +18,7 @@ def run(words: list[str]) -> None:
         "fambav export",
         description=run.__doc__,
         epilog="safetensors and hf are loaded by fambav.from_pretrained, torch by torch.export.load"
-        " without this package, onnx by ONNX Runtime.",
+        " without this package, onnx by ONNX Runtime; both take a batch of any size.",
         allow_abbrev=False,
     )
     parser.add_argument("path", metavar="RUN|CHECKPOINT", help=RUN)
@@ -40,6 +40,11 @@ def run(words: list[str]) -> None:
         default=1e-4,
         metavar="X",
         help="largest difference of a logit, relative to the largest logit, at least 1 (1e-4)",
+    )
+    parser.add_argument(
+        "--dynamic-batch",
+        action="store_true",
+        help="compare on batches of 1 and 3 images too (torch, onnx)",
     )
     parser.add_argument(
         *("--data_path", "--data-path"), metavar="DIR", help="of the data set, if it has moved"
@@ -65,6 +70,7 @@ def run(words: list[str]) -> None:
         noise=given.noise,
         tolerance=given.tolerance,
         data_path=given.data_path,
+        dynamic_batch=given.dynamic_batch,
     )
     print_line(f"{given.format} in {check.seconds:.1f} s: {folder}")
     for file in sorted(folder.iterdir()):

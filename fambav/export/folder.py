@@ -8,8 +8,9 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -31,7 +32,7 @@ Run = Callable[[Tensor], Tensor]
 
 PROGRAM, GRAPH = "model.pt2", "model.onnx"
 
-_BATCH = 16
+_BATCH, _OTHERS = 16, (1, 3)  # images that run together; others, to show that a batch may be any
 # Of pixels in standard deviations, well above the 1e-7 that float32 rounds; far below what shows.
 _NOISE, _DRAWS = 1e-5, 3
 
@@ -43,11 +44,13 @@ class Format(NamedTuple):
         write: Writes the model into a folder.
         load: Reads it back as a function from images to logits.
         needs: Packages that must be there.
+        traced: Whether it is a program that was traced, for a batch of any size.
     """
 
     write: Callable[[LoadedRun, Path], None]
     load: Callable[[Path], Run]
     needs: tuple[str, ...] = ()
+    traced: bool = False
 
 
 def export(
@@ -59,6 +62,7 @@ def export(
     noise: bool = False,
     tolerance: float = 1e-4,
     data_path: str | None = None,
+    dynamic_batch: bool = False,
 ) -> Check:
     """Export a model, and keep the export if it gives what the model gives.
 
@@ -71,23 +75,25 @@ def export(
         tolerance: Largest difference of a logit, in units of the largest logit or of 1 if that is
             less.
         data_path: Where the data set is, if not where it was in training.
+        dynamic_batch: Compare on batches of 1 and 3 images too, of a program that was traced; such
+            a program takes a batch of any size, whether it is compared so or not.
 
     Returns:
         How both compare.
 
     Raises:
-        ValueError: If the format is unknown, a package is missing, the folder is not empty, the
-            model cannot be expressed so, or the export differs from it other than by a near tie
-            between tokens; then there is no folder.
+        ValueError: If the format is unknown or no program, a package is missing, the folder is not
+            empty, the model cannot be expressed so, or the export differs from it other than by a
+            near tie between tokens; then there is no folder.
     """
     place = Path(folder)
-    _check(kind, place, images, tolerance)
+    _check(kind, place, images, tolerance, dynamic_batch=dynamic_batch)
     settings = {} if data_path is None else {"data_path": data_path}
     run = load_run(path, settings, allowed=("data_path",))
     inputs = _noise(run, images) if noise else _held_out(run, images)
     want = _logits(run.net, inputs)
     check_logits(run.net, inputs, want, "the images to compare on")
-    description = describe(run, kind)
+    description, others = describe(run, kind), _OTHERS if dynamic_batch else ()
     with _kept(place) as temporary:
         start = time.perf_counter()
         FORMATS[kind].write(run, temporary)
@@ -97,7 +103,7 @@ def export(
             run.net,
             inputs,
             want,
-            _logits(FORMATS[kind].load(temporary), inputs),
+            _logits(FORMATS[kind].load(temporary), inputs, batches=others),
             kind="images of noise" if noise else f"held-out images of {run.config.data.data_set}",
             tolerance=tolerance,
             seconds=seconds,
@@ -107,10 +113,16 @@ def export(
     return check
 
 
-def _check(kind: str, place: Path, images: int, tolerance: float) -> None:
+def _check(kind: str, place: Path, images: int, tolerance: float, *, dynamic_batch: bool) -> None:
     """Refuse what cannot be done, before anything is loaded."""
     if kind not in FORMATS:
         raise ValueError(f"format is {kind!r}, expected a known name; {nearest(kind, FORMATS)}")
+    if dynamic_batch and not FORMATS[kind].traced:
+        able = " or ".join(name for name, known in FORMATS.items() if known.traced)
+        raise ValueError(
+            f"dynamic_batch is set, expected it of the formats {able}: {kind} holds weights alone,"
+            " and their model takes any batch"
+        )
     if images < 1:
         raise ValueError(f"images is {images}, expected 1 or more")
     if not tolerance > 0:
@@ -211,10 +223,13 @@ def _noise(run: LoadedRun, images: int) -> Tensor:
     return torch.randn(images, *run.input_size, generator=torch.Generator().manual_seed(0))
 
 
-def _logits(model: Run, images: Tensor) -> Tensor:
-    """Classify images in batches: (images, classes)."""
+def _logits(model: Run, images: Tensor, *, batches: Sequence[int] = ()) -> Tensor:
+    """Classify images in batches, the first of these sizes: (images, classes)."""
+    bounds = [0, *accumulate(batches)]
+    parts = [images[start:end] for start, end in pairwise(bounds)]
+    parts += images[bounds[-1] :].split(_BATCH)
     with torch.no_grad():
-        return torch.cat([model(some) for some in images.split(_BATCH)]).float()
+        return torch.cat([model(some) for some in parts if len(some)]).float()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -283,7 +298,7 @@ def _load_graph(folder: Path) -> Run:
 
 FORMATS: dict[str, Format] = {
     "safetensors": Format(_write_weights, _load_weights),
-    "torch": Format(_write_program, _load_program),
-    "onnx": Format(_write_graph, _load_graph, ("onnx", "onnxscript", "onnxruntime")),
+    "torch": Format(_write_program, _load_program, traced=True),
+    "onnx": Format(_write_graph, _load_graph, ("onnx", "onnxscript", "onnxruntime"), traced=True),
     "hf": Format(_write_hf, _load_weights),
 }

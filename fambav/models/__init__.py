@@ -5,7 +5,13 @@ from importlib.util import find_spec
 from fambav.models.backbone import Backbone, Trace
 from fambav.models.plainmamba import PlainMamba
 from fambav.models.vim import Vim
-from fambav.models.weights import adapt, check_class_token, official, published_class_token
+from fambav.models.weights import (
+    adapt,
+    check_class_token,
+    is_classifier,
+    official,
+    published_class_token,
+)
 
 __all__ = [
     "Backbone",
@@ -14,6 +20,7 @@ __all__ = [
     "Vim",
     "adapt",
     "check_class_token",
+    "is_classifier",
     "official",
     "published_class_token",
 ]

@@ -263,7 +263,8 @@ class TimmModel(nn.Module):
         Raises:
             ValueError: As `official` and `adapt`.
         """
-        weights, place = official(payload, ema=ema), None
+        own, place = self.state_dict().keys(), None
+        weights = official(payload, ema=ema, own=own, head=head)
         if "class_token" in FAMILIES[self.info.family].arguments:
             place = class_token or published_class_token(payload)
         return adapt(weights, self, class_token=place, grid=grid, head=head)

@@ -6,7 +6,7 @@ Nothing here reads files.  Names are never matched loosely: what `adapt` returns
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,23 +19,39 @@ from fambav.ops.match import others
 if TYPE_CHECKING:  # a model is fitted by what is written here
     from fambav.models.timm_model import TimmModel
 
-_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+# What torch adds to names: of compile, FSDP and activation checkpointing anywhere; of DDP in front,
+# as of AveragedModel, which also counts its updates.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_IN_FRONT, _COUNT = "module.", "n_averaged"
 _RAW, _AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
+_HEADS = ("head", "fc", "classifier", "head_dist")  # of our models and timm's
+_SHOWN = 4  # prefixes that a refusal names
 
 
-def official(payload: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tensor]:
+def official(
+    payload: Mapping[str, Any],
+    *,
+    ema: bool = False,
+    own: Collection[str] = (),
+    head: Literal["strict", "drop"] = "strict",
+) -> dict[str, Tensor]:
     """Pick the weights out of a checkpoint of DeiT's or OpenMMLab's family, or a bare state_dict.
 
     Args:
         payload: What the file holds: weights, or a dictionary that has them under "model" or
             "state_dict", and their moving average under "model_ema" or "state_dict_ema".
         ema: Take the moving average.
+        own: Names of the weights of the model that they are for.
+        head: "drop" takes weights without a classifier too.
 
     Returns:
-        A state_dict without the prefixes that wrappers add.
+        A state_dict without the prefixes that wrappers add.  With `own` also without one that all
+        weights of the model have, such as "model." of Lightning or "backbone." of OpenMMLab, and
+        then without weights that do not have it.
 
     Raises:
-        ValueError: If there are no such weights, or one is sparse or has no values.
+        ValueError: If there are no such weights, one is sparse or has no values, or the model's
+            have several prefixes.
     """
     names = _AVERAGED if ema else _RAW
     inside = (payload[name] for name in names if isinstance(payload.get(name), Mapping))
@@ -47,7 +63,18 @@ def official(payload: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tens
         if value.is_meta or value.layout != torch.strided:
             kind = "on the meta device" if value.is_meta else str(value.layout)
             raise ValueError(f"{name} of the checkpoint is {kind}, expected dense values")
-    return {_bare(name): value for name, value in found.items()}
+    weights = {_bare(name): value for name, value in found.items() if name != _COUNT}
+    prefix = _prefix(weights, own, head) if own else ""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a weight of a model of ours or timm's belongs to its classifier, by its name."""
+    return name.split(".")[0] in _HEADS
 
 
 def published_class_token(payload: Mapping[str, Any]) -> str | None:
@@ -210,7 +237,47 @@ def _are_weights(found: Mapping[Any, Any]) -> bool:
 
 
 def _bare(name: str) -> str:
-    """Take the prefixes of wrappers off a name."""
-    for prefix in _PREFIXES * 2:
-        name = name.removeprefix(prefix)
+    """Take the prefixes of torch's wrappers off a name."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    while name.startswith(_IN_FRONT):
+        name = name.removeprefix(_IN_FRONT)
     return name
+
+
+def _prefix(weights: Mapping[str, Tensor], own: Collection[str], head: str) -> str:
+    """Return the one prefix under which weights of a file have all names that a model's have.
+
+    Raises:
+        ValueError: If there are several, or weights have prefixes and none is of all.
+    """
+    known = set(own)
+    needed = {name for name in known if not (head == "drop" and is_classifier(name))}
+    found: dict[str, set[str]] = {}
+    for name in weights:
+        parts = name.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        end = next((end for end in ends if end in known), None)
+        if end is not None:
+            found.setdefault(name.removesuffix(end), set()).add(end)
+    whole = [prefix for prefix, names in found.items() if needed <= names]
+    if "" in whole:
+        return ""
+    if len(whole) > 1:
+        raise ValueError(f"weights begin with {_listed(whole)}, expected one of these prefixes")
+    if whole:
+        return whole[0]
+    most = max(found, key=lambda prefix: len(found[prefix]), default="")
+    if "" in found and 2 * len(found[""]) >= len(found[most]):
+        return ""  # another model of the same kind, whose weights can be compared one by one
+    firsts = {f"{name.split('.')[0]}." if "." in name else name for name in weights}
+    lacking = needed - found.get(most, set())
+    hint = f"; {most} lacks {len(lacking)} such as {min(lacking)}" if most else ""
+    raise ValueError(
+        f"weights begin with {_listed(firsts)}, expected the {len(needed)} of the model, such as"
+        f" {min(needed)}, behind one prefix or none{hint}"
+    )
+
+
+def _listed(prefixes: Collection[str]) -> str:
+    first, more = sorted(prefixes)[:_SHOWN], len(prefixes) - _SHOWN
+    return ", ".join(first) + (f" and {more} others" if more > 0 else "")

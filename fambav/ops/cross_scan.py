@@ -60,7 +60,8 @@ def snake_order(grid: tuple[int, int], device: torch.device) -> ScanOrder:
 
     Source: Yang et al., "PlainMamba", arXiv:2403.17695, continuous 2D scanning.
     """
-    if torch.compiler.is_compiling():  # a traced tensor must not outlive the trace
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if tracing:  # a traced tensor must not outlive the trace, nor a second trace differ from it
         return _snake_order(grid, device)
     return _cached_snake_order(grid, device)
 

@@ -137,11 +137,13 @@ def load_run(
             " --model, or model= in Python, and its data with --data-set"
         )
     used = trained.replace(**changes) if changes else trained
-    size = layout(used).input_size
+    laid_out = layout(used)
+    size = laid_out.input_size
     words = data.eval_crop(size, used.data.eval_crop_ratio)
     if "eval_crop_ratio" in changes and words["crop_mode"] == "squash":
         refuse("eval_crop_ratio", changes["eval_crop_ratio"], "none: images so small are not cut")
-    net = _build(state, used, classes=changes.get("num_classes"))
+    there = state.num_classes(laid_out.weights)
+    net = _build(state, used, there=there, classes=changes.get("num_classes"))
     return _described(net, state, used, size, words)
 
 
@@ -186,17 +188,18 @@ def predict(
     ]
 
 
-def _build(state: RunState, config: Config, *, classes: int | None) -> nn.Module:
+def _build(state: RunState, config: Config, *, there: int | None, classes: int | None) -> nn.Module:
     """Build the model with the weights of a file.
 
     Args:
         state: The file.
         config: What the model is.
+        there: Classes that the file has, if it has a classifier.
         classes: Length of the output, with a new head if the file's differs; None for the file's.
     """
-    there, expected = state.num_classes, config.model.num_classes
+    expected = config.model.num_classes
     if there is None:
-        raise CheckpointError("checkpoint has no head.weight, expected a classifier")
+        raise CheckpointError(f"{state.path} has no head.weight, expected a classifier")
     if classes is None and expected not in (None, there):
         raise CheckpointError(f"num_classes is {expected}, expected {there} as {state.path} has")
     net = model(config, num_classes=classes or there)

@@ -20,10 +20,12 @@ class Layout(NamedTuple):
     Attributes:
         input_size: Height and width of an image, in pixels.
         reduction: What removes tokens; None for a model that has no reduction.
+        weights: Names of its weights, those of a classifier among them.
     """
 
     input_size: tuple[int, int]
     reduction: Reduction | None
+    weights: tuple[str, ...]
 
     @property
     def schedule(self) -> Schedule | None:
@@ -84,10 +86,11 @@ def layout(config: Config) -> Layout:
     with torch.device("meta"):
         net = model(config, num_classes=1)
     if isinstance(net, Backbone):
-        return Layout(net.img_size, net.reduction)
+        return Layout(net.img_size, net.reduction, tuple(net.state_dict()))
     height, width = net.pretrained_cfg["input_size"][-2:]  # type: ignore[index]  # timm sets it
     size = config.model.input_size
-    return Layout((size, size) if size else (int(height), int(width)), None)
+    sides = (size, size) if size else (int(height), int(width))
+    return Layout(sides, None, tuple(net.state_dict()))
 
 
 def reduction(config: Config) -> Reduction:

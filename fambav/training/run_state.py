@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from fambav.engine.checkpoint import CheckpointError, NotFiniteWeightsError, Sta
 from fambav.engine.finite import NotFiniteError, check_weights
 from fambav.engine.run_dir import CHECKPOINT, DESCRIPTION, WEIGHTS, weights_file
 from fambav.json_files import is_plain, parse, read_object
-from fambav.models import Backbone, official
+from fambav.models import Backbone, is_classifier, official
 from fambav.reduction import Schedule
 from fambav.short_repr import short_repr
 
@@ -105,7 +105,7 @@ def _is_change(value: Any) -> bool:
         _is_table(value)
         and _is_count(0)(value.get("epoch"))
         and isinstance(value.get("settings"), Mapping)
-        and all(_is_list(_is_plain, length=2)(own) for own in value["settings"].values())
+        and all(_is_list(is_plain, length=2)(own) for own in value["settings"].values())
     )
 
 
@@ -221,15 +221,17 @@ class RunState:
         grid = self.facts.get("grid")
         return grid and (grid[0], grid[1])
 
-    @cached_property
-    def num_classes(self) -> int | None:
-        """Rows of the classifier; None if its weight has no name that we know.
+    def num_classes(self, own: Collection[str] = ()) -> int | None:
+        """Return the rows of the classifier; None if its weight has no name that we know.
+
+        Args:
+            own: Names of the weights of the model that the file is of, where it may have prefixes.
 
         Raises:
             CheckpointError: If there are no weights, or that one is no matrix of classes.
         """
         try:
-            weights = official(self.entries)
+            weights = official(self.entries, own=own)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
         name = next((name for name in _HEADS if name in weights), None)
@@ -258,7 +260,7 @@ class RunState:
         counts = {
             "num_classes": self.facts.get("num_classes"),
             "class_names": None if names is None else len(names),
-            "the head": self.num_classes,
+            "the head": self.num_classes(),
         }
         known = {name: count for name, count in counts.items() if count is not None}
         if len(set(known.values())) > 1:
@@ -303,8 +305,9 @@ class RunState:
             NotFiniteWeightsError: If one of them is not finite.
         """
         try:
-            weights = official(self.entries, ema=ema)
-            check_weights(weights, net.state_dict())
+            own = net.state_dict()
+            weights = official(self.entries, ema=ema, own=own.keys(), head=head)
+            check_weights(weights, own)
             if isinstance(net, Backbone):
                 place, grid = self.class_token, self.grid
                 weights = net.remap(self.entries, ema=ema, class_token=place, grid=grid, head=head)
@@ -519,8 +522,7 @@ def _with_own_head(weights: dict[str, Tensor], net: nn.Module) -> dict[str, Tens
     """Replace the classifier of a timm model where its shape is not that of `net`."""
     own = net.state_dict()
     fits = {n: v for n, v in weights.items() if n not in own or v.shape == own[n].shape}
-    classifier = {n for n in own if n.split(".")[0] in ("head", "fc", "classifier", "head_dist")}
-    return fits | {n: own[n] for n in classifier - fits.keys()}
+    return fits | {n: own[n] for n in own if is_classifier(n) and n not in fits}
 
 
 def _as_list(value: Any) -> Any:

@@ -41,8 +41,8 @@ def teacher(config: Config, *, num_classes: int) -> Teacher | None:
         raise ValueError(f"teacher_path is '', expected a file of the teacher's weights{hint}")
     state = RunState.read(weights_file(Path(settings.teacher_path)))
     net = model(_settings(config, state), num_classes=num_classes)
-    _check_classes(state, net, num_classes)
     try:
+        _check_classes(state, net, num_classes)
         state.load_into(net)
     except CheckpointError as error:
         size = config.model.input_size
@@ -97,7 +97,7 @@ def _check_classes(state: RunState, net: nn.Module, num_classes: int) -> None:
     heads = net.pretrained_cfg["classifier"]  # type: ignore[index]  # timm and Vim set it
     name = heads if isinstance(heads, str) else heads[0]
     try:
-        weight = official(state.entries).get(f"{name}.weight")
+        weight = official(state.entries, own=net.state_dict().keys()).get(f"{name}.weight")
     except ValueError as error:
         raise CheckpointError(f"{state.path}: {error}") from error
     if weight is not None and weight.ndim and len(weight) != num_classes:

@@ -1,7 +1,9 @@
 """Weights as other programs wrap them: their prefixes are taken off, or named."""
 
 import pytest
+import timm
 import torch
+from PIL import Image
 
 import fambav
 from fambav import cli
@@ -23,27 +25,22 @@ def prefixed(weights, prefix):
     return {f"{prefix}{name}": value for name, value in weights.items()}
 
 
+def fully_sharded(name):
+    """FSDP wraps modules inside of a model too."""
+    return f"_fsdp_wrapped_module.{name.replace('.mixer.', '._fsdp_wrapped_module.mixer.')}"
+
+
 WRAPPED = {
-    "DDP": lambda w: {"model": prefixed(w, "module.")},
-    "compile": lambda w: {"model": prefixed(w, "_orig_mod.")},
-    "DDP of compile": lambda w: prefixed(w, "module._orig_mod."),
-    "compile of DDP": lambda w: prefixed(w, "_orig_mod.module."),
-    "Lightning": lambda w: {
+    "DDP of compile": lambda w: {"model": prefixed(w, "module._orig_mod.")},
+    "FSDP": lambda w: {"model": {fully_sharded(name): value for name, value in w.items()}},
+    "averaged": lambda w: {**prefixed(w, "module."), "n_averaged": torch.tensor(3)},
+    "Lightning with a loss": lambda w: {
         "pytorch-lightning_version": "2.5.0",
         "epoch": 3,
-        "state_dict": prefixed(w, "model."),
+        "state_dict": {**prefixed(w, "model._orig_mod."), "criterion.weight": torch.ones(3)},
     },
-    "Lightning, net": lambda w: {"state_dict": prefixed(w, "net.")},
-    "Lightning of compile": lambda w: {"state_dict": prefixed(w, "model._orig_mod.")},
-    "Lightning of a backbone": lambda w: {"state_dict": prefixed(w, "backbone.")},
-    "Lightning with a loss": lambda w: {
-        "state_dict": {**prefixed(w, "model."), "criterion.weight": torch.ones(3)}
-    },
-    "a bare state_dict": lambda w: prefixed(w, "model."),
-    "FSDP": lambda w: {"model": prefixed(w, "_fsdp_wrapped_module.")},
-    "averaged": lambda w: {"state_dict": {**prefixed(w, "module."), "n_averaged": torch.tensor(3)}},
-    "any name that all have": lambda w: {"state_dict": prefixed(w, "student.encoder.")},
-    "a model that is wrapped twice": lambda w: {"state_dict": prefixed(w, "model.model.")},
+    "a head of another's": lambda w: {**prefixed(w, "backbone."), "head.weight": torch.ones(7, 64)},
+    "twice the same": lambda w: {"state_dict": prefixed(w, "model.model.")},
 }
 
 
@@ -62,54 +59,52 @@ def dense(weights):
     return {"meta": {"epoch": 3}, "state_dict": {**prefixed(body, "backbone."), **decoder}}
 
 
-def test_a_backbone_of_a_segmenter_starts_a_run(weights, tmp_path):
-    torch.save(dense(weights), tmp_path / "mmseg.pth")
-    words = [*FLAGS, "--data-set", "DIGITS", "--epochs", "1", "--batch-size", "512"]
-    words += ["--num_workers", "0", "--threads", "1", "--warmup-epochs", "0", "--device", "cpu"]
-    found = call(*words, "--finetune", tmp_path / "mmseg.pth", "--output_dir", tmp_path / "run")
-    assert found.status == 0, found.err
+def test_a_backbone_of_a_segmenter_starts_a_run(weights):
+    net = timm.create_model("vim_micro", num_classes=10, img_size=32, patch_size=8)
+    own = net.head.weight
+    net.load_state_dict(net.remap(dense(weights), head="drop"))
+    assert torch.equal(net.pos_embed, weights["pos_embed"])
+    assert net.head.weight is own
 
 
-def test_a_backbone_of_a_segmenter_has_no_classes_and_that_is_what_is_said(weights, tmp_path):
-    torch.save(dense(weights), tmp_path / "mmseg.pth")
-    with pytest.raises(CheckpointError, match=r"^[^\n]*head[^\n]*, expected [^\n]*$") as refusal:
-        fambav.from_pretrained(tmp_path / "mmseg.pth", **MODEL)
-    assert "0 classes" not in str(refusal.value)
-    assert "backbone." in str(refusal.value)
+def test_prefixes_of_timms_models_are_taken_off(tmp_path):
+    net = timm.create_model("resnet10t", num_classes=10)
+    torch.save({"state_dict": prefixed(net.state_dict(), "encoder.")}, tmp_path / "wrapped.pth")
+    found = fambav.from_pretrained(tmp_path / "wrapped.pth", model="timm/resnet10t")
+    assert torch.equal(found.fc.weight, net.fc.weight)
 
 
 AMBIGUOUS = {
-    "student and teacher": lambda w: {**prefixed(w, "student."), **prefixed(w, "teacher.")},
-    "half of them": lambda w: {
-        f"a.{name}" if place % 2 else f"b.{name}": value
-        for place, (name, value) in enumerate(w.items())
-    },
-    "another model": lambda w: {"model.conv1.weight": torch.ones(3, 3)},
+    "student and teacher": (
+        lambda w: {**prefixed(w, "student."), **prefixed(w, "teacher.")},
+        ["student., teacher."],
+    ),
+    "half of them": (
+        lambda w: {f"{'ab'[n % 2]}.{name}": w[name] for n, name in enumerate(w)},
+        ["a., b."],
+    ),
+    "another model": (lambda w: {"model.conv1.weight": torch.ones(3, 3)}, ["model."]),
+    "no head": (lambda w: dense(w)["state_dict"], ["backbone. lacks 2", "head.bias"]),
 }
 
 
-@pytest.mark.parametrize("reader", ["from_pretrained", "--finetune", "--eval --resume"])
 @pytest.mark.parametrize("case", AMBIGUOUS)
-def test_prefixes_that_may_mean_several_things_are_named(weights, tmp_path, case, reader):
+def test_prefixes_that_may_mean_several_things_are_named(weights, tmp_path, case):
+    made_of, names = AMBIGUOUS[case]
     path = tmp_path / "wrapped.pth"
-    torch.save({"state_dict": AMBIGUOUS[case](weights)}, path)
-    names = {"student and teacher": ["student.", "teacher."], "half of them": ["a.", "b."]}
-    wanted = [path, *names.get(case, ["model."])]
-    if reader == "from_pretrained":
-        with pytest.raises(CheckpointError, match=r"^[^\n]+$") as refusal:
-            fambav.from_pretrained(path, **MODEL)
-        line = str(refusal.value)
-        assert all(str(name) in line for name in wanted), line
-    else:
-        words = [*FLAGS, "--data-set", "DIGITS", *reader.split(), path, "--threads", "1"]
-        line = refused(*words, "--output_dir", tmp_path / "run", names=wanted)
-    assert "0 classes" not in line
+    torch.save({"state_dict": made_of(weights)}, path)
+    with pytest.raises(CheckpointError, match=r"^[^\n]+, expected [^\n]+$") as refusal:
+        fambav.from_pretrained(path, **MODEL)
+    line = str(refusal.value)
+    assert all(name in line for name in (str(path), *names)), line
+    if case == "student and teacher":
+        for reader in ("--finetune", "--eval --resume"):
+            words = [*FLAGS, "--data-set", "DIGITS", *reader.split(), path, "--threads", "1"]
+            refused(*words, "--output_dir", tmp_path / "run", names=[path, *names])
 
 
 def test_a_wrapped_file_is_read_by_commands(weights, tmp_path):
-    from PIL import Image
-
-    torch.save(WRAPPED["Lightning"](weights), tmp_path / "wrapped.ckpt")
+    torch.save(WRAPPED["Lightning with a loss"](weights), tmp_path / "wrapped.ckpt")
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     words = ["predict", tmp_path / "wrapped.ckpt", tmp_path / "a.png", *FLAGS]
     found = call(*words, program=cli.console)
