@@ -14,6 +14,37 @@ _FORMATS = ("safetensors", "torch", "onnx", "hf")
 
 def run(words: list[str]) -> None:
     """Write a trained model for other programs, checked on images against the model itself."""
+    parser = _parser()
+    given = parser.parse_args(words)
+    if given.format not in _FORMATS:
+        hint = nearest(given.format, _FORMATS)
+        raise ConfigError(f"format is {given.format!r}, expected a known name; {hint}")
+
+    from pathlib import Path
+
+    from fambav.export import export
+
+    source = Path(given.path)
+    beside = source if source.is_dir() else source.parent
+    folder = Path(given.output_dir or beside / f"export-{given.format}")
+    check_folder(folder)
+    check = export(
+        source,
+        given.format,
+        folder,
+        images=given.images,
+        noise=given.noise,
+        tolerance=given.tolerance,
+        data_path=given.data_path,
+        dynamic_batch=given.dynamic_batch,
+    )
+    print_line(f"{given.format} in {check.seconds:.1f} s: {folder}")
+    for file in sorted(folder.iterdir()):
+        print(f"  {file.name:<26}{file.stat().st_size / 2**20:8.2f} MiB")
+    print(check.line())
+
+
+def _parser() -> Parser:
     parser = Parser(
         "fambav export",
         description=run.__doc__,
@@ -49,30 +80,4 @@ def run(words: list[str]) -> None:
     parser.add_argument(
         *("--data_path", "--data-path"), metavar="DIR", help="of the data set, if it has moved"
     )
-    given = parser.parse_args(words)
-    if given.format not in _FORMATS:
-        hint = nearest(given.format, _FORMATS)
-        raise ConfigError(f"format is {given.format!r}, expected a known name; {hint}")
-
-    from pathlib import Path
-
-    from fambav.export import export
-
-    source = Path(given.path)
-    beside = source if source.is_dir() else source.parent
-    folder = Path(given.output_dir or beside / f"export-{given.format}")
-    check_folder(folder)
-    check = export(
-        source,
-        given.format,
-        folder,
-        images=given.images,
-        noise=given.noise,
-        tolerance=given.tolerance,
-        data_path=given.data_path,
-        dynamic_batch=given.dynamic_batch,
-    )
-    print_line(f"{given.format} in {check.seconds:.1f} s: {folder}")
-    for file in sorted(folder.iterdir()):
-        print(f"  {file.name:<26}{file.stat().st_size / 2**20:8.2f} MiB")
-    print(check.line())
+    return parser

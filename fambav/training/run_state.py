@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +23,10 @@ from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError, NotFiniteWeightsError, State
 from fambav.engine.finite import NotFiniteError, check_weights
 from fambav.engine.run_dir import CHECKPOINT, DESCRIPTION, WEIGHTS, weights_file
-from fambav.json_files import is_plain, parse, read_object
+from fambav.json_files import parse, read_object
 from fambav.models import Backbone, is_classifier, official
 from fambav.reduction import Schedule
-from fambav.short_repr import short_repr
+from fambav.training.entries import CHECKS, FACTS, check_entries
 
 # What may differ between a run and its continuation: where and how fast, not what.
 _FREE = affecting("nothing", "speed")
@@ -38,111 +37,11 @@ _FIXED = affecting("model") | {"data_set", "inat_category", "opt", "decay_groups
 _FIXED |= {"amp", "amp_dtype"}
 _LENGTHS = {"images_per_update", "repeated_aug"}  # which an epoch's number of updates follows from
 _TEXTS = {"class_token", "torch"}  # facts that a safetensors file holds as they are, not as JSON
-_CHANNELS = 3
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight")
-_LARGEST = 2**63 - 1  # of whole numbers
-_MOST = 100_000  # values of an entry at one depth
 _DESCRIPTION = {
     "fambav": {"settings": dict, "class_token": (str, type(None))},
     "label_names": (list, type(None)),
     "pretrained_cfg": {"mean": list, "std": list},
-}
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is float or _is_count(-_LARGEST)(value)
-
-
-def _is_count(least: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and least <= value <= _LARGEST  # and not bool
-
-
-def _is_list(of: Callable[[Any], bool], *, length: int | None = None) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, list | tuple) and length in (None, len(v)) and all(map(of, v))
-
-
-def _is_table(value: Any, largest: float = _LARGEST) -> bool:
-    return isinstance(value, Mapping) and is_plain(value, most=_MOST, largest=largest)
-
-
-def _is_config(value: Any) -> bool:
-    return _is_table(value, math.inf)  # a setting's own limit is checked with the setting
-
-
-def _is_weights(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(own, Tensor) for name, own in value.items()
-    )
-
-
-def _is_optimizer(value: Any) -> bool:
-    """Whether something has the form of a torch optimizer's state_dict."""
-    if not isinstance(value, Mapping) or not isinstance(value.get("state"), Mapping):
-        return False
-    groups, states = value.get("param_groups"), value["state"].values()
-    return (
-        isinstance(groups, list)
-        and all(map(_is_table, groups))
-        and all(isinstance(own, Mapping) for own in states)
-        and all(isinstance(v, Tensor) or _is_number(v) for own in states for v in own.values())
-    )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_record(value: Any) -> bool:
-    return (
-        _is_table(value)
-        and _is_number(value.get("epoch"))
-        and all(_is_number(own) for name, own in value.items() if name.startswith("test_"))
-    )
-
-
-def _is_change(value: Any) -> bool:
-    return (
-        _is_table(value)
-        and _is_count(0)(value.get("epoch"))
-        and isinstance(value.get("settings"), Mapping)
-        and all(_is_list(is_plain, length=2)(own) for own in value["settings"].values())
-    )
-
-
-_is_mean = _is_list(lambda v: _is_number(v) and math.isfinite(v), length=_CHANNELS)
-_is_std = _is_list(lambda v: _is_number(v) and 0 < v < math.inf, length=_CHANNELS)
-_FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "config": (_is_config, "plain values by name"),
-    "class_token": (_is_text, "text"),
-    "grid": (_is_list(_is_count(1), length=2), "2 64-bit whole numbers of at least 1"),
-    "schedule": (_is_table, "plain values by name"),
-    "images_per_update": (_is_count(1), "a 64-bit whole number of at least 1"),
-    "teacher": (_is_text, "text"),
-    "world": (_is_count(1), "a 64-bit whole number of at least 1"),
-    "num_classes": (_is_count(1), "a 64-bit whole number of at least 1"),
-    "class_names": (_is_list(_is_text), "names"),
-    "mean": (_is_mean, "3 finite numbers"),
-    "std": (_is_std, "3 finite numbers above 0"),
-    "torch": (_is_text, "text"),
-    "changes": (_is_list(_is_change), "changes of settings, each with its epoch"),
-}
-_CHECKS = {
-    **_FACTS,
-    "model": (_is_weights, "tensors by name"),
-    "model_ema": (_is_weights, "tensors by name"),
-    "optimizer": (_is_optimizer, "the state of an optimizer"),
-    "scaler": (_is_table, "plain values by name"),
-    "epoch": (_is_count(-1), "a 64-bit whole number of at least -1"),
-    "updates": (_is_count(0), "a 64-bit whole number of at least 0"),
-    "history": (_is_list(_is_record), "a record for each epoch"),
-    "losses": (_is_list(_is_number), "64-bit numbers"),
-    "seconds": (_is_number, "a 64-bit number"),
-    "peak_mib": (_is_number, "a 64-bit number"),
-    "maxima": (_is_list(_is_number), "64-bit numbers"),
-}
-_OPTIONAL = {
-    *("class_token", "grid", "schedule", "teacher", "class_names"),
-    *("model_ema", "scaler", "updates", "changes"),
 }
 
 
@@ -192,8 +91,8 @@ class RunState:
             known = {name: _parse(path, name, text) for name, text in strings.items()}
         elif "config" not in entries:  # not ours
             known = {}
-        _check(path, known)
-        state = cls(path, entries, {name: known[name] for name in _FACTS if name in known})
+        check_entries(path, known)
+        state = cls(path, entries, {name: known[name] for name in FACTS if name in known})
         if state.facts and entries.get("model"):
             state._check_classes()
         return state
@@ -472,32 +371,12 @@ def _shown(changed: Mapping[str, list[Any]]) -> list[str]:
 
 
 def _parse(path: Path, name: str, text: str) -> Any:
-    if name in _TEXTS or name not in _CHECKS:
+    if name in _TEXTS or name not in CHECKS:
         return text
     try:
         return parse(text, f"{path}: {name}", "what was written")
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-
-
-def _check(path: Path, known: Mapping[str, Any]) -> None:
-    best = {name: (_is_number, "a 64-bit number") for name in known if name.startswith("best_")}
-    for name, (holds, words) in {**_CHECKS, **best}.items():
-        optional = name in _OPTIONAL
-        if name not in known or (optional and known[name] is None) or holds(known[name]):
-            continue
-        label, value, expected = name, known[name], f"{words}{' or nothing' * optional}"
-        inner = _first_wrong(value) if holds in (_is_table, _is_config) else None
-        if inner is not None:
-            label, value, expected = f"{name}: {inner}", value[inner], "a plain value"
-        raise CheckpointError(f"{path}: {label} is {short_repr(value)}, expected {expected}")
-
-
-def _first_wrong(table: Any) -> str | None:
-    """Return the first name whose value is not plain, if names alone are right."""
-    if not isinstance(table, Mapping) or not all(isinstance(name, str) for name in table):
-        return None
-    return next((name for name, own in table.items() if not _is_config({name: own})), None)
 
 
 def _read_description(path: Path) -> State:
@@ -514,7 +393,7 @@ def _read_description(path: Path) -> State:
         "mean": images["mean"],
         "std": images["std"],
     }
-    _check(path, known)
+    check_entries(path, known)
     return known
 
 
