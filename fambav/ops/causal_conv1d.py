@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from fambav.ops.dispatch import Backend, Table, expect_beside, without_autocast
+from fambav.ops.derivatives import once_differentiable, refuse
+from fambav.ops.dispatch import Backend, Table, expect_beside, in_strides_of, without_autocast
 from fambav.ops.kernels import (
     NUMBA,
     TRITON,
@@ -87,7 +87,7 @@ def _reference(
     reach = weight.shape[1] - 1
     padded = F.pad(x.to(dtype), (0, reach) if reverse else (reach, 0))
     y = F.conv1d(padded, kernel, None if bias is None else bias.to(dtype), groups=x.shape[1])
-    return torch.empty_like(x).copy_(F.silu(y) if silu else y)
+    return in_strides_of(x, F.silu(y) if silu else y, x.dtype)
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool, reverse: bool) -> Tensor:
@@ -123,12 +123,10 @@ class _Recomputed(torch.autograd.Function):
         return y if (y.dtype, y.stride()) == (x.dtype, out.stride()) else out.copy_(y)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    @once_differentiable("causal_conv1d")
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> Any:
         """Return the gradients of x, weight and bias."""
-        inputs: list[Any] = [
-            None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors
-        ]
+        inputs: list[Any] = [None if t is None else t.detach().requires_grad_() for t in saved]
         with torch.enable_grad(), without_autocast(grad):
             y = _as_image(*inputs, silu=ctx.silu, reverse=ctx.reverse)
             grads = torch.autograd.grad(y, [t for t in inputs if t is not None], grad.to(y.dtype))
@@ -234,6 +232,7 @@ def _gradient(ctx: Any, grad: Tensor) -> Any:
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(refuse("causal_conv1d"))
 
 
 CAUSAL_CONV1D = Table(
