@@ -83,9 +83,9 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan `u` along its last axis and gate the result.
 
-    A drop-in for mamba-ssm's `selective_scan_fn`, with a direction.  Any strides are taken; on a
-    CPU the transpose of a contiguous (batch, length, dim) tensor is fastest.  The batch may be
-    empty.
+    A drop-in for mamba-ssm's `selective_scan_fn` of real numbers, with a direction.  Any strides
+    are taken; on a CPU the transpose of a contiguous (batch, length, dim) tensor is fastest.  The
+    batch may be empty.
 
     Args:
         u: Input, (batch, dim, length), of any floating-point dtype.
