@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fambav.ops.dispatch import transform_above
+from fambav.ops.dispatch import plain_autograd
 
 MOVES = ("start", "right", "left", "up", "down")  # into a token, by index
 
@@ -62,9 +62,8 @@ def snake_order(grid: tuple[int, int], device: torch.device) -> ScanOrder:
 
     Source: Yang et al., "PlainMamba", arXiv:2403.17695, continuous 2D scanning.
     """
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
     # A traced or transformed tensor must not outlive that, nor a second trace differ from it.
-    if tracing or transform_above() is not None:
+    if torch.compiler.is_compiling() or plain_autograd():
         return _snake_order(grid, device)
     return _cached_snake_order(grid, device)
 
@@ -104,7 +103,7 @@ def cross_scan(x: Tensor, order: ScanOrder) -> Tensor:
     Returns:
         (batch, directions, length, dim).
     """
-    if transform_above() is not None:
+    if plain_autograd():
         return select_rows(x, order.order)
     out: Tensor = _CrossScan.apply(x, order.order, order.rank)
     return out
@@ -120,7 +119,7 @@ def cross_merge(x: Tensor, order: ScanOrder) -> Tensor:
     Returns:
         In token order, (batch, length, dim).
     """
-    if transform_above() is not None:
+    if plain_autograd():
         return _permuted(x, order.rank).sum(dim=1)
     out: Tensor = _CrossMerge.apply(x, order.order, order.rank)
     return out

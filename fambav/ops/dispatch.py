@@ -207,6 +207,14 @@ def transform_above() -> str | None:
 transform_above._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def plain_autograd() -> bool:
+    """Whether nothing but PyTorch's own operations may run, without `autograd.Function`.
+
+    So it is under a transform, and for torch.jit.trace, which could not save such a function.
+    """
+    return torch.jit.is_tracing() or transform_above() is not None  # type: ignore[attr-defined]
+
+
 def in_strides_of(like: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """Return y in the strides of a tensor of its shape, and in this dtype."""
     if transform_above() is not None:  # there no tensor takes what a wrapped one holds

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fambav.ops.derivatives import refuse
-from fambav.ops.dispatch import Backend, Table, expect, transform_above
+from fambav.ops.dispatch import Backend, Table, expect, plain_autograd
 from fambav.ops.kernels import TRITON, on_gpu
 from fambav.ops.match import Selection
 
@@ -95,7 +95,7 @@ def _reference(
     total, size = both.unflatten(0, (batch, kept)).unbind(-1)
     share = weight.to(torch.promote_types(x.dtype, weight.dtype)) / total.gather(1, place)
     arguments = kept, share.flatten(), _rows(place, kept), *groups
-    mean = _Mean.apply if transform_above() is None else _mean
+    mean = _mean if plain_autograd() else _Mean.apply
     x_mean = cast(Tensor, mean(x, *arguments))
     residual_mean = None if residual is None else cast(Tensor, mean(residual, *arguments))
     return Pooled(x_mean, residual_mean, size, place)

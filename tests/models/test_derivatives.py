@@ -9,6 +9,9 @@ import fambav.models
 from fambav.ops import BackendError
 from fambav.timm_compat import timm
 
+# `torch.func.jvp` scripts formulas of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
 SMALL = dict(depth=2, img_size=16, patch_size=4, num_classes=5)
 

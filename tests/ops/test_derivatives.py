@@ -24,6 +24,9 @@ from fambav.ops import (
 from fambav.ops.cross_scan import cross_merge, cross_scan, snake_order
 from fambav.ops.kernels import interpreted
 
+# `torch.func.jvp` scripts formulas of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+
 
 def number(name, *shape):
     """Numbers that depend on the name; unlike random ones, they may be made under `vmap`."""
