@@ -13,6 +13,10 @@ def __getattr__(name: str) -> Any:
         from fambav.training import from_pretrained
 
         return from_pretrained
+    if name == "composed":
+        from fambav.ops import composed
+
+        return composed
     if name == "reduce":
         from fambav.reduction import reduce
 

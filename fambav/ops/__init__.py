@@ -3,7 +3,14 @@
 from fambav.ops.add_rms_norm import add_rms_norm
 from fambav.ops.bimamba import Direction, bimamba_scan
 from fambav.ops.causal_conv1d import causal_conv1d
-from fambav.ops.dispatch import BackendError, backends, check_environment, force, set_backend
+from fambav.ops.dispatch import (
+    BackendError,
+    backends,
+    check_environment,
+    composed,
+    force,
+    set_backend,
+)
 from fambav.ops.match import Selection, match
 from fambav.ops.pool import pool
 from fambav.ops.selective_scan import selective_scan
@@ -17,6 +24,7 @@ __all__ = [
     "bimamba_scan",
     "causal_conv1d",
     "check_environment",
+    "composed",
     "force",
     "match",
     "pool",

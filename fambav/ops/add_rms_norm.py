@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from fambav.ops.derivatives import once_differentiable, refuse
 from fambav.ops.dispatch import Backend, Table, expect_beside
 from fambav.ops.kernels import TRITON, on_gpu
 
@@ -94,10 +94,11 @@ class _Norm(torch.autograd.Function):
         return (upcast * scale).mul_(weight).to(out_dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    @once_differentiable("add_rms_norm")
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> Any:
         """Return the gradients of x and weight."""
-        x, weight, scale = ctx.saved_tensors
+        del ctx
+        x, weight, scale = saved
         normed, grad = x * scale, grad.to(scale.dtype)
         dweight = (grad * normed).flatten(0, -2).sum(0)
         dnormed = grad * weight
@@ -200,6 +201,7 @@ def _gradient(ctx: Any, grad: Tensor, grad_total: Tensor, _: Any) -> Any:
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(refuse("add_rms_norm"))
 
 
 ADD_RMS_NORM = Table(

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fambav.ops.causal_conv1d import causal_conv1d
+from fambav.ops.derivatives import refuse
 from fambav.ops.dispatch import SCAN, Backend, Table, autocasts, expect_beside, without_autocast
 from fambav.ops.kernels import NUMBA, TRITON, KernelSet, kernel_set, on_gpu
 from fambav.ops.selective_scan import selective_scan
@@ -379,6 +380,7 @@ def _gradient(ctx: Any, grad: Any, *_: Any) -> Any:
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(refuse("bimamba_scan"))
 
 
 BIMAMBA_SCAN = Table(

@@ -9,15 +9,15 @@ https://github.com/Dao-AILab/causal-conv1d.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from fambav.ops.dispatch import Backend, Table, expect_beside, without_autocast
+from fambav.ops.derivatives import once_differentiable, refuse
+from fambav.ops.dispatch import Backend, Table, expect_beside, in_strides_of, without_autocast
 from fambav.ops.kernels import (
     NUMBA,
     TRITON,
@@ -35,34 +35,103 @@ MAX_WIDTH = 8  # of our kernels
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, *, bool silu, bool reverse, str kernels"
 
 
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    activation: str | None = ...,
+    *,
+    seq_idx: None = ...,
+    initial_states: Tensor | None = ...,
+    return_final_states: Literal[False] = ...,
+    final_states_out: None = ...,
+    reverse: bool = ...,
+) -> Tensor: ...
+
+
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    activation: str | None = ...,
+    *,
+    seq_idx: None = ...,
+    initial_states: Tensor | None = ...,
+    return_final_states: Literal[True],
+    final_states_out: Tensor | None = ...,
+    reverse: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
     *,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
     reverse: bool = False,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Convolve each channel with its own kernel over the present and preceding tokens.
 
-    A drop-in for causal-conv1d's `causal_conv1d_fn` without its state arguments, with a direction.
+    A drop-in for causal-conv1d's `causal_conv1d_fn`, with a direction, where what follows the bias
+    is given by keyword and no `seq_idx` is.
 
     Args:
         x: Input, (batch, dim, length), of any floating-point dtype; the batch may be empty.
         weight: Kernels, (dim, width); the last tap multiplies the present token.
         bias: Added to the result, (dim,).
         activation: None, "silu" or "swish", which are the same function.
-        reverse: Convolve over the following tokens instead: flip, convolve, flip.
+        seq_idx: Packed sequences are not supported: None.
+        initial_states: The tokens before the first, (batch, dim, width - 1); None for zeros.
+        return_final_states: Whether to return the last width - 1 tokens as well, which are the
+            initial states of what follows.
+        final_states_out: Where to write them, (batch, dim, width - 1); None for a new tensor.
+        reverse: Convolve over the following tokens instead: flip, convolve, flip.  Initial states
+            come after the last token, and final ones are the first tokens, all in the order of x.
 
     Returns:
-        y, with x's shape and dtype and, except by backend cuda, its strides; accumulated in
-        float32, or float64 if x is.
+        y, with x's shape and dtype and, except by backend cuda or with initial states, its strides;
+        accumulated in float32, or float64 if x is.  With `return_final_states` also those,
+        (batch, dim, width - 1), in x's dtype.
 
     Raises:
-        ValueError: If a shape, dtype or device does not fit that of x, or the activation is
-            unknown.
+        ValueError: If a shape, dtype or device does not fit that of x, the activation is unknown,
+            there is a seq_idx, or a place for final states that are not returned.
         BackendError: If a backend is forced that cannot run these tensors.
     """
+    _check(x, weight, bias, activation)
+    if seq_idx is not None:
+        raise ValueError("seq_idx is given, expected None; convolve packed sequences one by one")
+    if final_states_out is not None and not return_final_states:
+        raise ValueError("final_states_out is given, expected None without return_final_states")
+    reach = weight.shape[1] - 1
+    states = (("initial_states", initial_states), ("final_states_out", final_states_out))
+    for name, tensor in states:
+        if tensor is not None:
+            expect_beside(name, tensor, (*x.shape[:2], reach), x)
+
+    whole = x
+    if initial_states is not None:
+        parts = initial_states.to(x.dtype), x
+        whole = torch.cat(parts[::-1] if reverse else parts, dim=2)  # (batch, dim, reach + length)
+    run = CAUSAL_CONV1D.pick(whole, weight)
+    with without_autocast(x):
+        y: Tensor = run(whole, weight, bias, silu=activation is not None, reverse=reverse)
+    if initial_states is not None:
+        y = y.narrow(2, 0 if reverse else reach, x.shape[2])
+    if not return_final_states:
+        return y
+    final = _final_states(whole, reach, reverse=reverse)
+    return y, final if final_states_out is None else final_states_out.copy_(final)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: object) -> None:
     if x.dim() != 3 or x.shape[2] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, dim, length >= 1)")
     if weight.dim() != 2:
@@ -71,12 +140,16 @@ def causal_conv1d(
     expect_beside("weight", weight, (x.shape[1], weight.shape[1]), x)
     if bias is not None:
         expect_beside("bias", bias, (x.shape[1],), x)
+    if isinstance(activation, Tensor):
+        raise ValueError(f"activation is a tensor, expected one of {ACTIVATIONS}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected one of {ACTIVATIONS}")
-    run = CAUSAL_CONV1D.pick(x, weight)
-    with without_autocast(x):
-        y: Tensor = run(x, weight, bias, silu=activation is not None, reverse=reverse)
-    return y
+
+
+def _final_states(x: Tensor, reach: int, *, reverse: bool) -> Tensor:
+    """Return the last `reach` tokens, or the first in reverse, with zeros for those before x."""
+    missing = reach - x.shape[2]  # negative where F.pad has to cut
+    return F.pad(x, (0, missing) if reverse else (missing, 0))
 
 
 def _reference(
@@ -87,7 +160,7 @@ def _reference(
     reach = weight.shape[1] - 1
     padded = F.pad(x.to(dtype), (0, reach) if reverse else (reach, 0))
     y = F.conv1d(padded, kernel, None if bias is None else bias.to(dtype), groups=x.shape[1])
-    return torch.empty_like(x).copy_(F.silu(y) if silu else y)
+    return in_strides_of(x, F.silu(y) if silu else y, x.dtype)
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool, reverse: bool) -> Tensor:
@@ -123,12 +196,10 @@ class _Recomputed(torch.autograd.Function):
         return y if (y.dtype, y.stride()) == (x.dtype, out.stride()) else out.copy_(y)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    @once_differentiable("causal_conv1d")
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> Any:
         """Return the gradients of x, weight and bias."""
-        inputs: list[Any] = [
-            None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors
-        ]
+        inputs: list[Any] = [None if t is None else t.detach().requires_grad_() for t in saved]
         with torch.enable_grad(), without_autocast(grad):
             y = _as_image(*inputs, silu=ctx.silu, reverse=ctx.reverse)
             grads = torch.autograd.grad(y, [t for t in inputs if t is not None], grad.to(y.dtype))
@@ -234,6 +305,7 @@ def _gradient(ctx: Any, grad: Tensor) -> Any:
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(refuse("causal_conv1d"))
 
 
 CAUSAL_CONV1D = Table(

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fambav.ops.dispatch import plain_autograd
+
 MOVES = ("start", "right", "left", "up", "down")  # into a token, by index
 
 
@@ -60,8 +62,8 @@ def snake_order(grid: tuple[int, int], device: torch.device) -> ScanOrder:
 
     Source: Yang et al., "PlainMamba", arXiv:2403.17695, continuous 2D scanning.
     """
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if tracing:  # a traced tensor must not outlive the trace, nor a second trace differ from it
+    # A traced or transformed tensor must not outlive that, nor a second trace differ from it.
+    if torch.compiler.is_compiling() or plain_autograd():
         return _snake_order(grid, device)
     return _cached_snake_order(grid, device)
 
@@ -101,6 +103,8 @@ def cross_scan(x: Tensor, order: ScanOrder) -> Tensor:
     Returns:
         (batch, directions, length, dim).
     """
+    if plain_autograd():
+        return select_rows(x, order.order)
     out: Tensor = _CrossScan.apply(x, order.order, order.rank)
     return out
 
@@ -115,6 +119,8 @@ def cross_merge(x: Tensor, order: ScanOrder) -> Tensor:
     Returns:
         In token order, (batch, length, dim).
     """
+    if plain_autograd():
+        return _permuted(x, order.rank).sum(dim=1)
     out: Tensor = _CrossMerge.apply(x, order.order, order.rank)
     return out
 

@@ -5,19 +5,26 @@ supports everything.  The choice is deterministic: it depends on devices, dtypes
 
 A backend may be forced with `force`, with `set_backend`, or for the scan with FAMBAV_BACKEND.  A
 forced backend that cannot run raises `BackendError`; there is no silent fallback.
+
+Backends before the reference have first derivatives in reverse mode alone.  What needs more, second
+derivatives, forward mode or a transform of `torch.func`, they refuse; `composed` runs the
+references, which are PyTorch's own operations and have them all.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 SCAN = "selective_scan"
+COMPOSED_HINT = "call it inside `with fambav.composed():`"
 
 
 class BackendError(RuntimeError):
@@ -97,20 +104,32 @@ class Table:
             tensors: Of the call; the first has the batch.
 
         Raises:
-            BackendError: If the forced backend is unknown or cannot run.
+            BackendError: If the forced backend is unknown or cannot run, or if the call is under a
+                transform that only the reference knows.
         """
+        reference = self.backends[-1]
+        if _composed_blocks:
+            return reference.run
+        backend = self._chosen(tensors)
+        if tensors[0] is not None and not tensors[0].numel():
+            return reference.run
+        if backend is not reference and (transform := transform_above()) is not None:
+            raise BackendError(
+                f"{self.op} is under {transform}, which its backend {backend.name!r} does not"
+                f" support; {COMPOSED_HINT}"
+            )
+        return backend.run
+
+    def _chosen(self, tensors: tuple[Tensor | None, ...]) -> Backend:
+        """Return the forced backend, or the first that supports `tensors`."""
         forced = self._forced()
         if forced is None:
-            backend = next(
-                b for b in self.backends if b.default(*tensors) and not _reason(b, tensors)
-            )
-        else:
-            backend = self[forced]
-            reason = _reason(backend, tensors)
-            if reason is not None:
-                raise BackendError(f"backend {forced!r} of {self.op} cannot run: {reason}")
-        empty = tensors[0] is not None and not tensors[0].numel()
-        return self.backends[-1].run if empty else backend.run
+            return next(b for b in self.backends if b.default(*tensors) and not _reason(b, tensors))
+        backend = self[forced]
+        reason = _reason(backend, tensors)
+        if reason is not None:
+            raise BackendError(f"backend {forced!r} of {self.op} cannot run: {reason}")
+        return backend
 
     def _forced(self) -> str | None:
         own = _forced.get(self.op)
@@ -124,6 +143,7 @@ class Table:
 _tables: dict[str, Table] = {}
 _environment = os.environ.get("FAMBAV_BACKEND") or None
 _forced: dict[str, str | None] = {SCAN: _environment}
+_composed_blocks, _composed_lock = 0, threading.Lock()  # that are open
 
 
 def _reason(backend: Backend, tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -148,6 +168,58 @@ def force(backend: str | None, op: str = SCAN) -> Iterator[None]:
         yield
     finally:
         _forced[op] = previous
+
+
+@contextmanager
+def composed() -> Iterator[None]:
+    """Run every operation by its reference inside the block, whatever backend is forced.
+
+    References are composed of PyTorch's own operations.  They take longer and more memory, but have
+    second derivatives and forward-mode ones, and take the transforms of `torch.func`.
+
+    Blocks may nest and overlap in several threads.  While one is open in any thread they hold for
+    all, as backward passes run in threads of PyTorch's own.
+    """
+    global _composed_blocks  # not of a thread, for which torch.compile has no guards
+    with _composed_lock:
+        _composed_blocks += 1
+    try:
+        yield
+    finally:
+        with _composed_lock:
+            _composed_blocks -= 1
+
+
+def transform_above() -> str | None:
+    """Name what differentiates or batches the present call from outside, other than backward.
+
+    Returns:
+        A transform of `torch.func` or forward-mode differentiation, which tensors do not show; None
+        for neither.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+
+
+# As `torch.compiler.assume_constant_result` does, which would import the compiler.  A compiler that
+# traces runs it, and guards transforms and the level of forward mode by itself.
+transform_above._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def plain_autograd() -> bool:
+    """Whether nothing but PyTorch's own operations may run, without `autograd.Function`.
+
+    So it is under a transform, and for torch.jit.trace, which could not save such a function.
+    """
+    return torch.jit.is_tracing() or transform_above() is not None  # type: ignore[attr-defined]
+
+
+def in_strides_of(like: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return y in the strides of a tensor of its shape, and in this dtype."""
+    if transform_above() is not None:  # there no tensor takes what a wrapped one holds
+        return y.to(dtype)
+    return torch.empty_like(like, dtype=dtype).copy_(y)
 
 
 def set_backend(backend: str | None, op: str = SCAN) -> None:

@@ -161,6 +161,24 @@ def _shapes(x: Tensor, cls_index: Tensor, count: int, *, in_order: bool) -> _Ind
 torch.library.register_fake("fambav::match", _shapes)
 
 
+def _vmap(
+    info: Any, axes: Any, x: Tensor, cls_index: Tensor, count: int, *, in_order: bool
+) -> tuple[_Indices, tuple[int, int, int]]:
+    """Match under `torch.func.vmap`: the mapped axis is part of the batch."""
+    size = info.batch_size
+    mapped = [
+        t.expand(size, *t.shape) if axis is None else t.movedim(axis, 0)
+        for t, axis in zip((x, cls_index), axes, strict=False)
+    ]
+    flat = (t.flatten(0, 1) for t in mapped)
+    found = torch.ops.fambav.match(*flat, count, in_order=in_order)
+    keep, source, target = (index.unflatten(0, (size, -1)) for index in found)
+    return (keep, source, target), (0, 0, 0)
+
+
+torch.library.register_vmap("fambav::match", _vmap)
+
+
 def _triton(x: Tensor, cls_index: Tensor, count: int, *, in_order: bool) -> _Indices:
     from fambav.ops.triton.match import select
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fambav.ops.dispatch import Backend, Table, expect
+from fambav.ops.derivatives import refuse
+from fambav.ops.dispatch import Backend, Table, expect, plain_autograd
 from fambav.ops.kernels import TRITON, on_gpu
 from fambav.ops.match import Selection
 
@@ -84,17 +85,19 @@ def _reference(
 ) -> Pooled:
     (batch, length), kept = size.shape, keep.shape[1]
     order = torch.arange(kept, device=keep.device).expand(batch, kept)  # of the groups
-    place = torch.zeros(batch, length, dtype=keep.dtype, device=keep.device)
-    into = place.scatter_(1, keep, order).gather(1, target)
-    place.scatter_(1, source, into)
+    nowhere = torch.zeros(batch, length, dtype=keep.dtype, device=keep.device)
+    place = nowhere.scatter(1, keep, order)
+    into = place.gather(1, target)
+    place = place.scatter(1, source, into)
 
     groups = _Groups(_rows(keep, length), _rows(source, length), _rows(into, kept))
     both = groups.total(torch.stack((weight, size), dim=-1).flatten(0, 1))
     total, size = both.unflatten(0, (batch, kept)).unbind(-1)
     share = weight.to(torch.promote_types(x.dtype, weight.dtype)) / total.gather(1, place)
     arguments = kept, share.flatten(), _rows(place, kept), *groups
-    x_mean: Tensor = _Mean.apply(x, *arguments)
-    residual_mean = None if residual is None else cast(Tensor, _Mean.apply(residual, *arguments))
+    mean = _mean if plain_autograd() else _Mean.apply
+    x_mean = cast(Tensor, mean(x, *arguments))
+    residual_mean = None if residual is None else cast(Tensor, mean(residual, *arguments))
     return Pooled(x_mean, residual_mean, size, place)
 
 
@@ -117,27 +120,32 @@ class _Groups(NamedTuple):
         return rows.index_select(0, self.keep).index_put_((self.into,), moved, accumulate=True)
 
 
+def _mean(
+    x: Tensor,
+    kept: int,
+    share: Tensor,
+    place: Tensor,
+    keep: Tensor,
+    source: Tensor,
+    into: Tensor,
+) -> Tensor:
+    """Average one stream within each group."""
+    del place
+    rows = x.flatten(0, 1)
+    out = _scaled(rows.index_select(0, keep), share.index_select(0, keep))
+    moved = _scaled(rows.index_select(0, source), share.index_select(0, source))
+    out.index_put_((into,), moved, accumulate=True)
+    return out.to(x.dtype).view(x.shape[0], kept, x.shape[2])
+
+
 class _Mean(torch.autograd.Function):
-    """Weighted group means of one stream."""
+    """`_mean`; its gradient is a gather."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        kept: int,
-        share: Tensor,
-        place: Tensor,
-        keep: Tensor,
-        source: Tensor,
-        into: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(share, place)
+    def forward(ctx: Any, x: Tensor, kept: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[:2])
         ctx.shape = x.shape
-        rows = x.flatten(0, 1)
-        out = _scaled(rows.index_select(0, keep), share.index_select(0, keep))
-        moved = _scaled(rows.index_select(0, source), share.index_select(0, source))
-        out.index_put_((into,), moved, accumulate=True)
-        return out.to(x.dtype).view(x.shape[0], kept, x.shape[2])
+        return _mean(x, kept, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -230,6 +238,7 @@ def _gradient(ctx: Any, *grads: Any) -> Any:
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(refuse("pool"))
 
 POOL = Table(
     "pool",

@@ -26,6 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
+from fambav.ops.derivatives import refuse
+from fambav.ops.dispatch import SCAN
+
 LOG2_E = 1.4426950408889634  # exp2 is three times faster than exp
 STEP_NUMBERS = 1 << 16  # elements of a step of a block: fits the cache, amortizes a call
 CHUNK_NUMBERS = 5 << 17  # elements of a chunk of a block, of which there are three buffers
@@ -453,3 +456,4 @@ def _gradient(ctx: Any, grad_y: Any, grad_state: Any, _: Any) -> Any:
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(refuse(SCAN))

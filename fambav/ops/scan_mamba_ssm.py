@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fambav.ops.dispatch import BackendError
+from fambav.ops.derivatives import once_differentiable
+from fambav.ops.dispatch import SCAN, BackendError
 from fambav.ops.kernels import Extension, off_gpu, unsupported_dtype
 
 EXTENSION = Extension("selective_scan_cuda", "fwd", "bwd", package="mamba-ssm")
@@ -85,12 +85,12 @@ class _Scan(torch.autograd.Function):
         return (gated[0] if gated else out), last_state
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> Any:
+    @once_differentiable(SCAN)
+    def backward(ctx: Any, saved: Any, grad: Tensor | None, grad_state: Tensor | None) -> Any:
         """Return the gradients of the tensors."""
         if grad_state is not None:
             raise BackendError("the last state has a gradient, expected none with backend 'cuda'")
-        *tensors, states, out = ctx.saved_tensors
+        *tensors, states, out = saved
         if grad is None:
             return (None,) * (len(tensors) + 1)
         options = None, ctx.softplus, False  # no buffer for dz; the gated output is not recomputed

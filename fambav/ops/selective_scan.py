@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fambav.ops import scan_chunked, scan_mamba_ssm
-from fambav.ops.dispatch import SCAN, Backend, Table, expect_beside
+from fambav.ops.derivatives import refuse
+from fambav.ops.dispatch import SCAN, Backend, Table, expect_beside, in_strides_of
 from fambav.ops.kernels import NUMBA, TRITON, KernelSet, kernel_set, on_gpu
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias"
@@ -82,9 +83,9 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan `u` along its last axis and gate the result.
 
-    A drop-in for mamba-ssm's `selective_scan_fn`, with a direction.  Any strides are taken; on a
-    CPU the transpose of a contiguous (batch, length, dim) tensor is fastest.  The batch may be
-    empty.
+    A drop-in for mamba-ssm's `selective_scan_fn` of real numbers, with a direction.  Any strides
+    are taken; on a CPU the transpose of a contiguous (batch, length, dim) tensor is fastest.  The
+    batch may be empty.
 
     Args:
         u: Input, (batch, dim, length), of any floating-point dtype.
@@ -188,7 +189,7 @@ def _reference(
         out = out + D.to(dtype)[:, None] * x
     if z is not None:
         out = out * F.silu(z.to(dtype))
-    return torch.empty_like(u, dtype=out_dtype).copy_(out), h
+    return in_strides_of(u, out, out_dtype), h
 
 
 def _each_step(weight: Tensor, *, dim: int, length: int) -> Sequence[Tensor]:
@@ -326,6 +327,7 @@ def _gradient(ctx: Any, grad: Any, grad_state: Any, *_: Any) -> Any:
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(refuse(SCAN))
 
 
 SELECTIVE_SCAN = Table(

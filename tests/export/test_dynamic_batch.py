@@ -50,9 +50,10 @@ def test_a_program_of_torch_takes_any_batch(name, method):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, of each check of a shape
+@pytest.mark.parametrize("method", ["none", "famba-v"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_trace_is_the_same_when_torch_makes_it_again(name):
-    net, images = model(name), torch.randn(2, 3, 16, 16)
+def test_a_trace_is_the_same_when_torch_makes_it_again(name, method):
+    net, images = model(name, method), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         traced = torch.jit.trace(net, images, check_trace=True)
         torch.testing.assert_close(traced(images), net(images), rtol=1e-4, atol=1e-4)

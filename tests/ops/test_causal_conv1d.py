@@ -201,3 +201,48 @@ def test_widths_that_the_package_lacks_are_refused_by_name():
     x = torch.ones(1, 2, 3)
     with force("cuda", OP), pytest.raises(BackendError, match="width is 5, expected 2, 3 or 4"):
         causal_conv1d(x, torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cut", [1, 2, 6])
+def test_a_sequence_in_two_parts_is_convolved_as_the_whole(cut, reverse):
+    tensors, options = inputs(length=8), dict(activation="silu", reverse=reverse)
+    x = tensors.pop("x")
+    whole, states = causal_conv1d(x, **tensors, **options, return_final_states=True)
+    parts = [x[..., :cut], x[..., cut:]]
+    first, then = parts[::-1] if reverse else parts
+    y, carried = causal_conv1d(first, **tensors, **options, return_final_states=True)
+    out = torch.full_like(carried, torch.nan)
+    options |= dict(initial_states=carried, return_final_states=True, final_states_out=out)
+    rest, last = causal_conv1d(then, **tensors, **options)
+    got = torch.cat([rest, y] if reverse else [y, rest], dim=2)
+    torch.testing.assert_close(got, whole, rtol=1e-6, atol=1e-6)
+    assert last is out
+    assert torch.equal(last, states)
+    weights = draw("grad", *whole.shape)
+    want = torch.autograd.grad(whole, x, weights, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(got, x, weights)[0], want)
+
+
+def test_states_are_those_of_a_convolution_by_definition():
+    x = torch.tensor([[[1.0, 10.0]]])
+    weight, before = torch.tensor([[5.0, 4.0, 3.0, 2.0]]), torch.tensor([[[0.1, 0.2, 0.3]]])
+    y, states = causal_conv1d(x, weight, initial_states=before, return_final_states=True)
+    torch.testing.assert_close(y[0, 0], torch.tensor([0.5 + 0.8 + 0.9 + 2, 1 + 1.2 + 3 + 20]))
+    torch.testing.assert_close(states[0, 0], torch.tensor([0.3, 1.0, 10.0]))
+    _, fresh = causal_conv1d(x, weight, return_final_states=True)
+    assert fresh[0, 0].tolist() == [0.0, 1.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(seq_idx=torch.zeros(2, 5)), "seq_idx is given, expected None; convolve packed"),
+        (dict(activation=torch.zeros(2, 5)), "activation is a tensor, expected one of"),
+        (dict(initial_states=torch.ones(2, 8, 4)), r"initial_states has shape \(2, 8, 4\), exp"),
+        (dict(final_states_out=torch.ones(2, 8, 3)), "final_states_out is given, expected None"),
+    ],
+)
+def test_what_the_package_takes_and_we_do_not_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(**inputs(), **options)
