@@ -146,7 +146,12 @@ def _samples(path: Path, entries: dict[str, Any], num_classes: int) -> ArraySet:
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (_PIXELS,):
         kind = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data)
         raise DataError(f"{path}: data is {kind}, expected uint8 (count, {_PIXELS})")
-    labels = np.asarray(entries.get("fine_labels", entries.get("labels")))
+    try:
+        labels = np.asarray(entries.get("fine_labels", entries.get("labels")))
+    except ValueError:
+        raise DataError(
+            f"{path}: labels are lists of different lengths, expected {len(data)} integers"
+        ) from None
     if labels.shape != (len(data),) or labels.dtype.kind not in "iu":
         raise DataError(
             f"{path}: labels are {labels.dtype} {labels.shape}, expected {len(data)} integers"
@@ -156,6 +161,20 @@ def _samples(path: Path, entries: dict[str, Any], num_classes: int) -> ArraySet:
         raise DataError(f"{path}: labels are {span}, expected 0 .. {num_classes - 1}")
     images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (count, 32, 32, 3)
     return ArraySet(np.ascontiguousarray(images), labels)
+
+
+def _class_names(path: Path, entries: dict[str, Any], key: str) -> tuple[str, ...]:
+    """Return the names of the classes, in order."""
+    names = entries.get(key)
+    try:
+        listed = list(map(_text, names)) if isinstance(names, list) else []
+    except UnicodeDecodeError:
+        listed = []
+    if not listed or not all(isinstance(name, str | bytes) for name in names):
+        raise DataError(
+            f"{path} holds {sorted(entries)}, expected a list {key!r} of class names, each a text"
+        )
+    return tuple(listed)
 
 
 def _files(name: str) -> dict[str, str]:
@@ -225,13 +244,8 @@ def read(name: str, root: Path) -> DataSet:
             f"fetch it with: python main.py --data-set {name} --data-path {root} --download"
         )
     unpickled = {file: _unpickle(folder / file) for file in published}
-    meta, names_key = layout.meta["filename"], layout.meta["key"]
-    entries, _ = unpickled[meta]
-    class_names = entries.get(names_key)
-    if not isinstance(class_names, list) or not class_names:
-        raise DataError(
-            f"{folder / meta} holds {sorted(entries)}, expected a list {names_key!r} of class names"
-        )
+    meta = layout.meta["filename"]
+    class_names = _class_names(folder / meta, unpickled[meta][0], layout.meta["key"])
     train, val = (
         _joined([_samples(folder / file, unpickled[file][0], len(class_names)) for file, _ in part])
         for part in (layout.train_list, layout.test_list)
@@ -241,8 +255,8 @@ def read(name: str, root: Path) -> DataSet:
         f"{folder}: {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not the published "
         f"CIFAR; read as found, {len(train):,} images to train and {len(val):,} to test"
     )
-    names = tuple(map(_text, class_names))
-    return DataSet.in_memory(name, train, val, class_names=names, notes=(note,) if changed else ())
+    notes = (note,) if changed else ()
+    return DataSet.in_memory(name, train, val, class_names=class_names, notes=notes)
 
 
 def _joined(parts: list[ArraySet]) -> ArraySet:

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from fambav.arguments import probability
 from fambav.layers.block import Add, Hooks
 from fambav.layers.drop import DropPath
 from fambav.layers.mamba import Mamba
@@ -259,6 +260,5 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     Block i drops the output of block i - 1, so the first two rates are 0 and `rate` itself belongs
     to the output of the last block.
     """
-    if depth < 1:
-        raise ValueError(f"depth is {depth}, expected at least 1")
+    probability("drop_path_rate", rate)
     return [0.0, *(rate * layer / (depth - 1) for layer in range(depth - 1))]

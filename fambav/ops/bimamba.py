@@ -23,7 +23,15 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fambav.ops.causal_conv1d import causal_conv1d
-from fambav.ops.dispatch import SCAN, Backend, Table, autocasts, expect_beside, without_autocast
+from fambav.ops.dispatch import (
+    SCAN,
+    Backend,
+    Table,
+    autocasts,
+    expect_beside,
+    expect_tensors,
+    without_autocast,
+)
 from fambav.ops.kernels import NUMBA, TRITON, KernelSet, kernel_set, on_gpu
 from fambav.ops.selective_scan import selective_scan
 
@@ -108,6 +116,7 @@ def _cast(direction: Direction, dtype: torch.dtype) -> Direction:
 
 
 def _check(xz: Tensor, forward: Direction, backward: Direction, out_proj: Tensor | None) -> None:
+    expect_tensors(xz=xz)
     if xz.dim() != 3 or xz.shape[1] < 1 or xz.shape[2] % 2:
         raise ValueError(f"xz has shape {tuple(xz.shape)}, expected (batch, length >= 1, 2 dim)")
     expect_beside("xz", xz, xz.shape, xz)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from fambav.ops.dispatch import Backend, Table, expect_beside, without_autocast
+from fambav.arguments import flag, refusal
+from fambav.ops.dispatch import Backend, Table, expect_beside, expect_tensors, without_autocast
 from fambav.ops.kernels import (
     NUMBA,
     TRITON,
@@ -59,20 +60,22 @@ def causal_conv1d(
         float32, or float64 if x is.
 
     Raises:
-        ValueError: If a shape, dtype or device does not fit that of x, or the activation is
-            unknown.
+        ValueError: If a shape, dtype or device does not fit that of x, or an argument is not one of
+            those above.
         BackendError: If a backend is forced that cannot run these tensors.
     """
+    expect_tensors(x=x, weight=weight)
     if x.dim() != 3 or x.shape[2] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, dim, length >= 1)")
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (dim, width)")
+    if weight.dim() != 2 or weight.shape[1] < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (dim, width >= 1)")
     expect_beside("x", x, x.shape, x)
     expect_beside("weight", weight, (x.shape[1], weight.shape[1]), x)
     if bias is not None:
         expect_beside("bias", bias, (x.shape[1],), x)
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}, expected one of {ACTIVATIONS}")
+        raise refusal("activation", activation, f"one of {ACTIVATIONS}")
+    flag("reverse", reverse)
     run = CAUSAL_CONV1D.pick(x, weight)
     with without_autocast(x):
         y: Tensor = run(x, weight, bias, silu=activation is not None, reverse=reverse)

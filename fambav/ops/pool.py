@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fambav.ops.dispatch import Backend, Table, expect
+from fambav.arguments import refusal
+from fambav.ops.dispatch import Backend, Table, expect, expect_tensors
 from fambav.ops.kernels import TRITON, on_gpu
 from fambav.ops.match import Selection
 
@@ -58,6 +59,11 @@ def pool(
         ValueError: If a shape does not fit that of x, or the selection's shapes each other.
         BackendError: If a backend is forced that cannot run these tensors.
     """
+    expect_tensors(x=x)
+    if not isinstance(selection, Selection):
+        raise refusal("selection", selection, "a Selection")
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, length, dim)")
     batch, length, _ = x.shape
     kept, count = selection.keep.shape[1], selection.source.shape[1]
     if residual is not None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
+from fambav.arguments import refusal
 from fambav.models import Backbone
 from fambav.reduction import (
     Reducer,
@@ -55,6 +56,8 @@ def compare_strategies(model: Backbone) -> tuple[str, dict[str, Reduction]]:
         allow, by a label with its L and r.  The model's own is marked; it comes last if it equals
         no strategy.
     """
+    if not isinstance(model, Backbone):
+        raise refusal("model", type(model), "one whose tokens can be reduced")
     own = model.reduction
     method, made = own.name, _strategies(own, own.method or make_reducer(_GENERAL))
     if own.method is None:

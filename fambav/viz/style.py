@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from PIL import Image
 
+from fambav.arguments import file_path
 from fambav.engine.checkpoint import write_bytes
 from fambav.text import printable
 
@@ -212,6 +213,7 @@ def save(drawn: Figure | Sequence[Figure], path: Path) -> None:
         ValueError: If the path ends otherwise.
         OSError: If it cannot be written.
     """
+    path = file_path("path", path)
     if isinstance(drawn, Sequence):
         _save_gif(drawn, path)
         return

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fambav.arguments import refusal
 from fambav.layers import Tokens
 from fambav.layers.block import Hook
 from fambav.models import Backbone
@@ -96,9 +97,10 @@ def trace_tokens(
     if isinstance(image, TokenTrace):
         return image
     if not isinstance(model, Backbone):
-        raise ValueError(
-            f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
-        )
+        raise refusal("model", type(model), "one whose tokens can be reduced")
+    if not isinstance(image, Tensor) or image.ndim != 3:
+        given = tuple(image.shape) if isinstance(image, Tensor) else image
+        raise refusal("image", given, "a tensor (channels, height, width)")
     device = next(model.parameters()).device
     with evaluating(model):
         tokens, steps = model.embed(image[None].to(device), trace=True), []
