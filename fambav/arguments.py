@@ -30,16 +30,26 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def instance(name: str, value: Any, kind: type, expected: str) -> None:
+    """Refuse what is of another type.
+
+    Raises:
+        ValueError: If value is.
+    """
+    if not isinstance(value, kind):
+        raise refusal(name, value, expected)
+
+
 def whole(name: str, value: Any, *, least: int = 0, most: int = LARGEST) -> int:
     """Return a whole number from `least` to `most`.
 
     Raises:
         ValueError: If value is another.
     """
-    if not is_whole(value) or value < least:
+    if not is_whole(value):
         raise refusal(name, value, f"a whole number of at least {least}")
-    if value > most:
-        raise refusal(name, value, f"at most {most}")
+    if not least <= value <= most:
+        raise refusal(name, value, f"at least {least}" if value < least else f"at most {most}")
     return int(value)
 
 
@@ -91,9 +101,9 @@ def file_paths(name: str, values: Any) -> list[Path]:
     """Return several paths.
 
     Raises:
-        ValueError: If values is a single one or anything else.
+        ValueError: If values is a single one, none, or anything else.
     """
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence) or not values:
         raise refusal(name, values, "a list of paths")
     return [file_path(name, value) for value in values]
 

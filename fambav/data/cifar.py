@@ -167,14 +167,13 @@ def _class_names(path: Path, entries: dict[str, Any], key: str) -> tuple[str, ..
     """Return the names of the classes, in order."""
     names = entries.get(key)
     try:
-        listed = list(map(_text, names)) if isinstance(names, list) else []
+        if names and isinstance(names, list) and all(isinstance(n, str | bytes) for n in names):
+            return tuple(map(_text, names))
     except UnicodeDecodeError:
-        listed = []
-    if not listed or not all(isinstance(name, str | bytes) for name in names):
-        raise DataError(
-            f"{path} holds {sorted(entries)}, expected a list {key!r} of class names, each a text"
-        )
-    return tuple(listed)
+        pass
+    raise DataError(
+        f"{path} holds {sorted(entries)}, expected a list {key!r} of class names, each a text"
+    )
 
 
 def _files(name: str) -> dict[str, str]:

@@ -109,7 +109,7 @@ def check_images(images: Any, weight: Tensor) -> None:
     """Refuse what is no batch of images in the dtype of a model's weights.
 
     Args:
-        images: (batch, channels, height, width); autocast takes any floating-point dtype.
+        images: (batch, channels, height, width); autocast takes float16, bfloat16 and float32.
         weight: One of the weights.
 
     Raises:
@@ -117,8 +117,8 @@ def check_images(images: Any, weight: Tensor) -> None:
     """
     if not isinstance(images, Tensor):
         raise refusal("images", images, "a tensor (batch, channels, height, width)")
-    fits = images.is_floating_point() if autocasts(images) else images.dtype == weight.dtype
-    if not fits:
+    castable = images.is_floating_point() and images.dtype != torch.float64
+    if images.dtype != weight.dtype and not (castable and autocasts(images)):
         raise ValueError(f"images are {images.dtype}, expected {weight.dtype}")
     if images.ndim != 4:
         shape = tuple(images.shape)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fambav.arguments import is_whole
+from fambav.arguments import is_whole, refusal
 from fambav.layers.embed import pair, patch_grid
+from fambav.ops.dispatch import expect_dtype
 from fambav.registry import nearest
 from fambav.short_repr import short_repr
 from fambav.timm_compat import timm
@@ -125,6 +126,7 @@ def _entry_point(
     ) -> nn.Module:
         for unknown in set(arguments) - {*known, *_BUILDER}:
             raise TypeError(f"{unknown!r} is no argument of {name}; {nearest(unknown, known)}")
+        _check_place(device, dtype)
         if pretrained:
             _check_source(name, arguments)
         with nullcontext() if device is None else torch.device(device):
@@ -154,6 +156,22 @@ def _entry_point(
 def _fitted(state_dict: Mapping[str, Any], net: TimmModel) -> dict[str, Tensor]:
     """Fit the weights of a file that timm has read; a head of other classes stays as it is."""
     return net.remap(state_dict, head="drop")
+
+
+def _check_place(device: Any, dtype: Any) -> None:
+    """Refuse what is neither a device nor a dtype of weights.
+
+    Raises:
+        ValueError: If that is what is given.
+    """
+    if dtype is not None:
+        expect_dtype("dtype", dtype)
+    if device is None:
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise refusal("device", device, "one of torch's, such as cpu or cuda:0") from None
 
 
 def _check_source(name: str, arguments: Mapping[str, Any]) -> None:

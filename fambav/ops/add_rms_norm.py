@@ -52,6 +52,8 @@ def add_rms_norm(
     Source: Zhang and Sennrich, arXiv:1910.07467, equation 4.
     """
     expect_tensors(hidden=hidden)
+    if hidden.dim() < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, expected (..., dim >= 1)")
     expect_beside("hidden", hidden, hidden.shape, hidden)
     expect_beside("weight", weight, hidden.shape[-1:], hidden)
     if residual is not None:

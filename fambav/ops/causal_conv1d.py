@@ -65,8 +65,9 @@ def causal_conv1d(
         BackendError: If a backend is forced that cannot run these tensors.
     """
     expect_tensors(x=x, weight=weight)
-    if x.dim() != 3 or x.shape[2] < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, dim, length >= 1)")
+    if x.dim() != 3 or x.shape[1] < 1 or x.shape[2] < 1:
+        shape = tuple(x.shape)
+        raise ValueError(f"x has shape {shape}, expected (batch, dim >= 1, length >= 1)")
     if weight.dim() != 2 or weight.shape[1] < 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (dim, width >= 1)")
     expect_beside("x", x, x.shape, x)

@@ -123,6 +123,7 @@ def others(indices: Tensor, length: int) -> Tensor:
     Returns:
         (batch, length - k), int64.
     """
+    expect_tensors(indices=indices)
     batch, k = indices.shape
     before = indices.sort(dim=1).values - torch.arange(k, device=indices.device)
     rank = torch.arange(length - k, device=indices.device).expand(batch, -1).contiguous()

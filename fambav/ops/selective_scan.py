@@ -140,11 +140,13 @@ def _check(
     tokens: dict[str, Tensor | None],
     channels: dict[str, Tensor | None],
 ) -> None:
-    if u.dim() != 3 or u.shape[2] < 1:
-        raise ValueError(f"u has shape {tuple(u.shape)}, expected (batch, dim, length >= 1)")
+    if u.dim() != 3 or u.shape[1] < 1 or u.shape[2] < 1:
+        shape = tuple(u.shape)
+        raise ValueError(f"u has shape {shape}, expected (batch, dim >= 1, length >= 1)")
     batch, dim, length = u.shape
-    if A.dim() != 2 or A.is_complex():
-        raise ValueError(f"A is {A.dtype} of {A.dim()} axes, expected real (dim, state)")
+    if A.dim() != 2 or A.is_complex() or A.shape[1] < 1:
+        given = f"{A.dtype} of shape {tuple(A.shape)}"
+        raise ValueError(f"A is {given}, expected real (dim, state >= 1)")
     state = A.shape[1]
     expect_beside("u", u, u.shape, u)
     expect_beside("A", A, (dim, state), u)

@@ -153,7 +153,7 @@ def at_least(option: str, value: int, least: int) -> int:
     Raises:
         ValueError: If it is not.
     """
-    return whole(f"{OPTION} {option}", value, least=least)
+    return whole(f"{OPTION} {option}", value, least=least, most=2**63 - 1)
 
 
 def switch(option: str, value: bool) -> bool:  # noqa: FBT001  of whatever type it may be

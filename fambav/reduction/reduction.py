@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import nn
 
-from fambav.arguments import is_whole, known_name, refusal, whole
+from fambav.arguments import instance, is_whole, known_name, refusal, whole
 from fambav.layers import BackboneInfo, Hooks, Tokens
 from fambav.reduction.apply import carried_dt, mask, merge, put_class_tokens
 from fambav.reduction.reducer import Reducer, make_reducer
@@ -166,7 +166,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def no_reduction(info: BackboneInfo) -> Reduction:
-    """Return a reduction that removes nothing."""
+    """Return a reduction that removes nothing.
+
+    Raises:
+        ValueError: If info is not that of a model.
+    """
+    instance("info", info, BackboneInfo, "the `info` of a model")
     return Reduction(info, None, Schedule.of(info.tokens, (0,) * info.depth))
 
 
@@ -192,6 +197,7 @@ def fused(
     Raises:
         ValueError: If that cannot be done or would do nothing.
     """
+    instance("info", info, BackboneInfo, "the `info` of a model")
     known_name("fusion_method", method, REDUCERS.names())
     text = from_fusion(strategy, depth=info.depth, layer=layer, token=token, plan=plan)
     if text is None:
@@ -231,6 +237,7 @@ def make_reduction(
     Raises:
         ValueError: If that cannot be done with this model, or would do nothing.
     """
+    instance("info", info, BackboneInfo, "the `info` of a model")
     if method == "none":
         return no_reduction(info)
     reducer = make_reducer(method, **options)
@@ -267,7 +274,9 @@ def reduce(model: Model, method: str, schedule: str | int = PUBLISHED, **how: An
     """
     reducible = cast(Reducible, model)
     if not isinstance(getattr(model, "reduction", None), Reduction):
-        raise refusal("model", type(model), "one whose tokens can be reduced")
+        raise ValueError(
+            f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
+        )
     reducible.reduction = make_reduction(reducible.info, method, schedule, **how)
     return model
 

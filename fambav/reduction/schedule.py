@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, cast
 
-from fambav.arguments import MOST_LAYERS, is_whole, known_name, refusal, whole
+from fambav.arguments import LARGEST, MOST_LAYERS, instance, is_whole, known_name, refusal, whole
 from fambav.layers import BackboneInfo
 from fambav.reduction.reducer import Grid, Indices, Reducer
 from fambav.registry import SCHEDULES, STRATEGIES, STRATEGY_ALIASES, nearest
@@ -123,12 +123,13 @@ def make_schedule(
             cannot remove its tokens without touching a class token, or lacks the grid of patches
             that the method needs.
     """
+    instance("reducer", reducer, Reducer, "one of `make_reducer`")
     name = given[0] if given else NAME
     if text == PUBLISHED:
         text = _published(info, reducer, name)
     counts = parse_schedule(text, info, name=name)
     own = reducer.class_policy if info.cls_index else "exact"
-    refused = _misfit(counts, info, reducer, class_policy or own)
+    refused = _misfit(counts, info, reducer, own if class_policy is None else class_policy)
     if refused is not None:
         layer, length, limit = refused
         value = given[1] if given else text
@@ -140,7 +141,9 @@ def make_schedule(
             f"layer {layer} has {info.tokens} - {info.tokens - length} = {length} tokens, of which"
             f" {reducer.name} can remove {limit} without touching a class token"
         )
-    return Schedule.of(info.tokens, counts, after=(hook or reducer.hook) == "after")
+    return Schedule.of(
+        info.tokens, counts, after=(reducer.hook if hook is None else hook) == "after"
+    )
 
 
 def _published(info: BackboneInfo, reducer: Reducer, name: str) -> str:
@@ -203,8 +206,8 @@ def _check_fusion(strategy: Any, depth: Any, layer: Any, token: Any) -> None:
     known_name("fusion_strategy", strategy, (*STRATEGIES, *STRATEGY_ALIASES))
     whole("depth", depth, least=1, most=MOST_LAYERS)
     for name, number in (("fusion_layer", 0 if layer is None else layer), ("fusion_token", token)):
-        if not is_whole(number):
-            raise refusal(name, number, "a whole number")
+        if not is_whole(number) or abs(number) > LARGEST:
+            raise refusal(name, number, f"a whole number of at most {LARGEST}")
 
 
 def _fusion_plan(plan: str, depth: int) -> str:
@@ -221,7 +224,13 @@ def plan(strategy: str, *, depth: int, count: int = 0, layer: int | None = None)
 
 
 def write_schedule(counts: Sequence[int]) -> str:
-    """Write tokens removed at each layer as pairs such as "6:9,8:12"; empty if none are."""
+    """Write tokens removed at each layer as pairs such as "6:9,8:12"; empty if none are.
+
+    Raises:
+        ValueError: If counts are no whole numbers of at least 0.
+    """
+    if not isinstance(counts, Sequence) or not all(is_whole(n) and n >= 0 for n in counts):
+        raise refusal("counts", counts, "a whole number of at least 0 for each layer")
     return ",".join(f"{layer}:{count}" for layer, count in enumerate(counts, start=1) if count)
 
 
@@ -240,6 +249,7 @@ def parse_schedule(text: str, info: BackboneInfo, *, name: str = NAME) -> Counts
         ValueError: If the text has another form, a layer is not there, layers do not ascend, a
             share is not more than 0 and at most 1, or nothing would be removed.
     """
+    instance("info", info, BackboneInfo, "the `info` of a model")
     classes = len(info.cls_index)
     return _parse(text, depth=info.depth, start=info.tokens, classes=classes, name=name)
 

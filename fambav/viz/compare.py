@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
-from fambav.arguments import refusal
 from fambav.models import Backbone
 from fambav.reduction import (
     Reducer,
@@ -57,7 +56,9 @@ def compare_strategies(model: Backbone) -> tuple[str, dict[str, Reduction]]:
         no strategy.
     """
     if not isinstance(model, Backbone):
-        raise refusal("model", type(model), "one whose tokens can be reduced")
+        raise ValueError(
+            f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
+        )
     own = model.reduction
     method, made = own.name, _strategies(own, own.method or make_reducer(_GENERAL))
     if own.method is None:

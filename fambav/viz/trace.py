@@ -97,7 +97,9 @@ def trace_tokens(
     if isinstance(image, TokenTrace):
         return image
     if not isinstance(model, Backbone):
-        raise refusal("model", type(model), "one whose tokens can be reduced")
+        raise ValueError(
+            f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
+        )
     if not isinstance(image, Tensor) or image.ndim != 3:
         given = tuple(image.shape) if isinstance(image, Tensor) else image
         raise refusal("image", given, "a tensor (channels, height, width)")

@@ -170,7 +170,7 @@ def test_an_image_of_another_size_is_refused():
         (dict(global_pool="token", class_token="none"), "global_pool is 'token', expected 'avg'"),
         (dict(bimamba_type="v3"), "bimamba_type is 'v3'"),
         (dict(num_classes=-1), "num_classes is -1"),
-        (dict(drop_path_rate=1.0), "drop rate is 1.0"),
+        (dict(drop_path_rate=1.0), "drop_path_rate is 1.0"),
         (dict(depth=0), "depth is 0"),
         (dict(fusion_strategy="uper"), "fusion_strategy is 'uper'"),
         (dict(fusion_strategy="upper", fusion_layer=7, fusion_token=1), "fusion_layer is 7"),

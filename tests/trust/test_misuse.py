@@ -1,18 +1,29 @@
 """Arguments that cannot be: a ValueError or a TypeError in a sentence that names the argument."""
 
+from functools import cache
+
 import numpy as np
 import pytest
-import timm
 import torch
 
 import fambav
-from fambav import cli
-from fambav.ops import causal_conv1d, selective_scan
-from fambav.ops.match import match
+from fambav import cli, ops, training
+from fambav.export import export
+from fambav.models import PlainMamba, Vim, adapt, official
+from fambav.ops import add_rms_norm, bimamba_scan, causal_conv1d, match, pool, selective_scan
+from fambav.reduction import from_fusion, make_reduction, parse_schedule, plan, write_schedule
+from fambav.search.parsing import parse_budget, parse_family
+from fambav.timm_compat import timm
+from fambav.viz import groups, save, strategies
+from fambav.viz import scan as path_of_scan
 from tests import made
 from tests.trust.refusals import refused
 
+DIGITS = 10**5000  # more than Python writes
+NAN = float("nan")
 
+
+@cache  # a refusal changes nothing
 def net():
     return timm.create_model("vim_micro", num_classes=10, img_size=32)
 
@@ -25,6 +36,10 @@ def plain(**arguments):
     return timm.create_model("plainmamba_micro", **arguments)
 
 
+def small(kind=Vim, **arguments):
+    return kind(**{**dict(dim=16, depth=2, img_size=16, patch_size=8, num_classes=2), **arguments})
+
+
 def scan(**arguments):
     u, A, B = torch.ones(1, 4, 5), -torch.ones(4, 2), torch.ones(1, 2, 5)
     return selective_scan(**{**dict(u=u, delta=u, A=A, B=B, C=B), **arguments})
@@ -32,6 +47,15 @@ def scan(**arguments):
 
 def conv(**arguments):
     return causal_conv1d(**{**dict(x=torch.ones(1, 4, 5), weight=torch.ones(4, 3)), **arguments})
+
+
+def normed(**arguments):
+    given = dict(hidden=torch.ones(2, 4), residual=None, weight=torch.ones(4))
+    return add_rms_norm(**{**given, **arguments})
+
+
+def pooled(selection):
+    return pool(torch.ones(1, 4, 2), None, torch.ones(1, 4), torch.ones(1, 4), selection)
 
 
 def chosen(count, x=None):
@@ -60,6 +84,21 @@ REDUCE = {
     "scan 3": ("scan", lambda: fambav.reduce(net(), "ordered", "r:3", scan=3)),
     "gap 3": ("gap", lambda: fambav.reduce(net(), "evit", "r:3", scan="aligned", gap=3)),
     "class_policy 3": ("class", lambda: fambav.reduce(net(), "ordered", "r:3", class_policy=3)),
+    "schedule of 5000 digits": ("schedule", lambda: fambav.reduce(net(), "ordered", DIGITS)),
+    "hook empty": ("hook", lambda: fambav.reduce(net(), "ordered", "r:3", hook="")),
+    "targets '2'": ("targets", lambda: fambav.reduce(net(), "mtr", "r:3", targets="2")),
+    "prune_share True": (
+        "prune_share",
+        lambda: fambav.reduce(net(), "utrc", "r:3", prune_share=True),
+    ),
+    "seed 2.5": ("seed", lambda: fambav.reduce(net(), "random", "r:3", seed=2.5)),
+    "weighted 'no'": ("weighted", lambda: fambav.reduce(net(), "r-meeto", "r:3", weighted="no")),
+    "info a model": ("info", lambda: make_reduction(net(), "ordered", "r:3")),
+    "counts a text": ("counts", lambda: write_schedule("7,7")),
+    "text of a schedule": ("schedule", lambda: parse_schedule(None, net().info)),
+    "depth of a plan": ("depth", lambda: plan("all", depth=DIGITS, count=3)),
+    "layer of a plan": ("layer", lambda: plan("upper", depth=3, count=3, layer="2")),
+    "count of a plan": ("token", lambda: from_fusion("all", depth=3, token=-DIGITS)),
     "an unknown option": ("powr", lambda: fambav.reduce(net(), "mtr", "r:3", powr=3)),
 }
 MODELS = {
@@ -105,10 +144,33 @@ MODELS = {
         "method",
         lambda: vim(fusion_strategy="all", fusion_token=3, fusion_method=3),
     ),
+    "depth of 400 digits": ("depth", lambda: small(depth=10**400)),
+    "depth NaN": ("depth", lambda: small(depth=NAN)),
+    "depth True": ("depth", lambda: small(depth=True)),
+    "depth of a billion": ("depth", lambda: small(PlainMamba, depth=10**9)),
+    "dim of 5000 digits": ("dim", lambda: small(dim=DIGITS)),
+    "patch_size of 5000 digits": ("patch_size", lambda: small(patch_size=DIGITS)),
+    "img_size of 400 digits": ("img_size", lambda: small(img_size=10**400)),
+    "img_size None": ("img_size", lambda: small(img_size=None)),
+    "num_classes of 400 digits": ("num_classes", lambda: small(num_classes=10**400)),
+    "num_classes True": ("num_classes", lambda: small(num_classes=True)),
+    "state 0": ("state", lambda: small(PlainMamba, state=0)),
+    "drop_path_rate NaN": ("drop_path_rate", lambda: small(drop_path_rate=NAN)),
+    "drop_rate None": ("drop_rate", lambda: small(PlainMamba, drop_rate=None)),
+    "legacy_init 'no'": ("legacy_init", lambda: small(legacy_init="no")),
+    "dwconv 2": ("dwconv", lambda: small(PlainMamba, dwconv=2)),
+    "out_indices 99": ("indices", lambda: vim(features_only=True, out_indices=[99])),
+    "rows None": ("x", lambda: net().forward_head(None)),
+    "rows of two axes": ("x", lambda: net().forward_head(torch.zeros(2, 64))),
+    "weights None": ("payload", lambda: official(None)),
+    "weights a list": ("state_dict", lambda: adapt([], net())),
+    "device 'gpu'": ("device", lambda: vim(device="gpu")),
+    "dtype 'x'": ("dtype", lambda: vim(dtype="x")),
     "input size 0": ("img_size", lambda: net().set_input_size(0)),
     "input size '64'": ("img_size", lambda: net().set_input_size("64")),
 }
 IMAGES = {
+    "float64": ("images", lambda: net()(torch.zeros(1, 3, 32, 32, dtype=torch.float64))),
     "uint8": ("images", lambda: net()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))),
     "int64": ("images", lambda: net()(torch.zeros(1, 3, 32, 32, dtype=torch.int64))),
     "bool": ("images", lambda: net()(torch.zeros(1, 3, 32, 32, dtype=torch.bool))),
@@ -156,6 +218,22 @@ OPS = {
     "count 99": ("count", lambda: chosen(99)),
     "count 1.5": ("count", lambda: chosen(1.5)),
     "count None": ("count", lambda: chosen(None)),
+    "masked 3": ("masked", lambda: match(torch.randn(1, 8, 4), 1, masked=3)),
+    "reverse 'no'": ("reverse", lambda: scan(reverse="no")),
+    "softplus 1": ("softplus", lambda: scan(delta_softplus=1)),
+    "hidden None": ("hidden", lambda: normed(hidden=None)),
+    "eps NaN": ("eps", lambda: normed(eps=NAN)),
+    "eps 'a'": ("eps", lambda: normed(eps="a")),
+    "residual_dtype int32": ("residual_dtype", lambda: normed(residual_dtype=torch.int32)),
+    "a state of no numbers": (
+        "A",
+        lambda: scan(A=torch.ones(4, 0), B=torch.ones(1, 0, 5), C=torch.ones(1, 0, 5)),
+    ),
+    "hidden a number": ("hidden", lambda: normed(hidden=torch.tensor(1.0))),
+    "selection a tuple": ("selection", lambda: pooled((1, 2, 3))),
+    "selection of None": ("keep", lambda: pooled(ops.Selection(None, None, None))),
+    "xz None": ("xz", lambda: bimamba_scan(None, None, None)),
+    "a direction None": ("forward", lambda: bimamba_scan(torch.ones(1, 3, 8), None, None)),
     "features None": ("x", lambda: match(None, 1)),
     "features of two axes": ("x", lambda: chosen(1, torch.randn(8, 4))),
 }
@@ -168,6 +246,22 @@ FILES = {
     "path empty": ("checkpoint|path|run folder", lambda: fambav.from_pretrained("")),
     "path with zeros": ("path|checkpoint", lambda: fambav.from_pretrained("a\0b")),
     "path too long": ("path|checkpoint", lambda: fambav.from_pretrained("a" * 5000)),
+    "images one path": ("images", lambda: training.predict("a.pth", "a.png")),
+    "topk '5'": ("topk", lambda: training.predict("a.pth", ["a.png"], topk="5")),
+    "device 3": ("device", lambda: training.predict("a.pth", ["a.png"], device=3)),
+    "format 3": ("format", lambda: export("a.pth", 3, "out")),
+    "tolerance 'a'": ("tolerance", lambda: export("a.pth", "safetensors", "out", tolerance="a")),
+    "folder None": ("folder", lambda: export("a.pth", "safetensors", None)),
+    "budget None": ("budget", lambda: parse_budget(None)),
+    "family 3": ("family", lambda: parse_family(3)),
+    "a picture of None": ("image", lambda: groups(net(), None)),
+    "a picture of layer 99": (
+        "layer",
+        lambda: path_of_scan(net(), torch.zeros(3, 32, 32), layers=[99]),
+    ),
+    "no figure": ("drawn", lambda: save(None, "a.png")),
+    "no frames": ("drawn", lambda: save([], "a.gif")),
+    "a picture of no model": ("model", lambda: strategies(None, torch.zeros(3, 32, 32))),
     "model None": ("model", lambda: fambav.from_pretrained("a.pth", model=None)),
     "model 3": ("model", lambda: fambav.from_pretrained("a.pth", model=3)),
     "a setting of no model": ("lr", lambda: fambav.from_pretrained("a.pth", lr=1)),
@@ -218,3 +312,24 @@ NUMBERS = {
 def test_a_number_of_a_benchmark_that_means_nothing_is_refused(words):
     kind, *flags = words.split()
     refused(kind, "scan", *flags, names=[NUMBERS[words]], program=cli.console)
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_in_the_place_of_the_run_folder_is_refused_before_the_data_is_opened(
+    tmp_path, below
+):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    words = ["--model", "vim_micro", "--data-set", "CIFAR", "--data-path", tmp_path / "nowhere"]
+    refused(*words, "--output_dir", file / below, names=["output_dir", file])
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("force", [ops.force, ops.set_backend])
+@pytest.mark.parametrize("wrong", [("cpu", "no_operation"), (None, []), (3,), ([],)])
+def test_a_backend_that_there_is_not_is_refused(force, wrong):
+    with (
+        pytest.raises(ops.BackendError, match=r"^[^\n]+ is [^\n]+, expected [^\n]+$"),
+        force(*wrong),
+    ):
+        pass
