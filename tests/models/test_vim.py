@@ -177,7 +177,7 @@ def test_an_image_of_another_size_is_refused():
         (dict(fusion_strategy="all", fusion_token=0), "fusion_token is 0"),
         (dict(fusion_strategy="all", fusion_token=30), "fusion_token is 30"),
         (dict(fusion_token=3), "fusion_token is 3"),
-        (dict(fusion_method="tom"), "reduction is 'tom'"),
+        (dict(fusion_method="tom"), "fusion_method is 'tom'"),
     ],
 )
 def test_a_wrong_argument_is_refused_in_a_sentence(arguments, message):
@@ -200,7 +200,7 @@ def test_an_unknown_argument_is_refused_in_a_sentence(name, message):
 
 def test_an_impossible_plan_is_refused_before_weights_are_made():
     with pytest.raises(ValueError, match="fusion_token is 200"):
-        timm.create_model("vim_base", dim=10**9, fusion_strategy="all", fusion_token=200)
+        timm.create_model("vim_base", dim=2**24, fusion_strategy="all", fusion_token=200)
 
 
 def test_importing_and_building_say_nothing(capfd):
