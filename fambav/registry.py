@@ -12,7 +12,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from fambav.short_repr import short_repr
+
 T = TypeVar("T")
+
+_LONGEST = 200  # characters of a name that is compared: the time grows with their square
 
 _GRIDS = (
     "tiny_patch16_224",
@@ -105,6 +109,7 @@ SCHEDULE_FORM = (
     r"(r|ramp|list|keep|tokens):[-\d.,@/]+|(all|interleaved|alternate|lower|upper)(:\d+)+"
     r"|\d+:\d+(,\d+:\d+)*"
 )
+DEVICE_FORM = r"cpu|cuda(:\d{1,3})?"
 DATA_SETS: dict[str, str] = dict.fromkeys(  # with their tasks, modules of `fambav.tasks`
     ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10", "IMNET", "FOLDER", "INAT", "INAT19", "FAKE"),
     "classification",
@@ -133,18 +138,19 @@ PICTURES: dict[str, str] = {  # what `fambav show` draws
 }
 
 
-def nearest(name: str, names: Collection[str]) -> str:
+def nearest(name: object, names: Collection[str]) -> str:
     """Return a hint for a name that is not among `names`.
 
     Args:
-        name: The unknown one.
+        name: The unknown one, or what is no name at all.
         names: The known ones.
 
     Returns:
         "did you mean 'x'?" if one of the names is close, else "known: x, y, z".
     """
     folded = {other.lower(): other for other in names}
-    close = difflib.get_close_matches(name.lower(), folded, n=1)
+    text = name[:_LONGEST].lower() if isinstance(name, str) else ""
+    close = difflib.get_close_matches(text, folded, n=1)
     return f"did you mean {folded[close[0]]!r}?" if close else f"known: {', '.join(names)}"
 
 
@@ -171,9 +177,10 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._builders:
+        if not isinstance(name, str) or name not in self._builders:
             raise ValueError(
-                f"{self.kind} is {name!r}, expected a known name; {nearest(name, self.names())}"
+                f"{self.kind} is {short_repr(name)}, expected a known name;"
+                f" {nearest(name, self.names())}"
             )
         return self._builders[name]
 

@@ -10,7 +10,9 @@ import pytest
 import fambav
 
 RANK = {
-    "registry": 0,
+    "short_repr": -2,
+    "registry": -1,
+    "arguments": 0,
     "json_files": 1,
     "launcher": 0,
     "timm_compat": 0,
@@ -18,7 +20,6 @@ RANK = {
     "text": 0,
     "table": 1,
     "pickles": 0,
-    "short_repr": 0,
     "pareto": 0,
     "ops": 1,
     "layers": 2,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fambav.commands.output import check_folder, print_line
+from fambav.arguments import check_folder
+from fambav.commands.output import print_line
 from fambav.commands.parser import Parser, count, number
 from fambav.commands.trained import RUN
 from fambav.config import ConfigError

@@ -28,18 +28,6 @@ def check_files(*files: Path | None) -> None:
             raise ConfigError(f"output is {str(place)!r}, expected one that can be written to")
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that could not be made or written to, before any work is done.
-
-    Raises:
-        ConfigError: If it, or what it would be made in, is a file or read-only.
-    """
-    known = next((path for path in (folder, *folder.parents) if path.exists()), Path())
-    if not known.is_dir() or not os.access(known, os.W_OK):
-        state = "can be written" if known.is_dir() else f"can be made: {str(known)!r} is a file"
-        raise ConfigError(f"output_dir is {str(folder)!r}, expected a folder that {state}")
-
-
 def print_line(line: str, stream: TextIO | None = None) -> None:
     """Print a line at once, whatever is in the names that it is made of."""
     print(printable(line), file=stream, flush=True)

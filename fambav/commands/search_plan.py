@@ -17,7 +17,7 @@ from fambav.commands.trained import (
     refuse_method,
 )
 from fambav.config import OPTIONS, ConfigError
-from fambav.search.parsing import parse_budget
+from fambav.search.parsing import ALGORITHMS, OBJECTIVES, parse_budget
 
 if TYPE_CHECKING:
     from fambav.search.baselines import Row
@@ -95,8 +95,8 @@ def _parser() -> Parser:
     add("--budget", required=True, metavar="KIND:MOST", help="token-layers:0.7, flops:0.75, ms:9")
     add("--method", nargs="+", default=["ordered"], metavar="NAME", help="ordered by default")
     add("--images", type=count, default=256, metavar="N", help="of the training set (256)")
-    add("--objective", choices=("distance", "accuracy"), default="distance")
-    add("--algorithm", choices=("greedy", "evolution", "both"), default="both")
+    add("--objective", choices=OBJECTIVES, default="distance")
+    add("--algorithm", choices=ALGORITHMS, default="both")
     add("--steps", type=count, default=16, metavar="N", help="of greedy, to the budget (16)")
     add("--trials", type=natural, default=150, metavar="N", help="plans that evolution tries (150)")
     add("--seed", type=seed, default=0, metavar="S", help="of the images and of evolution (0)")

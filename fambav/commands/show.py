@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fambav.commands.output import check_folder, print_line
+from fambav.arguments import check_folder
+from fambav.commands.output import print_line
 from fambav.commands.parser import Parser, natural
 from fambav.commands.trained import RUN
 from fambav.config import ConfigError, read_flags

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from fambav import registry
-from fambav.commands.output import check_folder, print_line
+from fambav.arguments import check_folder
+from fambav.commands.output import print_line
 from fambav.commands.parser import Parser, number
 from fambav.config import ConfigError
 from fambav.config.setting import PROCESSES, Bounds

@@ -11,7 +11,7 @@ import os
 import re
 
 from fambav.config.setting import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, PROBABILITY, Bounds
-from fambav.registry import FOREIGN, MODELS, SCHEDULE_FORM, SCHEDULES, nearest
+from fambav.registry import DEVICE_FORM, FOREIGN, MODELS, SCHEDULE_FORM, SCHEDULES, nearest
 
 # What the number of a key may be: whole or not, and in which range.
 _WHOLE, _COUNT, _SWITCH = (int, NATURAL), (int, COUNT), (int, Bounds(0, 1))
@@ -40,7 +40,7 @@ def model_name(name: str) -> None:
 
 def device_name(name: str) -> None:
     """Refuse what is not `cpu`, `cuda` or `cuda:0` and so on."""
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+    if not re.fullmatch(DEVICE_FORM, name):
         raise ValueError("cpu, cuda or cuda:N")
 
 

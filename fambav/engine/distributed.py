@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from fambav import launcher
+from fambav.arguments import refusal
+from fambav.registry import DEVICE_FORM
 
 _TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a lost one gives up
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -161,6 +164,8 @@ def end_with_parent() -> None:
 
 
 def _device(name: str | None, local_rank: int) -> torch.device:
+    if name is not None and not (isinstance(name, str) and re.fullmatch(DEVICE_FORM, name)):
+        raise refusal("device", name, "cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if name == "cpu" or (name is None and count == 0):
         return torch.device("cpu")

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from fambav.engine.checkpoint import CheckpointError, naming, write_text
 from fambav.engine.events import Events
 from fambav.json_files import parse_object
+from fambav.short_repr import short_repr
 
 Record = dict[str, Any]
 
@@ -53,10 +54,15 @@ def weights_file(path: Path) -> Path:
     folder means its weights.
 
     Raises:
-        CheckpointError: If a folder holds none of these.
+        CheckpointError: If a folder holds none of these, or there can be no such path.
     """
-    if not path.is_dir():
-        return path
+    try:
+        if not path.is_dir():
+            return path
+    except OSError as error:  # such as a name that is too long
+        raise CheckpointError(
+            f"path is {short_repr(str(path))}, expected that of a file or folder; {error.strerror}"
+        ) from None
     names = (WEIGHTS,) if (path / DESCRIPTION).is_file() else (BEST, CHECKPOINT, WEIGHTS)
     for name in names:
         if (path / name).is_file():

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from fambav.arguments import file_path, is_number, known_name, refusal, whole
 from fambav.engine import checkpoint
 from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
 from fambav.engine.run_dir import DESCRIPTION, WEIGHTS
 from fambav.export.card import Check, card
 from fambav.export.description import describe, facts
-from fambav.registry import nearest
 from fambav.training import batches
 from fambav.training.inference import LoadedRun, load_run
 from fambav.training.run_state import as_strings
@@ -86,7 +86,7 @@ def export(
             empty, the model cannot be expressed so, or the export differs from it other than by a
             near tie between tokens; then there is no folder.
     """
-    place = Path(folder)
+    place = file_path("folder", folder)
     _check(kind, place, images, tolerance, dynamic_batch=dynamic_batch)
     settings = {} if data_path is None else {"data_path": data_path}
     run = load_run(path, settings, allowed=("data_path",))
@@ -115,18 +115,16 @@ def export(
 
 def _check(kind: str, place: Path, images: int, tolerance: float, *, dynamic_batch: bool) -> None:
     """Refuse what cannot be done, before anything is loaded."""
-    if kind not in FORMATS:
-        raise ValueError(f"format is {kind!r}, expected a known name; {nearest(kind, FORMATS)}")
+    known_name("format", kind, FORMATS)
     if dynamic_batch and not FORMATS[kind].traced:
         able = " or ".join(name for name, known in FORMATS.items() if known.traced)
         raise ValueError(
             f"dynamic_batch is set, expected it of the formats {able}: {kind} holds weights alone,"
             " and their model takes any batch"
         )
-    if images < 1:
-        raise ValueError(f"images is {images}, expected 1 or more")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance is {tolerance}, expected more than 0")
+    whole("images", images, least=1)
+    if not is_number(tolerance) or not tolerance > 0:
+        raise refusal("tolerance", tolerance, "a number of more than 0")
     for package in FORMATS[kind].needs:
         if importlib.util.find_spec(package) is None:
             raise ValueError(

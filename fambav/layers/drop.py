@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fambav.arguments import probability
+
 
 class _Current:
     """The shard in force."""
@@ -63,9 +65,7 @@ class _Drop(nn.Module):
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= rate < 1:
-            raise ValueError(f"drop rate is {rate}, expected at least 0 and less than 1")
-        self.rate = rate
+        self.rate = probability("drop rate", rate)
 
     def extra_repr(self) -> str:
         """Show the rate."""

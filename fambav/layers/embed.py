@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fambav.registry import CLASS_TOKENS, nearest
+from fambav.arguments import LARGEST, is_whole, known_name, refusal, whole
+from fambav.ops.dispatch import autocasts
+from fambav.registry import CLASS_TOKENS
 
 
 def pair(size: int | Sequence[int], *, name: str) -> tuple[int, int]:
@@ -19,9 +21,10 @@ def pair(size: int | Sequence[int], *, name: str) -> tuple[int, int]:
     Raises:
         ValueError: If size is neither a positive number nor two of them; `name` is in the message.
     """
-    both = (size, size) if isinstance(size, int) else tuple(size)
-    if len(both) != 2 or not all(isinstance(side, int) and side > 0 for side in both):
-        raise ValueError(f"{name} is {size}, expected a positive number or a pair (height, width)")
+    both = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(both) != 2 or not all(is_whole(side) and 0 < side <= LARGEST for side in both):
+        expected = f"a whole number of 1 to {LARGEST} or a pair of them, (height, width)"
+        raise refusal(name, size, expected)
     return both[0], both[1]
 
 
@@ -39,9 +42,8 @@ def patch_grid(img_size: tuple[int, int], *, patch_size: int, stride: int) -> tu
     Raises:
         ValueError: If that is not a positive whole number.
     """
-    for name, value in (("patch_size", patch_size), ("stride", stride)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value}, expected a positive number of pixels")
+    whole("patch_size", patch_size, least=1)
+    whole("stride", stride, least=1)
     for side in img_size:
         steps, rest = divmod(side - patch_size, stride)
         if steps < 0 or rest:
@@ -67,15 +69,12 @@ def cls_index_of(class_token: str, patches: int) -> tuple[int, ...]:
     Raises:
         ValueError: If class_token is none of these.
     """
-    if class_token not in CLASS_TOKENS:
-        hint = nearest(class_token, CLASS_TOKENS)
-        raise ValueError(f"class_token is {class_token!r}, expected a known place; {hint}")
     return {
         "middle": (patches // 2,),
         "head": (0,),
         "double": (0, patches + 1),
         "none": (),
-    }[class_token]
+    }[known_name("class_token", class_token, CLASS_TOKENS)]
 
 
 def insert(x: Tensor, extra: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
@@ -104,6 +103,26 @@ def resize_grid(x: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor
     maps = rearrange(x.float(), "n (h w) c -> n c h w", h=old[0], w=old[1])
     maps = F.interpolate(maps, size=new, mode="bicubic", align_corners=False)
     return rearrange(maps, "n c h w -> n (h w) c").to(x.dtype)
+
+
+def check_images(images: Any, weight: Tensor) -> None:
+    """Refuse what is no batch of images in the dtype of a model's weights.
+
+    Args:
+        images: (batch, channels, height, width); autocast takes float16, bfloat16 and float32.
+        weight: One of the weights.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    if not isinstance(images, Tensor):
+        raise refusal("images", images, "a tensor (batch, channels, height, width)")
+    castable = images.is_floating_point() and images.dtype != torch.float64
+    if images.dtype != weight.dtype and not (castable and autocasts(images)):
+        raise ValueError(f"images are {images.dtype}, expected {weight.dtype}")
+    if images.ndim != 4:
+        shape = tuple(images.shape)
+        raise ValueError(f"images are {shape}, expected (batch, channels, height, width)")
 
 
 class PatchEmbed(nn.Module):

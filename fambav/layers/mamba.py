@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooked
 from torch.utils.module_tracker import ModuleTracker
 
+from fambav.arguments import flag, known_name, whole
 from fambav.layers.tokens import Intermediates, Tokens
 from fambav.ops import Direction, bimamba_scan
 from fambav.ops.bimamba import ScanInputs, directed_scan, scan_inputs
 from fambav.ops.dispatch import without_autocast
 from fambav.ops.scan_aligned import aligned_scan, count_skipped, estimate_skipped_dt
-from fambav.registry import BIMAMBA, nearest
+from fambav.registry import BIMAMBA
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes that a new mixer starts from
 _PLAIN = (nn.Linear, nn.Conv1d)  # modules that kernels compute in their stead
@@ -60,7 +61,7 @@ class Mamba(nn.Module):
         warned: Sub-modules that a warning has named; a model's mixers share it.
 
     Raises:
-        ValueError: If bimamba_type is unknown.
+        ValueError: If bimamba_type is unknown, or another argument is not one of those above.
     """
 
     conv1d: nn.Conv1d
@@ -83,9 +84,10 @@ class Mamba(nn.Module):
         legacy_init: bool = False,
     ) -> None:
         super().__init__()
-        if bimamba_type not in BIMAMBA:
-            hint = nearest(bimamba_type, BIMAMBA)
-            raise ValueError(f"bimamba_type is {bimamba_type!r}, expected a known mixer; {hint}")
+        known_name("bimamba_type", bimamba_type, BIMAMBA)
+        whole("state", state, least=1)
+        flag("divide_out", divide_out)
+        flag("legacy_init", legacy_init)
         inner, rank = expand * dim, math.ceil(dim / 16)
         self.name, self.warned = "", list[str]()
         self.bimamba_type, self.reach = bimamba_type, kernel - 1

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fambav.arguments import flag, known_name, whole
 from fambav.layers.mamba import (
     A_from_log,
     apply_dt_proj,
@@ -41,7 +42,7 @@ from fambav.ops.cross_scan import (
     to_token_order,
 )
 from fambav.ops.scan_aligned import aligned_scan, estimate_skipped_dt
-from fambav.registry import PARAM_ORDERS, nearest
+from fambav.registry import PARAM_ORDERS
 
 Grid = tuple[int, int]
 
@@ -70,7 +71,7 @@ class Mamba2D(nn.Module):
         dt_bias_twice: Add the bias of the step size twice, as the published weights need.
 
     Raises:
-        ValueError: If param_order is unknown.
+        ValueError: If param_order is unknown, or another argument is not one of those above.
     """
 
     def __init__(
@@ -85,9 +86,9 @@ class Mamba2D(nn.Module):
         dt_bias_twice: bool = True,
     ) -> None:
         super().__init__()
-        if param_order not in PARAM_ORDERS:
-            hint = nearest(param_order, PARAM_ORDERS)
-            raise ValueError(f"param_order is {param_order!r}, expected a known order; {hint}")
+        known_name("param_order", param_order, PARAM_ORDERS)
+        whole("state", state, least=1)
+        flag("dt_bias_twice", dt_bias_twice)
         inner, rank = expand * dim, math.ceil(dim / 16)
         self.grid, self.param_order, self.dt_bias_twice = grid, param_order, dt_bias_twice
         self.splits = (rank, state, state)

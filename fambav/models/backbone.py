@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from fambav.arguments import instance, probability
 from fambav.layers.block import Add, Hooks
 from fambav.layers.drop import DropPath
 from fambav.layers.mamba import Mamba
@@ -144,7 +145,13 @@ class Backbone(TimmModel):
         Args:
             x: The rows.
             pre_logits: Return what the head reads, (batch, dim).
+
+        Raises:
+            ValueError: If the rows have another shape.
         """
+        instance("x", x, Tensor, "a tensor (batch, tokens, dim)")
+        if x.ndim != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, {self.dim})")
         index = self._cls_index(x)
         if self.global_pool == "token":
             x = take_rows(x, index).mean(dim=1)
@@ -259,6 +266,5 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     Block i drops the output of block i - 1, so the first two rates are 0 and `rate` itself belongs
     to the output of the last block.
     """
-    if depth < 1:
-        raise ValueError(f"depth is {depth}, expected at least 1")
+    probability("drop_path_rate", rate)
     return [0.0, *(rate * layer / (depth - 1) for layer in range(depth - 1))]

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from fambav.arguments import is_whole, refusal
 from fambav.layers.embed import pair, patch_grid
+from fambav.ops.dispatch import expect_dtype
 from fambav.registry import nearest
 from fambav.short_repr import short_repr
 from fambav.timm_compat import timm
@@ -23,7 +25,6 @@ _BUILDER = (  # arguments of timm's builder, beside those of the model
     *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_model_args"),
     *("cache_dir", "features_only", "out_indices", "feature_cls"),
 )
-_LARGEST = 2**31 - 1
 _SOURCES = ("state_dict", "file", "url", "hf_hub_id")
 
 
@@ -96,12 +97,18 @@ def chosen_layers(indices: int | Sequence[int] | None, depth: int) -> list[int]:
     Raises:
         ValueError: If there is no such layer, or none is named.
     """
-    if indices is None or isinstance(indices, int):
-        indices = range(-(depth if indices is None else indices), 0)
-    if not indices or not all(-depth <= index < depth for index in indices):
-        wanted = list(indices)
-        raise ValueError(f"indices are {wanted}, expected some of {-depth} to {depth - 1}")
-    return sorted({index % depth for index in indices})
+    wanted: Any = range(-depth, 0) if indices is None else indices
+    if is_whole(indices):  # of a huge number the first is enough to be refused
+        wanted = range(-min(wanted, depth + 1), 0)
+    known = isinstance(wanted, Sequence) and all(
+        is_whole(n) and -depth <= n < depth for n in wanted
+    )
+    if not known or not wanted:
+        raise ValueError(
+            f"indices are {short_repr(indices)}, expected some of {-depth} to {depth - 1}, or the"
+            f" number of the last ones, at most {depth}"
+        )
+    return sorted({index % depth for index in wanted})
 
 
 def _entry_point(
@@ -119,7 +126,7 @@ def _entry_point(
     ) -> nn.Module:
         for unknown in set(arguments) - {*known, *_BUILDER}:
             raise TypeError(f"{unknown!r} is no argument of {name}; {nearest(unknown, known)}")
-        _check_sizes(arguments)
+        _check_place(device, dtype)
         if pretrained:
             _check_source(name, arguments)
         with nullcontext() if device is None else torch.device(device):
@@ -151,17 +158,20 @@ def _fitted(state_dict: Mapping[str, Any], net: TimmModel) -> dict[str, Tensor]:
     return net.remap(state_dict, head="drop")
 
 
-def _check_sizes(arguments: Mapping[str, Any]) -> None:
-    """Refuse whole numbers that torch cannot count to.
+def _check_place(device: Any, dtype: Any) -> None:
+    """Refuse what is neither a device nor a dtype of weights.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If that is what is given.
     """
-    for name, value in arguments.items():
-        sizes = value if isinstance(value, list | tuple) else (value,)
-        for size in sizes:
-            if isinstance(size, int) and abs(size) > _LARGEST:
-                raise ValueError(f"{name} is {short_repr(size)}, expected at most {_LARGEST}")
+    if dtype is not None:
+        expect_dtype("dtype", dtype)
+    if device is None:
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise refusal("device", device, "one of torch's, such as cpu or cuda:0") from None
 
 
 def _check_source(name: str, arguments: Mapping[str, Any]) -> None:

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fambav.arguments import MOST_LAYERS, flag, is_number, refusal, whole
 from fambav.layers.block import NO_HOOKS, Hooks, ResidualBlock
 from fambav.layers.drop import DropPath
-from fambav.layers.embed import resize_grid
+from fambav.layers.embed import check_images, resize_grid
 from fambav.layers.info import BackboneInfo, Stage
 from fambav.layers.mamba2d import (
     DIRECTIONS,
@@ -204,12 +205,12 @@ class PlainMamba(Backbone):
     ) -> None:
         super().__init__()
         self.param_order = param_order
-        if patch_size % 2:
+        if whole("patch_size", patch_size, least=1) % 2:
             raise ValueError(f"patch_size is {patch_size}, expected an even number of pixels")
-        if stem_convs < 0:
-            raise ValueError(f"stem_convs is {stem_convs}, expected 0 or more")
-        if drop_rate:
-            raise ValueError(f"drop_rate is {drop_rate}, expected 0: there is no dropout")
+        whole("stem_convs", stem_convs, most=MOST_LAYERS)
+        flag("dwconv", dwconv)
+        if not is_number(drop_rate) or drop_rate != 0:
+            raise refusal("drop_rate", drop_rate, "0: there is no dropout")
         self.set_sizes(
             dim,
             depth,
@@ -275,6 +276,7 @@ class PlainMamba(Backbone):
 
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:
         """Cut images into patches and add the position embedding."""
+        check_images(images, self.backbone.pos_embed)
         sides = tuple(images.shape[2:])
         if self.schedule.removed and sides != self.img_size:
             raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from fambav.arguments import MOST_LAYERS, refusal, whole
 from fambav.layers import BackboneInfo
 from fambav.layers.block import Add
 from fambav.layers.embed import cls_index_of, pair, patch_grid
@@ -86,7 +87,14 @@ class TimmModel(nn.Module):
         in_chans: int,
         global_pool: str | None,
     ) -> None:
-        """Set what constructors of all models are given; `class_token` is set before."""
+        """Set what constructors of all models are given; `class_token` is set before.
+
+        Raises:
+            ValueError: If one is not as the constructor says.
+        """
+        whole("dim", dim, least=1)
+        whole("depth", depth, least=1, most=MOST_LAYERS)
+        whole("in_chans", in_chans, least=1)
         self.dim = self.embed_dim = self.num_features = self.head_hidden_size = dim
         self.depth, self.in_chans, self.patch_size = depth, in_chans, patch_size
         self.stride = patch_size if stride is None else stride
@@ -110,33 +118,30 @@ class TimmModel(nn.Module):
                 every token by itself; None as before.
 
         Raises:
-            ValueError: If num_classes is negative, or there is no such pooling.
+            ValueError: If num_classes is negative or no whole number, or there is no such pooling.
         """
-        if global_pool is not None:
-            self.global_pool = self._pooling(global_pool)
-        like = self.get_parameter(self.position)
+        pool = self.global_pool if global_pool is None else self._pooling(global_pool)
+        head = self._new_head(num_classes, self.get_parameter(self.position))
+        self.global_pool = pool
         owner, _, name = self.classifier.rpartition(".")
-        setattr(self.get_submodule(owner), name, self._new_head(num_classes, like))
+        setattr(self.get_submodule(owner), name, head)
 
     def _pooling(self, name: str | None) -> str:
         """Return the name of a pooling that this model has; None for its own."""
         known = ("token", "avg", "") if self.cls_index else ("avg", "")
         if name is None:
             return known[0]
-        if name not in known:
-            able = " or ".join(map(repr, known))
-            raise ValueError(f"global_pool is {name!r}, expected {able} of this model")
+        if not isinstance(name, str) or name not in known:
+            raise refusal("global_pool", name, f"{' or '.join(map(repr, known))} of this model")
         return name
 
     def _new_head(self, num_classes: int, like: Tensor) -> nn.Module:
         """Return a classifier of `num_classes` outputs, 0 for none, beside `like`.
 
         Raises:
-            ValueError: If num_classes is negative.
+            ValueError: If num_classes is negative or no whole number.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes is {num_classes}, expected 0 or more")
-        self.num_classes = num_classes
+        self.num_classes = whole("num_classes", num_classes)
         head: nn.Module = nn.Identity()
         if num_classes:
             head = nn.Linear(self.dim, num_classes)
@@ -162,7 +167,7 @@ class TimmModel(nn.Module):
                 are reduced, whose schedule is for the size that there is.
         """
         if patch_size not in (None, self.patch_size):
-            raise ValueError(f"patch_size is {patch_size}, expected {self.patch_size}")
+            raise refusal("patch_size", patch_size, str(self.patch_size))
         size = self.img_size if img_size is None else pair(img_size, name="img_size")
         if size == self.img_size:
             return

@@ -14,9 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fambav.arguments import probability
 from fambav.layers.block import AddNorm, Block
 from fambav.layers.drop import Dropout, DropPath
-from fambav.layers.embed import PatchEmbed, insert
+from fambav.layers.embed import PatchEmbed, check_images, insert
 from fambav.layers.info import BackboneInfo, Stage
 from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import INTERMEDIATES, Tokens
@@ -116,7 +117,7 @@ class Vim(Backbone):
             stride=self.stride,
             in_chans=in_chans,
         )
-        self.pos_drop = Dropout(drop_rate)
+        self.pos_drop = Dropout(probability("drop_rate", drop_rate))
         self.reset_classifier(num_classes)
         mixer = partial(Mamba, dim, bimamba_type=bimamba_type, divide_out=divide_out, state=state)
         rates = drop_path_rates(drop_path_rate, depth)
@@ -179,6 +180,7 @@ class Vim(Backbone):
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:
         """Cut images into patches, insert the class tokens and add the position embedding."""
         class_tokens = [getattr(self, name) for name in self.class_names]
+        check_images(images, self.pos_embed)
         x = insert(self.patch_embed(images), class_tokens, self.cls_index)
         x = self.pos_drop(x + self.pos_embed)
         return Tokens.start(x, cls_index=self.cls_index, grid=self.grid, trace=trace)

@@ -10,11 +10,13 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fambav.arguments import instance
 from fambav.layers.embed import cls_index_of, insert, resize_grid
 from fambav.layers.tokens import take_rows
 from fambav.ops.match import others
+from fambav.short_repr import short_repr
 
 if TYPE_CHECKING:  # a model is fitted by what is written here
     from fambav.models.timm_model import TimmModel
@@ -26,6 +28,9 @@ _IN_FRONT, _COUNT = "module.", "n_averaged"
 _RAW, _AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
 _HEADS = ("head", "fc", "classifier", "head_dist")  # of our models and timm's
 _SHOWN = 4  # prefixes that a refusal names
+
+
+_PAYLOAD = "a dictionary of weights"  # what a file has to hold
 
 
 def official(
@@ -53,6 +58,7 @@ def official(
         ValueError: If there are no such weights, one is sparse or has no values, or the model's
             have several prefixes.
     """
+    instance("payload", payload, Mapping, _PAYLOAD)
     names = _AVERAGED if ema else _RAW
     inside = (payload[name] for name in names if isinstance(payload.get(name), Mapping))
     found: Mapping[Any, Any] = next(inside, {} if ema else payload)
@@ -92,6 +98,7 @@ def published_class_token(payload: Mapping[str, Any]) -> str | None:
     Raises:
         ValueError: If Famba-V's code trained the model in a way that is not offered here.
     """
+    instance("payload", payload, Mapping, _PAYLOAD)
     arguments = getattr(payload.get("args"), "__dict__", {})
     name = str(arguments.get("model", ""))
     if not name.startswith("vim_"):
@@ -112,8 +119,8 @@ def check_class_token(saved: str, wanted: str) -> None:
     """
     if saved != wanted:
         raise ValueError(
-            f"class_token is {wanted!r}, expected {saved!r} as the checkpoint was trained;"
-            " the same names of weights would mean other tokens"
+            f"class_token is {short_repr(wanted)}, expected {short_repr(saved)} as the checkpoint"
+            " was trained; the same names of weights would mean other tokens"
         )
 
 
@@ -144,6 +151,8 @@ def adapt(
         ValueError: If class tokens, classes, names or shapes do not fit, or the grid has to be
             given.
     """
+    instance("state_dict", state_dict, Mapping, "tensors by name")
+    instance("model", model, nn.Module, "a model of ours")
     if class_token is not None:
         check_class_token(class_token, model.class_token)
     own = model.state_dict()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from fambav.arguments import is_number, refusal
 from fambav.ops.derivatives import once_differentiable, refuse
-from fambav.ops.dispatch import Backend, Table, expect_beside
+from fambav.ops.dispatch import Backend, Table, expect_beside, expect_dtype, expect_tensors
 from fambav.ops.kernels import TRITON, on_gpu
 
 MAX_DIM = 16384  # of the Triton kernels, which hold a row in registers
@@ -44,15 +45,22 @@ def add_rms_norm(
         square is float32, or float64 if the sum is.
 
     Raises:
-        ValueError: If a shape, dtype or device does not fit that of hidden.
+        ValueError: If a shape, dtype or device does not fit that of hidden, or an argument is not
+            one of those above.
         BackendError: If a backend is forced that cannot run these tensors.
 
     Source: Zhang and Sennrich, arXiv:1910.07467, equation 4.
     """
+    expect_tensors(hidden=hidden)
+    if hidden.dim() < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, expected (..., dim >= 1)")
     expect_beside("hidden", hidden, hidden.shape, hidden)
     expect_beside("weight", weight, hidden.shape[-1:], hidden)
     if residual is not None:
         expect_beside("residual", residual, hidden.shape, hidden)
+    expect_dtype("residual_dtype", residual_dtype)
+    if not is_number(eps) or not 0 < eps < math.inf:
+        raise refusal("eps", eps, "a number greater than 0")
     run = ADD_RMS_NORM.pick(hidden, residual, weight)
     dtype = torch.promote_types(hidden.dtype, residual_dtype)
     if residual is not None:

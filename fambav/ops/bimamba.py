@@ -22,9 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
+from fambav.arguments import is_number, refusal
 from fambav.ops.causal_conv1d import causal_conv1d
 from fambav.ops.derivatives import refuse
-from fambav.ops.dispatch import SCAN, Backend, Table, autocasts, expect_beside, without_autocast
+from fambav.ops.dispatch import (
+    SCAN,
+    Backend,
+    Table,
+    autocasts,
+    expect_beside,
+    expect_tensors,
+    without_autocast,
+)
 from fambav.ops.kernels import NUMBA, TRITON, KernelSet, kernel_set, on_gpu
 from fambav.ops.selective_scan import selective_scan
 
@@ -86,6 +95,8 @@ def bimamba_scan(
     Source: Zhu et al., "Vision Mamba", arXiv:2401.09417, algorithm 1.
     """
     _check(xz, forward, backward, out_proj)
+    if not is_number(scale):
+        raise refusal("scale", scale, "a number")
     if autocasts(xz):
         xz = xz.to(torch.get_autocast_dtype(xz.device.type))
     forward, backward = (_cast(direction, xz.dtype) for direction in (forward, backward))
@@ -109,14 +120,17 @@ def _cast(direction: Direction, dtype: torch.dtype) -> Direction:
 
 
 def _check(xz: Tensor, forward: Direction, backward: Direction, out_proj: Tensor | None) -> None:
+    expect_tensors(xz=xz)
     if xz.dim() != 3 or xz.shape[1] < 1 or xz.shape[2] % 2:
         raise ValueError(f"xz has shape {tuple(xz.shape)}, expected (batch, length >= 1, 2 dim)")
     expect_beside("xz", xz, xz.shape, xz)
+    for end, direction in (("forward", forward), ("backward", backward)):
+        if not isinstance(direction, Direction):
+            raise refusal(end, direction, "a Direction")
     dim = xz.shape[2] // 2
     rank, state, width = (
-        forward.dt_proj.shape[-1],
-        forward.A.shape[-1],
-        forward.conv_weight.shape[-1],
+        _second_axis(f"forward.{name}", getattr(forward, name))
+        for name in ("dt_proj", "A", "conv_weight")
     )
     shapes = (
         *((dim, width), (dim,), (rank + 2 * state, dim), (dim, rank)),
@@ -126,7 +140,16 @@ def _check(xz: Tensor, forward: Direction, backward: Direction, out_proj: Tensor
         for name, tensor, shape in zip(Direction._fields, direction, shapes, strict=True):
             expect_beside(f"{end}.{name}", tensor, shape, xz)
     if out_proj is not None:
+        _second_axis("out_proj", out_proj)
         expect_beside("out_proj", out_proj, (out_proj.shape[0], dim), xz)
+
+
+def _second_axis(name: str, matrix: Tensor) -> int:
+    """Return the length of a matrix's second axis."""
+    expect_tensors(**{name: matrix})
+    if matrix.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(matrix.shape)}, expected two axes")
+    return matrix.shape[1]
 
 
 def scan_inputs(x: Tensor, direction: Direction, *, reverse: bool) -> ScanInputs:

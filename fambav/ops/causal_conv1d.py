@@ -16,8 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
+from fambav.arguments import flag, refusal
 from fambav.ops.derivatives import once_differentiable, refuse
-from fambav.ops.dispatch import Backend, Table, expect_beside, in_strides_of, without_autocast
+from fambav.ops.dispatch import (
+    Backend,
+    Table,
+    expect_beside,
+    expect_tensors,
+    in_strides_of,
+    without_autocast,
+)
 from fambav.ops.kernels import (
     NUMBA,
     TRITON,
@@ -101,11 +109,13 @@ def causal_conv1d(
         (batch, dim, width - 1), in x's dtype.
 
     Raises:
-        ValueError: If a shape, dtype or device does not fit that of x, the activation is unknown,
-            there is a seq_idx, or a place for final states that are not returned.
+        ValueError: If a shape, dtype or device does not fit that of x, an argument is not one of
+            those above, there is a seq_idx, or a place for final states that are not returned.
         BackendError: If a backend is forced that cannot run these tensors.
     """
     _check(x, weight, bias, activation)
+    flag("reverse", reverse)
+    flag("return_final_states", return_final_states)
     if seq_idx is not None:
         raise ValueError("seq_idx is given, expected None; convolve packed sequences one by one")
     if final_states_out is not None and not return_final_states:
@@ -132,10 +142,12 @@ def causal_conv1d(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: object) -> None:
-    if x.dim() != 3 or x.shape[2] < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, dim, length >= 1)")
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (dim, width)")
+    expect_tensors(x=x, weight=weight)
+    if x.dim() != 3 or x.shape[1] < 1 or x.shape[2] < 1:
+        shape = tuple(x.shape)
+        raise ValueError(f"x has shape {shape}, expected (batch, dim >= 1, length >= 1)")
+    if weight.dim() != 2 or weight.shape[1] < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (dim, width >= 1)")
     expect_beside("x", x, x.shape, x)
     expect_beside("weight", weight, (x.shape[1], weight.shape[1]), x)
     if bias is not None:
@@ -143,7 +155,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: object) -
     if isinstance(activation, Tensor):
         raise ValueError(f"activation is a tensor, expected one of {ACTIVATIONS}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}, expected one of {ACTIVATIONS}")
+        raise refusal("activation", activation, f"one of {ACTIVATIONS}")
 
 
 def _final_states(x: Tensor, reach: int, *, reverse: bool) -> Tensor:

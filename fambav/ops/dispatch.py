@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fambav.arguments import refusal
+from fambav.short_repr import short_repr
+
 SCAN = "selective_scan"
 COMPOSED_HINT = "call it inside `with fambav.composed():`"
 
@@ -93,7 +96,7 @@ class Table:
             if backend.name == name:
                 return backend
         known = ", ".join(backend.name for backend in self.backends)
-        raise BackendError(f"backend of {self.op} is {name!r}, expected one of {known}")
+        raise BackendError(f"backend of {self.op} is {short_repr(name)}, expected one of {known}")
 
     def pick(self, *tensors: Tensor | None) -> Callable[..., Any]:
         """Return the forced implementation, or the first that supports `tensors`.
@@ -161,8 +164,9 @@ def force(backend: str | None, op: str = SCAN) -> Iterator[None]:
     Raises:
         BackendError: If the operation has no such backend.
     """
+    table = _table(op)
     if backend is not None:
-        _table(op)[backend]
+        table[backend]
     previous, _forced[op] = _forced.get(op), backend
     try:
         yield
@@ -232,8 +236,9 @@ def set_backend(backend: str | None, op: str = SCAN) -> None:
     Raises:
         BackendError: If the operation has no such backend, or this machine cannot run it.
     """
+    table = _table(op)
     if backend is not None:
-        reason = _table(op)[backend].unavailable()
+        reason = table[backend].unavailable()
         if reason is not None:
             raise BackendError(f"backend {backend!r} of {op} cannot run: {reason}")
     _forced[op] = backend
@@ -267,17 +272,43 @@ def backends() -> list[tuple[str, str, str | None]]:
 
 
 def _table(op: str) -> Table:
-    if op not in _tables:
-        raise BackendError(f"operation is {op!r}, expected one of {', '.join(_tables)}")
+    if not isinstance(op, str) or op not in _tables:
+        raise BackendError(f"operation is {short_repr(op)}, expected one of {', '.join(_tables)}")
     return _tables[op]
 
 
-def expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Check the shape of an argument.
+def expect_tensors(**arguments: Any) -> None:
+    """Check that arguments are tensors.
 
     Raises:
-        ValueError: If it differs.
+        ValueError: If one is something else.
     """
+    for name, value in arguments.items():
+        _expect_tensor(name, value)
+
+
+def _expect_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise refusal(name, value, "a tensor")
+
+
+def expect_dtype(name: str, dtype: Any) -> None:
+    """Check that an argument is a floating-point dtype.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise refusal(name, dtype, "a floating-point dtype such as torch.float32")
+
+
+def expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Check that an argument is a tensor of this shape.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    _expect_tensor(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fambav.arguments import refusal, whole
 from fambav.ops.cross_scan import select_rows
-from fambav.ops.dispatch import Backend, Table, without_autocast
+from fambav.ops.dispatch import Backend, Table, expect_tensors, without_autocast
 from fambav.ops.kernels import TRITON, on_gpu
 
 _Indices = tuple[Tensor, Tensor, Tensor]
@@ -60,12 +61,21 @@ def match(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tenso
         Sources are distinct.
 
     Raises:
-        IndexError: If there are fewer than count even indices, or no odd one.
+        ValueError: If there are fewer than count even indices, or no odd one, or an argument is not
+            one of those above.
 
     Source: Bolya et al., "Token Merging", arXiv:2210.09461, section 3.
     """
-    none = x.new_empty(x.shape[0], 0, dtype=torch.int64)
-    selection = evens_then_odds(x, count, none if masked is None else masked)
+    expect_tensors(x=x)
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, length, dim)")
+    if masked is None:
+        masked = x.new_empty(x.shape[0], 0, dtype=torch.int64)
+    expect_tensors(masked=masked)
+    if masked.dtype != torch.int64 or masked.shape[:-1] != x.shape[:1]:
+        given = f"{masked.dtype} of shape {tuple(masked.shape)}"
+        raise ValueError(f"masked is {given}, expected torch.int64 of shape (batch, k)")
+    selection = evens_then_odds(x, whole("count", count), masked)
     return selection.source, selection.target
 
 
@@ -81,7 +91,7 @@ def evens_then_odds(x: Tensor, count: int, cls_index: Tensor) -> Selection:
         The pairs of `match`; both parts of keep are ascending.
 
     Raises:
-        IndexError: If there are fewer than count even indices, or no odd one.
+        ValueError: If there are fewer than count even indices, or no odd one.
     """
     return _select(x, count, cls_index, in_order=False)
 
@@ -98,7 +108,7 @@ def in_order(x: Tensor, count: int, cls_index: Tensor) -> Selection:
         The pairs of `match` among the patches; keep is ascending.
 
     Raises:
-        IndexError: If count is larger, or there are fewer than two patches.
+        ValueError: If count is larger, or there are fewer than two patches.
     """
     return _select(x, count, cls_index, in_order=True)
 
@@ -113,6 +123,7 @@ def others(indices: Tensor, length: int) -> Tensor:
     Returns:
         (batch, length - k), int64.
     """
+    expect_tensors(indices=indices)
     batch, k = indices.shape
     before = indices.sort(dim=1).values - torch.arange(k, device=indices.device)
     rank = torch.arange(length - k, device=indices.device).expand(batch, -1).contiguous()
@@ -122,9 +133,8 @@ def others(indices: Tensor, length: int) -> Tensor:
 def _select(x: Tensor, count: int, cls_index: Tensor, *, in_order: bool) -> Selection:
     evens, odds = halves(x.shape[1], cls_index.shape[1], in_order=in_order)
     if count > evens or not odds:
-        raise IndexError(
-            f"count is {count}, expected at most {evens if odds else 0} of {x.shape[1]} tokens"
-        )
+        most = evens if odds else 0
+        raise refusal("count", count, f"at most {most} of {x.shape[1]} tokens")
     return Selection(*torch.ops.fambav.match(x.detach(), cls_index, count, in_order=in_order))
 
 

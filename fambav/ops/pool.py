@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from fambav.arguments import refusal
 from fambav.ops.derivatives import refuse
-from fambav.ops.dispatch import Backend, Table, expect, plain_autograd
+from fambav.ops.dispatch import Backend, Table, expect, expect_tensors, plain_autograd
 from fambav.ops.kernels import TRITON, on_gpu
 from fambav.ops.match import Selection
 
@@ -59,8 +60,15 @@ def pool(
         ValueError: If a shape does not fit that of x, or the selection's shapes each other.
         BackendError: If a backend is forced that cannot run these tensors.
     """
+    if not isinstance(selection, Selection):
+        raise refusal("selection", selection, "a Selection")
+    expect_tensors(x=x, keep=selection.keep, source=selection.source, target=selection.target)
+    if any(index.dtype != torch.int64 for index in selection[:3]):
+        raise ValueError(f"selection is of {selection.keep.dtype}, expected torch.int64")
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, length, dim)")
     batch, length, _ = x.shape
-    kept, count = selection.keep.shape[1], selection.source.shape[1]
+    kept, count = selection.keep.shape[-1], selection.source.shape[-1]
     if residual is not None:
         expect("residual", residual, x.shape)
     for name, tensor in (("weight", weight), ("size", size)):

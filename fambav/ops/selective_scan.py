@@ -21,9 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
+from fambav.arguments import flag
 from fambav.ops import scan_chunked, scan_mamba_ssm
 from fambav.ops.derivatives import refuse
-from fambav.ops.dispatch import SCAN, Backend, Table, expect_beside, in_strides_of
+from fambav.ops.dispatch import (
+    SCAN,
+    Backend,
+    Table,
+    expect_beside,
+    expect_dtype,
+    expect_tensors,
+    in_strides_of,
+)
 from fambav.ops.kernels import NUMBA, TRITON, KernelSet, kernel_set, on_gpu
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias"
@@ -100,27 +109,35 @@ def selective_scan(
         delta_softplus: Whether delta goes through softplus.
         return_last_state: Whether to return the state after the last step as well.
         reverse: Scan from the last token to the first.  The result keeps the order of u.
-        out_dtype: Of the result; u's by default.
+        out_dtype: Of the result, a floating-point one; u's by default.
 
     Returns:
         y, shaped like u and, except by backend cuda, with u's strides; with `return_last_state`
         also h, (batch, dim, state).  The state is float32, or float64 if u is.
 
     Raises:
-        ValueError: If a shape, dtype or device does not fit those of u and A.
+        ValueError: If a shape, dtype or device does not fit those of u and A, or an argument is not
+            one of those above.
         BackendError: If a backend is forced that cannot run these tensors.
 
     Source: Gu and Dao, "Mamba", arXiv:2312.00752, equations 2 and 4, with delta B for the
         discretized B, as in the authors' code.
     """
+    expect_tensors(u=u, delta=delta, A=A, B=B, C=C)
     B, C = (w.unsqueeze(1) if w.dim() == 3 else w for w in (B, C))
     _check(u, A, {"B": B, "C": C}, {"delta": delta, "z": z}, {"D": D, "delta_bias": delta_bias})
+    flag("delta_softplus", delta_softplus)
+    flag("return_last_state", return_last_state)
+    flag("reverse", reverse)
+    if out_dtype is None:
+        out_dtype = u.dtype
+    expect_dtype("out_dtype", out_dtype)
     run = SELECTIVE_SCAN.pick(u, A, B, C)
     y, last_state = run(
         *(u, delta, A, B, C, D, z, delta_bias),
         softplus=delta_softplus,
         reverse=reverse,
-        out_dtype=out_dtype or u.dtype,
+        out_dtype=out_dtype,
     )
     return (y, last_state) if return_last_state else y
 
@@ -132,11 +149,13 @@ def _check(
     tokens: dict[str, Tensor | None],
     channels: dict[str, Tensor | None],
 ) -> None:
-    if u.dim() != 3 or u.shape[2] < 1:
-        raise ValueError(f"u has shape {tuple(u.shape)}, expected (batch, dim, length >= 1)")
+    if u.dim() != 3 or u.shape[1] < 1 or u.shape[2] < 1:
+        shape = tuple(u.shape)
+        raise ValueError(f"u has shape {shape}, expected (batch, dim >= 1, length >= 1)")
     batch, dim, length = u.shape
-    if A.dim() != 2 or A.is_complex():
-        raise ValueError(f"A is {A.dtype} of {A.dim()} axes, expected real (dim, state)")
+    if A.dim() != 2 or A.is_complex() or A.shape[1] < 1:
+        given = f"{A.dtype} of shape {tuple(A.shape)}"
+        raise ValueError(f"A is {given}, expected real (dim, state >= 1)")
     state = A.shape[1]
     expect_beside("u", u, u.shape, u)
     expect_beside("A", A, (dim, state), u)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fambav.arguments import instance
 from fambav.layers import Tokens, take_rows
+from fambav.ops.dispatch import expect_tensors
 from fambav.ops.match import Selection, others
 from fambav.ops.pool import pool
 from fambav.ops.scan_aligned import carry_skipped_dt
@@ -29,7 +31,12 @@ def merge(tokens: Tokens, selection: Selection, weight: Tensor, *, summed: bool 
     Returns:
         The kept tokens, with the sizes of a group added up; without a grid, skipped step sizes or
         intermediates.
+
+    Raises:
+        ValueError: If tokens or selection is of another type.
     """
+    instance("tokens", tokens, Tokens, "Tokens")
+    instance("selection", selection, Selection, "a Selection")
     if not selection.source.shape[1]:
         return _taken(tokens, selection.keep)
     if selection.keep.shape[1] + selection.source.shape[1] < tokens.x.shape[1]:
@@ -56,6 +63,7 @@ def unmerge(rows: Tensor, source: Tensor, dropped: Tensor) -> Tensor:
     Returns:
         (batch, start, dim).
     """
+    expect_tensors(rows=rows, source=source, dropped=dropped)
     whole = take_rows(rows, source.clamp(min=0))
     return torch.where((source < 0)[..., None], dropped[:, None].to(whole.dtype), whole)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fambav.layers import BackboneInfo, Tokens, take_rows
 from fambav.ops.match import Selection, others
 from fambav.reduction.apply import interspersed
-from fambav.reduction.reducer import Grid, Indices, Reducer, at_least, one_of
+from fambav.reduction.reducer import Grid, Indices, Reducer, at_least, one_of, switch
 from fambav.registry import REDUCERS
 
 DISTANCES = ("l1", "l2", "cosine")
@@ -62,7 +62,7 @@ class Storm(Reducer):
         self.distance = one_of("distance", distance, DISTANCES)
         self.window = at_least("window", window, 1)
         self.metric = one_of("metric", metric, METRICS)
-        self.weighted = weighted
+        self.weighted = switch("weighted", weighted)
         self.summed = one_of("merge", merge, MERGES) == "sum"
 
     def select(self, tokens: Tokens, count: int) -> Selection:

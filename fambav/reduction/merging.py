@@ -19,7 +19,7 @@ from torch import Tensor
 from fambav.layers import BackboneInfo, Tokens, take_rows
 from fambav.ops.match import Selection, evens_then_odds, in_order, others
 from fambav.reduction.apply import interspersed
-from fambav.reduction.reducer import Indices, Reducer, at_least, one_of
+from fambav.reduction.reducer import Indices, Reducer, at_least, one_of, switch
 from fambav.registry import REDUCERS
 
 METRICS = ("hidden", "B", "C", "delta")
@@ -144,7 +144,7 @@ class RMeeTo(Reducer):
         self.nearest = at_least("nearest", nearest, 1)
         self.ordered = one_of("order", order, ORDERS) == "kept"
         self.pruned = one_of("merge", merge, MERGES) == "prune"
-        self.weighted = weighted
+        self.weighted = switch("weighted", weighted)
         self.needs = frozenset() if metric == "hidden" else frozenset({metric})
         self.class_policy = "proportional" if self.ordered else "exact"
 
@@ -223,7 +223,7 @@ class SequentialMerging(Reducer):
         super().__init__()
         self.backward = one_of("neighbours", neighbours, NEIGHBOURS) == "both"
         self.radius = at_least("radius", radius, 0)
-        self.weighted = weighted
+        self.weighted = switch("weighted", weighted)
 
     def select(self, tokens: Tokens, count: int) -> Selection:
         """Fold the `count` even patches most like a neighbour into it; order stays."""

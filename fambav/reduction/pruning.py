@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fambav.arguments import is_number, refusal
 from fambav.layers import BackboneInfo, Tokens, take_rows
 from fambav.layers.drop import uniform
 from fambav.ops.match import Selection, others
-from fambav.reduction.reducer import Indices, Reducer, at_least, one_of
+from fambav.reduction.reducer import OPTION, Indices, Reducer, at_least, one_of, switch
 from fambav.registry import REDUCERS
 
 Number = TypeVar("Number", int, Tensor)
@@ -92,7 +93,7 @@ class PruneAligned(_ByScore):
     ) -> None:
         super().__init__()
         self.needs = _read_by_importance(signal, directions)
-        self.signal, self.directions, self.clip = signal, directions, clip
+        self.signal, self.directions, self.clip = signal, directions, switch("clip", clip)
 
     def check(self, info: BackboneInfo) -> None:
         """Refuse to read a scan that there is not.
@@ -135,7 +136,7 @@ class EViT(_ByScore):
     def __init__(self, *, score: str = "y", fuse: bool = False) -> None:
         super().__init__()
         self.score = one_of("score", score, ("y", "class"))
-        self.fuse = fuse
+        self.fuse = switch("fuse", fuse)
         self.needs = frozenset({"y", "z"} if score == "y" else {"mixed"})
 
     def check(self, info: BackboneInfo) -> None:
@@ -192,8 +193,8 @@ class MTR(_Pruner):
 
     def __init__(self, *, targets: float = 2.0) -> None:
         super().__init__()
-        if not 1e-3 <= targets < math.inf:
-            raise ValueError(f"reduction option targets is {targets}, expected 0.001 or more")
+        if not is_number(targets) or not 1e-3 <= targets < math.inf:
+            raise refusal(f"{OPTION} targets", targets, "0.001 or more")
         self.targets = targets
 
     def select(self, tokens: Tokens, count: int) -> Selection:
@@ -238,8 +239,8 @@ class UTRC(Reducer):
 
     def __init__(self, *, prune_share: float = 0.5, signal: str = "mixed") -> None:
         super().__init__()
-        if not 0 <= prune_share <= 1:
-            raise ValueError(f"reduction option prune_share is {prune_share}, expected 0 to 1")
+        if not is_number(prune_share) or not 0 <= prune_share <= 1:
+            raise refusal(f"{OPTION} prune_share", prune_share, "0 to 1")
         self.needs = _read_by_importance(signal, "both")
         self.prune_share, self.signal = prune_share, signal
 

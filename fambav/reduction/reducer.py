@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any, ClassVar, cast
 
 from torch import nn
 
+from fambav.arguments import flag, known_name, refusal, whole
 from fambav.layers import BackboneInfo, Tokens
 from fambav.ops.match import Selection
 from fambav.registry import HOOKS, REDUCERS, nearest
@@ -20,6 +22,7 @@ from fambav.registry import HOOKS, REDUCERS, nearest
 Indices = tuple[int, ...]
 Grid = tuple[int, int]
 
+OPTION = "reduction option"  # what a refusal calls one
 _WORDS = {"true": True, "false": False}
 
 
@@ -109,9 +112,7 @@ def make_reducer(name: str, **options: Any) -> Reducer:
     build = REDUCERS[name]
     known = known_options(name)
     for option in options:
-        if option not in known:
-            hint = nearest(option, known) if known else f"{name} has none"
-            raise ValueError(f"reduction option is {option!r}, expected one of {name}; {hint}")
+        _check_option(name, option, known)
     made = cast(Reducer, build(**options))
     made.name = name
     return made
@@ -126,15 +127,13 @@ def read_options(name: str, text: str) -> dict[str, Any]:
         ValueError: If the method or an option is unknown, or a value cannot be read.
     """
     known, found = known_options(name), dict[str, Any]()
+    if not isinstance(text, str):
+        raise refusal("reduction_options", text, "a text of key=value pairs")
     for part in filter(None, (part.strip() for part in text.split(","))):
         option, equals, value = (word.strip() for word in part.partition("="))
         if not equals or option in found:
-            raise ValueError(
-                f"reduction_options is {text!r}, expected key=value pairs, no key twice"
-            )
-        if option not in known:
-            hint = nearest(option, known) if known else f"{name} has none"
-            raise ValueError(f"reduction option is {option!r}, expected one of {name}; {hint}")
+            raise refusal("reduction_options", text, "key=value pairs, no key twice")
+        _check_option(name, option, known)
         found[option] = _read(option, value, known[option])
     return found
 
@@ -145,30 +144,25 @@ def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
     Raises:
         ValueError: If it is another.
     """
-    return known_name(f"reduction option {option}", value, known)
+    return known_name(f"{OPTION} {option}", value, known)
 
 
-def known_name(setting: str, value: str, known: tuple[str, ...]) -> str:
-    """Return the value of a setting that must be one of some words.
+def at_least(option: str, value: int, least: int) -> int:
+    """Return the value of an option that must be a whole number of at least another.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    return whole(f"{OPTION} {option}", value, least=least, most=2**63 - 1)
+
+
+def switch(option: str, value: bool) -> bool:  # noqa: FBT001  of whatever type it may be
+    """Return the value of an option that must be True or False.
 
     Raises:
         ValueError: If it is another.
     """
-    if value not in known:
-        hint = nearest(value, known)
-        raise ValueError(f"{setting} is {value!r}, expected a known name; {hint}")
-    return value
-
-
-def at_least(option: str, value: int, least: int) -> int:
-    """Return the value of an option that must not be less than a number.
-
-    Raises:
-        ValueError: If it is.
-    """
-    if value < least:
-        raise ValueError(f"reduction option {option} is {value}, expected at least {least}")
-    return value
+    return flag(f"{OPTION} {option}", value)
 
 
 def known_options(name: str) -> dict[str, Any]:
@@ -181,15 +175,19 @@ def known_options(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def _check_option(name: str, option: str, known: Collection[str]) -> None:
+    if option not in known:
+        hint = nearest(option, known) if known else f"{name} has none"
+        raise refusal(OPTION, option, f"one of {name}; {hint}")
+
+
 def _read(option: str, value: str, default: Any) -> Any:
     kind = type(default)
     if kind is bool:
         if value.lower() not in _WORDS:
-            raise ValueError(f"reduction option {option} is {value!r}, expected true or false")
+            raise refusal(f"{OPTION} {option}", value, "true or false")
         return _WORDS[value.lower()]
     try:
         return kind(value)
     except ValueError:
-        raise ValueError(
-            f"reduction option {option} is {value!r}, expected {kind.__name__}"
-        ) from None
+        raise refusal(f"{OPTION} {option}", value, kind.__name__) from None

@@ -13,11 +13,12 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import nn
 
+from fambav.arguments import instance, is_whole, known_name, refusal, whole
 from fambav.layers import BackboneInfo, Hooks, Tokens
 from fambav.reduction.apply import carried_dt, mask, merge, put_class_tokens
-from fambav.reduction.reducer import Reducer, known_name, make_reducer
-from fambav.reduction.schedule import PUBLISHED, Schedule, from_fusion, make_schedule
-from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, SCAN_POLICIES
+from fambav.reduction.reducer import Reducer, make_reducer
+from fambav.reduction.schedule import NAME, PUBLISHED, Schedule, from_fusion, make_schedule
+from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, REDUCERS, SCAN_POLICIES
 
 _DELTA = frozenset({"delta"})
 
@@ -57,8 +58,8 @@ class Reduction(nn.Module):
             self._hooks = [Hooks()] * info.depth
             return
         method.check(info)
-        self.hook = known_name("reduction_hook", hook or method.hook, method.hooks)
-        self.scan = known_name("scan_policy", scan or method.scan, SCAN_POLICIES)
+        self.hook = known_name("reduction_hook", _or(hook, method.hook), method.hooks)
+        self.scan = known_name("scan_policy", _or(scan, method.scan), SCAN_POLICIES)
         self.class_policy = _class_policy(info, method, class_policy)
         self.gap_policy = _gap_policy(method, self.scan, gap_policy)
         _check_class_tokens(info, self.scan, self.class_policy)
@@ -165,7 +166,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def no_reduction(info: BackboneInfo) -> Reduction:
-    """Return a reduction that removes nothing."""
+    """Return a reduction that removes nothing.
+
+    Raises:
+        ValueError: If info is not that of a model.
+    """
+    instance("info", info, BackboneInfo, "the `info` of a model")
     return Reduction(info, None, Schedule.of(info.tokens, (0,) * info.depth))
 
 
@@ -191,11 +197,13 @@ def fused(
     Raises:
         ValueError: If that cannot be done or would do nothing.
     """
+    instance("info", info, BackboneInfo, "the `info` of a model")
+    known_name("fusion_method", method, REDUCERS.names())
     text = from_fusion(strategy, depth=info.depth, layer=layer, token=token, plan=plan)
-    reducer = make_reducer(method)
     if text is None:
         return no_reduction(info)
     given = ("fusion_token", token) if plan is None else ("fusion_plan", plan)
+    reducer = make_reducer(method)
     return Reduction(info, reducer, make_schedule(text, info, reducer, given=given))
 
 
@@ -229,10 +237,11 @@ def make_reduction(
     Raises:
         ValueError: If that cannot be done with this model, or would do nothing.
     """
+    instance("info", info, BackboneInfo, "the `info` of a model")
     if method == "none":
         return no_reduction(info)
     reducer = make_reducer(method, **options)
-    text = f"r:{schedule}" if isinstance(schedule, int) else schedule
+    text = f"r:{whole(NAME, schedule, least=1)}" if is_whole(schedule) else cast(str, schedule)
     reduction = Reduction(
         info,
         reducer,
@@ -272,21 +281,24 @@ def reduce(model: Model, method: str, schedule: str | int = PUBLISHED, **how: An
     return model
 
 
+def _or(given: str | None, own: str) -> str:
+    """Return what is given, whatever its truth, or a method's own."""
+    return own if given is None else given
+
+
 def _class_policy(info: BackboneInfo, method: Reducer, policy: str | None) -> str:
     """Return where class tokens go; where there are none, no method puts them anywhere."""
     own = method.class_policy if info.cls_index else "exact"
-    return known_name("class_token_policy", policy or own, CLASS_TOKEN_POLICIES)
+    return known_name("class_token_policy", _or(policy, own), CLASS_TOKEN_POLICIES)
 
 
 def _gap_policy(method: Reducer, scan: str, policy: str | None) -> str:
     """Return how the state ages; "none" unless scans are aligned."""
     if scan != "aligned":
         if policy not in (None, "none"):
-            raise ValueError(
-                f"gap_policy is {policy!r}, expected none unless scan_policy is aligned"
-            )
+            raise refusal("gap_policy", policy, "none unless scan_policy is aligned")
         return "none"
-    return known_name("gap_policy", policy or method.gap_policy, GAP_POLICIES)
+    return known_name("gap_policy", _or(policy, method.gap_policy), GAP_POLICIES)
 
 
 def _check_class_tokens(info: BackboneInfo, scan: str, policy: str) -> None:

@@ -25,8 +25,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import cast
+from typing import Any, cast
 
+from fambav.arguments import LARGEST, MOST_LAYERS, instance, is_whole, known_name, refusal, whole
 from fambav.layers import BackboneInfo
 from fambav.reduction.reducer import Grid, Indices, Reducer
 from fambav.registry import SCHEDULES, STRATEGIES, STRATEGY_ALIASES, nearest
@@ -37,7 +38,7 @@ Counts = tuple[int, ...]
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:/([1-9]\d*))?)?")
 _PAIRS = re.compile(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*")
 _LONG = re.compile(r"(?<![\d.])\d{10}")  # not behind a point
-_NAME, PUBLISHED = "reduction_schedule", "published"
+NAME, PUBLISHED = "reduction_schedule", "published"
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,13 @@ def make_schedule(
             cannot remove its tokens without touching a class token, or lacks the grid of patches
             that the method needs.
     """
-    name = given[0] if given else _NAME
+    instance("reducer", reducer, Reducer, "one of `make_reducer`")
+    name = given[0] if given else NAME
     if text == PUBLISHED:
         text = _published(info, reducer, name)
     counts = parse_schedule(text, info, name=name)
     own = reducer.class_policy if info.cls_index else "exact"
-    refused = _misfit(counts, info, reducer, class_policy or own)
+    refused = _misfit(counts, info, reducer, own if class_policy is None else class_policy)
     if refused is not None:
         layer, length, limit = refused
         value = given[1] if given else text
@@ -135,11 +137,13 @@ def make_schedule(
         if name == "fusion_token":
             most = str(_most(counts, info, reducer))
         raise ValueError(
-            f"{name} is {value!r}, expected at most {most}; "
+            f"{name} is {short_repr(value)}, expected at most {most}; "
             f"layer {layer} has {info.tokens} - {info.tokens - length} = {length} tokens, of which"
             f" {reducer.name} can remove {limit} without touching a class token"
         )
-    return Schedule.of(info.tokens, counts, after=(hook or reducer.hook) == "after")
+    return Schedule.of(
+        info.tokens, counts, after=(reducer.hook if hook is None else hook) == "after"
+    )
 
 
 def _published(info: BackboneInfo, reducer: Reducer, name: str) -> str:
@@ -176,36 +180,39 @@ def from_fusion(
         ValueError: If an argument is unknown, out of range, missing or not wanted, or if nothing
             would be removed under a strategy other than none.
     """
+    _check_fusion(strategy, depth, layer, token)
     name = STRATEGY_ALIASES.get(strategy, strategy)
     if plan is not None:
         if name == "none" and not token and layer is None:
             return _fusion_plan(plan, depth)
-        expected = "none beside a strategy, layer or token count"
-        raise ValueError(f"fusion_plan is {plan!r}, expected {expected}")
-    if name not in STRATEGIES:
-        hint = nearest(strategy, (*STRATEGIES, *STRATEGY_ALIASES))
-        raise ValueError(f"fusion_strategy is {strategy!r}, expected a known name; {hint}")
+        raise refusal("fusion_plan", plan, "none beside a strategy, layer or token count")
     if name not in ("lower", "upper"):
         if layer is not None:
-            raise ValueError(f"fusion_layer is {layer}, expected none with strategy {name}")
+            raise refusal("fusion_layer", layer, f"none with strategy {name}")
     elif layer is None or not 1 <= layer <= depth:
-        raise ValueError(f"fusion_layer is {layer}, expected 1 to {depth} with strategy {name}")
+        raise refusal("fusion_layer", layer, f"1 to {depth} with strategy {name}")
     if token != 0 if name == "none" else token < 1:
         wanted = "0" if name == "none" else "at least 1"
-        raise ValueError(f"fusion_token is {token}, expected {wanted} with strategy {name}")
+        raise refusal("fusion_token", token, f"{wanted} with strategy {name}")
     if name == "interleaved" and depth < 2:
-        raise ValueError(
-            f"fusion_strategy is {strategy!r}, expected one that removes tokens at depth {depth}"
-        )
+        raise refusal("fusion_strategy", strategy, f"one that removes tokens at depth {depth}")
     if name == "none":
         return None
     return f"{name}:{token}" if layer is None else f"{name}:{layer}:{token}"
 
 
+def _check_fusion(strategy: Any, depth: Any, layer: Any, token: Any) -> None:
+    """Refuse what is of another type than `from_fusion` says."""
+    known_name("fusion_strategy", strategy, (*STRATEGIES, *STRATEGY_ALIASES))
+    whole("depth", depth, least=1, most=MOST_LAYERS)
+    for name, number in (("fusion_layer", 0 if layer is None else layer), ("fusion_token", token)):
+        if not is_whole(number) or abs(number) > LARGEST:
+            raise refusal(name, number, f"a whole number of at most {LARGEST}")
+
+
 def _fusion_plan(plan: str, depth: int) -> str:
-    if not _PAIRS.fullmatch(plan):
-        shown = short_repr(plan)
-        raise ValueError(f"fusion_plan is {shown}, expected layer:count pairs such as 6:9,8:9")
+    if not isinstance(plan, str) or not _PAIRS.fullmatch(plan):
+        raise refusal("fusion_plan", plan, "layer:count pairs such as 6:9,8:9")
     _parse(plan, depth=depth, name="fusion_plan")
     return plan
 
@@ -217,11 +224,17 @@ def plan(strategy: str, *, depth: int, count: int = 0, layer: int | None = None)
 
 
 def write_schedule(counts: Sequence[int]) -> str:
-    """Write tokens removed at each layer as pairs such as "6:9,8:12"; empty if none are."""
+    """Write tokens removed at each layer as pairs such as "6:9,8:12"; empty if none are.
+
+    Raises:
+        ValueError: If counts are no whole numbers of at least 0.
+    """
+    if not isinstance(counts, Sequence) or not all(is_whole(n) and n >= 0 for n in counts):
+        raise refusal("counts", counts, "a whole number of at least 0 for each layer")
     return ",".join(f"{layer}:{count}" for layer, count in enumerate(counts, start=1) if count)
 
 
-def parse_schedule(text: str, info: BackboneInfo, *, name: str = _NAME) -> Counts:
+def parse_schedule(text: str, info: BackboneInfo, *, name: str = NAME) -> Counts:
     """Read a schedule.
 
     Args:
@@ -236,11 +249,14 @@ def parse_schedule(text: str, info: BackboneInfo, *, name: str = _NAME) -> Count
         ValueError: If the text has another form, a layer is not there, layers do not ascend, a
             share is not more than 0 and at most 1, or nothing would be removed.
     """
+    instance("info", info, BackboneInfo, "the `info` of a model")
     classes = len(info.cls_index)
     return _parse(text, depth=info.depth, start=info.tokens, classes=classes, name=name)
 
 
-def _parse(text: str, *, depth: int, start: int = 0, classes: int = 0, name: str = _NAME) -> Counts:
+def _parse(text: str, *, depth: int, start: int = 0, classes: int = 0, name: str = NAME) -> Counts:
+    if not isinstance(text, str):
+        raise refusal(name, text, f"one of {SCHEDULES}")
     try:
         found = _read(text, depth, start, classes)
         if any(count < 0 for count in found.values()):
@@ -248,7 +264,7 @@ def _parse(text: str, *, depth: int, start: int = 0, classes: int = 0, name: str
         if not any(found.values()):
             raise ValueError("one that removes tokens")
     except ValueError as expected:
-        raise ValueError(f"{name} is {short_repr(text)}, expected {expected}") from None
+        raise refusal(name, text, str(expected)) from None
     return tuple(found.get(number, 0) for number in range(1, depth + 1))
 
 

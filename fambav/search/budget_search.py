@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from fambav.arguments import known_name, whole
 from fambav.search.cost_models import CostModel, Stopwatch, flop_share, token_layers
 from fambav.search.evolution import evolve, initial_population
 from fambav.search.greedy import greedy, merged_dissimilarity, pair_similarity
 from fambav.search.objective import Objective, PlanScore
-from fambav.search.parsing import Budget
+from fambav.search.parsing import ALGORITHMS, OBJECTIVES, Budget
 from fambav.search.space import Counts, Plan, Problem, SearchSpace
 from fambav.search.subject import Subject
 
@@ -51,6 +52,19 @@ class SearchOptions:
     steps: int
     trials: int
     seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be searched with.
+
+        Raises:
+            ValueError: If a number is too small or a name unknown.
+        """
+        whole("images", self.images, least=1)
+        whole("steps", self.steps, least=1)
+        whole("trials", self.trials)
+        whole("seed", self.seed, most=2**63 - 1)
+        known_name("objective", self.objective, OBJECTIVES)
+        known_name("algorithm", self.algorithm, ALGORITHMS)
 
 
 @dataclass(frozen=True, kw_only=True)

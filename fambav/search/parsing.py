@@ -13,6 +13,7 @@ import math
 import re
 from typing import NamedTuple
 
+from fambav.arguments import refusal
 from fambav.registry import nearest
 
 KINDS = ("token-layers", "flops", "ms")
@@ -42,19 +43,23 @@ def parse_budget(text: str) -> Budget:
     Raises:
         ValueError: If the text has another form, or every plan or none would meet it.
     """
+    if not isinstance(text, str):
+        raise refusal("budget", text, BUDGETS)
     kind, _, number = text.partition(":")
     try:
         most = float(number)
     except ValueError:
         most = math.nan
     if kind not in KINDS or not math.isfinite(most):
-        raise ValueError(f"budget is {text!r}, expected token-layers:0.7, flops:0.75 or ms:12.5")
+        raise refusal("budget", text, BUDGETS)
     if most <= 0 or (most >= 1 and kind != "ms"):
         expected = "a time of more than 0" if kind == "ms" else "a share of more than 0 and below 1"
-        raise ValueError(f"budget is {text!r}, expected {expected}")
+        raise refusal("budget", text, expected)
     return Budget(kind, most)
 
 
+OBJECTIVES, ALGORITHMS = ("distance", "accuracy"), ("greedy", "evolution", "both")
+BUDGETS = "token-layers:0.7, flops:0.75 or ms:12.5"
 FAMILIES = "all, interleaved, upper:6, lower:3, r@3-23/2, keep@5,10 or scale:0,4,8,8"
 _FORMS = {
     "all": "",
@@ -87,9 +92,9 @@ def parse_family(text: str) -> Family:
     Raises:
         ValueError: If the text has another form.
     """
-    kind = re.split("[:@]", text)[0]
+    kind = re.split("[:@]", text)[0] if isinstance(text, str) else ""
     if kind not in _FORMS:
-        raise ValueError(f"family is {text!r}, expected one of {FAMILIES}; {nearest(kind, _FORMS)}")
+        raise refusal("family", text, f"one of {FAMILIES}; {nearest(kind, _FORMS)}")
     if not re.fullmatch(kind + _FORMS[kind], text):
-        raise ValueError(f"family is {text!r}, expected one of {FAMILIES}")
+        raise refusal("family", text, f"one of {FAMILIES}")
     return Family(text, kind, text[len(kind) + 1 :])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from fambav.arguments import is_number, refusal
 from fambav.reduction import Reduction
 from fambav.reduction.schedule import parse_schedule
 from fambav.reduction.schedule import plan as strategy_plan
@@ -76,7 +78,12 @@ def tune(
         primary: That metric.
         margin: In its unit, such as points of top-1; 0 or more.
         report: Gets each plan as it is evaluated.
+
+    Raises:
+        ValueError: If there is no such margin.
     """
+    if not is_number(margin) or not 0 <= margin < math.inf:
+        raise refusal("margin", margin, "a number of 0 or more")
     trail: list[Evaluated] = []
 
     def evaluate(name: str, method: str, reduction: Reduction) -> Evaluated:

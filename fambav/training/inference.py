@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fambav import data
+from fambav.arguments import file_path, file_paths, whole
 from fambav.config import Config, affecting, read_settings, refuse
 from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD
 from fambav.engine.checkpoint import CheckpointError
@@ -87,6 +88,7 @@ def from_pretrained(path: str | Path, **settings: Any) -> nn.Module:
         images it reads, as evaluation makes them, and has the `label_names`.
 
     Raises:
+        ValueError: If path is no path.
         CheckpointError: If the file cannot be used, or does not say what model it is of.
         NotFiniteWeightsError: If a weight is not finite.
         ConfigError: If a setting is unknown, wrong, or means nothing beside weights.
@@ -124,7 +126,7 @@ def load_run(
             known = "beside weights that know theirs"
             why = known if name in OPEN else "here, where it would change nothing"
             refuse(name, value, f"no such setting {why}")
-    state = RunState.read(weights_file(Path(path)))
+    state = RunState.read(weights_file(file_path("path", path)))
     if state.config is not None and config is not None:
         raise CheckpointError(
             f"{state.path} says itself what it is of, expected no model beside it"
@@ -173,14 +175,16 @@ def predict(
         DataError: If an image cannot be read.
         NotFiniteError: If a logit is not finite; NotFiniteWeightsError: if a weight is not.
     """
-    run = load_run(path, config=config)
-    names = run.class_names or [str(number) for number in range(run.num_classes)]
+    whole("topk", topk, least=1)
+    files = file_paths("images", images)
     with processes(device) as group, torch.no_grad():
+        run = load_run(path, config=config)
+        names = run.class_names or [str(number) for number in range(run.num_classes)]
         net = run.net.to(group.device)
-        inputs = [run.transform(data.read_image(image))[None] for image in images]
+        inputs = [run.transform(data.read_image(file))[None] for file in files]
         logits = torch.cat([net(x.to(group.device)) for x in inputs])  # (images, classes)
-        for image, x, row in zip(images, inputs, logits, strict=True):
-            check_logits(net, x.to(group.device), row, str(image))
+        for file, x, row in zip(files, inputs, logits, strict=True):
+            check_logits(net, x.to(group.device), row, str(file))
     best = logits.float().softmax(dim=1).topk(min(topk, len(names)), dim=1)
     return [
         [(names[index], share) for share, index in zip(shares, indices, strict=True)]

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from fambav.arguments import check_folder
 from fambav.config import Config
 from fambav.data import Batches, DataSet, eval_crop
 from fambav.data.device_augment import DeviceEvalLoader
@@ -51,6 +52,8 @@ def run(config: Config) -> int:
         OSError: If the run folder cannot be written.
         DivergedError: If the loss becomes NaN or infinite.
     """
+    if config.run.output_dir is not None and not config.run.eval:
+        check_folder(Path(config.run.output_dir))
     with opened(config) as job:
         if config.run.eval:
             job.evaluate()

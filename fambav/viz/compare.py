@@ -55,6 +55,10 @@ def compare_strategies(model: Backbone) -> tuple[str, dict[str, Reduction]]:
         allow, by a label with its L and r.  The model's own is marked; it comes last if it equals
         no strategy.
     """
+    if not isinstance(model, Backbone):
+        raise ValueError(
+            f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
+        )
     own = model.reduction
     method, made = own.name, _strategies(own, own.method or make_reducer(_GENERAL))
     if own.method is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from torch import Tensor, nn
 
+from fambav.arguments import refusal, whole
 from fambav.models import Backbone
 from fambav.viz import patches, style
 from fambav.viz.compare import OWN, compare_strategies, described, reducing
@@ -43,11 +44,15 @@ def groups(
         image: As the model takes it, (3, height, width), or a trace of it.
         title: Model and reduction by default.
         layers: Which layers, from 1; all, or 11 of them spread evenly, if not given.
+
+    Raises:
+        ValueError: If the model is not one of ours, takes no such image, or has no such layer.
     """
     trace = trace_tokens(model, image)
     over = patches.depths(trace)
     colour = patches.colours(over)
-    chosen = (0, *(spread(len(over) - 1, _PANELS - 1) if layers is None else layers))
+    depth = len(over) - 1
+    chosen = (0, *(spread(depth, _PANELS - 1) if layers is None else known_layers(layers, depth)))
     figure, panels = style.panels(
         len(chosen),
         columns=_ROW,
@@ -105,6 +110,17 @@ def animation(
     colour = patches.colours(over)
     heading = title_of(model, title), _key(over, linked=True)
     return [_frame(trace, over[n], colour, layer=n, heading=heading) for n in range(len(over))]
+
+
+def known_layers(layers: Sequence[int], depth: int, *, first: int = 1) -> list[int]:
+    """Return layers to draw.
+
+    Raises:
+        ValueError: If one is not from `first` to `depth`.
+    """
+    if not isinstance(layers, Sequence) or not layers:
+        raise refusal("layers", layers, f"a list of some of {first} to {depth}")
+    return [whole("layers", layer, least=first, most=depth) for layer in layers]
 
 
 def title_of(model: nn.Module, title: str | None) -> str:

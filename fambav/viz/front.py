@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fambav.arguments import instance
 from fambav.experiments import Point
 from fambav.experiments.metrics import PRIMARY
 from fambav.pareto import pareto_front
@@ -63,6 +64,7 @@ def pareto(
     Raises:
         ValueError: If no row has the metric and a cost.
     """
+    instance("points", points, Sequence, "a list of points")
     known = [point for point in points if metric.name in point.figures]
     measured = [axis for axis in AXES if axis.of(known)]
     if not measured:

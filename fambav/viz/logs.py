@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fambav.arguments import instance
 from fambav.experiments.metrics import PRIMARY
 from fambav.tasks import Metric
 from fambav.viz import style
@@ -27,6 +28,7 @@ def curves(runs: Mapping[str, Sequence[Record]], *, title: str, metric: Metric =
     Raises:
         ValueError: If no record has anything to draw.
     """
+    instance("runs", runs, Mapping, "the records of each run by its name")
     panels = _panels(metric)
     keys = [key for key in panels if any(key in record for log in runs.values() for record in log)]
     if not keys:

@@ -21,7 +21,7 @@ from fambav.models import Backbone
 from fambav.reduction import no_reduction
 from fambav.viz import patches, style
 from fambav.viz.compare import described, reducing
-from fambav.viz.figures import title_of
+from fambav.viz.figures import known_layers, title_of
 from fambav.viz.patches import spread
 from fambav.viz.trace import Floats, Ints, TokenTrace, trace_tokens
 
@@ -158,7 +158,8 @@ def scan(
     whose mixer reads fewer tokens than the one before, or 9 of them spread evenly.
     """
     trace = trace_tokens(model, image)
-    chosen = _shorter(trace) if layers is None else list(layers)
+    depth = len(trace.steps)
+    chosen = _shorter(trace) if layers is None else known_layers(layers, depth, first=0)
     figure, panels = style.panels(
         len(chosen),
         columns=_PATH_ROW,

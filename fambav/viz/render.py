@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fambav import data, experiments
+from fambav.arguments import file_path, file_paths
 from fambav.data import DataSet
 from fambav.engine.finite import check_logits
 from fambav.models import Backbone
@@ -155,7 +156,7 @@ def render(
             matplotlib is not installed.
         OSError: If the folder cannot be written.
     """
-    source = source or Source()
+    source, runs, folder = source or Source(), file_paths("runs", runs), file_path("folder", folder)
     wanted, names = _wanted(runs, what), names_of(runs)
     kinds = [kind for kind in wanted if kind != "curves"]
     logs = dict(zip(names, map(read_log, runs), strict=True)) if "curves" in wanted else {}

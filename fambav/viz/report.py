@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 
 from fambav import config, experiments
+from fambav.arguments import file_path, file_paths
 from fambav.config import OPTIONS
 from fambav.data import DataError, DataSet
 from fambav.engine.checkpoint import write_text
@@ -68,6 +69,7 @@ def write_report(
             mixed without `mixed`, or matplotlib or Jinja2 is missing.
         OSError: If the file cannot be written.
     """
+    folders, target = file_paths("folders", folders), file_path("target", target)
     grids = [folder for folder in folders if experiments.is_grid(folder)]
     runs = [folder for folder in folders if folder not in grids]
     results = [experiments.read_run(folder) for folder in runs]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from PIL import Image
 
+from fambav.arguments import file_path, instance, refusal
 from fambav.engine.checkpoint import write_bytes
 from fambav.text import printable
 
@@ -209,16 +210,19 @@ def save(drawn: Figure | Sequence[Figure], path: Path) -> None:
         path: Ends in .png or .svg, and of an animation in .gif; text in SVG is text.
 
     Raises:
-        ValueError: If the path ends otherwise.
+        ValueError: If the path ends otherwise, or there is no figure.
         OSError: If it cannot be written.
     """
+    path = file_path("path", path)
     if isinstance(drawn, Sequence):
         _save_gif(drawn, path)
         return
     if path.suffix not in _METADATA:
         raise ValueError(f"path is {str(path)!r}, expected one that ends in .png or .svg")
     import matplotlib
+    from matplotlib.figure import Figure
 
+    instance("drawn", drawn, Figure, "a figure, or several of one size")
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fambav"}):
         kind = path.suffix.removeprefix(".")
@@ -229,6 +233,8 @@ def save(drawn: Figure | Sequence[Figure], path: Path) -> None:
 def _save_gif(drawn: Sequence[Figure], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    if not drawn:
+        raise refusal("drawn", drawn, "at least one figure")
     if path.suffix != ".gif":
         raise ValueError(f"path is {str(path)!r}, expected one that ends in .gif")
     frames = []

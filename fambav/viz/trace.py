@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fambav.arguments import refusal
 from fambav.layers import Tokens
 from fambav.layers.block import Hook
 from fambav.models import Backbone
@@ -99,6 +100,9 @@ def trace_tokens(
         raise ValueError(
             f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
         )
+    if not isinstance(image, Tensor) or image.ndim != 3:
+        given = tuple(image.shape) if isinstance(image, Tensor) else image
+        raise refusal("image", given, "a tensor (channels, height, width)")
     device = next(model.parameters()).device
     with evaluating(model):
         tokens, steps = model.embed(image[None].to(device), trace=True), []

@@ -163,7 +163,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_loaded(tmp_path, monkeyp
         export(missing, "onx", tmp_path / "out")
     with pytest.raises(ValueError, match=r"output_dir is .*full', expected a folder that is empty"):
         export(missing, "hf", full)
-    with pytest.raises(ValueError, match="images is 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="images is 0, expected at least 1"):
         export(missing, "hf", tmp_path / "out", images=0)
     monkeypatch.setattr(folder.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'onnx is not installed.*pip install "fambav\[export\]"'):

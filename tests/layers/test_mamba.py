@@ -118,5 +118,5 @@ def test_double_precision_is_kept():
 
 
 def test_an_unknown_mixer_is_refused_by_name():
-    with pytest.raises(ValueError, match="bimamba_type is 'v3', expected a known mixer"):
+    with pytest.raises(ValueError, match="bimamba_type is 'v3', expected a known name"):
         Mamba(16, bimamba_type="v3")

@@ -170,14 +170,14 @@ def test_an_image_of_another_size_is_refused():
         (dict(global_pool="token", class_token="none"), "global_pool is 'token', expected 'avg'"),
         (dict(bimamba_type="v3"), "bimamba_type is 'v3'"),
         (dict(num_classes=-1), "num_classes is -1"),
-        (dict(drop_path_rate=1.0), "drop rate is 1.0"),
+        (dict(drop_path_rate=1.0), "drop_path_rate is 1.0"),
         (dict(depth=0), "depth is 0"),
         (dict(fusion_strategy="uper"), "fusion_strategy is 'uper'"),
         (dict(fusion_strategy="upper", fusion_layer=7, fusion_token=1), "fusion_layer is 7"),
         (dict(fusion_strategy="all", fusion_token=0), "fusion_token is 0"),
         (dict(fusion_strategy="all", fusion_token=30), "fusion_token is 30"),
         (dict(fusion_token=3), "fusion_token is 3"),
-        (dict(fusion_method="tom"), "reduction is 'tom'"),
+        (dict(fusion_method="tom"), "fusion_method is 'tom'"),
     ],
 )
 def test_a_wrong_argument_is_refused_in_a_sentence(arguments, message):
@@ -200,7 +200,7 @@ def test_an_unknown_argument_is_refused_in_a_sentence(name, message):
 
 def test_an_impossible_plan_is_refused_before_weights_are_made():
     with pytest.raises(ValueError, match="fusion_token is 200"):
-        timm.create_model("vim_base", dim=10**9, fusion_strategy="all", fusion_token=200)
+        timm.create_model("vim_base", dim=2**24, fusion_strategy="all", fusion_token=200)
 
 
 def test_importing_and_building_say_nothing(capfd):

@@ -185,7 +185,7 @@ def test_tokens_that_are_all_no_numbers_go_in_their_order(function, backend):
     ],
 )
 def test_more_pairs_than_tokens_are_refused(function, length, count, at, most, backend):
-    with pytest.raises(IndexError, match=f"count is {count}, expected at most {most} of {length}"):
+    with pytest.raises(ValueError, match=f"count is {count}, expected at most {most} of {length}"):
         chosen(function, backend, features(1, length, 4), count, places(1, *at))
 
 
