@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fambav.layers import Tokens, take_rows
+from fambav.layers import Tokens
+from fambav.ops.cross_scan import select_rows
 from fambav.ops.match import Selection, others
 from fambav.ops.pool import pool
 from fambav.ops.scan_aligned import carry_skipped_dt
@@ -56,7 +57,7 @@ def unmerge(rows: Tensor, source: Tensor, dropped: Tensor) -> Tensor:
     Returns:
         (batch, start, dim).
     """
-    whole = take_rows(rows, source.clamp(min=0))
+    whole = select_rows(rows, source.clamp(min=0))
     return torch.where((source < 0)[..., None], dropped[:, None].to(whole.dtype), whole)
 
 
@@ -97,8 +98,8 @@ def _taken(tokens: Tokens, keep: Tensor) -> Tokens:
     """Return the tokens at `keep` as they are."""
     moved = _moved(tokens, keep, _inverse(keep, tokens.x.shape[1]))
     return moved._replace(
-        x=take_rows(tokens.x, keep),
-        residual=None if tokens.residual is None else take_rows(tokens.residual, keep),
+        x=select_rows(tokens.x, keep),
+        residual=None if tokens.residual is None else select_rows(tokens.residual, keep),
         size=tokens.size.gather(1, keep),
     )
 
