@@ -161,7 +161,7 @@ class Report:
         names = ("model", "input_size", "num_classes", "method", "scan", "counted", "start")
         figures = {
             **{name: getattr(self, name) for name in names},
-            "dense": self.unreduced.as_dict(),
+            "unreduced": self.unreduced.as_dict(),
             **{n: getattr(self, n).as_dict() for n in ("reduction", "alignment", "total")},
             "conventions": CONVENTIONS,
         }

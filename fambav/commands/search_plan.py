@@ -197,7 +197,7 @@ def _figures(
         "method": plan.method,
         "counts": list(plan.counts),
         "cost": cost_model(plan.counts),
-        "dense_cost": cost_model(result.space.unreduced),
+        "unreduced_cost": cost_model(result.space.unreduced),
         "loss": result.scores[plan].loss,
         f"train_{metric}": result.scores[plan].metric,
         "tried": len(result.scores),
