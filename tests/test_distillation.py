@@ -9,14 +9,14 @@ from fambav.config import ConfigError, load, parse
 from fambav.engine import checkpoint
 from fambav.engine.distill import Teacher
 from fambav.engine.distributed import Processes
-from fambav.engine.step import TrainStep
 from fambav.models import Vim
 from fambav.training import model
 from fambav.training.step import train_step
 from fambav.training.teacher import teacher
 from tests.data.made import made_cifar10
 from tests.identical import lasting, log, same
-from tests.test_runs import Crash, go, launch, refused
+from tests.made import crashing, go, refused
+from tests.test_runs import launch
 
 RUN = ["--model", "vim_tiny"]
 
@@ -185,23 +185,10 @@ def test_a_model_that_keeps_its_tokens_starts_at_no_distance_from_itself(
     assert taught == pytest.approx(plain, rel=1e-6)
 
 
-def crash(monkeypatch):
-    real = TrainStep.__call__
-
-    def call(self, batches, number):
-        if number == 3:  # in the middle of the second epoch
-            raise Crash
-        return real(self, batches, number)
-
-    monkeypatch.setattr(TrainStep, "__call__", call)
-
-
 def test_a_resumed_run_finds_its_teacher_and_is_bit_identical(finished, flags, unreduced, tmp_path):
     words = [*flags, "--finetune", unreduced, "--distillation-type", "kl", "--output_dir", tmp_path]
-    with pytest.MonkeyPatch.context() as patch:
-        crash(patch)
-        with pytest.raises(Crash):
-            go(*words)
+    with crashing():
+        go(*words)
     torch.manual_seed(99)
     found = go(*words, "--resume", "auto")
     assert found.status == 0, found.err

@@ -1,9 +1,8 @@
 """Runs and their pictures: what is drawn of which run, and what is refused."""
 
-import contextlib
-import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +24,8 @@ from fambav.training import pictured
 from fambav.viz.compare import compare_strategies, described, reducing
 from fambav.viz.render import traced
 from tests.data.made import made_cifar
+from tests.made import go
+from tests.made import refused as refused_
 
 RUN = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 8
     --epochs 1 --warmup-epochs 0 --threads 1 --no-model-ema"""
@@ -38,23 +39,8 @@ def registered(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "pareto", pareto)
 
 
-def go(program, *words):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = program([str(word) for word in words])
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
-
-
-def fambav_(*words):
-    return go(cli.console, *words)
-
-
-def refused(*words):
-    found = fambav_(*words)
-    assert found.status == 2, found.out + found.err
-    assert found.err.startswith("error: ")
-    assert found.err.count("\n") == 1
-    return found.err
+fambav_ = partial(go, program=cli.console)
+refused = partial(refused_, program=cli.console)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +51,7 @@ def runs(tmp_path_factory):
     for name, flags in {"fused": FUSED, "pruned": PRUNED, "unreduced": ""}.items():
         made[name] = folder / name
         words = [*RUN.split(), *flags.split(), "--data-path", folder / "data"]
-        found = go(cli.main, *words, "--output_dir", made[name])
+        found = go(*words, "--output_dir", made[name])
         assert found.status == 0, found.err
     return SimpleNamespace(**made)
 
