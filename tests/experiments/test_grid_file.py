@@ -43,7 +43,7 @@ def cells(made):
     return {cell.name: cell for cell in read_grid(made()).cells}
 
 
-def test_dense_models_come_first_and_then_seed_by_seed(made):
+def test_unreduced_models_come_first_and_then_seed_by_seed(made):
     names = [cell.name for cell in read_grid(made()).cells]
     rows = ("ordered, 12", "Famba-V")
     assert names == [
@@ -72,7 +72,7 @@ def test_a_cell_is_base_then_fine_tuning_then_row(cells):
     assert read("Famba-V, seed 0, fine-tuned") == [2, 5e-4, 2, "famba-v", 0]
 
 
-def test_a_cell_starts_from_its_seeds_dense_model_and_has_a_folder_of_its_own(cells):
+def test_a_cell_starts_from_its_seeds_unreduced_model_and_has_a_folder_of_its_own(cells):
     for cell in cells.values():
         if cell.phase == "unreduced":
             assert cell.start is None
@@ -83,7 +83,7 @@ def test_a_cell_starts_from_its_seeds_dense_model_and_has_a_folder_of_its_own(ce
     assert str(place) == "cells/ordered-12/seed3/fine-tuned"
 
 
-def test_without_fine_tuning_nothing_is_trained_but_dense_models(made):
+def test_without_fine_tuning_nothing_is_trained_but_unreduced_models(made):
     found = read_grid(made(("finetune: {epochs: 2, lr: 1.0e-3}\n", "")))
     assert {cell.phase for cell in found.cells} == {"unreduced", "training-free"}
     assert not [cell for cell in found.cells if not cell.row.settings and cell.start]
@@ -112,13 +112,13 @@ def test_a_changed_row_is_a_change_of_its_cells_only(made):
     assert changed == {name for name in before if name.startswith("Famba-V")}
 
 
-def test_a_changed_dense_model_is_a_change_of_every_cell(made):
+def test_a_changed_unreduced_model_is_a_change_of_every_cell(made):
     before = {cell.name: recorded(cell) for cell in read_grid(made()).cells}
     after = read_grid(made(base=f"{BASE}smoothing: 0.2\n")).cells
     assert not any(cell.agrees(before[cell.name]) for cell in after)
 
 
-def test_other_epochs_of_the_dense_model_change_what_is_fine_tuned_from_it(made):
+def test_other_epochs_of_the_unreduced_model_change_what_is_fine_tuned_from_it(made):
     before = {cell.name: recorded(cell) for cell in read_grid(made()).cells}
     after = read_grid(made(base=BASE.replace("epochs: 4", "epochs: 5"))).cells
     assert not any(cell.agrees(before[cell.name]) for cell in after)

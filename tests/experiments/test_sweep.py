@@ -232,7 +232,7 @@ def test_a_cell_that_fails_is_told_the_others_go_on_and_it_is_tried_again(place,
     assert not any(known["error"] for known in found.found.values())
 
 
-def test_cells_of_a_dense_model_that_diverged_fail_in_their_turn(tmp_path):
+def test_cells_of_a_unreduced_model_that_diverged_fail_in_their_turn(tmp_path):
     path = written(tmp_path, UNREDUCED, ("[0, 1]", "[0]"), SHORT)
     base = tmp_path / "base.yaml"
     base.write_text(base.read_text().replace("lr: 1.0e-3", "lr: 1.0e+30"))

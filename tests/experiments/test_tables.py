@@ -126,7 +126,7 @@ def tuned(acc1, seconds=4.0):
     return known
 
 
-def test_rows_that_start_from_the_dense_model_are_evaluated_and_fine_tuned(grid):
+def test_rows_that_start_from_the_unreduced_model_are_evaluated_and_fine_tuned(grid):
     known = {
         "unreduced, seed 0, unreduced": tuned(90.0),
         "unreduced, seed 1, unreduced": tuned(92.0),

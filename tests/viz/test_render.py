@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fambav
 import fambav.models
 from fambav import cli, viz
-from fambav.commands import pareto, show
+from fambav.commands import show
 from fambav.config import parse
 from fambav.data import load
 from fambav.registry import PICTURES
@@ -31,13 +31,6 @@ RUN = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --ba
     --epochs 1 --warmup-epochs 0 --threads 1 --no-model-ema"""
 FUSED = "--fusion-strategy upper --fusion-layer 4 --fusion-token 3"
 PRUNED = "--class-token none --reduction evit --reduction-schedule r:3@2-4"
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "show", show)
-    monkeypatch.setitem(cli.COMMANDS, "pareto", pareto)
-
 
 fambav_ = partial(go, program=cli.console)
 refused = partial(refused_, program=cli.console)
