@@ -27,10 +27,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fambav.bench.report import MeasureError, table
+from fambav.bench.report import MeasureError
 from fambav.cli import guarded
 from fambav.commands.output import show
 from fambav.commands.parser import Parser
+from fambav.table import Table, json_document
 
 if TYPE_CHECKING:
     from fambav.ops.triton.variant import Variant
@@ -99,8 +100,7 @@ class Audit:
     def json(self) -> str:
         """Return everything as JSON, with a line for each row."""
         head = dataclasses.asdict(self)
-        rows = ",\n  ".join(json.dumps(row) for row in head.pop("rows"))
-        return f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}'
+        return json_document(head, rows=head.pop("rows"))
 
     def text(self) -> str:
         """Return a table to read."""
@@ -117,9 +117,8 @@ class Audit:
             }
             for row in self.rows
         ]
-        return "\n".join(
-            [f"kernels compiled ahead of time by triton {self.triton}", "", *table(rows)]
-        )
+        title = f"kernels compiled ahead of time by triton {self.triton}"
+        return f"{title}\n\n{Table.of_records(rows).render('text')}"
 
 
 def main(words: list[str]) -> None:

@@ -8,7 +8,6 @@ The formulas and conventions are in `fambav.models.flops`.  A method of reductio
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from fambav.models.flops import (
     total,
 )
 from fambav.reduction import Reduction
-from fambav.table import Table
+from fambav.table import Table, json_document
 
 __all__ = ["CLASSES", "CONVENTIONS", "OVERHEADS", "Cost", "Overhead", "count", "count_config"]
 
@@ -162,7 +161,7 @@ class Report:
         names = ("model", "input_size", "num_classes", "method", "scan", "counted", "start")
         figures = {
             **{name: getattr(self, name) for name in names},
-            "dense": self.unreduced.as_dict(),
+            "unreduced": self.unreduced.as_dict(),
             **{n: getattr(self, n).as_dict() for n in ("reduction", "alignment", "total")},
             "conventions": CONVENTIONS,
         }
@@ -170,8 +169,7 @@ class Report:
             {k: v.as_dict() if isinstance(v, Cost) else v for k, v in vars(row).items()}
             for row in self.rows
         )
-        rows = ",\n  ".join(map(json.dumps, each))
-        return f'{json.dumps(figures, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}'
+        return json_document(figures, rows=list(each))
 
 
 def _span(rows: list[Row]) -> str:

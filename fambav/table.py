@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fambav.text import printable
 
 Cells = Sequence[str]
+Rows = Sequence[Mapping[str, Any]]
 
 _FOR_PROGRAMS = ("csv", "json")
 FORMATS = ("text", "markdown", "latex", *_FOR_PROGRAMS)
@@ -41,6 +42,7 @@ class Table:
             repeats the row above, as all at its left do, is empty.
         notes: Lines below the table.
         title: Line above it; may be empty.
+        sides: "<" or ">" of each column of text; by default the names stand left, figures right.
         values: Rows of plain values for CSV, the first of them its head; None is an empty cell.
         document: What JSON holds.
     """
@@ -50,8 +52,24 @@ class Table:
     names: int
     notes: Sequence[str] = ()
     title: str = ""
+    sides: str = ""
     values: Sequence[Sequence[Any]] = ()
     document: Any = None
+
+    @classmethod
+    def of_records(cls, rows: Rows) -> Table:
+        """Return a table of mappings with the same keys, which name the columns.
+
+        Args:
+            rows: One at least; see `cell` for how their values are written.
+        """
+        first = rows[0]
+        return cls(
+            head=[name.replace("_", " ") for name in first],
+            rows=[list(map(cell, row.values())) for row in rows],
+            names=1,
+            sides="".join("<" if isinstance(value, str) else ">" for value in first.values()),
+        )
 
     def render(self, form: str) -> str:
         """Return the table in one of FORMATS, without a line break at the end."""
@@ -75,10 +93,10 @@ class Table:
         )
 
     def _text(self) -> str:
-        sides = "<" * self.names + ">" * (len(self.head) - self.names)
+        sides = self.sides or "<" * self.names + ">" * (len(self.head) - self.names)
         title = [self.title, ""] if self.title else []
         notes = ["", *self.notes] if self.notes else []
-        return "\n".join([*title, *aligned([self.head, *self._grouped()], sides), *notes])
+        return "\n".join([*title, *_aligned([self.head, *self._grouped()], sides), *notes])
 
     def _markdown(self) -> str:
         rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.head, *self.rows)]
@@ -132,13 +150,43 @@ class Table:
         return grouped
 
 
-def aligned(rows: Sequence[Cells], sides: Sequence[str]) -> list[str]:
-    """Lay rows out in columns as lines of text.
+def cell(value: Any) -> str:
+    """Write a value for people: a float with about three digits, a list as its values."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        size = abs(value)
+        return f"{value:.0f}" if size >= 1000 else f"{value:.1f}" if size >= 10 else f"{value:.3g}"
+    if isinstance(value, Mapping):
+        return f"{len(value)} values"
+    if isinstance(value, tuple | list):
+        return " .. ".join(map(cell, value))
+    return str(value)
+
+
+def json_document(head: Mapping[str, Any], **records: Rows | Mapping[str, Rows]) -> str:
+    """Return an object as JSON, with a line for each record.
 
     Args:
-        rows: As many cells each.
-        sides: "<" or ">" of each column, as in a format.
+        head: Its first entries.
+        records: Its other entries: lists of records, or such lists by their titles.
     """
+    entries = [json.dumps(head, indent=1)[:-2]]
+    for name, rows in records.items():
+        if isinstance(rows, Mapping):
+            own = ",\n".join(f"  {json.dumps(title)}: {_lines(one)}" for title, one in rows.items())
+            entries.append(f' "{name}": {{\n{own}\n }}')
+        else:
+            entries.append(f' "{name}": {_lines(rows)}')
+    return ",\n".join(entries) + "\n}"
+
+
+def _lines(rows: Rows) -> str:
+    return "[\n  " + ",\n  ".join(map(json.dumps, rows)) + "\n ]"
+
+
+def _aligned(rows: Sequence[Cells], sides: Sequence[str]) -> list[str]:
+    """Lay rows of as many cells out in columns; sides as in a format."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)).rstrip()

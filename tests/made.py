@@ -1,15 +1,18 @@
-"""Checkpoints of small untrained models of digits, as runs leave them."""
+"""What many tests need: programs called here, runs that are killed, checkpoints of small models."""
 
 import contextlib
 import io
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from fambav import cli, training
 from fambav.config import Config
 from fambav.data import load
 from fambav.engine import checkpoint
+from fambav.engine.step import TrainStep
 from fambav.seeding import seed_all
 from fambav.training import run_state
 
@@ -36,12 +39,49 @@ def run(path, change=None, **settings):
     return path
 
 
-def go(*words, program=cli.main):
-    """Call a program in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+def go(*words, program=cli.main, encoding="utf-8"):
+    """Call a program in this process, with streams as a terminal of that encoding has them."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n") for _ in range(2)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         status = program([str(word) for word in words])
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)
+    return SimpleNamespace(status=status, out=out, err=err)
+
+
+def refused(*words, program=cli.main):
+    """Call a program, see that it refuses in one line, and return that line."""
+    found = go(*words, program=program)
+    assert found.status == 2, found.out + found.err
+    assert found.err.startswith("error: ")
+    assert found.err.count("\n") == 1
+    return found.err
+
+
+class Crash(BaseException):
+    """Stands for a kill signal: nothing may catch it."""
+
+
+def crash_in_update(patch, update=3):
+    """Let runs end in an update, as if they were killed."""
+    real = TrainStep.__call__
+
+    def call(self, batches, number):
+        if number == update:
+            raise Crash
+        return real(self, batches, number)
+
+    patch.setattr(TrainStep, "__call__", call)
+
+
+@contextmanager
+def crashing(crash=crash_in_update):
+    """Let a run inside end as if it were killed; `crash` patches what is to raise `Crash`."""
+    with pytest.MonkeyPatch.context() as patch:
+        crash(patch)
+        with pytest.raises(Crash):
+            yield
 
 
 def scores(*words):

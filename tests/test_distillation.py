@@ -9,14 +9,14 @@ from fambav.config import ConfigError, load, parse
 from fambav.engine import checkpoint
 from fambav.engine.distill import Teacher
 from fambav.engine.distributed import Processes
-from fambav.engine.step import TrainStep
 from fambav.models import Vim
 from fambav.training import model
 from fambav.training.step import train_step
 from fambav.training.teacher import teacher
 from tests.data.made import made_cifar10
 from tests.identical import lasting, log, same
-from tests.test_runs import Crash, go, launch, refused
+from tests.made import crashing, go, refused
+from tests.test_runs import launch
 
 RUN = ["--model", "vim_tiny"]
 
@@ -40,17 +40,17 @@ def weights_file(path, *, classes=10, seed=0, words="--model vim_micro --input-s
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def unreduced(tmp_path_factory):
     """Weights of the model without reduction."""
-    return weights_file(tmp_path_factory.mktemp("teacher") / "dense.pth")
+    return weights_file(tmp_path_factory.mktemp("teacher") / "unreduced.pth")
 
 
 @pytest.fixture(scope="module")
-def finished(flags, dense, tmp_path_factory):
+def finished(flags, unreduced, tmp_path_factory):
     """A run that nothing interrupted, from its teacher's weights."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     found = go(
-        *(*flags, "--finetune", dense, "--distillation-type", "kl", "--output_dir", folder),
+        *(*flags, "--finetune", unreduced, "--distillation-type", "kl", "--output_dir", folder),
     )
     found.folder = folder
     return found
@@ -101,27 +101,27 @@ def test_the_weights_to_start_from_are_those_of_the_teacher_unless_it_has_a_file
     assert parse([*RUN, "--finetune", "own.pth"]).distillation.teacher_path == ""
 
 
-def test_the_teacher_is_the_model_itself_with_every_token_kept(flags, dense):
-    words = ["--finetune", str(dense), "--distillation-type", "kl", "--compile"]
+def test_the_teacher_is_the_model_itself_with_every_token_kept(flags, unreduced):
+    words = ["--finetune", str(unreduced), "--distillation-type", "kl", "--compile"]
     config = parse([*flags, *words])
     found = teacher(config, num_classes=10)
     assert isinstance(found.net, Vim)
     assert set(found.net.schedule.lengths) == {found.net.length}
     assert set(model(config, num_classes=10).schedule.lengths) == {17, 14, 11, 8}
-    assert same(dict(found.net.state_dict()), checkpoint.load(dense)["model"])
+    assert same(dict(found.net.state_dict()), checkpoint.load(unreduced)["model"])
     assert found.net._compiled_call_impl is None
     assert teacher(parse(flags), num_classes=10) is None
 
 
-def test_a_run_says_who_teaches_and_keeps_the_teacher_out_of_its_files(finished, dense):
+def test_a_run_says_who_teaches_and_keeps_the_teacher_out_of_its_files(finished, unreduced):
     assert finished.status == 0, finished.err
-    line = f"teacher: vim_micro with every token kept, weights of {dense}"
+    line = f"teacher: vim_micro with every token kept, weights of {unreduced}"
     assert finished.out.count(line) == 1
     saved = checkpoint.load(finished.folder / "checkpoint.pth")
-    assert saved["model"].keys() == checkpoint.load(dense)["model"].keys()
+    assert saved["model"].keys() == checkpoint.load(unreduced)["model"].keys()
     assert saved["config"]["distillation_type"] == "kl"
     assert len(saved["teacher"]) == 64
-    assert not same(dict(saved["model"]), checkpoint.load(dense)["model"])
+    assert not same(dict(saved["model"]), checkpoint.load(unreduced)["model"])
 
 
 TYPES = [
@@ -165,8 +165,8 @@ def first_loss(*words, folder):
     return log(folder)[0]["train_loss"]
 
 
-def test_a_teacher_adds_to_the_loss_and_changes_no_draw(flags, dense, tmp_path):
-    words = [*flags, *STILL, "--finetune", dense]
+def test_a_teacher_adds_to_the_loss_and_changes_no_draw(flags, unreduced, tmp_path):
+    words = [*flags, *STILL, "--finetune", unreduced]
     taught = [*words, "--distillation-type", "kl", "--distillation-alpha"]
     plain, half, whole = (
         first_loss(*given, folder=tmp_path / str(number))
@@ -176,30 +176,19 @@ def test_a_teacher_adds_to_the_loss_and_changes_no_draw(flags, dense, tmp_path):
     assert whole - plain == pytest.approx(2 * (half - plain), rel=1e-3)
 
 
-def test_a_model_that_keeps_its_tokens_starts_at_no_distance_from_itself(flags, dense, tmp_path):
-    words = [*unfused(flags), *STILL, "--drop-path", "0", "--finetune", dense]
+def test_a_model_that_keeps_its_tokens_starts_at_no_distance_from_itself(
+    flags, unreduced, tmp_path
+):
+    words = [*unfused(flags), *STILL, "--drop-path", "0", "--finetune", unreduced]
     plain = first_loss(*words, folder=tmp_path / "plain")
     taught = first_loss(*words, "--distillation-type", "kl", folder=tmp_path / "taught")
     assert taught == pytest.approx(plain, rel=1e-6)
 
 
-def crash(monkeypatch):
-    real = TrainStep.__call__
-
-    def call(self, batches, number):
-        if number == 3:  # in the middle of the second epoch
-            raise Crash
-        return real(self, batches, number)
-
-    monkeypatch.setattr(TrainStep, "__call__", call)
-
-
-def test_a_resumed_run_finds_its_teacher_and_is_bit_identical(finished, flags, dense, tmp_path):
-    words = [*flags, "--finetune", dense, "--distillation-type", "kl", "--output_dir", tmp_path]
-    with pytest.MonkeyPatch.context() as patch:
-        crash(patch)
-        with pytest.raises(Crash):
-            go(*words)
+def test_a_resumed_run_finds_its_teacher_and_is_bit_identical(finished, flags, unreduced, tmp_path):
+    words = [*flags, "--finetune", unreduced, "--distillation-type", "kl", "--output_dir", tmp_path]
+    with crashing():
+        go(*words)
     torch.manual_seed(99)
     found = go(*words, "--resume", "auto")
     assert found.status == 0, found.err
@@ -211,11 +200,11 @@ def test_a_resumed_run_finds_its_teacher_and_is_bit_identical(finished, flags, d
 
 
 def test_resuming_takes_the_same_teacher_from_anywhere_and_no_other(
-    finished, flags, dense, tmp_path
+    finished, flags, unreduced, tmp_path
 ):
     resume = [*flags, "--resume", finished.folder / "checkpoint.pth"]
     moved = tmp_path / "moved.pth"
-    moved.write_bytes(dense.read_bytes())
+    moved.write_bytes(unreduced.read_bytes())
     other = weights_file(tmp_path / "other.pth", seed=1)
     taught = [*resume, "--distillation-type", "kl", "--teacher-path"]
     assert go(*taught, moved).status == 0
@@ -243,7 +232,7 @@ def test_a_file_of_ours_says_where_its_class_token_stands(finished, flags, tmp_p
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_written(
-    flags, dense, tmp_path, monkeypatch
+    flags, unreduced, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     outside = tmp_path / "outside"
@@ -251,7 +240,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_written(
     many = weights_file(outside / "many.pth", classes=12)
     vit = "--model timm/vit_tiny_patch16_224 --input-size 32"
     large = weights_file(outside / "large.pth", words=vit)
-    path = ["--teacher-path", dense]
+    path = ["--teacher-path", unreduced]
     for words, expected in (
         ([], "teacher_path is '', expected a file of the teacher's weights; --finetune FILE would"),
         (["--teacher-model", "vim_tiny"], "teacher_path is '', expected a file of the teacher's"),
@@ -323,9 +312,9 @@ def test_replayed_updates_with_a_teacher_equal_those_that_are_not_bit_for_bit(wo
 
 
 @pytest.mark.slow
-def test_two_processes_with_a_teacher_have_the_losses_of_one(flags, dense, tmp_path):
+def test_two_processes_with_a_teacher_have_the_losses_of_one(flags, unreduced, tmp_path):
     plain = [*flags, "--mixup", "0", "--cutmix", "0", "--distillation-type", "kl"]
-    plain += ["--teacher-path", str(dense)]
+    plain += ["--teacher-path", str(unreduced)]
     one = go(
         *(*plain, "--batch-size", "16", "--grad-accum-steps", "2"), "--output_dir", tmp_path / "one"
     )

@@ -30,7 +30,6 @@ RANK = {
     "tasks": 7,
     "engine": 8,
     "training": 9,
-    "comparison": 10,
     "flops": 10,
     "bench": 11,
     "experiments": 11,

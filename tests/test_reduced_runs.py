@@ -1,19 +1,19 @@
 """Every reduction method through the command line: it trains, evaluates and resumes."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from fambav.engine import checkpoint
-from fambav.engine.step import TrainStep
 from fambav.layers import shard
 from fambav.models import Vim
 from fambav.reduction import reduce
 from fambav.registry import METHODS
 from tests.data.made import made_cifar
 from tests.identical import lasting, log, same
-from tests.test_runs import go, refused
+from tests.made import crash_in_update, crashing, go, refused
 
 words_of = str.split
 RUN = words_of(
@@ -42,35 +42,16 @@ def methods(model):
         yield pytest.param([*model, "--reduction", method, "--reduction-schedule", text, *more])
 
 
-class Stop(BaseException):
-    """Neither an error nor a signal."""
-
-
-def stop_in_update(monkeypatch, number):
-    done = TrainStep.__call__
-
-    def call(self, batches, update):
-        if update == number:
-            raise Stop
-        return done(self, batches, update)
-
-    monkeypatch.setattr(TrainStep, "__call__", call)
-
-
 @pytest.mark.parametrize("chosen", [*methods(VIM), *methods(PLAIN)], ids=lambda c: f"{c[1]} {c[5]}")
-def test_every_method_trains_evaluates_and_resumes_to_the_last_bit(
-    chosen, data, tmp_path, monkeypatch
-):
+def test_every_method_trains_evaluates_and_resumes_to_the_last_bit(chosen, data, tmp_path):
     flags = [*RUN, *data, *chosen]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     found = go(*flags, "--output_dir", whole)
     assert found.status == 0, found.err
     plan = json.loads((whole / "plan.json").read_text())
     assert sum(plan["counts"]) > 0
-    with monkeypatch.context() as patch:
-        stop_in_update(patch, 4)
-        with pytest.raises(Stop):
-            go(*flags, "--output_dir", broken)
+    with crashing(partial(crash_in_update, update=4)):
+        go(*flags, "--output_dir", broken)
     again = go(*flags, "--output_dir", broken, "--resume", "auto")
     assert again.status == 0, again.err
     assert lasting(log(broken)) == lasting(log(whole))
@@ -78,24 +59,6 @@ def test_every_method_trains_evaluates_and_resumes_to_the_last_bit(
     assert same(*states)
     scores = go(*flags, "--eval", "--resume", whole / "checkpoint.pth").out
     assert f"* Acc@1 {log(whole)[-1]['test_acc1']:.3f}" in scores
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_evaluates_and_resumes_on_digits(tmp_path, monkeypatch, method):
-    schedule = SCHEDULES.get(method, "r:2@3,5")
-    words = f"""--config configs/digits/vim_micro.yaml --input-size 16 --batch-size 64
-        --epochs 2 --warmup-epochs 0 --class-token middle --reduction {method}
-        --reduction-schedule {schedule} --output_dir {tmp_path}""".split()
-    with monkeypatch.context() as patch:
-        stop_in_update(patch, 24)  # behind the first of two epochs of 22 updates
-        with pytest.raises(Stop):
-            go(*words)
-    assert go(*words, "--resume", "auto").status == 0
-    last = log(tmp_path)[-1]
-    assert last["epoch"] == 1
-    scores = go(*words, "--eval", "--resume", tmp_path / "checkpoint.pth").out
-    assert f"* Acc@1 {last['test_acc1']:.3f}" in scores
 
 
 def test_digits_train_with_a_method_that_reads_the_mixer_and_its_cost_is_told(tmp_path):

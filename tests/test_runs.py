@@ -1,9 +1,7 @@
 """Whole runs through the command line: what they print, write, refuse and resume."""
 
 import argparse
-import contextlib
 import csv
-import io
 import json
 import math
 import os
@@ -28,26 +26,10 @@ from fambav.tasks import Scores
 from fambav.training import job, model, predict
 from tests.data.made import made_cifar, made_cifar10
 from tests.identical import assert_identical, lasting, log, same
+from tests.made import Crash, crash_in_update, crashing, go, refused
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 3
-
-
-def go(*words):
-    """Call main.py in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main([str(word) for word in words])
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
-
-
-def refused(*words):
-    """Call main.py, see that it refuses in one line, and return that line."""
-    found = go(*words)
-    assert found.status == 2, found.out + found.err
-    assert found.err.startswith("error: ")
-    assert found.err.count("\n") == 1
-    return found.err
 
 
 @pytest.fixture(scope="module")
@@ -169,21 +151,6 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(finished):
     assert best["epoch"] == accuracies.index(max(accuracies))
 
 
-class Crash(BaseException):
-    """Stands for a kill signal: nothing may catch it."""
-
-
-def crash_in_update(monkeypatch):
-    real = TrainStep.__call__
-
-    def call(self, batches, number):
-        if number == 3:  # in the middle of the second epoch
-            raise Crash
-        return real(self, batches, number)
-
-    monkeypatch.setattr(TrainStep, "__call__", call)
-
-
 def crash_before_log(monkeypatch):
     real = Recorder.epoch
 
@@ -205,10 +172,8 @@ def crash_before_best(monkeypatch):
 @pytest.mark.parametrize("crash", [crash_in_update, crash_before_log, crash_before_best])
 def test_a_resumed_run_is_bit_identical(finished, flags, tmp_path, crash):
     where = ["--output_dir", tmp_path]
-    with pytest.MonkeyPatch.context() as patch:
-        crash(patch)
-        with pytest.raises(Crash):
-            go(*flags, *where)
+    with crashing(crash):
+        go(*flags, *where)
     torch.manual_seed(99)  # whatever was drawn before must not matter
     found = go(*flags, *where, "--resume", "auto")
     assert found.status == 0, found.err
@@ -220,10 +185,8 @@ def test_a_resumed_run_in_fp16_has_the_same_loss_scale(flags, tmp_path):
     words = [*flags, "--if_amp", "--amp-dtype", "fp16"]
     folders = [tmp_path / "whole", tmp_path / "resumed"]
     assert go(*words, "--output_dir", folders[0]).status == 0
-    with pytest.MonkeyPatch.context() as patch:
-        crash_in_update(patch)
-        with pytest.raises(Crash):
-            go(*words, "--output_dir", folders[1])
+    with crashing():
+        go(*words, "--output_dir", folders[1])
     found = go(*words, "--output_dir", folders[1], "--resume", "auto")
     assert found.status == 0, found.err
     assert_identical(folders[1], folders[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from fambav.engine.run_dir import environment
-from fambav.table import aligned
+from fambav.table import Table, cell, json_document
 
 Row = Mapping[str, Any]
 
@@ -43,16 +42,15 @@ class Report:
         """Return everything as JSON, with a line for each row."""
         head = asdict(self)
         rows, tables = head.pop("rows"), head.pop("tables")
-        more = ",\n".join(f"  {json.dumps(title)}: {_json(own)}" for title, own in tables.items())
-        body = f' "tables": {{\n{more}\n }},\n' if tables else ""
-        return f'{json.dumps(head, indent=1)[:-2]},\n{body} "rows": {_json(rows)}\n}}'
+        return json_document(head, **({"tables": tables} if tables else {}), rows=rows)
 
     def text(self) -> str:
         """Return tables to read."""
-        about = ", ".join(f"{n.replace('_', ' ')} {_cell(v)}" for n, v in self.settings.items())
-        lines = [f"{self.title}: {about}", "", *table(self.rows)]
-        for title, rows in self.tables.items():
-            lines += ["", title, "", *table(rows)]
+        about = ", ".join(f"{n.replace('_', ' ')} {cell(v)}" for n, v in self.settings.items())
+        lines = [f"{self.title}: {about}"]
+        shown = {title: rows for title, rows in {"": self.rows, **self.tables}.items() if rows}
+        for title, rows in shown.items():
+            lines += [*(["", title] if title else []), "", Table.of_records(rows).render("text")]
         lines += [f"{name} is absent: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -98,29 +96,3 @@ def positive(**numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        size = abs(value)
-        return f"{value:.0f}" if size >= 1000 else f"{value:.1f}" if size >= 10 else f"{value:.3g}"
-    if isinstance(value, Mapping):
-        return f"{len(value)} values"
-    if isinstance(value, tuple | list):
-        return " .. ".join(map(_cell, value))
-    return str(value)
-
-
-def table(rows: Sequence[Row]) -> list[str]:
-    """Return the lines of a text table with a header."""
-    if not rows:
-        return []
-    lines = [[name.replace("_", " ") for name in rows[0]]]
-    lines += [[_cell(value) for value in row.values()] for row in rows]
-    return aligned(lines, ["<" if isinstance(value, str) else ">" for value in rows[0].values()])
-
-
-def _json(rows: Sequence[Row]) -> str:
-    return "[\n  " + ",\n  ".join(map(json.dumps, rows)) + "\n ]"

@@ -18,6 +18,7 @@ from fambav.commands.trained import (
 )
 from fambav.config import OPTIONS, ConfigError
 from fambav.search.parsing import ALGORITHMS, OBJECTIVES, parse_budget
+from fambav.table import Table
 
 if TYPE_CHECKING:
     from fambav.search.baselines import Row
@@ -119,16 +120,18 @@ def _front_text(given: argparse.Namespace, result: SearchResult, primary: Metric
     front, kind = result.front, given.budget.kind
     step = max(1, -(-len(front) // _SHOWN))
     shown = [row for n, row in enumerate(front) if n % step == 0 or row[0] == result.plan]
-    head = f"{'cost':>12}  {'loss':>9}  {primary.label:>6}  plan"
-    lines = [
-        f"{_cost(kind, cost):>12}  {result.scores[plan].loss:9.4g}  "
-        f"{result.scores[plan].metric:6.2f}  {plan.method} {plan.summary()}"
-        for plan, cost in shown
-    ]
+    rows = []
+    for plan, cost in shown:
+        loss, metric = result.scores[plan]
+        rows.append(
+            (_cost(kind, cost), f"{loss:.4g}", f"{metric:.2f}", f"{plan.method} {plan.summary()}")
+        )
+    head = ("cost", "loss", primary.label, "plan")
+    table = Table(head=head, rows=rows, names=0, sides=">>><").render("text")
     dropped = f", {len(shown)} of {len(front)}" if len(shown) < len(front) else ""
     note = "; costs other than the found plan's are not measured" if kind == "ms" else ""
     title = f"cost ({kind}) against loss on the training images{dropped}{note}"
-    return "\n".join((title, head, *lines))
+    return f"{title}\n{table}"
 
 
 def _cost(kind: str, cost: float) -> str:
@@ -161,17 +164,16 @@ def _compared_text(
 
     kind = given.budget.kind
     beyond = f"left out, dearer by more than {100 * NEAR:g} points: {', '.join(left_out)}"
-    lines = [
-        f"{row.name:>12}  {_cost(kind, row.cost):>10}  {row.metric:8.2f}  "
-        f"{','.join(map(str, row.counts))}"
+    cells = [
+        (row.name, _cost(kind, row.cost), f"{row.metric:.2f}", ",".join(map(str, row.counts)))
         for row in rows
     ]
+    head = ("plan", kind, primary.label, "removed at each layer")
     won, tied, of = count_beaten(rows, primary)
     return "\n".join(
         (
             f"held-out images, {method}, without training; strategies never cost less",
-            f"{'plan':>12}  {kind:>10}  {primary.label:>8}  removed at each layer",
-            *lines,
+            Table(head=head, rows=cells, names=1, sides=">>><").render("text"),
             *[beyond] * bool(left_out),
             f"found beats {won} of {of} uniform strategies and equals {tied}; one of the {images} "
             f"images is {100 / images:.2f} points",
@@ -195,7 +197,7 @@ def _figures(
         "method": plan.method,
         "counts": list(plan.counts),
         "cost": cost_model(plan.counts),
-        "dense_cost": cost_model(result.space.unreduced),
+        "unreduced_cost": cost_model(result.space.unreduced),
         "loss": result.scores[plan].loss,
         f"train_{metric}": result.scores[plan].metric,
         "tried": len(result.scores),

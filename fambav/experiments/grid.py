@@ -11,7 +11,7 @@ from fambav.experiments.provenance import LOCATIONS
 from fambav.experiments.rows import Row
 from fambav.tasks import Task, task_of
 
-UNREDUCED, FREE, TUNED, SCRATCH = PHASES = ("dense", "training-free", "fine-tuned", "scratch")
+UNREDUCED, FREE, TUNED, SCRATCH = PHASES = ("unreduced", "training-free", "fine-tuned", "scratch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@
       - {name: ordered 12, fusion_strategy: all, fusion_token: 12, fusion_method: ordered}
 
 For each seed one unreduced model is trained with `base`.  For each row and seed its weights are
-evaluated with the row's settings, and fine-tuned with them.  The first row, `dense`, has no
+evaluated with the row's settings, and fine-tuned with them.  The first row, `unreduced`, has no
 settings of its own: what the others gain by more epochs, it gains too.
 
     train: scratch                 # instead, every row and seed is trained by itself
@@ -45,7 +45,7 @@ from fambav.experiments.rows import NONE, OWN, Row, read_rows, read_settings
 from fambav.registry import nearest
 
 _KEYS = ("title", "train", "base", "seeds", "finetune", "names", "vary", "paper", "rows")
-_TRAIN = ("from-dense", "scratch")
+_TRAIN = ("from-unreduced", "scratch")
 _SHOW = ("figures", "differences")
 _LARGEST = OPTIONS["seed"].bounds.high
 

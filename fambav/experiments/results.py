@@ -130,7 +130,7 @@ class Results:
         return {
             "grid": grid.name,
             "title": grid.title or grid.name,
-            "train": "scratch" if grid.scratch else "from-dense",
+            "train": "scratch" if grid.scratch else "from-unreduced",
             "phase": grid.phase,
             "names": grid.names,
             "seeds": grid.seeds,

@@ -6,7 +6,7 @@ from fambav.layers.embed import PatchEmbed
 from fambav.layers.info import BackboneInfo, Stage
 from fambav.layers.mamba import Mamba
 from fambav.layers.mamba2d import Mamba2D
-from fambav.layers.tokens import INTERMEDIATES, OUTPUT, Intermediates, Tokens, take_rows
+from fambav.layers.tokens import INTERMEDIATES, OUTPUT, Intermediates, Tokens
 
 __all__ = [
     "INTERMEDIATES",
@@ -26,5 +26,4 @@ __all__ = [
     "Stage",
     "Tokens",
     "shard",
-    "take_rows",
 ]

@@ -27,7 +27,7 @@ from fambav.layers.mamba import (
     not_plain,
     upcast,
 )
-from fambav.layers.tokens import Intermediates, Tokens, take_rows
+from fambav.layers.tokens import Intermediates, Tokens
 from fambav.ops import selective_scan
 from fambav.ops.bimamba import ScanInputs
 from fambav.ops.cross_scan import (
@@ -277,7 +277,7 @@ def apply_on_grid(
         return _on_whole_grid(x, grid, function)
     index = position[..., None].expand_as(x)
     whole = x.new_zeros(x.shape[0], grid[0] * grid[1], x.shape[2]).scatter(1, index, x)
-    return take_rows(_on_whole_grid(whole, grid, function), position)
+    return select_rows(_on_whole_grid(whole, grid, function), position)
 
 
 def _on_whole_grid(x: Tensor, grid: Grid, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fambav.ops.cross_scan import select_rows
+
 
 class Intermediates(NamedTuple):
     """What a mixer computed on its way, in the order of its tokens; None where it was not wanted.
@@ -33,8 +35,11 @@ class Intermediates(NamedTuple):
 
     def at(self, index: Tensor) -> Intermediates:
         """Return those of the tokens at `index`, (batch, k); `order` stays as it is."""
-        rows = (None if tensor is None else take_rows(tensor, index) for tensor in self[1:])
-        return Intermediates(self.order, *rows)
+
+        def rows(x: Tensor) -> Tensor:
+            return select_rows(x, index if x.dim() == 3 else index[:, None])
+
+        return Intermediates(self.order, *(None if x is None else rows(x) for x in self[1:]))
 
 
 OUTPUT = frozenset({"mixed"})  # known without a mixer that returns intermediates
@@ -121,23 +126,12 @@ class Tokens(NamedTuple):
             return self
         found = self.intermediates
         return self._replace(
-            x=take_rows(self.x, self.keep_index),
-            residual=None if self.residual is None else take_rows(self.residual, self.keep_index),
+            x=select_rows(self.x, self.keep_index),
+            residual=None if self.residual is None else select_rows(self.residual, self.keep_index),
             grid=None,
             keep_index=None,
             intermediates=None if found is None else found.at(self.keep_index),
         )
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Take rows along the last axis but one: (batch, ..., length, dim) -> (batch, ..., k, dim).
-
-    Args:
-        x: Three axes, or four with the directions of a scan as the second.
-        index: (batch, k), int64.
-    """
-    rows = index[..., None] if x.dim() == 3 else index[:, None, :, None]
-    return x.gather(-2, rows.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
 def zero_masked(x: Tensor, keep_index: Tensor | None) -> Tensor:

@@ -17,10 +17,11 @@ from fambav.arguments import instance, probability
 from fambav.layers.block import Add, Hooks
 from fambav.layers.drop import DropPath
 from fambav.layers.mamba import Mamba
-from fambav.layers.tokens import Tokens, take_rows
+from fambav.layers.tokens import Tokens
 from fambav.models.entry import chosen_layers
 from fambav.models.flops import ModelCost
 from fambav.models.timm_model import TimmModel
+from fambav.ops.cross_scan import select_rows
 from fambav.ops.match import others
 from fambav.reduction import Schedule, unmerge
 
@@ -154,9 +155,9 @@ class Backbone(TimmModel):
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, {self.dim})")
         index = self._cls_index(x)
         if self.global_pool == "token":
-            x = take_rows(x, index).mean(dim=1)
+            x = select_rows(x, index).mean(dim=1)
         elif self.global_pool == "avg":
-            x = take_rows(x, others(index, x.shape[1])).mean(dim=1)
+            x = select_rows(x, others(index, x.shape[1])).mean(dim=1)
         logits: Tensor = x if pre_logits else self.head(x)
         return logits
 
@@ -201,10 +202,12 @@ class Backbone(TimmModel):
             tokens = block(tokens, self.hooks(layer, tokens))
             if layer in wanted:
                 rows = self._rows(tokens, norm=norm)
-                patches = take_rows(rows, others(index, length))
+                patches = select_rows(rows, others(index, length))
                 if output_fmt == "NCHW":
                     patches = rearrange(patches, "b (h w) c -> b c h w", h=grid[0])
-                found.append((patches, take_rows(rows, index)) if return_prefix_tokens else patches)
+                found.append(
+                    (patches, select_rows(rows, index)) if return_prefix_tokens else patches
+                )
         return found if intermediates_only else (self._whole(tokens), found)
 
     def pool(self, tokens: Tokens) -> Tensor:
@@ -217,8 +220,8 @@ class Backbone(TimmModel):
         tokens = tokens.kept()
         tokens = tokens._replace(x=self.drop_path(tokens.x))
         if self.global_pool == "token":  # each row is normalised on its own, so only these are
-            x = take_rows(tokens.x, tokens.cls_index)
-            residual = take_rows(cast(Tensor, tokens.residual), tokens.cls_index)
+            x = select_rows(tokens.x, tokens.cls_index)
+            residual = select_rows(cast(Tensor, tokens.residual), tokens.cls_index)
             return self.normed(tokens._replace(x=x, residual=residual))[0].mean(dim=1)
         return mean_patch(self.normed(tokens)[0], tokens)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fambav.arguments import instance
 from fambav.layers.embed import cls_index_of, insert, resize_grid
-from fambav.layers.tokens import take_rows
+from fambav.ops.cross_scan import select_rows
 from fambav.ops.match import others
 from fambav.short_repr import short_repr
 
@@ -206,8 +206,8 @@ def resize_pos_embed(
         return pos_embed
     index = torch.tensor([cls_index_of(model.class_token, patches)], dtype=torch.int64)
     index = index.to(pos_embed.device)  # (1, k)
-    class_rows = take_rows(pos_embed, index).split(1, dim=1) if model.cls_index else ()
-    raster = resize_grid(take_rows(pos_embed, others(index, length)), grid, model.grid)
+    class_rows = select_rows(pos_embed, index).split(1, dim=1) if model.cls_index else ()
+    raster = resize_grid(select_rows(pos_embed, others(index, length)), grid, model.grid)
     return insert(raster, class_rows, model.cls_index)
 
 

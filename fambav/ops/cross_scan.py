@@ -10,6 +10,7 @@ updating.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -135,34 +136,30 @@ def to_scan_order(x: Tensor, order: ScanOrder) -> Tensor:
     Returns:
         Shaped like x.
     """
-    return _permuted(x, order.order)
+    return select_rows(x, order.order)
 
 
 def to_token_order(x: Tensor, order: ScanOrder) -> Tensor:
     """Undo `to_scan_order`."""
-    return _permuted(x, order.rank)
+    return select_rows(x, order.rank)
 
 
-def select_rows(x: Tensor, indices: Tensor) -> Tensor:
-    """Take rows of each sample.
+def select_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Take rows along the last axis but one.
 
     Args:
-        x: (batch, length, dim).
-        indices: Along length, (batch or 1, ...), int64.
+        x: (batch, length, dim), or (batch, directions, length, dim).
+        index: Along length, int64.  Its first axes are those of x before length, or 1; any others
+            follow: (batch or 1, ...) of three axes, (batch or 1, directions or 1, ...) of four.
 
     Returns:
-        (batch, ..., dim).
+        (batch, ..., dim), or (batch, directions, ..., dim).
     """
-    batch, length, dim = x.shape
-    first = torch.arange(batch, device=x.device) * length
-    index = first.view(-1, *[1] * (indices.dim() - 1)) + indices
-    return x.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, dim)
-
-
-def _permuted(x: Tensor, indices: Tensor) -> Tensor:
-    directions, length = x.shape[1:3]
-    first = torch.arange(directions, device=x.device)[:, None] * length
-    return select_rows(x.flatten(1, 2), first + indices)
+    *leading, length, dim = x.shape
+    first = torch.arange(math.prod(leading), device=x.device) * length
+    rows = first.view(*leading, *[1] * (index.dim() - len(leading))) + index
+    # As one index over all samples: many times as fast as a gather with an index of x's width.
+    return x.flatten(0, -2).index_select(0, rows.flatten()).view(*rows.shape, dim)
 
 
 class _CrossScan(torch.autograd.Function):
@@ -178,7 +175,7 @@ class _CrossScan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Return the gradient of x."""
         _, rank = ctx.saved_tensors
-        return _permuted(grad, rank).sum(dim=1), None, None
+        return select_rows(grad, rank).sum(dim=1), None, None
 
 
 class _CrossMerge(torch.autograd.Function):
@@ -188,7 +185,7 @@ class _CrossMerge(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
         """Sum permutations."""
         ctx.save_for_backward(order, rank)
-        return _permuted(x, rank).sum(dim=1)
+        return select_rows(x, rank).sum(dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

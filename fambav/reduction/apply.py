@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fambav.arguments import instance
-from fambav.layers import Tokens, take_rows
+from fambav.layers import Tokens
+from fambav.ops.cross_scan import select_rows
 from fambav.ops.dispatch import expect_tensors
 from fambav.ops.match import Selection, others
 from fambav.ops.pool import pool
@@ -64,7 +65,7 @@ def unmerge(rows: Tensor, source: Tensor, dropped: Tensor) -> Tensor:
         (batch, start, dim).
     """
     expect_tensors(rows=rows, source=source, dropped=dropped)
-    whole = take_rows(rows, source.clamp(min=0))
+    whole = select_rows(rows, source.clamp(min=0))
     return torch.where((source < 0)[..., None], dropped[:, None].to(whole.dtype), whole)
 
 
@@ -105,8 +106,8 @@ def _taken(tokens: Tokens, keep: Tensor) -> Tokens:
     """Return the tokens at `keep` as they are."""
     moved = _moved(tokens, keep, _inverse(keep, tokens.x.shape[1]))
     return moved._replace(
-        x=take_rows(tokens.x, keep),
-        residual=None if tokens.residual is None else take_rows(tokens.residual, keep),
+        x=select_rows(tokens.x, keep),
+        residual=None if tokens.residual is None else select_rows(tokens.residual, keep),
         size=tokens.size.gather(1, keep),
     )
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from fambav.layers import BackboneInfo, Tokens, take_rows
+from fambav.layers import BackboneInfo, Tokens
+from fambav.ops.cross_scan import select_rows
 from fambav.ops.match import Selection, others
 from fambav.reduction.apply import interspersed
 from fambav.reduction.reducer import Grid, Indices, Reducer, at_least, one_of, switch
@@ -114,7 +115,7 @@ class Storm(Reducer):
         if self.metric == "residual" and tokens.residual is not None:
             x = tokens.residual
         index = others(tokens.cls_index, x.shape[1])
-        x = take_rows(x.detach(), index).float()
+        x = select_rows(x.detach(), index).float()
         weight = tokens.size.gather(1, index)
         if self.summed or not self.weighted:
             weight = torch.ones_like(weight)
@@ -132,12 +133,12 @@ class Storm(Reducer):
         x, weight, index = (part.flatten(0, 1) for part in grid)  # (batch * height, width, ...)
         weight_even, weight_odd = weight.gather(1, even), weight.gather(1, odd)
         total = torch.ones_like(weight_odd) if self.summed else weight_even + weight_odd
-        first, second = take_rows(x, even), take_rows(x, odd)
+        first, second = select_rows(x, even), select_rows(x, odd)
         mean = (first * weight_even[..., None] + second * weight_odd[..., None]) / total[..., None]
         x = x.scatter(1, odd[..., None].expand_as(mean), mean)
         weight = weight.scatter(1, odd, total)
         keep, sides = others(even, x.shape[1]), grid.x.shape[:2]
-        kept = _Grid(take_rows(x, keep), weight.gather(1, keep), index.gather(1, keep))
+        kept = _Grid(select_rows(x, keep), weight.gather(1, keep), index.gather(1, keep))
         return (
             _Grid(*(part.unflatten(0, sides) for part in kept)),
             index.gather(1, even).unflatten(0, sides).flatten(1),

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fambav.layers import BackboneInfo, Tokens, take_rows
+from fambav.layers import BackboneInfo, Tokens
+from fambav.ops.cross_scan import select_rows
 from fambav.ops.match import Selection, evens_then_odds, in_order, others
 from fambav.reduction.apply import interspersed
 from fambav.reduction.reducer import Indices, Reducer, at_least, one_of, switch
@@ -187,7 +188,7 @@ class RMeeTo(Reducer):
         if self._fast:
             _, source, target, _ = in_order(features, patches.shape[1] - half, cls_index)
             return source, target
-        score = _similarity(take_rows(features.detach(), patches).float(), self.distance)
+        score = _similarity(select_rows(features.detach(), patches).float(), self.distance)
         ranking = score.sort(dim=2, descending=True, stable=True)
         best, partner = (found[..., self.nearest - 1] for found in ranking)  # (batch, even)
         first = best.sort(dim=1, descending=True, stable=True).indices
@@ -229,7 +230,7 @@ class SequentialMerging(Reducer):
         """Fold the `count` even patches most like a neighbour into it; order stays."""
         length = tokens.x.shape[1]
         patches = others(tokens.cls_index, length)
-        rows = take_rows(tokens.x.detach(), patches).float()
+        rows = select_rows(tokens.x.detach(), patches).float()
         # Of each patch with the next, (batch, patches - 1); NaN comes first.
         score = F.cosine_similarity(rows[:, :-1], rows[:, 1:], dim=2, eps=1e-12).nan_to_num(2.0)
         score = score.masked_fill(self._protected(patches, tokens.cls_index), -torch.inf)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fambav.arguments import is_number, refusal
-from fambav.layers import BackboneInfo, Tokens, take_rows
+from fambav.layers import BackboneInfo, Tokens
 from fambav.layers.drop import uniform
+from fambav.ops.cross_scan import select_rows
 from fambav.ops.match import Selection, others
 from fambav.reduction.reducer import OPTION, Indices, Reducer, at_least, one_of, switch
 from fambav.registry import REDUCERS
@@ -157,7 +158,7 @@ class EViT(_ByScore):
         else:
             each = _of_length_1(tokens.intermediate("mixed"))
             # (batch, length, dim) @ (batch, dim, k) -> (batch, length)
-            score = (each @ take_rows(each, tokens.cls_index).mT).mean(dim=2)
+            score = (each @ select_rows(each, tokens.cls_index).mT).mean(dim=2)
         order, length = ranked(score, tokens.cls_index), score.shape[1]
         gone = order[:, -count:]
         if not self.fuse:
@@ -387,7 +388,7 @@ def most_alike(x: Tensor, index: Tensor, among: Tensor) -> tuple[Tensor, Tensor]
         The cosines, (batch, n), float64, and the indices found, (batch, n), int64.
     """
     among = among.sort(dim=1).values
-    mine, theirs = (_of_length_1(take_rows(x, some)) for some in (index, among))
+    mine, theirs = (_of_length_1(select_rows(x, some)) for some in (index, among))
     cosine, best = (mine @ theirs.mT).max(dim=2)  # of (batch, n, m)
     return cosine, among.gather(1, best)
 

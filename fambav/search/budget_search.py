@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fambav.arguments import known_name, whole
+from fambav.pareto import pareto_front
 from fambav.search.cost_models import CostModel, Stopwatch, flop_share, token_layers
 from fambav.search.evolution import evolve, initial_population
 from fambav.search.greedy import greedy, merged_dissimilarity, pair_similarity
@@ -118,20 +119,19 @@ def search_plan(run: Subject, options: SearchOptions, log: Log) -> SearchResult:
     space = min(solutions, key=lambda space: scores[solutions[space][0]].loss)
     plan, cost_model = solutions[space]
     cost_models = {plan.method: own for plan, own in solutions.values()}
-    front = pareto_front(scores, cost_models)
+    front = plan_front(scores, cost_models)
     return SearchResult(plan=plan, space=space, cost_model=cost_model, scores=scores, front=front)
 
 
-def pareto_front(
+def plan_front(
     scores: Mapping[Plan, PlanScore], cost_models: Mapping[str, CostModel]
 ) -> list[tuple[Plan, float]]:
     """Return the plans that no other beats in both cost and loss, with their falling costs."""
-    costs = {p: cost_models[p.method](p.counts) for p in scores if p.method in cost_models}
-    front: list[Plan] = []
-    for plan in sorted(costs, key=lambda plan: (costs[plan], scores[plan].loss, plan)):
-        if not front or scores[plan].loss < scores[front[-1]].loss:
-            front.append(plan)
-    return [(plan, costs[plan]) for plan in front[::-1]]
+    plans = sorted(plan for plan in scores if plan.method in cost_models)
+    costs = [cost_models[plan.method](plan.counts) for plan in plans]
+    losses = [scores[plan].loss for plan in plans]
+    front = pareto_front(costs, losses, higher_is_better=False)
+    return [(plans[index], costs[index]) for index in reversed(front)]
 
 
 class _Search:

@@ -1,7 +1,5 @@
 """Batches made on a device are those that Pillow makes, to the bit."""
 
-import contextlib
-import io
 from collections import Counter
 from itertools import combinations, pairwise
 
@@ -11,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fambav import cli
 from fambav.config import Augment
 from fambav.data import (
     ArraySet,
@@ -26,9 +23,9 @@ from fambav.data.device_augment import DeviceEvalLoader, DeviceSet, device_train
 from fambav.data.device_ops import OPERATIONS, affine
 from fambav.data.loaders import Augmented
 from fambav.engine import checkpoint
-from fambav.engine.step import TrainStep
 from fambav.timm_compat import timm
 from tests.data.made import made_cifar
+from tests.made import crashing, go, refused
 
 CPU = torch.device("cpu")
 RUN = dict(batch_size=16, seed=3, epochs=2)
@@ -256,17 +253,6 @@ def test_an_epoch_without_a_full_batch_is_refused():
         on_device(pictures(8), train_transform(input_size=48))
 
 
-class Crash(BaseException):
-    """Stands for a kill signal."""
-
-
-def go(*words):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main([str(word) for word in words])
-    return status, out.getvalue() + err.getvalue()
-
-
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
@@ -281,8 +267,8 @@ def words(tmp_path_factory):
 def plain(words, tmp_path_factory):
     """A run whose images come from the loader."""
     folder = tmp_path_factory.mktemp("run") / "plain"
-    status, output = go(*words, "--output_dir", folder)
-    assert status == 0, output
+    found = go(*words, "--output_dir", folder)
+    assert found.status == 0, found.err
     return checkpoint.load(folder / "checkpoint.pth")
 
 
@@ -306,8 +292,8 @@ def assert_same_run(folder, plain):
 
 
 def test_a_run_learns_the_same_weights_with_and_without(words, plain, tmp_path):
-    status, output = go(*words, "--output_dir", tmp_path, "--gpu-augment")
-    assert status == 0, output
+    found = go(*words, "--output_dir", tmp_path, "--gpu-augment")
+    assert found.status == 0, found.err
     assert_same_run(tmp_path, plain)
 
 
@@ -315,21 +301,12 @@ def test_a_run_learns_the_same_weights_with_and_without(words, plain, tmp_path):
 def test_an_interrupted_run_goes_on_to_the_bit_with_or_without_before(
     words, plain, tmp_path, before
 ):
-    real = TrainStep.__call__
-
-    def call(self, batches, number):
-        if number == 3:  # in the middle of the second epoch
-            raise Crash
-        return real(self, batches, number)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", call)
-        with pytest.raises(Crash):
-            go(*words, "--output_dir", tmp_path, *before)
+    with crashing():  # in the middle of the second epoch
+        go(*words, "--output_dir", tmp_path, *before)
     torch.manual_seed(99)  # whatever was drawn before must not matter
-    status, output = go(*words, "--output_dir", tmp_path, "--gpu-augment", "--resume", "auto")
-    assert status == 0, output
-    assert "going on from" in output
+    found = go(*words, "--output_dir", tmp_path, "--gpu-augment", "--resume", "auto")
+    assert found.status == 0, found.err
+    assert "going on from" in found.out
     assert_same_run(tmp_path, plain)
 
 
@@ -343,11 +320,7 @@ def test_an_interrupted_run_goes_on_to_the_bit_with_or_without_before(
     ],
 )
 def test_what_the_device_cannot_do_is_refused_in_one_line(more, message):
-    status, output = go("--gpu-augment", *more.split())
-    assert status == 2
-    assert output.startswith("error: ")
-    assert output.count("\n") == 1
-    assert message in output
+    assert message in refused("--gpu-augment", *more.split())
 
 
 @pytest.mark.gpu

@@ -15,18 +15,7 @@ from fambav.tasks.classification import (
     soft_cross_entropy,
 )
 from tests import golden
-from tests.engine.test_step import (
-    CPU,
-    IMAGES,
-    LABELS,
-    Recorded,
-    Tokens,
-    epoch,
-    make,
-    parts,
-    weights,
-    whole,
-)
+from tests.engine.test_step import IMAGES, Tokens, check_accumulation, check_processes, make, whole
 
 BATCH, CLASSES = 4, 5
 OURS = golden.hashed("distill:ours", BATCH, CLASSES).double() * 3
@@ -154,25 +143,11 @@ def test_the_teacher_sees_the_mixed_images_in_the_precision_of_the_model():
 
 
 def test_accumulated_updates_with_a_teacher_are_those_of_one_large_batch():
-    one, four = taught()[0], taught(accumulate=4)[0]
-    first = epoch(one, whole(repeat=3), 3)
-    second = epoch(four, parts(4, repeat=3), 3)
-    assert second.loss == pytest.approx(first.loss, rel=1e-6)
-    torch.testing.assert_close(weights(four), weights(one), rtol=1e-5, atol=1e-7)
+    check_accumulation(lambda **options: taught(**options)[0])
 
 
 def test_processes_with_a_teacher_each_average_to_one_large_batch():
-    one = taught()[0]
-    one.forward.train()
-    loss = one._backward((IMAGES, LABELS), 0, 0)
-    shares = [taught(processes=Recorded(rank, 2, CPU))[0] for rank in range(2)]
-    losses = []
-    for share, batch in zip(shares, parts(2), strict=True):
-        share.forward.train()
-        losses.append(share._backward(batch, 0, 0))
-    torch.testing.assert_close(sum(losses) / 2, loss)
-    for mine, *others in zip(*(u.model.parameters() for u in (one, *shares)), strict=True):
-        torch.testing.assert_close(sum(p.grad for p in others) / 2, mine.grad)
+    check_processes(lambda **options: taught(**options)[0])
 
 
 def test_a_digest_tells_teachers_apart():

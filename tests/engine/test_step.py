@@ -74,12 +74,17 @@ def epoch(step, batches, count):
     return losses.summary()
 
 
-def test_accumulated_updates_are_those_of_one_large_batch():
-    one, four = make(), make(accumulate=4)
+def check_accumulation(made):
+    """Check that updates of four batches are those of one large batch."""
+    one, four = made(), made(accumulate=4)
     first = epoch(one, whole(repeat=3), 3)
     second = epoch(four, parts(4, repeat=3), 3)
     assert second.loss == pytest.approx(first.loss, rel=1e-6)
     torch.testing.assert_close(weights(four), weights(one), rtol=1e-5, atol=1e-7)
+
+
+def test_accumulated_updates_are_those_of_one_large_batch():
+    check_accumulation(make)
 
 
 class Recorded(Processes):
@@ -89,11 +94,11 @@ class Recorded(Processes):
         return values.mul_(2)
 
 
-def test_processes_average_to_one_large_batch():
-    one = make()
+def check_processes(made):
+    """Check that two processes average to the loss and the gradients of one large batch."""
+    one, *shares = made(), *(made(processes=Recorded(rank, 2, CPU)) for rank in range(2))
     one.forward.train()
     loss = one._backward((IMAGES, LABELS), 0, 0)
-    shares = [make(processes=Recorded(rank, 2, CPU)) for rank in range(2)]
     losses = []
     for share, batch in zip(shares, parts(2), strict=True):
         share.forward.train()
@@ -101,6 +106,10 @@ def test_processes_average_to_one_large_batch():
     torch.testing.assert_close(sum(losses) / 2, loss)
     for mine, *others in zip(*(u.model.parameters() for u in (one, *shares)), strict=True):
         torch.testing.assert_close(sum(p.grad for p in others) / 2, mine.grad)
+
+
+def test_processes_average_to_one_large_batch():
+    check_processes(make)
 
 
 def test_dropped_samples_change_with_the_update_and_not_with_history():

@@ -43,17 +43,17 @@ def cells(made):
     return {cell.name: cell for cell in read_grid(made()).cells}
 
 
-def test_dense_models_come_first_and_then_seed_by_seed(made):
+def test_unreduced_models_come_first_and_then_seed_by_seed(made):
     names = [cell.name for cell in read_grid(made()).cells]
     rows = ("ordered, 12", "Famba-V")
     assert names == [
-        "dense, seed 3, dense",
-        "dense, seed 0, dense",
+        "unreduced, seed 3, unreduced",
+        "unreduced, seed 0, unreduced",
         *(
             f"{row}, seed {seed}, {phase}"
             for seed in (3, 0)
             for row, phase in [
-                ("dense", "fine-tuned"),
+                ("unreduced", "fine-tuned"),
                 *((row, phase) for row in rows for phase in ("training-free", "fine-tuned")),
             ]
         ),
@@ -65,27 +65,27 @@ def test_a_cell_is_base_then_fine_tuning_then_row(cells):
         found = cells[name].config.flat()
         return [found[n] for n in ("epochs", "lr", "fusion_token", "fusion_method", "seed")]
 
-    assert read("dense, seed 3, dense") == [4, 3e-3, 0, "famba-v", 3]
-    assert read("dense, seed 0, fine-tuned") == [2, 1e-3, 0, "famba-v", 0]
+    assert read("unreduced, seed 3, unreduced") == [4, 3e-3, 0, "famba-v", 3]
+    assert read("unreduced, seed 0, fine-tuned") == [2, 1e-3, 0, "famba-v", 0]
     assert read("ordered, 12, seed 3, fine-tuned") == [2, 1e-3, 7, "ordered", 3]
     assert read("Famba-V, seed 0, training-free") == [4, 5e-4, 2, "famba-v", 0]
     assert read("Famba-V, seed 0, fine-tuned") == [2, 5e-4, 2, "famba-v", 0]
 
 
-def test_a_cell_starts_from_its_seeds_dense_model_and_has_a_folder_of_its_own(cells):
+def test_a_cell_starts_from_its_seeds_unreduced_model_and_has_a_folder_of_its_own(cells):
     for cell in cells.values():
-        if cell.phase == "dense":
+        if cell.phase == "unreduced":
             assert cell.start is None
         else:
-            assert (cell.start.phase, cell.start.seed) == ("dense", cell.seed)
+            assert (cell.start.phase, cell.start.seed) == ("unreduced", cell.seed)
     assert len({cell.folder for cell in cells.values()}) == len(cells)
     place = cells["ordered, 12, seed 3, fine-tuned"].folder
     assert str(place) == "cells/ordered-12/seed3/fine-tuned"
 
 
-def test_without_fine_tuning_nothing_is_trained_but_dense_models(made):
+def test_without_fine_tuning_nothing_is_trained_but_unreduced_models(made):
     found = read_grid(made(("finetune: {epochs: 2, lr: 1.0e-3}\n", "")))
-    assert {cell.phase for cell in found.cells} == {"dense", "training-free"}
+    assert {cell.phase for cell in found.cells} == {"unreduced", "training-free"}
     assert not [cell for cell in found.cells if not cell.row.settings and cell.start]
 
 
@@ -112,13 +112,13 @@ def test_a_changed_row_is_a_change_of_its_cells_only(made):
     assert changed == {name for name in before if name.startswith("Famba-V")}
 
 
-def test_a_changed_dense_model_is_a_change_of_every_cell(made):
+def test_a_changed_unreduced_model_is_a_change_of_every_cell(made):
     before = {cell.name: recorded(cell) for cell in read_grid(made()).cells}
     after = read_grid(made(base=f"{BASE}smoothing: 0.2\n")).cells
     assert not any(cell.agrees(before[cell.name]) for cell in after)
 
 
-def test_other_epochs_of_the_dense_model_change_what_is_fine_tuned_from_it(made):
+def test_other_epochs_of_the_unreduced_model_change_what_is_fine_tuned_from_it(made):
     before = {cell.name: recorded(cell) for cell in read_grid(made()).cells}
     after = read_grid(made(base=BASE.replace("epochs: 4", "epochs: 5"))).cells
     assert not any(cell.agrees(before[cell.name]) for cell in after)
@@ -159,7 +159,11 @@ def test_a_setting_that_came_later_counts_as_its_default(cells):
         ("{name: Famba-V, f", "{f", "row 2 is {'fusion_strategy': 'all'"),
         ("name: Famba-V", "name: 5", "expected settings and a `name`, which is a text"),
         ("name: Famba-V", "name: '!'", "row 2: name is '!', expected a name with a letter"),
-        ("name: Famba-V", "name: Dense", "name that no other row has; it is too near to 'dense'"),
+        (
+            "name: Famba-V",
+            "name: Unreduced",
+            "name that no other row has; it is too near to 'unreduced'",
+        ),
         ("name: Famba-V", "name: ordered 12", "it is too near to 'ordered, 12'"),
         ("fusion_token: 2", "fusion_tokens: 2", "row 'Famba-V': 'fusion_tokens' is not a setting"),
         ("fusion_token: 2", "fusion_token: x", "row 'Famba-V': fusion_token is 'x', expected"),

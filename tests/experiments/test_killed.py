@@ -24,7 +24,7 @@ from tests.experiments.made import (
     written,
 )
 
-CELLS = 8  # two dense models; each then tuned, with fusion, and tuned with fusion
+CELLS = 8  # two unreduced models; each then tuned, with fusion, and tuned with fusion
 SLOW = pytest.mark.timeout(900)  # each starts a dozen processes
 PROC = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes")
 
@@ -87,7 +87,9 @@ def test_a_process_that_dies_fails_its_cell_alone(tmp_path):
     record = json.loads((begun / "result.json").read_text())
     assert record["error"].startswith("process ended with status -9, expected a result")
     seed = record["seed"]
-    assert err.startswith(f"error: {CELLS // 2} of {CELLS} cells failed: dense, seed {seed}, dense")
+    assert err.startswith(
+        f"error: {CELLS // 2} of {CELLS} cells failed: unreduced, seed {seed}, unreduced"
+    )
 
 
 @pytest.mark.slow

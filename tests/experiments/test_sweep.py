@@ -17,7 +17,7 @@ from fambav.models import Vim
 from fambav.training import job
 from tests.experiments.made import ROOT, SCRATCH, UNREDUCED, accuracies, edit, go, losses, written
 
-CELLS = 8  # two dense models; each then tuned, with fusion, and tuned with fusion
+CELLS = 8  # two unreduced models; each then tuned, with fusion, and tuned with fusion
 PHASES = ("training-free", "fine-tuned")
 SHORT = ("finetune: {epochs: 2, lr: 5.0e-4}\n", "")
 
@@ -59,7 +59,7 @@ def lines(folder):
 def test_every_cell_runs_once_and_says_so(finished):
     assert len(finished.ran) == len(set(finished.ran)) == CELLS
     assert finished.said[0] == f"0 of {CELLS} cells are finished"
-    assert finished.said[1].startswith(f"[1/{CELLS}] dense, seed 0, dense: ")
+    assert finished.said[1].startswith(f"[1/{CELLS}] unreduced, seed 0, unreduced: ")
     assert " % in " in finished.said[1]
     assert finished.said[-2].endswith("min left")
     assert not finished.said[-1].endswith("min left")
@@ -68,7 +68,7 @@ def test_every_cell_runs_once_and_says_so(finished):
 def test_a_cell_leaves_a_run_folder_without_checkpoints_but_dense_weights(finished):
     files = [p.relative_to(finished.folder) for p in finished.folder.rglob("*.*")]
     assert {str(p) for p in files if p.suffix in (".pth", ".safetensors")} == {
-        f"cells/dense/seed{seed}/dense/model.safetensors" for seed in (0, 1)
+        f"cells/unreduced/seed{seed}/unreduced/model.safetensors" for seed in (0, 1)
     }
     tuned = finished.folder / "cells/ordered/seed1/fine-tuned"
     assert (tuned / "log.txt").read_text().count("\n") == 2
@@ -84,7 +84,7 @@ def test_without_training_the_dense_weights_are_evaluated_with_the_rows_settings
 def test_what_a_cell_does_is_what_main_py_does_with_its_settings(finished, tmp_path):
     from fambav.cli import main
 
-    folder = finished.folder / "cells/dense/seed0/fine-tuned"
+    folder = finished.folder / "cells/unreduced/seed0/fine-tuned"
     text = (folder / "cell.yaml").read_text()
     assert str(folder) in text
     (tmp_path / "cell.yaml").write_text(text.replace(str(folder), str(tmp_path / "again")))
@@ -97,9 +97,9 @@ def test_fine_tuning_starts_from_the_dense_weights_of_its_seed(finished):
         log = finished.folder / "cells" / row / f"seed{seed}" / phase / "log.txt"
         return [json.loads(line)["test_loss"] for line in log.read_text().splitlines()]
 
-    dense, tuned = losses("dense", 0, "dense"), losses("dense", 0, "fine-tuned")
-    assert len(dense) == 1
-    assert tuned[-1] < tuned[0] < dense[0]
+    unreduced, tuned = losses("unreduced", 0, "unreduced"), losses("unreduced", 0, "fine-tuned")
+    assert len(unreduced) == 1
+    assert tuned[-1] < tuned[0] < unreduced[0]
 
 
 def test_what_a_process_does_once_is_done_before_an_epoch_is_timed(alone, tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_results_of_the_first_version_stay_valid(place, again):
     found = go(written(place, UNREDUCED), again)
     assert found.ran == []
     assert all(line["started"] and not line["ended"] for line in lines(again))
-    assert "| dense |" in (again / "results.md").read_text()
+    assert "| unreduced |" in (again / "results.md").read_text()
 
 
 def test_a_changed_row_runs_again_and_nothing_else(place, again):
@@ -162,13 +162,13 @@ def test_a_changed_row_runs_again_and_nothing_else(place, again):
 
 
 def test_a_new_seed_runs_alone_and_what_is_gone_or_cut_short_runs_again(place, again):
-    (again / "cells/dense/seed1/dense/model.safetensors").unlink()
+    (again / "cells/unreduced/seed1/unreduced/model.safetensors").unlink()
     (again / "cells/ordered/seed1/training-free/result.json").write_text('{"row": ')
     found = go(written(place, UNREDUCED, ("[0, 1]", "[0, 1, 5]")), again)
     fifth = [name for name in found.ran if ", seed 5, " in name]
     assert len(fifth) == CELLS // 2
     assert set(found.ran) - set(fifth) == {
-        "dense, seed 1, dense",
+        "unreduced, seed 1, unreduced",
         "ordered, seed 1, training-free",
     }
 
@@ -212,7 +212,7 @@ def test_training_that_was_cut_short_goes_on_where_its_settings_and_machine_are_
 def test_a_cell_that_fails_is_told_the_others_go_on_and_it_is_tried_again(place, again, capsys):
     wrong = ("rows:", "rows:\n  - {name: wrong, fusion_strategy: all, fusion_token: 9}")
     shutil.rmtree(again / "cells/ordered/seed1")
-    weights = again / "cells/dense/seed1/dense/model.safetensors"
+    weights = again / "cells/unreduced/seed1/unreduced/model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(b"no weights")
     path = written(place, UNREDUCED, wrong)
@@ -232,13 +232,13 @@ def test_a_cell_that_fails_is_told_the_others_go_on_and_it_is_tried_again(place,
     assert not any(known["error"] for known in found.found.values())
 
 
-def test_cells_of_a_dense_model_that_diverged_fail_in_their_turn(tmp_path):
+def test_cells_of_a_unreduced_model_that_diverged_fail_in_their_turn(tmp_path):
     path = written(tmp_path, UNREDUCED, ("[0, 1]", "[0]"), SHORT)
     base = tmp_path / "base.yaml"
     base.write_text(base.read_text().replace("lr: 1.0e-3", "lr: 1.0e+30"))
     found = go(path, tmp_path / "out").found
-    assert found["dense, seed 0, dense"]["error"].startswith("loss or gradient is not")
-    message = "start is dense, seed 0, dense, expected a cell that is finished"
+    assert found["unreduced, seed 0, unreduced"]["error"].startswith("loss or gradient is not")
+    message = "start is unreduced, seed 0, unreduced, expected a cell that is finished"
     assert found["ordered, seed 0, training-free"]["error"] == message
 
 
@@ -249,7 +249,7 @@ def test_the_tidy_table_has_a_line_for_each_cell(finished):
     assert len(set(keys)) == CELLS
     ordered = [line for line in found if line["row"] == "ordered"]
     assert {line["fusion_method"] for line in ordered} == {"ordered"}
-    assert {line["fusion_method"] for line in found if line["row"] == "dense"} == {""}
+    assert {line["fusion_method"] for line in found if line["row"] == "unreduced"} == {""}
     assert {line["token_layers"] for line in ordered} == {"0.8125"}
     assert {line["threads"] for line in found} == {"1"}
     for line in found:
@@ -271,7 +271,7 @@ def test_the_command_prints_the_table_and_leaves_it(place, again, capsys):
     assert re.match(r"row +token-layers +MFLOPs +training-free %", plain.splitlines()[1])
     assert drawn == (again / "results.md").read_text()
     rows = [line.split(" | ")[0] for line in drawn.splitlines() if line.startswith("| ")]
-    assert rows == ["| row", "| dense", "| ordered"]
+    assert rows == ["| row", "| unreduced", "| ordered"]
 
 
 @pytest.mark.parametrize(

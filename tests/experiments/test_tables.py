@@ -120,26 +120,26 @@ def test_a_row_has_means_deviations_and_differences_to_the_row_without_reduction
 
 
 def tuned(acc1, seconds=4.0):
-    """The record of a cell of a grid whose rows start from the dense model."""
+    """The record of a cell of a grid whose rows start from the unreduced model."""
     known = record(acc1, 9.0, 10.0, commit="abc+", cpu=None)
     known["figures"] |= {"seconds_per_epoch": seconds, "images_per_second": 100.0}
     return known
 
 
-def test_rows_that_start_from_the_dense_model_are_evaluated_and_fine_tuned(grid):
+def test_rows_that_start_from_the_unreduced_model_are_evaluated_and_fine_tuned(grid):
     known = {
-        "dense, seed 0, dense": tuned(90.0),
-        "dense, seed 1, dense": tuned(92.0),
+        "unreduced, seed 0, unreduced": tuned(90.0),
+        "unreduced, seed 1, unreduced": tuned(92.0),
         "ordered, seed 0, training-free": tuned(50.0),
         "ordered, seed 0, fine-tuned": tuned(80.0, 3.0),
         "ordered, seed 1, fine-tuned": tuned(83.0, 5.0),
     }
     text = table(grid(text=TUNED), known).render("markdown")
-    dense, ordered = (
+    unreduced, ordered = (
         line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| [do]", line)
     )
-    assert dense[:2] == ["dense", "0.500"]
-    assert dense[3:] == ["91.00 ± 1.41", "-", "99.00 ± 0.00", "4.00 ± 0.00", "100", "10.0"]
+    assert unreduced[:2] == ["unreduced", "0.500"]
+    assert unreduced[3:] == ["91.00 ± 1.41", "-", "99.00 ± 0.00", "4.00 ± 0.00", "100", "10.0"]
     assert ordered[3:] == [
         "50.00 [1 of 2] (-40.00)",
         "81.50 ± 2.12",
@@ -409,7 +409,11 @@ def cells_of(name):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("train: scratch", "train: dense", "train is 'dense', expected one of from-dense, scratch"),
+        (
+            "train: scratch",
+            "train: unreduced",
+            "train is 'unreduced', expected one of from-unreduced, scratch",
+        ),
         ("seeds:", "finetune: {epochs: 1}\nseeds:", "finetune has no meaning with train: scratch"),
         ("base: base.yaml\n", "", "row 'upper, famba-v' has no config, expected one, or a base"),
         ("fusion_strategy: none", "fusion_strategy: all", "expected a row without reduction"),

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from fambav.layers import take_rows
 from fambav.layers.embed import (
     PatchEmbed,
     cls_index_of,
@@ -96,12 +95,6 @@ def test_an_unknown_place_is_refused_with_the_nearest():
         cls_index_of("centre", 4)
     with pytest.raises(ValueError, match="did you mean 'middle'"):
         cls_index_of("midle", 4)
-
-
-def test_rows_are_taken_per_sample():
-    x = torch.arange(12.0).reshape(2, 3, 2)
-    rows = take_rows(x, torch.tensor([[2], [0]]))
-    assert rows.tolist() == [[[4, 5]], [[6, 7]]]
 
 
 def test_resizing_a_raster_keeps_its_axes_apart():

@@ -42,7 +42,7 @@ def into(whole, places, x):
     return whole.scatter(1, places[..., None].expand_as(x), x)
 
 
-def dense(net, images, left):
+def unreduced(net, images, left):
     """Do what the model does, but scan all tokens of the start; those gone only age the state."""
     start = net.embed(images)
     x, residual, places = start.x, None, start.position
@@ -72,7 +72,7 @@ def test_pruned_models_equal_ones_that_scan_all_tokens(schedule):
     net, images = pruned(schedule)
     left = through(net, images)
     assert left[-1].x.shape[1] == net.schedule.final
-    x, residual = dense(net, images, left)
+    x, residual = unreduced(net, images, left)
     torch.testing.assert_close(left[-1].x, x, **SHARP)
     torch.testing.assert_close(left[-1].residual, residual, **SHARP)
 
@@ -80,7 +80,7 @@ def test_pruned_models_equal_ones_that_scan_all_tokens(schedule):
 def test_without_alignment_they_do_not():
     net, images = pruned(scan="compact")
     left = through(net, images)
-    assert (left[-1].x - dense(net, images, left)[0]).abs().max() > 1e-6
+    assert (left[-1].x - unreduced(net, images, left)[0]).abs().max() > 1e-6
 
 
 def test_tokens_that_go_behind_the_last_mixer_change_nothing():

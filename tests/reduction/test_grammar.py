@@ -73,7 +73,7 @@ def test_shares_are_of_the_patches_that_are_left_and_rounded_up():
         ("r:5@0", "layers from 1 to 24"),
         ("r:5@3,25", "layers from 1 to 24"),
         ("r:5@1-999999999", "layers from 1 to 24"),
-        ("r:5@1-999999999999", "numbers of at most 9 digits"),
+        ("r:5@1-9999999999", "numbers of at most 9 digits"),
         ("r:5@10,5", "ascending layers"),
         ("r:5@5,5", "ascending layers"),
         ("list:5@3", "one of r:5"),

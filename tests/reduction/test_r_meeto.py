@@ -209,12 +209,12 @@ def test_a_vim_runs_and_learns_with_it():
     torch.manual_seed(0)
     model = timm.create_model("vim_micro", num_classes=5).eval()
     images = torch.randn(2, 3, *model.img_size)
-    dense = model(images)
+    unreduced = model(images)
     reduced = fambav.reduce(model, "r-meeto", "r:3")
     assert reduced.reduction.class_policy == "proportional"
     logits = reduced(images)
     assert logits.shape == (2, 5)
-    assert not logits.equal(dense)
+    assert not logits.equal(unreduced)
     logits.square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     for how in (dict(metric="delta"), dict(order="lost", distance="l1"), dict(merge="prune")):

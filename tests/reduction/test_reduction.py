@@ -83,11 +83,11 @@ def test_mixers_see_the_lengths_of_the_plan_wherever_tokens_go(hook):
 
 def test_the_model_that_is_reduced_is_the_model_itself_and_none_undoes_it():
     net = vim()
-    dense = net(IMAGES)
+    unreduced = net(IMAGES)
     assert fambav.reduce(net, "ordered", 2) is net
-    assert not net(IMAGES).equal(dense)
+    assert not net(IMAGES).equal(unreduced)
     assert net.state_dict().keys() == vim().state_dict().keys()
-    assert fambav.reduce(net, "none")(IMAGES).equal(dense)
+    assert fambav.reduce(net, "none")(IMAGES).equal(unreduced)
 
 
 def test_a_reduction_changes_while_a_model_lives():

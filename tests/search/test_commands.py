@@ -57,8 +57,8 @@ def test_no_strategy_compared_costs_less_and_the_front_only_holds_what_nothing_b
     source, tmp_path, capsys
 ):
     search_plan.run(words(source, tmp_path, "--budget", "flops:0.8", *SMALL, "--compare"))
-    dense, found, *others = figures(tmp_path)["held_out"]
-    assert dense["cost"] == 1.0 and found["cost"] <= 0.8
+    unreduced, found, *others = figures(tmp_path)["held_out"]
+    assert unreduced["cost"] == 1.0 and found["cost"] <= 0.8
     assert {"all", "interleaved"} < {row["name"] for row in others}
     assert all(row["cost"] >= found["cost"] for row in others)
     front = figures(tmp_path)["front"]

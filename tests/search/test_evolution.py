@@ -33,7 +33,7 @@ def test_the_same_seed_tries_the_same_plans_and_another_others():
     assert tried[0] == tried[1] != tried[2]
 
 
-def test_no_more_plans_are_tried_than_task():
+def test_no_more_plans_are_tried_than_allowed():
     seen = []
     evolve(problem(WEIGHTS, length=12, share=0.7, seen=seen), [(5, 0, 0, 0)], seed=0, trials=17)
     assert len(set(seen)) <= 1 + 17

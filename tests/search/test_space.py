@@ -1,5 +1,7 @@
 """What a method can do, and how plans are brought to a budget."""
 
+from dataclasses import replace
+
 import pytest
 
 from fambav.reduction import make_reduction
@@ -60,37 +62,26 @@ def test_the_most_is_removed_where_nothing_saves_enough_and_none_where_nothing_s
     assert task.remove_more((8, 0, 0), 2, 0.1) is None
 
 
-def test_what_is_left_of_the_budget_is_given_back_where_task():
+def test_what_is_left_of_the_budget_is_given_back_where_wanted():
     task = problem((1, 1, 1), length=9, share=18 / 27)
     assert task.use_slack((4, 0, 0), [0]) == (3, 0, 0)
     assert task.use_slack((3, 1, 1), [2, 1, 0]) == (3, 0, 0)
 
 
-def test_the_least_plan_is_the_cheapest_of_all():
-    space = SearchSpace(SIZES, "ordered")
-    task = problem((1,) * 4, length=17)
-    share = lambda counts: space.reduction(counts).schedule.share  # noqa: E731
-    least = type(task)(
+def cheapest(method):
+    """The least plan of a method by its share of token-layers."""
+    space = SearchSpace(SIZES, method)
+    return replace(
+        problem((1,) * 4, length=17),
         unreduced=space.unreduced,
-        length=17,
         fits=space.fits,
-        cost=share,
-        losses=task.losses,
-        most=0,
+        cost=lambda counts: space.reduction(counts).schedule.share,
     ).cheapest()
-    assert least == (8, 4, 2, 1)
+
+
+def test_the_least_plan_is_the_cheapest_of_all():
+    assert cheapest("ordered") == (8, 4, 2, 1)
 
 
 def test_a_layer_behind_whose_mixer_nothing_is_saved_keeps_its_tokens():
-    space = SearchSpace(SIZES, "prune-aligned")  # tokens go behind the mixer
-    share = lambda counts: space.reduction(counts).schedule.share  # noqa: E731
-    task = problem((1,) * 4, length=17)
-    least = type(task)(
-        unreduced=space.unreduced,
-        length=17,
-        fits=space.fits,
-        cost=share,
-        losses=task.losses,
-        most=0,
-    ).cheapest()
-    assert least == (15, 0, 0, 0)
+    assert cheapest("prune-aligned") == (15, 0, 0, 0)  # tokens go behind the mixer

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,13 +12,12 @@ from torch.nn import functional as F
 from fambav import experiments
 from fambav.cli import console
 from fambav.engine import checkpoint
-from fambav.engine.step import TrainStep
 from fambav.registry import DATA_SETS, TASKS
 from fambav.tasks import Meter, Metric, Task, task_of
 from tests.data.made import made_cifar10
 from tests.experiments.made import SCRATCH, written
 from tests.identical import assert_identical, log
-from tests.test_runs import Crash, go, refused
+from tests.made import crash_in_update, crashing, go, refused
 
 
 class Errors(Meter):
@@ -107,17 +107,8 @@ def test_the_lowest_value_is_the_best(finished):
 
 def test_a_resumed_run_is_bit_identical(finished, flags, tmp_path):
     folder, _ = finished
-    real = TrainStep.__call__
-
-    def crash(self, batches, number):
-        if number == 7:
-            raise Crash
-        return real(self, batches, number)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", crash)
-        with pytest.raises(Crash):
-            go(*flags, "--output_dir", tmp_path)
+    with crashing(partial(crash_in_update, update=7)):
+        go(*flags, "--output_dir", tmp_path)
     assert go(*flags, "--output_dir", tmp_path, "--resume", "auto").status == 0
     assert_identical(tmp_path, folder)
 

@@ -1,23 +1,9 @@
 """A mistake is one line on stderr and a status: what every such test looks at."""
 
-import contextlib
-import io
-from types import SimpleNamespace
-
 from fambav import cli
+from tests.made import go as call
 
 LONGEST = 1000  # characters of a line that people can still read
-
-
-def call(*words, program=cli.main, encoding="utf-8"):
-    """Call a program in this process, with streams as a terminal of that encoding has them."""
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n") for _ in range(2)]
-    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-        status = program([str(word) for word in words])
-    for stream in streams:
-        stream.flush()
-    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)
-    return SimpleNamespace(status=status, out=out, err=err)
 
 
 def the_line(found, *names, status=2):

@@ -1,8 +1,6 @@
 """Settings and weights that chance has made are read, or refused in one line."""
 
-import contextlib
 import copy
-import io
 
 import pytest
 import torch
@@ -10,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 import fambav
-from fambav import cli
 from fambav.config import ConfigError
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
+from tests.made import refused
 from tests.trust import fuzz
 
 options = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -51,11 +49,7 @@ def test_what_chance_has_found_is_refused(weights, case):
         state[name] = value
     path = weights.folder / "found.pth"
     checkpoint.save(path, state)
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        assert cli.main([*weights.words, "--resume", str(path)]) == 2
-    assert err.getvalue().count("\n") == 1
-    assert err.getvalue().startswith("error: ")
+    refused(*weights.words, "--resume", path)
 
 
 @pytest.mark.parametrize(

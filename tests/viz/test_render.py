@@ -1,9 +1,8 @@
 """Runs and their pictures: what is drawn of which run, and what is refused."""
 
-import contextlib
-import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fambav
 import fambav.models
 from fambav import cli, viz
-from fambav.commands import pareto, show
+from fambav.commands import show
 from fambav.config import parse
 from fambav.data import load
 from fambav.registry import PICTURES
@@ -25,36 +24,16 @@ from fambav.training import pictured
 from fambav.viz.compare import compare_strategies, described, reducing
 from fambav.viz.render import traced
 from tests.data.made import made_cifar
+from tests.made import go
+from tests.made import refused as refused_
 
 RUN = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 8
     --epochs 1 --warmup-epochs 0 --threads 1 --no-model-ema"""
 FUSED = "--fusion-strategy upper --fusion-layer 4 --fusion-token 3"
 PRUNED = "--class-token none --reduction evit --reduction-schedule r:3@2-4"
 
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "show", show)
-    monkeypatch.setitem(cli.COMMANDS, "pareto", pareto)
-
-
-def go(program, *words):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = program([str(word) for word in words])
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
-
-
-def fambav_(*words):
-    return go(cli.console, *words)
-
-
-def refused(*words):
-    found = fambav_(*words)
-    assert found.status == 2, found.out + found.err
-    assert found.err.startswith("error: ")
-    assert found.err.count("\n") == 1
-    return found.err
+fambav_ = partial(go, program=cli.console)
+refused = partial(refused_, program=cli.console)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +41,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     made_cifar(folder / "data", train=16, test=9)
     made = {}
-    for name, flags in {"fused": FUSED, "pruned": PRUNED, "dense": ""}.items():
+    for name, flags in {"fused": FUSED, "pruned": PRUNED, "unreduced": ""}.items():
         made[name] = folder / name
         words = [*RUN.split(), *flags.split(), "--data-path", folder / "data"]
-        found = go(cli.main, *words, "--output_dir", made[name])
+        found = go(*words, "--output_dir", made[name])
         assert found.status == 0, found.err
     return SimpleNamespace(**made)
 
@@ -96,23 +75,23 @@ def test_the_same_pictures_have_the_same_bytes(runs, tmp_path):
 
 
 def test_several_runs_share_their_curves_and_have_the_rest_each(runs, tmp_path):
-    found = dict(viz.render([runs.pruned, runs.dense], tmp_path, what=["groups", "curves"]))
-    assert list(found) == ["pruned/groups", "dense/groups", "curves"]
-    assert found["dense/groups"].path == tmp_path / "dense_groups.png"
-    assert found["curves"].title == "training of pruned, dense"
+    found = dict(viz.render([runs.pruned, runs.unreduced], tmp_path, what=["groups", "curves"]))
+    assert list(found) == ["pruned/groups", "unreduced/groups", "curves"]
+    assert found["unreduced/groups"].path == tmp_path / "unreduced_groups.png"
+    assert found["curves"].title == "training of pruned, unreduced"
 
 
 def test_several_images_have_numbers(runs, tmp_path):
     source = viz.Source(index=(0, 8))
-    found = dict(viz.render([runs.dense], tmp_path, what=["scan"], source=source))
+    found = dict(viz.render([runs.unreduced], tmp_path, what=["scan"], source=source))
     assert list(found) == ["scan/0", "scan/1"]
     assert "held-out image 8" in found["scan/1"].title
 
 
 def test_pictures_go_into_the_run_unless_told_otherwise(runs):
-    found = fambav_("show", runs.dense / "best_checkpoint.pth", "--what", "layers")
-    assert found.out.startswith(str(runs.dense / "pictures" / "layers.png"))
-    assert (runs.dense / "pictures" / "layers.png").is_file()
+    found = fambav_("show", runs.unreduced / "best_checkpoint.pth", "--what", "layers")
+    assert found.out.startswith(str(runs.unreduced / "pictures" / "layers.png"))
+    assert (runs.unreduced / "pictures" / "layers.png").is_file()
 
 
 def test_an_image_file_can_be_looked_at(runs, tmp_path):
@@ -126,13 +105,13 @@ def test_an_image_file_can_be_looked_at(runs, tmp_path):
 
 def test_another_reduction_can_be_tried_on_the_same_weights(runs, tmp_path):
     words = ("--reduction", "ordered", "--reduction-schedule", "r:2@2-3", "--what", "layers")
-    found = fambav_("show", runs.dense, *words, "--output_dir", tmp_path)
+    found = fambav_("show", runs.unreduced, *words, "--output_dir", tmp_path)
     assert "vim_micro, ordered, 2 tokens at layers 2-3" in found.out
 
 
 def test_pixels_are_the_image_as_the_model_sees_it(runs):
-    ((_, trace, *_),) = traced(runs.dense)
-    data = load("CIFAR", runs.dense.parent / "data")
+    ((_, trace, *_),) = traced(runs.unreduced)
+    data = load("CIFAR", runs.unreduced.parent / "data")
     picture = np.asarray(data.val[0][0].resize((16, 16), Image.Resampling.BICUBIC)) / 255
     assert trace.pixels.shape == (16, 16, 3)
     assert np.abs(trace.pixels - picture).max() < 0.02
@@ -144,26 +123,29 @@ def test_pixels_are_the_image_as_the_model_sees_it(runs):
     [
         ((), "run is missing, expected fambav show RUN ..."),
         (
-            ("{dense}", "--what", "gruops"),
+            ("{unreduced}", "--what", "gruops"),
             "--what is 'gruops', expected names of pictures; did you",
         ),
-        (("{dense}", "--index", "9"), "index is 9, expected 0 to 8, held-out images of CIFAR"),
-        (("{dense}", "--index", "x"), "--index is 'x', expected a whole number"),
+        (("{unreduced}", "--index", "9"), "index is 9, expected 0 to 8, held-out images of CIFAR"),
+        (("{unreduced}", "--index", "x"), "--index is 'x', expected a whole number"),
         (
-            ("{dense}", "--image", "{dense}/log.txt"),
+            ("{unreduced}", "--image", "{unreduced}/log.txt"),
             "log.txt is of no known format, expected an image",
         ),
-        (("{dense}", "--image", "{dense}/no.png"), "no.png is missing, expected an image"),
-        (("{dense}/nowhere",), "nowhere, expected a file that exists"),
-        (("{dense}/..",), "holds no best_checkpoint.pth, expected a run folder or one exported as"),
-        (("{dense}/log.txt",), "log.txt"),
-        (("{dense}", "{dense}"), "more than once, expected every run once"),
-        (("{dense}", "--lenght", "3"), "--lenght is not a flag"),
-        (("{dense}/..", "--what", "curves"), "expected a folder with log.txt to draw curves"),
+        (("{unreduced}", "--image", "{unreduced}/no.png"), "no.png is missing, expected an image"),
+        (("{unreduced}/nowhere",), "nowhere, expected a file that exists"),
+        (
+            ("{unreduced}/..",),
+            "holds no best_checkpoint.pth, expected a run folder or one exported as",
+        ),
+        (("{unreduced}/log.txt",), "log.txt"),
+        (("{unreduced}", "{unreduced}"), "more than once, expected every run once"),
+        (("{unreduced}", "--lenght", "3"), "--lenght is not a flag"),
+        (("{unreduced}/..", "--what", "curves"), "expected a folder with log.txt to draw curves"),
     ],
 )
 def test_what_cannot_be_shown_is_one_line(runs, tmp_path, words, message):
-    words = [word.format(dense=runs.dense) for word in words]
+    words = [word.format(unreduced=runs.unreduced) for word in words]
     assert message in refused("show", *words, *(["--output_dir", tmp_path] if words else []))
 
 
@@ -174,7 +156,7 @@ def test_a_flag_is_refused_before_anything_is_loaded():
 
 def test_missing_matplotlib_is_one_line(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    error = refused("show", runs.dense, "--what", "curves", "--output_dir", tmp_path)
+    error = refused("show", runs.unreduced, "--what", "curves", "--output_dir", tmp_path)
     assert "matplotlib is not installed" in error
 
 
@@ -254,7 +236,7 @@ def test_tensorboard_shows_the_tokens_of_a_run_that_removes_some(runs):
     assert image.step == 1
     assert image.height == 160
     assert image.width == 7 * 160 + 6 * 8
-    assert images_of(runs.dense) == {}
+    assert images_of(runs.unreduced) == {}
 
 
 def test_the_picture_for_tensorboard_changes_nothing():
@@ -284,8 +266,8 @@ def test_a_grid_is_drawn_as_png_and_svg(tmp_path):
         return {
             "name": name,
             "labels": [name],
-            "baseline": name == "dense",
-            "method": "none" if name == "dense" else "ordered",
+            "baseline": name == "unreduced",
+            "method": "none" if name == "unreduced" else "ordered",
             "settings": {},
             "paper": None,
             "phases": {"scratch": estimates},
@@ -295,7 +277,7 @@ def test_a_grid_is_drawn_as_png_and_svg(tmp_path):
         "grid": "made",
         "title": "Made up",
         "phase": "scratch",
-        "rows": [row("dense", 90.0, 10.0), row("upper", 89.0, 6.0)],
+        "rows": [row("unreduced", 90.0, 10.0), row("upper", 89.0, 6.0)],
         "cells": [{"figures": {"memory_kind": "saved for backward"}}],
     }
     (tmp_path / "results.json").write_text(json.dumps(told))
