@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fambav.layers.embed import cls_index_of, insert, resize_grid
-from fambav.layers.tokens import take_rows
-from fambav.ops.match import others
+from fambav.layers.embed import resize_positions
 
 if TYPE_CHECKING:  # a model is fitted by what is written here
     from fambav.models.timm_model import TimmModel
@@ -193,13 +191,7 @@ def resize_pos_embed(
             f"grid is {grid[0]} x {grid[1]}, expected {patches} cells as the checkpoint's"
             f" pos_embed has {length} rows with {len(model.cls_index)} class tokens"
         )
-    if grid == model.grid:
-        return pos_embed
-    index = torch.tensor([cls_index_of(model.class_token, patches)], dtype=torch.int64)
-    index = index.to(pos_embed.device)  # (1, k)
-    class_rows = take_rows(pos_embed, index).split(1, dim=1) if model.cls_index else ()
-    raster = resize_grid(take_rows(pos_embed, others(index, length)), grid, model.grid)
-    return insert(raster, class_rows, model.cls_index)
+    return resize_positions(pos_embed, grid, model.grid, class_token=model.class_token)
 
 
 def _fit_head(
