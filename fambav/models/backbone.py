@@ -93,7 +93,7 @@ class Backbone(TimmModel):
     def hooks(self, layer: int, tokens: Tokens) -> Hooks:
         """Return what a layer, from 0, is to do with these tokens."""
         reduction, grid = self.reduction, tokens.start_grid
-        if grid not in (self.grid, None):
+        if grid is not None and grid != self.grid:
             reduction = reduction.resized(self.info_on(grid))
         return reduction.hooks(layer)
 
@@ -133,7 +133,7 @@ class Backbone(TimmModel):
             so that the mean over all is theirs.  With trace, these and a `Trace`.
 
         Raises:
-            ValueError: If the images have another size.
+            ValueError: If the model takes no images of their size.
         """
         tokens, sources = self._run(images, trace=trace or self.reduction.reduces)
         rows = self._whole(tokens)

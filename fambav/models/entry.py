@@ -137,7 +137,11 @@ def _entry_point(
             )
         ours = cast("TimmModel", net.model if arguments.get("features_only") else net)
         made = cast("dict[str, Any]", net.pretrained_cfg)
-        made.update(input_size=(ours.in_chans, *ours.img_size), pool_size=ours.grid)
+        made.update(
+            input_size=(ours.in_chans, *ours.img_size),
+            fixed_input_size=not ours.dynamic_img_size,
+            pool_size=ours.grid,
+        )
         if ours is net:
             made["num_classes"] = ours.num_classes
         return net if dtype is None else net.to(dtype)

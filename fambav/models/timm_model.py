@@ -111,18 +111,14 @@ class TimmModel(nn.Module):
             ValueError: If they are not (batch, in_chans, *img_size), or, with `dynamic_img_size`,
                 have other channels or a size that patches do not divide.
         """
-        size, dynamic = tuple(images.shape[2:]), self.dynamic_img_size
-        batched = images.ndim == 4 and images.shape[1] == self.in_chans
-        if batched and size == self.img_size:
+        shape, patch = tuple(images.shape), dict(patch_size=self.patch_size, stride=self.stride)
+        if shape[1:] == (self.in_chans, *self.img_size):
             return self.grid
-        if not batched or not dynamic:
-            sides = "height, width" if dynamic else f"{self.img_size[0]}, {self.img_size[1]}"
-            raise ValueError(
-                f"images are {tuple(images.shape)}, expected (batch, {self.in_chans}, {sides})"
-            )
-        name, (height, width) = "side of an image", size
-        return patch_grid(
-            (height, width), patch_size=self.patch_size, stride=self.stride, name=name
+        if self.dynamic_img_size and len(shape) == 4 and shape[1] == self.in_chans:
+            return patch_grid((shape[2], shape[3]), **patch, name="side of an image")
+        sides = ("height", "width") if self.dynamic_img_size else self.img_size
+        raise ValueError(
+            f"images are {shape}, expected (batch, {self.in_chans}, {sides[0]}, {sides[1]})"
         )
 
     def info_on(self, grid: tuple[int, int]) -> BackboneInfo:
@@ -201,16 +197,12 @@ class TimmModel(nn.Module):
         if size == self.img_size:
             return
         grid = patch_grid(size, patch_size=self.patch_size, stride=self.stride)
-        reduction, embedding = (
-            self.reduction.resized(self.info_on(grid)),
-            self.get_parameter(self.position),
-        )
-        resized = resize_positions(
-            embedding.detach(), self.grid, grid, class_token=self.class_token
-        )
+        reduction = self.reduction.resized(self.info_on(grid))
+        old, place = self.get_parameter(self.position), self.class_token
+        new = resize_positions(old.detach(), self.grid, grid, class_token=place)
         owner, _, name = self.position.rpartition(".")
-        parameter = nn.Parameter(resized, requires_grad=embedding.requires_grad)
-        setattr(self.get_submodule(owner), name, parameter)
+        resized = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(self.get_submodule(owner), name, resized)
         self.lay_out(size)
         self.reduction = reduction
         self.pretrained_cfg.update(input_size=(self.in_chans, *size), pool_size=self.grid)

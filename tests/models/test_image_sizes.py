@@ -45,7 +45,7 @@ def test_a_dynamic_model_is_one_of_the_images_size_with_resized_positions(name, 
     assert fixed.pretrained_cfg["fixed_input_size"] is True
     with pytest.raises(ValueError, match=r"images are \(2, 3, 24, 40\), expected \(batch, 3, 32"):
         build(name, dynamic_img_size=False, **arguments)(IMAGES)
-    with pytest.raises(ValueError, match="side of an image is 30, .* fit are 28 and 32"):
+    with pytest.raises(ValueError, match=r"side of an image is 30, .* fit are 28 and 32"):
         dynamic(torch.zeros(1, 3, 32, 30))
     with pytest.raises(ValueError, match=r"images are .*, expected \(batch, 3, height, width\)"):
         dynamic(torch.zeros(1, 1, 24, 40))
