@@ -11,7 +11,7 @@ from fambav import cli
 from fambav.config import Config, parse
 from fambav.data import load
 from fambav.engine import checkpoint
-from fambav.training import layout
+from fambav.training.network import layout
 from tests.data.made import made_cifar
 from tests.made import go
 

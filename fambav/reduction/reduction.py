@@ -107,7 +107,7 @@ class Reduction(nn.Module):
         return self._resized[info.grid]
 
     def _on(self, info: BackboneInfo, counts: Counts) -> Reduction:
-        """Return what this does in a model with other counts, none of which is a text's."""
+        """Return what this does, with these counts, in a model of other sizes."""
         if not any(counts):
             return no_reduction(info)
         made = Reduction(
