@@ -61,6 +61,15 @@ def test_the_reducer_of_the_readme_trains_from_a_file_of_its_own(tmp_path):
     assert done.stderr.endswith("utrc, quiet; did you mean 'quiet'?\n")
 
 
+def test_the_backbone_of_the_readme_returns_the_maps_that_it_says():
+    shown = {}
+    block = TEXT.split("### As a backbone\n")[1].split("```python\n")[1].split("```")[0]
+    exec(compile(block, README.name, "exec"), shown)
+    assert [found.shape for found in shown["maps"]] == [(1, 192, 6, 10)] * 3
+    distinct = [len(found[0].flatten(1).T.unique(dim=0)) for found in shown["maps"]]
+    assert distinct == [60, 42, 30]
+
+
 def commands():
     """Every command line that gives flags to main.py, without its continuation lines' ends."""
     for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL):

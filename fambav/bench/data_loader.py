@@ -16,6 +16,7 @@ from fambav import data
 from fambav.bench.report import Report, Row, positive, settings
 from fambav.bench.timing import quartiles, settle
 from fambav.data.device_augment import DeviceSet, device_train_loader
+from fambav.layers.embed import pair
 
 BATCH = {"cuda": 128, "cpu": 32}
 LOADER, RESIDENT = "loader", "resident"
@@ -25,7 +26,7 @@ def loading(
     *,
     data_set: str = "DIGITS",
     data_path: str | Path = "datasets",
-    input_size: int = 224,
+    input_size: int | Sequence[int] = 224,
     batch: int | None = None,
     workers: Sequence[int] = (0, 1, 2),
     batches: int = 2,
@@ -40,7 +41,7 @@ def loading(
     Args:
         data_set: Name of the set.
         data_path: Its folder.
-        input_size: Height and width of the result, in pixels.
+        input_size: Height and width of the result, in pixels; one number for a square.
         workers: Numbers of loader processes; 0 reads in this one.
         batches: Batches that each process makes in a round.
 
@@ -52,13 +53,14 @@ def loading(
         ValueError: If a number is too small, or the set has no full batch.
     """
     batch = BATCH[device.type] if batch is None else batch
-    positive(batch=batch, input_size=input_size, batches=batches, rounds=rounds)
+    size = pair(input_size, name="input_size")
+    positive(batch=batch, batches=batches, rounds=rounds)
     for name, value in (("workers", min(workers, default=-1)), ("warmup", warmup)):
         if value < 0:
             raise ValueError(f"{name} is {value}, expected at least 0")
-    loaded = data.load(data_set, data_path, image_size=input_size)
+    loaded = data.load(data_set, data_path, image_size=size)
     options: dict[str, Any] = dict(batch_size=batch, seed=0, pin_memory=device.type == "cuda")
-    transform = data.train_transform(input_size=input_size)
+    transform = data.train_transform(input_size=size)
     ways: dict[str, Callable[..., Any]] = {
         LOADER: partial(data.train_loader, loaded.train, transform, **options)
     }
@@ -75,7 +77,8 @@ def loading(
         for way, make in ways.items()
         for count in dict.fromkeys(workers)
     }
-    about: dict[str, Any] = dict(data=data_set, input_size=input_size, batch=batch, rounds=rounds)
+    shown = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
+    about: dict[str, Any] = dict(data=data_set, input_size=shown, batch=batch, rounds=rounds)
     rows = [_row(*key, own, rates.get((LOADER, 1))) for key, own in rates.items()]
     title = "training images, read and augmented"
     return Report(title=title, settings=settings(device, **about), rows=rows, skipped=skipped)

@@ -20,7 +20,8 @@ NUMBER: dict[str, Any] = dict(type=natural, metavar="N")
 SWITCH: dict[str, Any] = dict(action="store_true")
 # What may be given to `add_flags`; a flag that is not given is left to the function's own default.
 FLAGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("batch", "rounds", "warmup", "dim", "state", "batches", "input-size"), NUMBER),
+    **dict.fromkeys(("batch", "rounds", "warmup", "dim", "state", "batches"), NUMBER),
+    "input-size": dict(NUMBER, nargs="+", help="of images in pixels; or height and width"),
     "device": dict(metavar="NAME", default=None, help="cpu or cuda; a GPU if there is one"),
     "dtype": dict(choices=DTYPES, help="as in training by default"),
     "dtypes": dict(nargs="+", choices=DTYPES, help="several are measured in turn"),
@@ -160,6 +161,8 @@ def measure(function: Callable[..., Any], given: dict[str, Any]) -> None:
         given["device"] = device = here.device
         if given.get("cuda_graphs") and device.type != "cuda":
             raise ValueError(f"device is {device}, expected a CUDA device with --cuda-graphs")
+        if len(given.get("input_size", ())) == 1:
+            (given["input_size"],) = given["input_size"]
         if "dtype" in given:
             given["dtype"] = getattr(torch, given["dtype"])
         if "dtypes" in given:

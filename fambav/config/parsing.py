@@ -89,7 +89,7 @@ def from_words(words: list[str]) -> dict[str, Setting]:
             given[option.name] = Setting(not off, COMMAND, label)
             continue
         values = [value] if equals else []
-        wanted = 0 if equals else len(rest) if option.kind is tuple else 1
+        wanted = 0 if equals else len(rest) if option.kind is tuple else 1 + option.pair
         while rest and len(values) < wanted and not rest[0].startswith("--"):
             values.append(rest.popleft())
         if not values:
@@ -265,6 +265,7 @@ def _entry(option: Option, text: str) -> list[str]:
         head += f" {{{','.join(option.names)}}}"
     elif option.kind is not bool:
         head += {int: " N", float: " X", tuple: " X X"}.get(option.kind, " TEXT")
+        head += " [N]" if option.pair else ""
     lines = _wrapped(text, " " * _COLUMN)
     if len(head) >= _COLUMN:
         return [head, *lines]

@@ -49,8 +49,10 @@ class Model(Group):
     model: str = option(
         "vim_tiny", "model of `fambav list models`, or timm/NAME", check=checks.model_name
     )
-    input_size: int | None = option(
-        None, "height and width of an image in pixels; none = the model's own", bounds=PIXELS
+    input_size: int | tuple[int, int] | None = option(
+        None,
+        "height and width of an image in pixels, one number for both; none = the model's own",
+        bounds=PIXELS,
     )
     patch_size: int | None = option(
         None,

@@ -100,6 +100,7 @@ class Option(NamedTuple):
     also: tuple[str, ...] = ()  # further flags that mean the same
     name: str = ""  # this and the rest are filled in from the field
     kind: type = str
+    pair: bool = False  # whether two numbers may be given too, height and width
     optional: bool = False
     default: Any = None
 
@@ -141,6 +142,7 @@ def options_of(group: type[Group]) -> dict[str, Option]:
             flag=known.flag or name.replace("_", "-"),
             name=name,
             kind=getattr(kind, "__origin__", kind),  # tuple[float, ...] is a tuple
+            pair=tuple[int, int] in inner,
             optional=optional,
             default=item.default,
         )
@@ -167,6 +169,8 @@ def from_text(option: Option, words: list[str], label: str) -> Any:
         return None
     if option.kind is tuple:
         return _checked(option, tuple(_number(float, word, label) for word in words), label)
+    if option.pair and len(words) > 1:
+        return _checked(option, tuple(_number(int, word, label) for word in words), label)
     numeric = option.kind in (int, float)
     return _checked(option, _number(option.kind, words[0], label) if numeric else words[0], label)
 
@@ -175,11 +179,13 @@ def from_data(option: Option, value: Any, label: str) -> Any:
     """Return the value of a YAML or Python object."""
     if option.optional and (value is None or _is_unset(option, value)):
         return None
-    if option.kind is not tuple:
+    several = isinstance(value, list | tuple)
+    if option.kind is not tuple and not (option.pair and several):
         return _checked(option, _typed(option.kind, value, label), label)
-    if not isinstance(value, list | tuple):
+    if not several:
         refuse(label, value, "a list of numbers such as [0.9, 0.95]")
-    return _checked(option, tuple(_typed(float, item, label) for item in value), label)
+    kind = int if option.pair else float
+    return _checked(option, tuple(_typed(kind, item, label) for item in value), label)
 
 
 def _checked(option: Option, value: Any, label: str) -> Any:
@@ -198,6 +204,10 @@ def _checked(option: Option, value: Any, label: str) -> Any:
             refuse(label, number, option.bounds.expected(number))
     if option.length is not None and len(numbers) != option.length:
         refuse(label, value, f"{option.length} numbers")
+    if option.pair and isinstance(value, tuple):
+        if len(value) != 2:
+            refuse(label, value, "one number, or two: height and width")
+        value = value[0] if value[0] == value[1] else value
     if option.check:
         try:
             option.check(value)

@@ -149,9 +149,10 @@ def eval_transform(
 ) -> Transform:
     """Return what evaluation does to an image.
 
-    The shorter side is resized to input_size / eval_crop_ratio and the centre cut out.  At most 32
-    pixels are not worth a border: the whole image is resized to `input_size` and nothing is cut,
-    as in the original, which takes such images as they are.
+    The image is resized, in its own proportions, until it just covers input_size / eval_crop_ratio,
+    and the centre is cut out: for a square, the shorter side is resized to that.  At most 32 pixels
+    are not worth a border: the whole image is resized to `input_size` and nothing is cut, as in the
+    original, which takes such images as they are.
 
     Args:
         input_size: Height and width of the result, in pixels; one number for a square.

@@ -11,7 +11,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fambav.arguments import LARGEST, is_whole, known_name, refusal, whole
+from fambav.ops.cross_scan import select_rows
 from fambav.ops.dispatch import autocasts
+from fambav.ops.match import others
 from fambav.registry import CLASS_TOKENS
 
 
@@ -28,13 +30,16 @@ def pair(size: int | Sequence[int], *, name: str) -> tuple[int, int]:
     return both[0], both[1]
 
 
-def patch_grid(img_size: tuple[int, int], *, patch_size: int, stride: int) -> tuple[int, int]:
+def patch_grid(
+    img_size: tuple[int, int], *, patch_size: int, stride: int, name: str = "img_size"
+) -> tuple[int, int]:
     """Count the patches of an image along each side.
 
     Args:
         img_size: Height and width, in pixels.
         patch_size: Side of a patch, in pixels.
         stride: From one patch to the next, in pixels.
+        name: Of the size, for a refusal.
 
     Returns:
         (side - patch_size) / stride + 1 for height and width.
@@ -49,7 +54,7 @@ def patch_grid(img_size: tuple[int, int], *, patch_size: int, stride: int) -> tu
         if steps < 0 or rest:
             fit = patch_size + stride * max(steps, 0)
             raise ValueError(
-                f"img_size is {side}, expected a size that patches of {patch_size} every {stride}"
+                f"{name} is {side}, expected a size that patches of {patch_size} every {stride}"
                 f" pixels divide, but ({side} - {patch_size}) / {stride} + 1 ="
                 f" {(side - patch_size) / stride + 1:.4g} patches;"
                 f" the next sizes that fit are {fit} and {fit + stride}"
@@ -125,22 +130,41 @@ def check_images(images: Any, weight: Tensor) -> None:
         raise ValueError(f"images are {shape}, expected (batch, channels, height, width)")
 
 
+def resize_positions(
+    pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], *, class_token: str
+) -> Tensor:
+    """Resize a position embedding bicubically to another grid of patches.
+
+    Args:
+        pos_embed: The rows of patches and class tokens, (1, length, dim).
+        old: Patches along height and width that it is for.
+        new: Those wanted.
+        class_token: Where class tokens are, as for `cls_index_of`; their rows stay as they are.
+
+    Returns:
+        (1, new length, dim); pos_embed itself if both grids are the same.
+    """
+    if old == new:
+        return pos_embed
+    before, after = (cls_index_of(class_token, grid[0] * grid[1]) for grid in (old, new))
+    index = torch.tensor([before], dtype=torch.int64, device=pos_embed.device)  # (1, k)
+    class_rows = select_rows(pos_embed, index).split(1, dim=1) if before else ()
+    raster = resize_grid(select_rows(pos_embed, others(index, pos_embed.shape[1])), old, new)
+    return insert(raster, class_rows, after)
+
+
 class PatchEmbed(nn.Module):
     """Cut an image into patches and map each to a vector, row by row.
 
     Args:
         dim: Width of a token.
-        img_size: Height and width of an image, in pixels.
         patch_size: Side of a patch, in pixels.
         stride: From one patch to the next, in pixels; patches overlap if it is below patch_size.
         in_chans: Channels of an image.
     """
 
-    def __init__(
-        self, dim: int, *, img_size: tuple[int, int], patch_size: int, stride: int, in_chans: int
-    ) -> None:
+    def __init__(self, dim: int, *, patch_size: int, stride: int, in_chans: int) -> None:
         super().__init__()
-        self.img_size = img_size
         self.in_chans = in_chans
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=stride)
         # The published models draw this from a normal that is corrected for a cut at two standard
@@ -149,14 +173,6 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(cast(Tensor, self.proj.bias))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed: (batch, in_chans, height, width) -> (batch, patches, dim).
-
-        Raises:
-            ValueError: If the images have another size than the model was built for.
-        """
-        wanted = (self.in_chans, *self.img_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
-            expected = ", ".join(map(str, wanted))
-            raise ValueError(f"images are {tuple(images.shape)}, expected (batch, {expected})")
+        """Embed: (batch, in_chans, height, width) -> (batch, patches, dim)."""
         patches: Tensor = rearrange(self.proj(images), "b c h w -> b (h w) c")
         return patches

@@ -232,7 +232,7 @@ class Mamba2D(nn.Module):
             carried = None if tokens is None else tokens.skipped_dt
             return None if carried is None else to_scan_order(carried, orders).flatten(0, 1)
         if orders.skipped is None:
-            if grid != self.grid:
+            if grid != (self.grid if tokens is None else tokens.start_grid or self.grid):
                 raise ValueError(
                     f"gap policy is {gap_policy!r}, expected 'cached' for a grid that became"
                     " smaller"
@@ -248,15 +248,16 @@ def grid_position(tokens: Tokens, grid: Grid) -> tuple[Grid, Tensor | None]:
 
     Args:
         tokens: Without class tokens.
-        grid: Height and width of the grid that the model starts with.
+        grid: Height and width of the grid that they start with, if they do not say it.
 
     Returns:
         The grid, and the index on it of each token, row by row, (batch, length), or None if they
         are the whole of it row by row.
     """
+    start = tokens.start_grid or grid
     if tokens.keep_index is not None:
-        return grid, None
-    return (grid, tokens.position) if tokens.grid is None else (tokens.grid, None)
+        return start, None
+    return (start, tokens.position) if tokens.grid is None else (tokens.grid, None)
 
 
 def apply_on_grid(

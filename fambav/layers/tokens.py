@@ -59,6 +59,7 @@ class Tokens(NamedTuple):
         source: Index now of the token that each token of the start is part of, -1 if that was
             dropped, (batch, start length), int64; None unless tracing.
         grid: Height and width of the grid that the patches form, row by row; None if they do not.
+        start_grid: That of the start.
         skipped_dt: Step sizes, summed, of the tokens removed between each token and the one scanned
             before it, (batch, directions, length, inner), float32; None unless they are carried.
         keep_index: Where removed tokens are masked, the indices in x and residual of the kept ones,
@@ -73,6 +74,7 @@ class Tokens(NamedTuple):
     cls_index: Tensor
     source: Tensor | None = None
     grid: tuple[int, int] | None = None
+    start_grid: tuple[int, int] | None = None
     skipped_dt: Tensor | None = None
     keep_index: Tensor | None = None
     intermediates: Intermediates | None = None
@@ -105,6 +107,7 @@ class Tokens(NamedTuple):
             cls_index=torch.cat((position[:, :0], *columns), dim=1),  # (batch, k), also for k = 0
             source=position if trace else None,
             grid=grid,
+            start_grid=grid,
         )
 
     def intermediate(self, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fambav.arguments import instance, probability
 from fambav.layers.block import Add, Hooks
 from fambav.layers.drop import DropPath
+from fambav.layers.embed import cls_index_of
 from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import Tokens
 from fambav.models.entry import chosen_layers
@@ -93,15 +94,19 @@ class Backbone(TimmModel):
 
     def hooks(self, layer: int, tokens: Tokens) -> Hooks:
         """Return what a layer, from 0, is to do with these tokens."""
-        del tokens
-        return self.reduction.hooks(layer)
+        reduction, grid = self.reduction, tokens.start_grid
+        if grid is not None and grid != self.grid:
+            reduction = reduction.resized(self.info_on(grid))
+        return reduction.hooks(layer)
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify: (batch, in_chans, height, width) -> (batch, num_classes).
 
         Without pooling there is an output for each token of the start, (batch, tokens, classes).
+        On images of another size (`dynamic_img_size`) a reduction's schedule is read anew for their
+        tokens.
         """
-        tokens, _ = self._run(images, trace=not self.global_pool and self.schedule.removed > 0)
+        tokens, _ = self._run(images, trace=not self.global_pool and self.reduction.reduces)
         return self.classify(tokens)
 
     def classify(self, tokens: Tokens) -> Tensor:
@@ -130,9 +135,9 @@ class Backbone(TimmModel):
             so that the mean over all is theirs.  With trace, these and a `Trace`.
 
         Raises:
-            ValueError: If the images have another size.
+            ValueError: If the model takes no images of their size.
         """
-        tokens, sources = self._run(images, trace=trace or self.schedule.removed > 0)
+        tokens, sources = self._run(images, trace=trace or self.reduction.reduces)
         rows = self._whole(tokens)
         return (rows, Trace(tuple(cast("list[Tensor]", sources)))) if trace else rows
 
@@ -153,11 +158,13 @@ class Backbone(TimmModel):
         instance("x", x, Tensor, "a tensor (batch, tokens, dim)")
         if x.ndim != 3 or x.shape[2] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, tokens, {self.dim})")
-        index = self._cls_index(x)
+        places = cls_index_of(self.class_token, x.shape[1] - len(self.cls_index))
+        index = torch.tensor([places], dtype=torch.int64, device=x.device).expand(len(x), -1)
         if self.global_pool == "token":
             x = select_rows(x, index).mean(dim=1)
-        elif self.global_pool == "avg":
-            x = select_rows(x, others(index, x.shape[1])).mean(dim=1)
+        elif self.global_pool:
+            patches = select_rows(x, others(index, x.shape[1]))
+            x = pool_patches(patches, patches.mean(dim=1), self.global_pool)
         logits: Tensor = x if pre_logits else self.head(x)
         return logits
 
@@ -194,9 +201,9 @@ class Backbone(TimmModel):
         wanted = chosen_layers(indices, self.depth)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}, expected 'NCHW' or 'NLC'")
-        tokens, found = self.embed(x, trace=self.schedule.removed > 0), list[Rows]()
+        tokens, found = self.embed(x, trace=self.reduction.reduces), list[Rows]()
         grid, length = cast("tuple[int, int]", tokens.grid), tokens.x.shape[1]
-        index = self._cls_index(x)
+        index = tokens.cls_index
         last = wanted[-1] + 1 if stop_early else self.depth
         for layer, block in enumerate(self.layers[:last]):
             tokens = block(tokens, self.hooks(layer, tokens))
@@ -223,7 +230,12 @@ class Backbone(TimmModel):
             x = select_rows(tokens.x, tokens.cls_index)
             residual = select_rows(cast(Tensor, tokens.residual), tokens.cls_index)
             return self.normed(tokens._replace(x=x, residual=residual))[0].mean(dim=1)
-        return mean_patch(self.normed(tokens)[0], tokens)
+        rows = self.normed(tokens)[0]
+        mean = mean_patch(rows, tokens)
+        if self.global_pool == "avg":
+            return mean
+        patches = select_rows(rows, others(tokens.cls_index, rows.shape[1]))
+        return pool_patches(patches, mean, self.global_pool)
 
     def _run(self, images: Tensor, *, trace: bool) -> tuple[Tokens, list[Tensor | None]]:
         """Send images through all layers; with trace, also return `source` behind each."""
@@ -232,11 +244,6 @@ class Backbone(TimmModel):
             tokens = block(tokens, self.hooks(layer, tokens))
             sources.append(tokens.source)
         return tokens, sources
-
-    def _cls_index(self, x: Tensor) -> Tensor:
-        """Return where class tokens are at the start, for each sample of x, (batch, k), int64."""
-        index = torch.tensor([self.info.cls_index], dtype=torch.int64, device=x.device)
-        return index.expand(len(x), -1)
 
     def _whole(self, tokens: Tokens) -> Tensor:
         """Return a normalised row for each token of the start, behind the last layer."""
@@ -249,9 +256,17 @@ class Backbone(TimmModel):
             rows = self.normed(kept)[0]
         else:
             rows = Add()(kept.x, kept.residual)[1].to(self.get_parameter(self.position).dtype)
-        if kept.source is None or not self.schedule.removed:
+        if kept.source is None or rows.shape[1] == kept.source.shape[1]:
             return rows
         return unmerge(rows, kept.source, mean_patch(rows, kept))
+
+
+def pool_patches(patches: Tensor, mean: Tensor, pooling: str) -> Tensor:
+    """Pool rows of patches, (batch, length, dim), whose mean is known: "avg", "max" or "avgmax"."""
+    if pooling == "avg":
+        return mean
+    largest = patches.amax(dim=1)  # (batch, dim)
+    return largest if pooling == "max" else (largest + mean) / 2
 
 
 def mean_patch(rows: Tensor, tokens: Tokens) -> Tensor:

@@ -59,6 +59,7 @@ def data_config(
     stride: int | None = None,
     in_chans: int = 3,
     num_classes: int = 1000,
+    dynamic_img_size: bool | None = None,
     **_: Any,
 ) -> dict[str, Any]:
     """Say what images a model reads, in timm's words.
@@ -70,6 +71,7 @@ def data_config(
         stride: From one patch to the next, in pixels.
         in_chans: Channels of an image.
         num_classes: Length of the output.
+        dynamic_img_size: Whether images of other sizes are taken; None as the class has it.
         _: Other arguments of the constructor, which change no image.
     """
     size = pair(img_size, name="img_size")
@@ -77,7 +79,9 @@ def data_config(
         "url": "",
         "num_classes": num_classes,
         "input_size": (in_chans, *size),
-        "fixed_input_size": model.fixed_input_size,
+        "fixed_input_size": not (
+            model.dynamic_img_size if dynamic_img_size is None else dynamic_img_size
+        ),
         "pool_size": patch_grid(size, patch_size=patch_size, stride=stride or patch_size),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
@@ -140,7 +144,11 @@ def _entry_point(
             )
         ours = cast("TimmModel", net.model if arguments.get("features_only") else net)
         made = cast("dict[str, Any]", net.pretrained_cfg)
-        made.update(input_size=(ours.in_chans, *ours.img_size), pool_size=ours.grid)
+        made.update(
+            input_size=(ours.in_chans, *ours.img_size),
+            fixed_input_size=not ours.dynamic_img_size,
+            pool_size=ours.grid,
+        )
         if ours is net:
             made["num_classes"] = ours.num_classes
         return net if dtype is None else net.to(dtype)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fambav.arguments import MOST_LAYERS, flag, is_number, refusal, whole
 from fambav.layers.block import NO_HOOKS, Hooks, ResidualBlock
 from fambav.layers.drop import DropPath
-from fambav.layers.embed import check_images, resize_grid
+from fambav.layers.embed import check_images, resize_positions
 from fambav.layers.info import BackboneInfo, Stage
 from fambav.layers.mamba2d import (
     DIRECTIONS,
@@ -103,7 +103,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int, *, patch_size: int, stem_convs: int, in_chans: int) -> None:
         super().__init__()
-        self.patch_size, self.in_chans = patch_size, in_chans
+        self.in_chans = in_chans
         first = nn.Conv2d(in_chans, STEM, 7, stride=2, padding=3, bias=False)
         self.stem = nn.Sequential(first, nn.BatchNorm2d(STEM), nn.ReLU())
         between: list[nn.Module] = []
@@ -114,22 +114,7 @@ class PatchEmbed(nn.Module):
         self.projection = nn.Conv2d(STEM, dim, patch_size // 2, stride=patch_size // 2)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed: (batch, in_chans, height, width) -> (batch, dim, *grid).
-
-        Raises:
-            ValueError: If the channels are others, or patches do not divide the images.
-        """
-        sides = images.shape[2:]
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(
-                f"images are {tuple(images.shape)}, expected (batch, {self.in_chans}, height,"
-                " width)"
-            )
-        if not all(sides) or any(side % self.patch_size for side in sides):
-            raise ValueError(
-                f"images are {sides[0]} x {sides[1]} pixels, expected sides that patches of"
-                f" {self.patch_size} divide"
-            )
+        """Embed: (batch, in_chans, height, width) -> (batch, dim, *grid)."""
         maps: Tensor = self.projection(self.convs(self.stem(images)))
         return maps
 
@@ -153,16 +138,16 @@ class PlainMamba(Backbone):
     Args:
         dim: Width of a token.
         depth: Number of layers, at least 1.
-        img_size: Side of an image or (height, width), in pixels; while no tokens are reduced,
-            images of other sizes are taken too, and the position embedding is resized.
+        img_size: Side of an image or (height, width), in pixels.
         patch_size: From one patch to the next, in pixels, even.
         stem_convs: Convolutions 3 x 3 between the first one and the projection.
         dwconv: Convolve what is behind layer 0.
         in_chans: Channels of an image.
         num_classes: Length of the output; 0 returns the feature.
         state: Numbers of state per channel.
-        global_pool: What the head reads: "avg", the mean over patches, or "", every token by
-            itself.
+        global_pool: What the head reads: "avg", "max", "avgmax" or "", see `reset_classifier`.
+        dynamic_img_size: Take images of any size that patches divide, as published, and resize the
+            position embedding for them.
         drop_rate: 0; there is no dropout.
         drop_path_rate: Stochastic depth of the last output; rises linearly from 0.
         param_order: "raster" as the published weights need, or "permuted" as in the paper; see
@@ -183,7 +168,7 @@ class PlainMamba(Backbone):
     undecayed = ("A_log", "D", "direction_Bs", "pos_embed")
     classifier, first_conv = "head.fc", "backbone.patch_embed.stem.0"
     position, final_norm = "backbone.pos_embed", "backbone.ln1"
-    fixed_input_size = False
+    dynamic_img_size = True
 
     def __init__(
         self,
@@ -198,6 +183,7 @@ class PlainMamba(Backbone):
         num_classes: int = 1000,
         state: int = 16,
         global_pool: str | None = None,
+        dynamic_img_size: bool = True,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         param_order: str = "raster",
@@ -218,6 +204,7 @@ class PlainMamba(Backbone):
             patch_size=patch_size,
             in_chans=in_chans,
             global_pool=global_pool,
+            dynamic_img_size=dynamic_img_size,
         )
         rates = drop_path_rates(drop_path_rate, depth)
         mixer = partial(
@@ -277,16 +264,9 @@ class PlainMamba(Backbone):
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:
         """Cut images into patches and add the position embedding."""
         check_images(images, self.backbone.pos_embed)
-        sides = tuple(images.shape[2:])
-        if self.schedule.removed and sides != self.img_size:
-            raise ValueError(
-                f"images are {tuple(images.shape)}, expected (batch, {self.patch_embed.in_chans},"
-                f" {self.img_size[0]}, {self.img_size[1]}); tokens of no other size are reduced"
-            )
-        maps = self.patch_embed(images)
-        grid, position = (maps.shape[2], maps.shape[3]), self.backbone.pos_embed
-        resized = position if grid == self.grid else resize_grid(position, self.grid, grid)
-        x = rearrange(maps, "b c h w -> b (h w) c") + resized
+        grid, position = self.image_grid(images), self.backbone.pos_embed
+        x = rearrange(self.patch_embed(images), "b c h w -> b (h w) c")
+        x = x + resize_positions(position, self.grid, grid, class_token=self.class_token)
         return Tokens.start(x, cls_index=(), grid=grid, trace=trace)
 
     def normed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -296,8 +276,8 @@ class PlainMamba(Backbone):
 
     def hooks(self, layer: int, tokens: Tokens) -> Hooks:
         """Return what a layer is to do; mixers know one grid and have to be given another."""
-        hooks = self.reduction.hooks(layer)
-        known = tokens.grid == self.grid or tokens.grid is None
+        hooks = super().hooks(layer, tokens)
+        known = tokens.start_grid in (self.grid, None)
         return hooks if known else hooks._replace(positions=True)
 
     def set_input_size(

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from fambav.arguments import MOST_LAYERS, refusal, whole
 from fambav.layers import BackboneInfo
 from fambav.layers.block import Add
-from fambav.layers.embed import cls_index_of, pair, patch_grid
+from fambav.layers.embed import cls_index_of, pair, patch_grid, resize_positions
 from fambav.models.entry import chosen_layers, data_config
-from fambav.models.weights import adapt, official, published_class_token, resize_pos_embed
-from fambav.reduction import Reduction, no_reduction
+from fambav.models.weights import adapt, official, published_class_token
+from fambav.reduction import Reduction
 from fambav.registry import FAMILIES
 
 
@@ -37,7 +37,8 @@ class TimmModel(nn.Module):
             mean.
         classifier, first_conv, final_norm, position: Names of the modules that give the output,
             read the image and normalise the sum of all layers, and of the position embedding.
-        fixed_input_size: Whether images of another size are refused.
+        dynamic_img_size: Whether images of any size that patches divide are taken, for which the
+            position embedding is resized; `img_size` is the one that it is learnt for.
         global_pool: What the head reads, see `reset_classifier`.
         feature_info: Channels and stride of each layer, in timm's words.
     """
@@ -47,7 +48,7 @@ class TimmModel(nn.Module):
     first_conv: ClassVar[str] = "patch_embed.proj"
     position: ClassVar[str] = "pos_embed"
     final_norm: ClassVar[str] = "norm_f"
-    fixed_input_size: ClassVar[bool] = True
+    dynamic_img_size: bool = False
     dim: int
     depth: int
     img_size: tuple[int, int]
@@ -86,6 +87,7 @@ class TimmModel(nn.Module):
         stride: int | None = None,
         in_chans: int,
         global_pool: str | None,
+        dynamic_img_size: bool,
     ) -> None:
         """Set what constructors of all models are given; `class_token` is set before.
 
@@ -100,6 +102,7 @@ class TimmModel(nn.Module):
         self.stride = patch_size if stride is None else stride
         self.lay_out(pair(img_size, name="img_size"))
         self.global_pool = self._pooling(global_pool)
+        self.dynamic_img_size = dynamic_img_size
 
     def lay_out(self, img_size: tuple[int, int]) -> None:
         """Set the grid of patches, and where class tokens are, for images of a size."""
@@ -109,13 +112,38 @@ class TimmModel(nn.Module):
         self.cls_index = cls_index_of(self.class_token, patches)
         self.length = patches + len(self.cls_index)
 
+    def image_grid(self, images: Tensor) -> tuple[int, int]:
+        """Return the patches along height and width of images that this model takes.
+
+        Raises:
+            ValueError: If they are not (batch, in_chans, *img_size), or, with `dynamic_img_size`,
+                have other channels or a size that patches do not divide.
+        """
+        shape, patch = tuple(images.shape), dict(patch_size=self.patch_size, stride=self.stride)
+        if shape[1:] == (self.in_chans, *self.img_size):
+            return self.grid
+        if self.dynamic_img_size and len(shape) == 4 and shape[1] == self.in_chans:
+            return patch_grid((shape[2], shape[3]), **patch, name="side of an image")
+        sides = ("height", "width") if self.dynamic_img_size else self.img_size
+        raise ValueError(
+            f"images are {shape}, expected (batch, {self.in_chans}, {sides[0]}, {sides[1]})"
+        )
+
+    def info_on(self, grid: tuple[int, int]) -> BackboneInfo:
+        """Return the model in figures on images of another grid of patches."""
+        own, patches = self.info, grid[0] * grid[1]
+        cls_index = cls_index_of(self.class_token, patches)
+        stage = own.stage._replace(grid=grid, tokens=patches + len(cls_index))
+        return own._replace(stages=(stage,), cls_index=cls_index)
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one.
 
         Args:
             num_classes: Its outputs; 0 for none.
-            global_pool: "token", the class tokens' mean; "avg", the mean over patches; "" for
-                every token by itself; None as before.
+            global_pool: "token", the class tokens' mean; "avg", the mean over patches; "max",
+                their largest value in each channel; "avgmax", the mean of both; "" for every
+                token by itself; None as before.  All of normalised tokens.
 
         Raises:
             ValueError: If num_classes is negative or no whole number, or there is no such pooling.
@@ -128,11 +156,13 @@ class TimmModel(nn.Module):
 
     def _pooling(self, name: str | None) -> str:
         """Return the name of a pooling that this model has; None for its own."""
-        known = ("token", "avg", "") if self.cls_index else ("avg", "")
+        known = ("token",) * bool(self.cls_index) + ("avg", "max", "avgmax", "")
         if name is None:
             return known[0]
         if not isinstance(name, str) or name not in known:
-            raise refusal("global_pool", name, f"{' or '.join(map(repr, known))} of this model")
+            raise refusal(
+                "global_pool", name, f"one of {', '.join(map(repr, known))} of this model"
+            )
         return name
 
     def _new_head(self, num_classes: int, like: Tensor) -> nn.Module:
@@ -156,34 +186,32 @@ class TimmModel(nn.Module):
     def set_input_size(
         self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None
     ) -> None:
-        """Take images of another size from now on; the position embedding is resized.
+        """Build the position embedding for images of another size, with which it is resized.
+
+        A reduction's schedule is read anew for their tokens, see `Reduction.resized`.
 
         Args:
             img_size: Side of an image or (height, width), in pixels.
             patch_size: No other than the model's.
 
         Raises:
-            ValueError: If patches do not divide the images, would have another size, or tokens
-                are reduced, whose schedule is for the size that there is.
+            ValueError: If patches do not divide the images or would have another size, or the
+                schedule does not fit their tokens; nothing is changed then.
         """
         if patch_size not in (None, self.patch_size):
             raise refusal("patch_size", patch_size, str(self.patch_size))
         size = self.img_size if img_size is None else pair(img_size, name="img_size")
         if size == self.img_size:
             return
-        if self.reduction.schedule.removed:
-            raise ValueError(
-                f"img_size is {size}, expected {self.img_size} while tokens are reduced;"
-                " reduce(model, 'none') ends that"
-            )
-        old, embedding = self.grid, self.get_parameter(self.position)
-        self.lay_out(size)
+        grid = patch_grid(size, patch_size=self.patch_size, stride=self.stride)
+        reduction = self.reduction.resized(self.info_on(grid))
+        old, place = self.get_parameter(self.position), self.class_token
+        new = resize_positions(old.detach(), self.grid, grid, class_token=place)
         owner, _, name = self.position.rpartition(".")
-        resized = nn.Parameter(
-            resize_pos_embed(embedding.detach(), self, old), requires_grad=embedding.requires_grad
-        )
+        resized = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(self.get_submodule(owner), name, resized)
-        self.reduction = no_reduction(self.info)
+        self.lay_out(size)
+        self.reduction = reduction
         self.pretrained_cfg.update(input_size=(self.in_chans, *size), pool_size=self.grid)
         self._traits = {**getattr(self, "_traits", {}), "img_size": size}  # timm's own record
 
@@ -227,6 +255,7 @@ class TimmModel(nn.Module):
             stride=self.stride,
             in_chans=self.in_chans,
             num_classes=self.num_classes,
+            dynamic_img_size=self.dynamic_img_size,
         )
 
     def group_matcher(

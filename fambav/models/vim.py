@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fambav.arguments import probability
 from fambav.layers.block import AddNorm, Block
 from fambav.layers.drop import Dropout, DropPath
-from fambav.layers.embed import PatchEmbed, check_images, insert
+from fambav.layers.embed import PatchEmbed, check_images, cls_index_of, insert, resize_positions
 from fambav.layers.info import BackboneInfo, Stage
 from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import INTERMEDIATES, Tokens
@@ -46,8 +46,10 @@ class Vim(Backbone):
         bimamba_type: Mixer, "v2", "v1" or "none"; see `fambav.layers.mamba`.
         divide_out: Halve the sum of both directions; v2 only.
         state: Numbers of state per channel.
-        global_pool: What the head reads: "token", the default where there is one, "avg", the mean
-            over patches, or "", every token by itself.
+        global_pool: What the head reads: "token", the default where there is one, "avg", "max",
+            "avgmax" or "", see `reset_classifier`.
+        dynamic_img_size: Take images of any size that patches divide, and resize the position
+            embedding for them.
         drop_rate: Dropout after the position embedding, at least 0 and less than 1.
         drop_path_rate: Stochastic depth of the last output; rises linearly from 0.
         legacy_init: Start the backward dt bias at the published zero.
@@ -84,6 +86,7 @@ class Vim(Backbone):
         divide_out: bool = True,
         state: int = 16,
         global_pool: str | None = None,
+        dynamic_img_size: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         legacy_init: bool = False,
@@ -103,6 +106,7 @@ class Vim(Backbone):
             stride=stride,
             in_chans=in_chans,
             global_pool=global_pool,
+            dynamic_img_size=dynamic_img_size,
         )
         self.fuse(fusion_strategy, fusion_layer, fusion_token, fusion_method, fusion_plan)
 
@@ -111,11 +115,7 @@ class Vim(Backbone):
             self.register_parameter(name, nn.Parameter(0.02 * torch.randn(1, 1, dim)))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.length, dim))
         self.patch_embed = PatchEmbed(
-            dim,
-            img_size=self.img_size,
-            patch_size=patch_size,
-            stride=self.stride,
-            in_chans=in_chans,
+            dim, patch_size=patch_size, stride=self.stride, in_chans=in_chans
         )
         self.pos_drop = Dropout(probability("drop_rate", drop_rate))
         self.reset_classifier(num_classes)
@@ -179,23 +179,18 @@ class Vim(Backbone):
 
     def embed(self, images: Tensor, *, trace: bool = False) -> Tokens:
         """Cut images into patches, insert the class tokens and add the position embedding."""
-        class_tokens = [getattr(self, name) for name in self.class_names]
         check_images(images, self.pos_embed)
-        x = insert(self.patch_embed(images), class_tokens, self.cls_index)
-        x = self.pos_drop(x + self.pos_embed)
-        return Tokens.start(x, cls_index=self.cls_index, grid=self.grid, trace=trace)
+        grid, place = self.image_grid(images), self.class_token
+        cls_index = cls_index_of(place, grid[0] * grid[1])
+        class_tokens = [getattr(self, name) for name in self.class_names]
+        x = insert(self.patch_embed(images), class_tokens, cls_index)
+        x = self.pos_drop(x + resize_positions(self.pos_embed, self.grid, grid, class_token=place))
+        return Tokens.start(x, cls_index=cls_index, grid=grid, trace=trace)
 
     def normed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the final norm of the residual stream's last sum, and the sum."""
         normed, total = self.norm_f(tokens.x, tokens.residual)
         return normed, total
-
-    def set_input_size(
-        self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None
-    ) -> None:
-        """Take images of another size from now on; see `Backbone`."""
-        super().set_input_size(img_size, patch_size)
-        self.patch_embed.img_size = self.img_size
 
 
 def _class_names(class_token: str) -> tuple[str, ...]:

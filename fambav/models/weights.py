@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fambav.arguments import instance
-from fambav.layers.embed import cls_index_of, insert, resize_grid
-from fambav.ops.cross_scan import select_rows
-from fambav.ops.match import others
+from fambav.layers.embed import resize_positions
 from fambav.short_repr import short_repr
 
 if TYPE_CHECKING:  # a model is fitted by what is written here
@@ -202,13 +200,7 @@ def resize_pos_embed(
             f"grid is {grid[0]} x {grid[1]}, expected {patches} cells as the checkpoint's"
             f" pos_embed has {length} rows with {len(model.cls_index)} class tokens"
         )
-    if grid == model.grid:
-        return pos_embed
-    index = torch.tensor([cls_index_of(model.class_token, patches)], dtype=torch.int64)
-    index = index.to(pos_embed.device)  # (1, k)
-    class_rows = select_rows(pos_embed, index).split(1, dim=1) if model.cls_index else ()
-    raster = resize_grid(select_rows(pos_embed, others(index, length)), grid, model.grid)
-    return insert(raster, class_rows, model.cls_index)
+    return resize_positions(pos_embed, grid, model.grid, class_token=model.class_token)
 
 
 def _fit_head(

@@ -121,7 +121,7 @@ def cross_merge(x: Tensor, order: ScanOrder) -> Tensor:
         In token order, (batch, length, dim).
     """
     if plain_autograd():
-        return _permuted(x, order.rank).sum(dim=1)
+        return select_rows(x, order.rank).sum(dim=1)
     out: Tensor = _CrossMerge.apply(x, order.order, order.rank)
     return out
 

@@ -16,8 +16,16 @@ from torch import nn
 from fambav.arguments import instance, is_whole, known_name, refusal, whole
 from fambav.layers import BackboneInfo, Hooks, Tokens
 from fambav.reduction.apply import carried_dt, mask, merge, put_class_tokens
-from fambav.reduction.reducer import Reducer, make_reducer
-from fambav.reduction.schedule import NAME, PUBLISHED, Schedule, from_fusion, make_schedule
+from fambav.reduction.reducer import Grid, Reducer, make_reducer
+from fambav.reduction.schedule import (
+    NAME,
+    PUBLISHED,
+    Counts,
+    Schedule,
+    from_fusion,
+    make_schedule,
+    write_schedule,
+)
 from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, REDUCERS, SCAN_POLICIES
 
 _DELTA = frozenset({"delta"})
@@ -31,6 +39,8 @@ class Reduction(nn.Module):
         method: Chooses the tokens; None for none, with a schedule that removes none.
         schedule: Where and how many, checked.
         hook, scan, gap_policy, class_policy: Instead of the method's own, see `Reducer`.
+        text: What the schedule was read from, for images of other sizes; its counts by default.
+        depth: Layers of the model that the text is for, if those of `info` are its first.
 
     Raises:
         ValueError: If these do not go together, or the model cannot give what they need.
@@ -51,9 +61,13 @@ class Reduction(nn.Module):
         scan: str | None = None,
         gap_policy: str | None = None,
         class_policy: str | None = None,
+        text: str | None = None,
+        depth: int | None = None,
     ) -> None:
         super().__init__()
         self.info, self.method, self.schedule = info, method, schedule
+        self._text = write_schedule(schedule.counts) if text is None else text
+        self._depth, self._resized = depth or info.depth, dict[Grid, Reduction]()
         if method is None:
             self._hooks = [Hooks()] * info.depth
             return
@@ -70,19 +84,52 @@ class Reduction(nn.Module):
 
     def of_first_layers(self, info: BackboneInfo) -> Reduction:
         """Return what this does in a model that ends after its first `info.depth` layers."""
-        counts = self.schedule.counts[: info.depth]
+        return self._on(info, self.schedule.counts[: info.depth])
+
+    def resized(self, info: BackboneInfo) -> Reduction:
+        """Return what this does on images of another size: its schedule is read anew for them.
+
+        Of "keep:0.7@5" the share stays, of "r:5" the number of tokens that go, of "tokens:99@5"
+        that of tokens that are kept.
+
+        Args:
+            info: The model on such images.
+
+        Raises:
+            ValueError: If the schedule does not fit, as of `make_schedule`.
+        """
+        if self.method is None:
+            return no_reduction(info)
+        if info.grid not in self._resized:
+            whole = info._replace(stages=(info.stage._replace(depth=self._depth),))
+            schedule = make_schedule(
+                self._text, whole, self.method, hook=self.hook, class_policy=self.class_policy
+            )
+            self._resized[info.grid] = self._on(info, schedule.counts[: info.depth])
+        return self._resized[info.grid]
+
+    def _on(self, info: BackboneInfo, counts: Counts) -> Reduction:
+        """Return what this does, with these counts, in a model of other sizes."""
         if not any(counts):
             return no_reduction(info)
-        made = Schedule.of(info.tokens, counts, after=self.hook == "after")
-        return Reduction(
+        made = Reduction(
             info,
             self.method,
-            made,
+            Schedule.of(info.tokens, counts, after=self.hook == "after"),
             hook=self.hook,
             scan=self.scan,
             gap_policy=self.gap_policy,
             class_policy=self.class_policy,
+            text=self._text,
+            depth=self._depth,
         )
+        made.remark = self.remark
+        return made
+
+    @property
+    def reduces(self) -> bool:
+        """Whether there is a method at work, on images of any size."""
+        return self.method is not None
 
     @property
     def name(self) -> str:
@@ -204,7 +251,7 @@ def fused(
         return no_reduction(info)
     given = ("fusion_token", token) if plan is None else ("fusion_plan", plan)
     reducer = make_reducer(method)
-    return Reduction(info, reducer, make_schedule(text, info, reducer, given=given))
+    return Reduction(info, reducer, make_schedule(text, info, reducer, given=given), text=text)
 
 
 def make_reduction(
@@ -250,6 +297,7 @@ def make_reduction(
         scan=scan,
         gap_policy=gap_policy,
         class_policy=class_policy,
+        text=text,
     )
     if text == PUBLISHED and reducer.presumed(info):
         own = reducer.published(info)

@@ -113,9 +113,7 @@ def _prepared(config: Config, group: Processes) -> TrainingJob:
     for note in opened_set.notes:
         console.write(note)
     batches.warn_of_workers(config, console)
-    height, width = plan.input_size
-    size = {"input_size": height} if height == width else {}
-    complete = config.replace(num_classes=opened_set.num_classes, **size)
+    complete = config.replace(num_classes=opened_set.num_classes, input_size=plan.input_size)
     return TrainingJob(config=complete, layout=plan, data=opened_set, group=group, console=console)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fambav.config import Config
+from fambav.layers.embed import pair
 from fambav.models import Backbone
 from fambav.reduction import Reduction, Schedule, fused, read_options, reduce
 from fambav.registry import FOREIGN, family_of, nearest
@@ -88,9 +89,8 @@ def layout(config: Config) -> Layout:
     if isinstance(net, Backbone):
         return Layout(net.img_size, net.reduction, tuple(net.state_dict()))
     height, width = net.pretrained_cfg["input_size"][-2:]  # type: ignore[index]  # timm sets it
-    size = config.model.input_size
-    sides = (size, size) if size else (int(height), int(width))
-    return Layout(sides, None, tuple(net.state_dict()))
+    size = config.model.input_size or (int(height), int(width))
+    return Layout(pair(size, name="input_size"), None, tuple(net.state_dict()))
 
 
 def reduction(config: Config) -> Reduction:

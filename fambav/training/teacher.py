@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from fambav.config import Config
+from fambav.config import Config, format_value
 from fambav.engine import distill
 from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.distill import Teacher
@@ -45,7 +45,7 @@ def teacher(config: Config, *, num_classes: int) -> Teacher | None:
         _check_classes(state, net, num_classes)
         state.load_into(net)
     except CheckpointError as error:
-        size = config.model.input_size
+        size = format_value(config.model.input_size)
         raise type(error)(f"{error}; the teacher is {_name(config)} at {size} pixels") from error
     return Teacher(net)
 

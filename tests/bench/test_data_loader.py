@@ -51,6 +51,7 @@ def test_a_set_that_is_not_in_memory_has_a_reason_and_no_ratio_without_one_worke
         (dict(workers=()), "workers is -1, expected at least 0"),
         (dict(warmup=-1), "warmup is -1, expected at least 0"),
         (dict(batch=5000), "batch_size is 5000"),
+        (dict(input_size=(8, 16, 8)), "input_size is .8, 16, 8., expected a positive number or"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
@@ -59,8 +60,10 @@ def test_what_cannot_be_measured_is_refused(arguments, message):
 
 
 def test_the_command_prints_its_table_and_writes_it(capsys, tmp_path):
-    words = "bench data --input-size 32 --batch 8 --batches 1 --rounds 1 --warmup 0 --device cpu"
+    words = "bench data --input-size 24 32 --batch 8 --batches 1 --rounds 1 --warmup 0 --device cpu"
     target = tmp_path / "data.json"
     assert console([*words.split(), "--workers", "0", "--json", str(target)]) == 0
     assert "images per s" in capsys.readouterr().out
-    assert [row["way"] for row in json.loads(target.read_text())["rows"]] == ["loader", "resident"]
+    report = json.loads(target.read_text())
+    assert [row["way"] for row in report["rows"]] == ["loader", "resident"]
+    assert report["settings"]["input_size"] == "24 x 32"

@@ -55,22 +55,15 @@ def test_a_size_that_is_no_pair_is_refused(size):
 
 
 def test_patches_are_read_row_by_row():
-    embed = PatchEmbed(1, img_size=(4, 6), patch_size=2, stride=2, in_chans=1)
+    embed = PatchEmbed(1, patch_size=2, stride=2, in_chans=1)
     torch.nn.init.constant_(embed.proj.weight, 0.25)
     image = torch.arange(6.0).reshape(1, 1, 2, 3).repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert embed(image)[0, :, 0].tolist() == pytest.approx([0, 1, 2, 3, 4, 5])
 
 
 def test_patch_weights_start_with_the_published_spread():
-    weight = PatchEmbed(384, img_size=(32, 32), patch_size=16, stride=16, in_chans=3).proj.weight
+    weight = PatchEmbed(384, patch_size=16, stride=16, in_chans=3).proj.weight
     assert weight.std().item() == pytest.approx(0.0410, rel=0.01)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 8, 4), (2, 1, 4, 4), (3, 4, 4)])
-def test_images_of_another_size_are_refused_in_a_sentence(shape):
-    embed = PatchEmbed(2, img_size=(4, 4), patch_size=2, stride=2, in_chans=3)
-    with pytest.raises(ValueError, match=r"images are \(.*\), expected \(batch, 3, 4, 4\)"):
-        embed(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 
 import fambav
 import fambav.models
-from fambav.registry import CLASS_TOKENS
+from fambav.registry import CLASS_TOKENS, METHODS
 from fambav.timm_compat import timm
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -61,7 +61,29 @@ def test_a_dropped_patch_has_the_mean_over_those_that_are_left(name, arguments):
         torch.testing.assert_close(values[gone], mean.expand(int(gone.sum()), -1))
 
 
-@pytest.mark.parametrize("pooling", ["avg", "token"])
+MERGING = {"famba-v", "ordered", "r-meeto", "tome", "mtr", "stm", "storm", "utrc"}
+SCHEDULES = {"storm": "keep:0.75@2"}
+
+
+@pytest.mark.parametrize(("name", "arguments"), [KINDS[0], KINDS[-1]])
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_behind_every_method_have_a_value_for_each_patch(name, arguments, method):
+    how = {"scan": "compact"} if method == "prune-aligned" and name == "plainmamba_micro" else {}
+    text = SCHEDULES.get(method, "r:7@2,3")
+    model = fambav.reduce(small(name, **arguments), method, text, **how)
+    (found,) = model.forward_intermediates(IMAGES, [3], norm=True, intermediates_only=True)
+    rows, source, tokens = followed(model, 3)
+    assert found.shape == (2, 64, 8, 8)
+    assert (source < 0).any().item() == (method not in MERGING)
+    for n, (sample, own) in enumerate(zip(found, source, strict=True)):
+        values, size = sample.flatten(1).T, tokens.size[n].clone()
+        size[tokens.cls_index[n]] = 0
+        mean = (rows[n] * size[:, None]).sum(dim=0) / size.sum()
+        assert torch.equal(values[own >= 0], rows[n][own[own >= 0]])
+        torch.testing.assert_close(values[own < 0], mean.expand(int((own < 0).sum()), -1))
+
+
+@pytest.mark.parametrize("pooling", ["avg", "token", "avgmax"])
 @pytest.mark.parametrize("method", ["ordered", "random", "famba-v"])
 @pytest.mark.parametrize(("name", "arguments"), KINDS)
 def test_the_head_reads_the_same_of_all_rows_as_of_the_tokens_left(

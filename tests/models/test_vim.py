@@ -157,8 +157,9 @@ def test_a_size_that_patches_do_not_divide_is_refused():
 
 
 def test_an_image_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"images are \(1, 3, 64, 64\), expected \(batch, 3, 32"):
-        small()(torch.zeros(1, 3, 64, 64))
+    for shape in ((1, 3, 64, 64), (1, 1, 32, 32), (3, 32, 32)):
+        with pytest.raises(ValueError, match=r"images are \(.*\), expected \(batch, 3, 32, 32\)"):
+            small()(torch.zeros(shape))
 
 
 @pytest.mark.parametrize(
@@ -166,8 +167,14 @@ def test_an_image_of_another_size_is_refused():
     [
         (dict(pretrained=True), "pretrained is set, expected none"),
         (dict(class_token="first"), "class_token is 'first'"),
-        (dict(global_pool="max"), "global_pool is 'max', expected 'token' or 'avg' or ''"),
-        (dict(global_pool="token", class_token="none"), "global_pool is 'token', expected 'avg'"),
+        (
+            dict(global_pool="map"),
+            "global_pool is 'map', expected one of 'token', 'avg', 'max', 'a",
+        ),
+        (
+            dict(global_pool="token", class_token="none"),
+            "global_pool is 'token', expected one of 'a",
+        ),
         (dict(bimamba_type="v3"), "bimamba_type is 'v3'"),
         (dict(num_classes=-1), "num_classes is -1"),
         (dict(drop_path_rate=1.0), "drop_path_rate is 1.0"),
