@@ -65,7 +65,7 @@ def test_every_cell_runs_once_and_says_so(finished):
     assert not finished.said[-1].endswith("min left")
 
 
-def test_a_cell_leaves_a_run_folder_without_checkpoints_but_dense_weights(finished):
+def test_a_cell_leaves_a_run_folder_without_checkpoints_but_unreduced_weights(finished):
     files = [p.relative_to(finished.folder) for p in finished.folder.rglob("*.*")]
     assert {str(p) for p in files if p.suffix in (".pth", ".safetensors")} == {
         f"cells/unreduced/seed{seed}/unreduced/model.safetensors" for seed in (0, 1)
@@ -75,7 +75,7 @@ def test_a_cell_leaves_a_run_folder_without_checkpoints_but_dense_weights(finish
     assert "Epoch: [0]" in (tuned / "output.txt").read_text()
 
 
-def test_without_training_the_dense_weights_are_evaluated_with_the_rows_settings(finished):
+def test_without_training_the_unreduced_weights_are_evaluated_with_the_rows_settings(finished):
     output = finished.folder / "cells/ordered/seed0/training-free/output.txt"
     assert "total removed: 9 of 16 tokens" in output.read_text()
     assert not (output.parent / "log.txt").exists()
@@ -92,7 +92,7 @@ def test_what_a_cell_does_is_what_main_py_does_with_its_settings(finished, tmp_p
     assert losses(tmp_path / "again")["log.txt"] == pytest.approx(losses(folder)["log.txt"])
 
 
-def test_fine_tuning_starts_from_the_dense_weights_of_its_seed(finished):
+def test_fine_tuning_starts_from_the_unreduced_weights_of_its_seed(finished):
     def losses(row, seed, phase):
         log = finished.folder / "cells" / row / f"seed{seed}" / phase / "log.txt"
         return [json.loads(line)["test_loss"] for line in log.read_text().splitlines()]
