@@ -97,7 +97,7 @@ def test_images_in_files_are_named_and_other_settings_of_the_same_weights_are_ta
     evaluated(path, *words, "--predictions", target)
     every = rows(target)
     assert [Path(row["path"]).parent.name for row in every] == [row["target_name"] for row in every]
-    evaluated(path, *words, "--predictions", target, "--fusion-plan", "2:9")
+    evaluated(path, *words, "--predictions", target, "--fusion-plan", "2:8")
     assert rows(target) != every
 
 

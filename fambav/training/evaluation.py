@@ -25,7 +25,6 @@ ALLOWED = (OPEN | FREE | {"data_set", "inat_category", "batch_size", "on_bad_ima
     "drop_path",
     "grad_checkpointing",
 }
-_LISTED_FIRST = ("index", "path")  # columns of predictions that no task names
 
 
 class NoClassesError(ValueError):
@@ -66,7 +65,7 @@ class Evaluation:
     def predictions(self) -> Table:
         """Return a row of values for each sample: index, path if it has one, prediction."""
         held_out = self.data.val
-        head = [*_LISTED_FIRST, *(self.samples[0][1] if self.samples else ())]
+        head = ["index", "path", *(self.samples[0][1] if self.samples else ())]
         rows = [
             [
                 index,

@@ -39,18 +39,14 @@ def confusion(counts: Any, names: Sequence[str], *, title: str) -> Figure:
     np.divide(100.0 * counts, totals[:, None], out=shares, where=totals[:, None] > 0)
     names = [style.literal(_shortened(name)) for name in names]
     few, named = classes <= _FEW, classes <= _NAMED
-    width = max(_WIDTH, _CELL * classes + 3.4) if few else _WIDTH
-    height = _CELL * classes + 2.6 if few else _LINE * classes + 1.4 if named else _MATRIX + 1.4
-    figure = style.figure(width, height)
+    figure = style.figure(*_size(classes))
     style.headed(figure, title, _DETAIL)
     axes = figure.subplots()
     drawn = _draw(axes, shares, square=few or not named)
     if named:
         numbers = [""] * classes if few else [f"{number} " for number in range(classes)]
-        labels = [
-            f"{n}{name} ({total})" for n, name, total in zip(numbers, names, totals, strict=True)
-        ]
-        axes.set_yticks(range(classes), labels)
+        rows = zip(numbers, names, totals, strict=True)
+        axes.set_yticks(range(classes), [f"{n}{name} ({total})" for n, name, total in rows])
     if few:
         axes.set_xticks(range(classes), names, rotation=90)
         _write_shares(axes, shares)
@@ -58,12 +54,18 @@ def confusion(counts: Any, names: Sequence[str], *, title: str) -> Figure:
         axes.tick_params(top=True, labeltop=True)
     axes.set(xlabel="predicted class", ylabel="true class (samples)" if named else "true class")
     style.plain(axes)
-    bar = figure.colorbar(
-        drawn, ax=axes, ticks=[0, 5, 20, 50, 100], shrink=min(1, 5 / height), aspect=25
-    )
-    bar.set_label("%", fontsize=style.type_size(figure))
-    bar.ax.tick_params(labelsize=style.type_size(figure))
+    shrink, size = min(1, 5 / figure.get_figheight()), style.type_size(figure)
+    bar = figure.colorbar(drawn, ax=axes, ticks=[0, 5, 20, 50, 100], shrink=shrink, aspect=25)
+    bar.set_label("%", fontsize=size)
+    bar.ax.tick_params(labelsize=size)
     return figure
+
+
+def _size(classes: int) -> tuple[float, float]:
+    """Return width and height of a figure, in inches."""
+    if classes <= _FEW:
+        return max(_WIDTH, _CELL * classes + 3.4), _CELL * classes + 2.6
+    return _WIDTH, 1.4 + (_LINE * classes if classes <= _NAMED else _MATRIX)
 
 
 def _draw(axes: Axes, shares: NDArray[np.float64], *, square: bool) -> Any:

@@ -1,5 +1,7 @@
 """The confusion matrix can be read with ten classes and with a hundred."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from matplotlib.text import Text
@@ -42,7 +44,7 @@ def test_every_class_is_named_in_type_that_can_be_read_at_half_size(classes):
     rows = labels(figure.axes[0].yaxis)
     assert [f"class_{n} " in row.get_text() for n, row in enumerate(rows)] == [True] * classes
     boxes = [row.get_window_extent() for row in rows]
-    assert all(one.y0 >= other.y1 for one, other in zip(boxes, boxes[1:], strict=False))
+    assert all(one.y0 >= other.y1 for one, other in pairwise(boxes))
     box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert min(box.x0, box.y0) >= -0.01 and box.x1 <= width + 0.01 and box.y1 <= height + 0.01
     assert " ".join(figure.get_suptitle().split()).startswith(TITLE)
