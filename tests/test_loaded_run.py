@@ -21,6 +21,7 @@ READERS = {
     "finetune": f"main.py {TRAIN} --finetune {{run}}",
     "teacher": f"main.py {TRAIN} --distillation-type soft --teacher-path {{run}}",
     "predict": "predict {run} {image} --device cpu",
+    "evaluate": "evaluate {run} --num_workers 0",
     "export": "export {run} --format safetensors --noise --output_dir {out}",
     "show": "show {run} --what groups --output-dir {out}",
     "search-plan": "search-plan {run} --budget token-layers:0.7 --images 8 --trials 0 --steps 2",

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-import fambav.reduction  # noqa: F401  registers the methods
+import fambav
+import fambav.reduction  # registers the methods
 from fambav.commands.bench import parser as bench_parser
 from fambav.config import parse
 from fambav.registry import REDUCERS
 from tests.data.made import made_cifar
+from tests.made import run
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text()
@@ -68,6 +71,35 @@ def test_the_backbone_of_the_readme_returns_the_maps_that_it_says():
     assert [found.shape for found in shown["maps"]] == [(1, 192, 6, 10)] * 3
     distinct = [len(found[0].flatten(1).T.unique(dim=0)) for found in shown["maps"]]
     assert distinct == [60, 42, 30]
+
+
+@pytest.mark.filterwarnings("ignore")  # a new head, single modules, torch.ao's end
+def test_the_adapters_and_the_int8_layers_of_the_readme(tmp_path, monkeypatch):
+    (tmp_path / "output" / "run").mkdir(parents=True)
+    run(tmp_path / "output" / "run" / "best_checkpoint.pth")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 32, 32), torch.randint(100, (8,))
+    lora, int8 = re.findall(r"```python\n(.*?)```", TEXT.split("## LoRA and int8\n")[1], re.DOTALL)[
+        :2
+    ]
+    shown = {"loader": 6 * [(images, labels)]}
+    exec(compile(lora, README.name, "exec"), shown)
+    model, before = shown["model"], fambav.from_pretrained("output/run").state_dict()
+    assert model.unfused == {}
+    assert cross_entropy(model(images), labels) < 4, "it learns; chance is 4.6"
+    changed = {name for name, v in model.state_dict().items() if not torch.equal(v, before[name])}
+    parts = {name.split(".")[-2] for name in changed}
+    assert parts == {"in_proj", "x_proj", "dt_proj", "out_proj", "head"}
+    shown = {"images": images}
+    exec(compile(int8, README.name, "exec"), shown)
+    exact = shown["model"](images)
+    assert 0 < (shown["logits"] - exact).norm() < 0.1 * exact.norm()
+    assert (tmp_path / "int8.pt").stat().st_size < 0.5 * model_bytes(shown["model"])
+
+
+def model_bytes(model):
+    return sum(value.nbytes for value in model.state_dict().values())
 
 
 def commands():

@@ -9,6 +9,7 @@ from types import ModuleType
 from fambav.commands import (
     bench,
     doctor,
+    evaluate,
     export,
     flops,
     names,
@@ -29,6 +30,7 @@ COMMANDS: dict[str, ModuleType] = {
     "doctor": doctor,
     "list": names,
     "predict": predict,
+    "evaluate": evaluate,
     "table": table,
     "pareto": pareto,
     "show": show,

@@ -1,9 +1,10 @@
 """Data sets, augmentation and batches."""
 
 from fambav.data.datasets import fetch, load
-from fambav.data.folders import read_image
+from fambav.data.folders import ListedImages, read_image
 from fambav.data.loaders import (
     Batches,
+    EvalBatchesLoader,
     SkipCorrupt,
     TrainBatchesLoader,
     eval_loader,
@@ -18,6 +19,8 @@ __all__ = [
     "Batches",
     "DataError",
     "DataSet",
+    "EvalBatchesLoader",
+    "ListedImages",
     "Mix",
     "Samples",
     "SkipCorrupt",

@@ -189,6 +189,11 @@ class DeviceEvalLoader:
         """Return 0: samples in memory are never corrupt."""
         return 0
 
+    def indices(self) -> list[int]:
+        """Return the indices of the samples, in order."""
+        indices: list[int] = self._indices.tolist()
+        return indices
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield images (batch, 3, height, width), float32, and labels (batch,), int64."""
         for start in range(0, len(self._indices), self._batch_size):

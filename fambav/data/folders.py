@@ -111,6 +111,10 @@ class ListedImages:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def path(self, index: int) -> str:
+        """Return the path of an image."""
+        return self.entries[index][0]
+
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.entries[index]
         return read_image(path), label

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -73,6 +73,10 @@ class SkipCorrupt:
                 if not self.replacing:
                     raise SkippedError(str(error)) from error
                 index = (index + 1) % len(self)
+
+    def is_corrupt(self, index: int) -> bool:
+        """Whether a sample turned out to be corrupt so far."""
+        return bool(self._corrupt[index])
 
     def count(self) -> int:
         """Return the number of samples that turned out to be corrupt so far."""
@@ -208,6 +212,17 @@ class Batches:
         return f"at batch {self._done}"
 
 
+class EvalBatchesLoader(Batches):
+    """The samples of one process, each once and in order."""
+
+    def indices(self) -> list[int]:
+        """Return the indices of the samples that were read; to be called after a pass."""
+        wanted, samples = cast("Subset[Any]", self.loader.dataset).indices, self.samples
+        if not isinstance(samples, SkipCorrupt):
+            return list(wanted)
+        return [index for index in wanted if not samples.is_corrupt(index)]
+
+
 class TrainBatchesLoader(Batches):
     """The micro-batches of a run, from one update to the end, in one stream.
 
@@ -334,7 +349,7 @@ def eval_loader(
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Batches:
+) -> EvalBatchesLoader:
     """Return every sample once over all processes, without padding.
 
     Args:
@@ -357,7 +372,7 @@ def eval_loader(
         persistent_workers=workers > 0,
         collate_fn=_collate_readable,
     )
-    return Batches(loader, samples)
+    return EvalBatchesLoader(loader, samples)
 
 
 # Schedulers, `timeout` and Ctrl-C signal all processes of a job at once.  The main process takes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sized
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ def evaluate(
     processes: Processes,
     precision: Precision,
     take: Callable[[Iterator[Batch]], Batch | None] = lambda stream: next(stream, None),
+    each: Callable[[Any, Any], None] = lambda outputs, targets: None,
 ) -> Scores:
     """Evaluate `model` on every sample of every process.
 
@@ -44,6 +45,7 @@ def evaluate(
         processes: Their shares are added up.
         precision: Format of the forward pass.
         take: Reads a batch, None at the end; every process calls it as often as the others.
+        each: Gets the outputs and targets of every batch of this process, in order.
 
     Raises:
         NotFiniteError: If a weight, an output or a loss of any process is not finite.
@@ -61,6 +63,7 @@ def evaluate(
                 with precision.autocast():
                     outputs = model(images)
                 finite[number] = meter.update(outputs, targets)
+                each(outputs, targets)
         if not processes.total(meter.sums).isfinite().all():
             number = next((n for n, own in finite.items() if not own), -1)
             cause = "" if number < 0 else _cause(model, batches, number, processes, precision)

@@ -21,23 +21,9 @@ from fambav.reduction import Reduction, no_reduction
 from fambav.seeding import key
 from fambav.tasks import Scores, Task, task_of
 from fambav.training import batches
-from fambav.training.inference import LoadedRun, load_run
+from fambav.training.inference import FREE, LoadedRun, load_run
 from fambav.training.job import process_settings
 from fambav.training.step import precision
-
-# What may differ from the settings of a file: where and how fast, not what.
-FREE = {
-    "data_path",
-    "download",
-    "device",
-    "num_workers",
-    "threads",
-    "scan_backend",
-    "amp",
-    "amp_dtype",
-    "matmul_precision",
-    "deterministic",
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fambav.config import Config
+    from fambav.table import Table
 
 Triple = tuple[float, float, float]
 Statistics = tuple[Triple, Triple]  # mean and standard deviation of the channels
@@ -123,6 +124,48 @@ class Meter(ABC):
         """Return loss and metrics of the sums of all batches, in the order of log.txt."""
 
 
+class ClassMeter(Meter):
+    """A meter that counts by class too, and describes single samples.
+
+    Args:
+        size: Number of sums that the metrics follow from; `batch_sums` returns them first, then
+            those of the confusion matrix, row by row.
+        num_classes: Number of classes.
+        device: Where the sums are kept.
+    """
+
+    def __init__(self, size: int, num_classes: int, device: torch.device) -> None:
+        super().__init__(size + num_classes**2, device)
+        self.num_classes = num_classes
+
+    def confusion(self) -> Tensor:
+        """Return how often each class was predicted for each true one.
+
+        Returns:
+            (true class, predicted class), int64, on the CPU; of images, or of pixels.
+        """
+        counts = self.sums[-1 - self.num_classes**2 : -1]
+        return counts.long().cpu().view(self.num_classes, self.num_classes)
+
+    @abstractmethod
+    def table(self, names: Sequence[str]) -> Table:
+        """Return a row for each class that there are samples of, the weakest first.
+
+        Args:
+            names: Of the classes, in order.
+        """
+
+    @abstractmethod
+    def describe(self, outputs: Any, targets: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what is to be known of each sample of a batch, by the name of its column.
+
+        Args:
+            outputs: Of the model.
+            targets: As the data set has them.
+            names: Of the classes, in order.
+        """
+
+
 class Task(ABC):
     """All of a run that is not the loop.
 
@@ -202,6 +245,10 @@ class Task(ABC):
     @abstractmethod
     def meter(self, num_classes: int, device: torch.device) -> Meter:
         """Return an empty meter of this process's samples."""
+
+    def class_meter(self, num_classes: int, device: torch.device) -> ClassMeter | None:
+        """Return one that counts by class too; None if the task has no classes."""
+        return None
 
 
 def task_of(data_set: str) -> Task:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fambav.registry import TASKS
-from fambav.tasks import Loss, Meter, Metric, Mixing, Scores, Statistics, Task
+from fambav.table import Table
+from fambav.tasks import ClassMeter, Loss, Meter, Metric, Mixing, Scores, Statistics, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import Tensor
 
@@ -77,6 +80,10 @@ class Classification(Task):
         """Return an empty meter of cross-entropy and accuracy."""
         return Accuracy(3, device)
 
+    def class_meter(self, num_classes: int, device: torch.device) -> ClassMeter:
+        """Return an empty meter that has the confusion matrix too."""
+        return ClassAccuracy(3, num_classes, device)
+
 
 TASKS.register("classification")(Classification())
 
@@ -90,16 +97,68 @@ class Accuracy(Meter):
         import torch.nn.functional as F
 
         logits = outputs.float()
-        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (batch, 5)
-        hits = guesses == targets[:, None]
+        hits = likeliest(logits) == targets[:, None]  # (batch, 5)
         loss = F.cross_entropy(logits, targets, reduction="none")
         loss = loss.masked_fill(~logits.isfinite().all(dim=1), torch.nan)
         return torch.stack([x.double().sum() for x in (loss, hits[:, 0], hits.any(dim=1))])
 
     def metrics(self, sums: Tensor, samples: int) -> dict[str, float]:
         """Return the mean loss in nats, and both accuracies in percent."""
-        loss, first, five = sums.tolist()
+        loss, first, five = sums[:3].tolist()
         return {"loss": loss / samples, "acc1": 100 * first / samples, "acc5": 100 * five / samples}
+
+
+class ClassAccuracy(Accuracy, ClassMeter):
+    """The same with the confusion matrix, so that its diagonal adds up to the top-1 hits."""
+
+    def batch_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the sums, and the confusion matrix; (3 + classes^2,), float64."""
+        import torch
+
+        cells = targets * self.num_classes + likeliest(outputs.float())[:, 0]  # (batch,)
+        counts = torch.bincount(cells, minlength=self.num_classes**2)
+        return torch.cat([super().batch_sums(outputs, targets), counts.double()])
+
+    def table(self, names: Sequence[str]) -> Table:
+        """Return the accuracy of each class, and what it is most often taken for."""
+        rows = []
+        for label, counts in enumerate(self.confusion().tolist()):
+            images, right, counts[label] = sum(counts), counts[label], 0
+            if images:
+                wrong = max(range(len(counts)), key=counts.__getitem__)
+                taken = f"{names[wrong]} ({counts[wrong]} x)" if counts[wrong] else "-"
+                rows.append((right / images, [names[label], taken, str(images)]))
+        rows.sort(key=lambda row: row[0])
+        return Table(
+            head=("class", "most often taken for", "images", "accuracy %"),
+            rows=[[*cells, f"{100 * share:.1f}"] for share, cells in rows],
+            names=2,
+        )
+
+    def describe(
+        self, outputs: Tensor, targets: Tensor, names: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return target, prediction and the prediction's probability."""
+        logits = outputs.float()
+        guesses = likeliest(logits)[:, :1]  # (batch, 1)
+        shares = logits.softmax(dim=1).gather(1, guesses)[:, 0].tolist()
+        return [
+            {
+                "target": target,
+                "target_name": names[target],
+                "prediction": guess,
+                "prediction_name": names[guess],
+                "probability": f"{share:.6g}",
+            }
+            for target, guess, share in zip(
+                targets.tolist(), guesses[:, 0].tolist(), shares, strict=True
+            )
+        ]
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Return the five classes of largest logits, best first, (batch, 5); of fewer classes all."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fambav import data
 from fambav.config import Config
-from fambav.data import Batches, DataSet, Samples, TrainBatchesLoader
+from fambav.data import DataSet, EvalBatchesLoader, Samples, TrainBatchesLoader
 from fambav.data.device_augment import DeviceEvalLoader, DeviceSet, device_train_loader
 from fambav.engine.console import Console
 from fambav.engine.distributed import Processes
@@ -96,7 +96,7 @@ def eval_batches(
     *,
     input_size: tuple[int, int],
     statistics: Statistics | None = None,
-) -> Batches | DeviceEvalLoader:
+) -> EvalBatchesLoader | DeviceEvalLoader:
     """Return this process's share of the held-out images.
 
     Args:

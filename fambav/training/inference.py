@@ -29,6 +29,19 @@ Guess = tuple[str, float]
 
 # Settings of a model that its weights leave open.
 OPEN = affecting("model") - {"legacy_init"} | {"grad_checkpointing"}
+# Settings of where and how fast a model is evaluated, not of what it is.
+FREE = {
+    "data_path",
+    "download",
+    "device",
+    "num_workers",
+    "threads",
+    "scan_backend",
+    "amp",
+    "amp_dtype",
+    "matmul_precision",
+    "deterministic",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from fambav.arguments import check_folder
 from fambav.config import Config
-from fambav.data import Batches, DataSet, eval_crop
+from fambav.data import DataSet, EvalBatchesLoader, eval_crop
 from fambav.data.device_augment import DeviceEvalLoader
 from fambav.engine.activations import ActivationMax
 from fambav.engine.checkpoint import CheckpointError, State
@@ -333,7 +333,9 @@ class TrainingJob:
             precision=precision(self.config, self.group),
         )
 
-    def _held_out(self, statistics: Statistics | None = None) -> Batches | DeviceEvalLoader:
+    def _held_out(
+        self, statistics: Statistics | None = None
+    ) -> EvalBatchesLoader | DeviceEvalLoader:
         return batches.eval_batches(
             self.config,
             self.data,

@@ -8,6 +8,7 @@ compare    the strategies side by side on the same weights
 figures    tokens drawn on the image: groups, strategies, animation
 measures   what layers read and compute: similarity, mean_similarity, scan, layers
 logs       curves of training
+confusion_matrix  what the samples of each class are taken for
 front      accuracy against cost over a grid: pareto
 style      sizes, type, colours and files
 render     every figure of a run, as files
@@ -16,13 +17,14 @@ report     the page
 matplotlib is imported when something is drawn.
 """
 
+from fambav.viz.confusion_matrix import confusion
 from fambav.viz.figures import animation, groups, strategies
 from fambav.viz.front import pareto
 from fambav.viz.logs import curves
 from fambav.viz.measures import layers, mean_similarity, scan, similarity
 from fambav.viz.render import Picture, Source, render
-from fambav.viz.report import class_accuracy, write_report
-from fambav.viz.style import save
+from fambav.viz.report import write_report
+from fambav.viz.style import require_matplotlib, save
 from fambav.viz.trace import TokenTrace, trace_tokens
 
 __all__ = [
@@ -30,13 +32,14 @@ __all__ = [
     "Source",
     "TokenTrace",
     "animation",
-    "class_accuracy",
+    "confusion",
     "curves",
     "groups",
     "layers",
     "mean_similarity",
     "pareto",
     "render",
+    "require_matplotlib",
     "save",
     "scan",
     "similarity",

@@ -9,34 +9,30 @@ from __future__ import annotations
 import base64
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
-
-import torch
 
 from fambav import config, experiments
 from fambav.arguments import file_path, file_paths
 from fambav.config import OPTIONS
-from fambav.data import DataError, DataSet
+from fambav.data import DataError
 from fambav.engine.checkpoint import write_text
-from fambav.engine.distributed import processes
-from fambav.engine.finite import check_logits
 from fambav.engine.run_dir import environment
 from fambav.experiments import Point, Result
 from fambav.table import Table
 from fambav.tasks import Metric, Task
-from fambav.training.inference import LoadedRun, load_run
+from fambav.training.evaluation import ALLOWED, NoClassesError, evaluate_run
+from fambav.training.inference import load_run
 from fambav.viz.front import pareto
-from fambav.viz.render import Source, held_out, names_of, render
+from fambav.viz.render import Source, names_of, render
 from fambav.viz.style import save
 
 Embedded = tuple[str, str]  # what a picture shows, and the picture itself as a data address
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _CURVES = "curves"
-_BATCH = 64
 _COLUMNS = {  # of a grid besides metrics: head and digits
     "token_layers": ("token-layers", 3),
     "seconds": ("train s", 1),
@@ -105,47 +101,6 @@ def write_report(
         ],
     )
     write_text(target, page + "\n")
-
-
-def class_accuracy(run: LoadedRun, data_set: DataSet) -> Table:
-    """Measure the accuracy of every class on the held-out images, the weakest class first.
-
-    Args:
-        run: The model; it computes on a GPU if there is one.
-        data_set: Its data.
-
-    Raises:
-        NotFiniteError: If a logit is not finite.
-    """
-    guesses = Counter[tuple[int, int]]()
-    with processes(None) as group, torch.no_grad():
-        net = run.net.to(group.device)
-        for first in range(0, len(data_set.val), _BATCH):
-            numbers = range(first, min(first + _BATCH, len(data_set.val)))
-            samples = [data_set.val[number] for number in numbers]
-            batch = torch.stack([run.transform(image) for image, _ in samples]).to(group.device)
-            logits = net(batch)
-            check_logits(net, batch, logits, f"held-out images {numbers[0]} to {numbers[-1]}")
-            labels = (label for _, label in samples)
-            guesses.update(zip(labels, logits.argmax(1).tolist(), strict=True))
-        net.to("cpu")
-    names = data_set.class_names or [f"class {number}" for number in range(data_set.num_classes)]
-    images = Counter(label for label, _ in guesses.elements())
-    rows = []
-    for label in sorted(images, key=lambda label: (guesses[label, label] / images[label], label)):
-        share = 100 * guesses[label, label] / images[label]
-        wrong = {guess: n for (true, guess), n in guesses.items() if true == label != guess}
-        most = max(wrong, key=lambda guess: wrong[guess], default=None)
-        taken = "-" if most is None else f"{names[most]} ({wrong[most]} x)"
-        rows.append([names[label], taken, str(images[label]), f"{share:.1f}"])
-    right = sum(guesses[label, label] for label in images)
-    overall = f"{100 * right / len(data_set.val):.2f}% of {len(data_set.val)} held-out images"
-    return Table(
-        head=("class", "most often taken for", "images", "right %"),
-        rows=rows,
-        names=2,
-        notes=[f"{run.source.name} on {data_set.name}: {overall} right"],
-    )
 
 
 def _grid(folder: Path) -> tuple[str, Sequence[Point], Task]:
@@ -230,11 +185,16 @@ def _section(name: str, folder: Path, result: Result, *, by_class: bool) -> dict
 
 
 def _classes(folder: Path) -> Table:
-    run = load_run(folder)
+    """Evaluate a run in this process, on a GPU if there is one."""
+    run = load_run(folder, {"device": None, "num_workers": 0}, allowed=ALLOWED)
     try:
-        return class_accuracy(run, held_out(run))
-    except DataError as error:
+        found = evaluate_run(run, by_class=True)
+    except (DataError, NoClassesError) as error:
         return Table(head=(), rows=(), names=0, notes=[f"not measured: {error}"])
+    primary, scores = found.task.primary, found.scores
+    value = f"{primary.title} {scores.metrics[primary.name]:.2f}{primary.suffix}"
+    note = f"{run.source.name} on {found.data.name}: {value} on {scores.samples} held-out samples"
+    return replace(found.classes(), notes=[note])
 
 
 def _plan(folder: Path) -> Iterator[Table]:

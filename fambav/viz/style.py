@@ -49,18 +49,29 @@ _METADATA: dict[str, dict[str, Any]] = {
 }
 
 
+def require_matplotlib() -> None:
+    """Refuse to draw without matplotlib.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            'matplotlib is not installed, expected it for pictures; pip install "fambav[viz]"'
+        ) from None
+
+
 def figure(width: float, height: float, *, pad: float = 0.05) -> Figure:
     """Return an empty figure; sizes and the room around axes are in inches.
 
     Raises:
         ValueError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError(
-            'matplotlib is not installed, expected it for pictures; pip install "fambav[viz]"'
-        ) from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     made = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     layout: Any = made.get_layout_engine()
     layout.set(w_pad=pad, h_pad=pad)

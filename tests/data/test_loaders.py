@@ -168,8 +168,10 @@ class Spotted:
 @pytest.mark.parametrize("bad", [(), (0, 198), (199,), (198, 199)])
 def test_samples_that_cannot_be_read_are_left_out_or_replaced_by_the_next(bad):
     samples = SkipCorrupt(Spotted(*bad), replacing=False)
-    images, labels = both([eval_loader(samples, number, batch_size=16)])
+    loader = eval_loader(samples, number, batch_size=16)
+    images, labels = both([loader])
     assert images == labels == [index for index in range(200) if index not in bad]
+    assert loader.indices() == labels
     samples = SkipCorrupt(Spotted(*bad), replacing=True)
     found = [samples[index][1] for index in range(200)]
     expected = list(range(200))

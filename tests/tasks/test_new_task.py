@@ -172,12 +172,26 @@ def test_a_report_says_which_run_is_best(finished, tmp_path, monkeypatch):
         str(worse),
         str(better),
         "--mixed",
-        "--no-class-accuracy",
         "--output",
         str(target),
     ]
     assert console(words) == 0
     assert "better reaches a held-out Brier score of 0.25 nat" in target.read_text()
+    assert "expected one whose task has classes" in target.read_text()
+
+
+def test_a_task_without_classes_is_evaluated_but_not_by_class(finished, tmp_path, capsys):
+    folder, printed = finished
+    assert console(["evaluate", str(folder)]) == 0
+    line, summary = capsys.readouterr().out.splitlines()
+    best = min(record["test_brier"] for record in log(folder))
+    assert line in printed and f" Brier {best:.3f} " in line
+    assert summary == f"Brier score on the 20 test samples: {best:.4g} nat"
+    assert console(["evaluate", str(folder), "--predictions", str(tmp_path / "p.csv")]) == 2
+    assert capsys.readouterr().err == (
+        "error: data_set is 'CIFAR10', expected one whose task has classes\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_exported_model_names_the_task_and_its_metric(finished, tmp_path):

@@ -75,8 +75,8 @@ def _ended(process, output, before, timeout):
     return SimpleNamespace(status=process.exitcode, out=output.read_text()[before:])
 
 
-def run_two(words, folder, prepare=lambda rank: None, timeout=120):
-    """Run main.py as two processes that train together, as a launcher starts them."""
+def run_two(words, folder, prepare=lambda rank: None, timeout=120, program=cli.main):
+    """Run main.py, or another program, as two processes that a launcher starts together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -91,8 +91,8 @@ def run_two(words, folder, prepare=lambda rank: None, timeout=120):
         return placed
 
     outputs = [Path(folder).with_suffix(f".{rank}.out") for rank in range(2)]
-    words = [*words, "--output_dir", folder]
-    started = [start(words, outputs[rank], place(rank)) for rank in range(2)]
+    words = [*words, "--output_dir", folder] if program is cli.main else words
+    started = [start(words, outputs[rank], place(rank), program=program) for rank in range(2)]
     for process in started:
         process.join(timeout)
     for process in started:

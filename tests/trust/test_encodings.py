@@ -39,6 +39,7 @@ COMMANDS = {
     "table as csv": lambda folder, new: ["table", folder, "--format", "csv"],
     "show": lambda folder, new: ["show", folder, "--what", "curves", "--output_dir", new],
     "predict": lambda folder, new: ["predict", folder, new / "a.png"],
+    "evaluate": lambda folder, new: ["evaluate", folder, "--predictions", new / "a.csv"],
     "export": lambda folder, new: [
         *("export", folder, "--format", "hf", "--noise", "--images", "1"),
         *("--output_dir", new / "hf"),

@@ -29,6 +29,8 @@ FILES = {
     "report": ["report", "{run}", "--output", "{place}/x.html"],
     "flops": ["flops", "--model", "vim_micro", "--json", "{place}/x.json"],
     "bench": ["bench", "scan", "--length", "4", "--json", "{place}/x.json"],
+    "evaluate": ["evaluate", "{run}", "--predictions", "{place}/x.csv"],
+    "confusion": ["evaluate", "{run}", "--confusion", "{place}/x.png"],
     "search-plan": ["search-plan", "{run}", "--budget", "flops:0.9", "--output", "{place}/x.yaml"],
     "tune": ["tune", "{run}", "--margin", "1", "--json", "{place}/x.json"],
 }
@@ -140,6 +142,7 @@ WRITERS = {
     "report": (["report", "{run}", "--no-class-accuracy"], "report.html"),
     "show": (["show", "{run}", "--what", "curves", "--output_dir", "{new}"], "curves.png"),
     "flops": (["flops", "--model", "vim_micro", "--json", "{new}/x.json"], "x.json"),
+    "evaluate": (["evaluate", "{run}", "--predictions", "{new}/x.csv"], "x.csv"),
     "export hf": (export("hf"), "x/model.safetensors"),
     "export torch": (export("torch"), "x/model.pt2"),
     "export onnx": (export("onnx"), "x/model.onnx"),

@@ -167,7 +167,8 @@ def test_accuracy_by_class_adds_up_to_what_an_evaluation_finds(runs, made):
         mean = sum(n * share for n, share in zip(images, right, strict=True)) / 8
         expected = scores("--resume", run / "best_checkpoint.pth")
         assert mean == pytest.approx(expected, abs=0.1)
-        assert f"best_checkpoint.pth on CIFAR: {expected:.2f}% of 8 held-out" in made.read_text()
+        note = f"on CIFAR: top-1 accuracy {expected:.2f}% on 8 held-out samples"
+        assert f"best_checkpoint.pth {note}" in made.read_text()
 
 
 def test_without_data_the_page_says_so_and_a_flag_leaves_the_classes_out(runs, one, tmp_path):
