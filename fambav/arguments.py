@@ -75,6 +75,16 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def flags(**values: Any) -> None:
+    """Refuse arguments, by name, that are no bools.
+
+    Raises:
+        ValueError: If one of them is none, whatever its truth.
+    """
+    for name, value in values.items():
+        flag(name, value)
+
+
 def known_name(name: str, value: Any, known: Collection[str]) -> str:
     """Return one of some words.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooked
 from torch.utils.module_tracker import ModuleTracker
 
-from fambav.arguments import flag, known_name, whole
+from fambav.arguments import flags, known_name, whole
 from fambav.layers.tokens import Intermediates, Tokens
 from fambav.ops import Direction, bimamba_scan
 from fambav.ops.bimamba import ScanInputs, directed_scan, scan_inputs
@@ -86,8 +86,7 @@ class Mamba(nn.Module):
         super().__init__()
         known_name("bimamba_type", bimamba_type, BIMAMBA)
         whole("state", state, least=1)
-        flag("divide_out", divide_out)
-        flag("legacy_init", legacy_init)
+        flags(divide_out=divide_out, legacy_init=legacy_init)
         inner, rank = expand * dim, math.ceil(dim / 16)
         self.name, self.warned = "", list[str]()
         self.bimamba_type, self.reach = bimamba_type, kernel - 1

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fambav.arguments import flag, known_name, whole
+from fambav.arguments import flags, known_name, whole
 from fambav.layers.mamba import (
     A_from_log,
     apply_dt_proj,
@@ -88,7 +88,7 @@ class Mamba2D(nn.Module):
         super().__init__()
         known_name("param_order", param_order, PARAM_ORDERS)
         whole("state", state, least=1)
-        flag("dt_bias_twice", dt_bias_twice)
+        flags(dt_bias_twice=dt_bias_twice)
         inner, rank = expand * dim, math.ceil(dim / 16)
         self.grid, self.param_order, self.dt_bias_twice = grid, param_order, dt_bias_twice
         self.splits = (rank, state, state)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fambav.arguments import MOST_LAYERS, flag, is_number, refusal, whole
+from fambav.arguments import MOST_LAYERS, flags, is_number, refusal, whole
 from fambav.layers.block import NO_HOOKS, Hooks, ResidualBlock
 from fambav.layers.drop import DropPath
 from fambav.layers.embed import check_images, resize_positions
@@ -194,7 +194,7 @@ class PlainMamba(Backbone):
         if whole("patch_size", patch_size, least=1) % 2:
             raise ValueError(f"patch_size is {patch_size}, expected an even number of pixels")
         whole("stem_convs", stem_convs, most=MOST_LAYERS)
-        flag("dwconv", dwconv)
+        flags(dwconv=dwconv)
         if not is_number(drop_rate) or drop_rate != 0:
             raise refusal("drop_rate", drop_rate, "0: there is no dropout")
         self.set_sizes(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from fambav.arguments import flag, refusal
+from fambav.arguments import flags, refusal
 from fambav.ops.derivatives import once_differentiable, refuse
 from fambav.ops.dispatch import (
     Backend,
@@ -114,19 +114,13 @@ def causal_conv1d(
         BackendError: If a backend is forced that cannot run these tensors.
     """
     _check(x, weight, bias, activation)
-    flag("reverse", reverse)
-    flag("return_final_states", return_final_states)
+    flags(return_final_states=return_final_states, reverse=reverse)
     if seq_idx is not None:
         raise ValueError("seq_idx is given, expected None; convolve packed sequences one by one")
     if final_states_out is not None and not return_final_states:
         raise ValueError("final_states_out is given, expected None without return_final_states")
-    reach = weight.shape[1] - 1
-    states = (("initial_states", initial_states), ("final_states_out", final_states_out))
-    for name, tensor in states:
-        if tensor is not None:
-            expect_beside(name, tensor, (*x.shape[:2], reach), x)
-
-    whole = x
+    whole, reach = x, weight.shape[1] - 1
+    _check_states(x, reach, initial_states=initial_states, final_states_out=final_states_out)
     if initial_states is not None:
         parts = initial_states.to(x.dtype), x
         whole = torch.cat(parts[::-1] if reverse else parts, dim=2)  # (batch, dim, reach + length)
@@ -141,6 +135,12 @@ def causal_conv1d(
     return y, final if final_states_out is None else final_states_out.copy_(final)
 
 
+def _check_states(x: Tensor, reach: int, **states: Tensor | None) -> None:
+    for name, tensor in states.items():
+        if tensor is not None:
+            expect_beside(name, tensor, (*x.shape[:2], reach), x)
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: object) -> None:
     expect_tensors(x=x, weight=weight)
     if x.dim() != 3 or x.shape[1] < 1 or x.shape[2] < 1:
@@ -152,9 +152,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: object) -
     expect_beside("weight", weight, (x.shape[1], weight.shape[1]), x)
     if bias is not None:
         expect_beside("bias", bias, (x.shape[1],), x)
-    if isinstance(activation, Tensor):
-        raise ValueError(f"activation is a tensor, expected one of {ACTIVATIONS}")
-    if activation not in ACTIVATIONS:
+    if isinstance(activation, Tensor) or activation not in ACTIVATIONS:
         raise refusal("activation", activation, f"one of {ACTIVATIONS}")
 
 

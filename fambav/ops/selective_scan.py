@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from fambav.arguments import flag
+from fambav.arguments import flags
 from fambav.ops import scan_chunked, scan_mamba_ssm
 from fambav.ops.derivatives import refuse
 from fambav.ops.dispatch import (
@@ -93,11 +93,10 @@ def selective_scan(
     """Scan `u` along its last axis and gate the result.
 
     A drop-in for mamba-ssm's `selective_scan_fn` of real numbers, with a direction.  Any strides
-    are taken; on a CPU the transpose of a contiguous (batch, length, dim) tensor is fastest.  The
-    batch may be empty.
+    are taken; on a CPU the transpose of a contiguous (batch, length, dim) tensor is fastest.
 
     Args:
-        u: Input, (batch, dim, length), of any floating-point dtype.
+        u: Input, (batch, dim, length), of any floating-point dtype; the batch may be empty.
         delta: Step size before bias and softplus, shaped like u.
         A: Decay rate, (dim, state), real.
         B: Input matrix: (batch, state, length); (batch, groups, state, length), where channel d
@@ -116,8 +115,7 @@ def selective_scan(
         also h, (batch, dim, state).  The state is float32, or float64 if u is.
 
     Raises:
-        ValueError: If a shape, dtype or device does not fit those of u and A, or an argument is not
-            one of those above.
+        ValueError: If shapes, dtypes or devices do not fit, or an argument is not as above.
         BackendError: If a backend is forced that cannot run these tensors.
 
     Source: Gu and Dao, "Mamba", arXiv:2312.00752, equations 2 and 4, with delta B for the
@@ -126,11 +124,8 @@ def selective_scan(
     expect_tensors(u=u, delta=delta, A=A, B=B, C=C)
     B, C = (w.unsqueeze(1) if w.dim() == 3 else w for w in (B, C))
     _check(u, A, {"B": B, "C": C}, {"delta": delta, "z": z}, {"D": D, "delta_bias": delta_bias})
-    flag("delta_softplus", delta_softplus)
-    flag("return_last_state", return_last_state)
-    flag("reverse", reverse)
-    if out_dtype is None:
-        out_dtype = u.dtype
+    flags(delta_softplus=delta_softplus, return_last_state=return_last_state, reverse=reverse)
+    out_dtype = u.dtype if out_dtype is None else out_dtype
     expect_dtype("out_dtype", out_dtype)
     run = SELECTIVE_SCAN.pick(u, A, B, C)
     y, last_state = run(

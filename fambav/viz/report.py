@@ -80,12 +80,10 @@ def write_report(
         embedded = {name: _embedded(entry.path, entry.title) for name, entry in drawn.items()}
     together += [embedded.pop(_CURVES)] if _CURVES in embedded and len(runs) > 1 else []
     sentences = [*_of_runs(results, mixed=mixed), *(_of_grid(*grid) for grid in points)]
-    about, when = environment(), time.strftime("%Y-%m-%d %H:%M")
-    commit = "" if about["commit"] is None else f", commit {about['commit']}"
     page = _template().render(
         title=title or f"fambav: {', '.join(folder.resolve().name for folder in folders)}",
         result=" ".join(sentences),
-        made=f"Made on {when} by fambav {about['fambav']}{commit}.",
+        made=_made(),
         tables=tables,
         pictures=together,
         runs=[
@@ -101,6 +99,13 @@ def write_report(
         ],
     )
     write_text(target, page + "\n")
+
+
+def _made() -> str:
+    """When the page was made, and by which version."""
+    about, when = environment(), time.strftime("%Y-%m-%d %H:%M")
+    commit = "" if about["commit"] is None else f", commit {about['commit']}"
+    return f"Made on {when} by fambav {about['fambav']}{commit}."
 
 
 def _grid(folder: Path) -> tuple[str, Sequence[Point], Task]:

@@ -157,9 +157,11 @@ def test_a_size_that_patches_do_not_divide_is_refused():
 
 
 def test_an_image_of_another_size_is_refused():
-    for shape in ((1, 3, 64, 64), (1, 1, 32, 32), (3, 32, 32)):
+    for shape in ((1, 3, 64, 64), (1, 1, 32, 32)):
         with pytest.raises(ValueError, match=r"images are \(.*\), expected \(batch, 3, 32, 32\)"):
             small()(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"images are \(.*\), expected \(batch, channels, "):
+        small()(torch.zeros(3, 32, 32))
 
 
 @pytest.mark.parametrize(
