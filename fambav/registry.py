@@ -65,6 +65,15 @@ FAMILIES: dict[str, Family] = {
         models=("plainmamba_l1", "plainmamba_l2", "plainmamba_l3", "plainmamba_micro"),
         arguments={**_ANY, "param_order": "param_order", "dt_bias_twice": "dt_bias_twice"},
     ),
+    "vmamba": Family(
+        models=(
+            "vmamba_nano",
+            *(f"vmamba_tiny_{form}" for form in ("s1l8", "s2l5")),
+            *(f"vmamba_{size}_{form}" for size in ("small", "base") for form in ("s1l20", "s2l15")),
+            *(f"vanilla_vmamba_{size}" for size in ("tiny", "small", "base")),
+        ),
+        arguments={**_ANY, "drop": "drop_rate"},
+    ),
     "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}),
 }
 MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in known.models)

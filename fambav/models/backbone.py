@@ -19,7 +19,7 @@ from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import Tokens, take_rows
 from fambav.models.entry import chosen_layers
 from fambav.models.flops import ModelCost
-from fambav.models.timm_model import TimmModel
+from fambav.models.isotropic import Isotropic
 from fambav.ops.match import others
 from fambav.reduction import Schedule, unmerge
 
@@ -37,7 +37,7 @@ class Trace(NamedTuple):
     sources: tuple[Tensor, ...]
 
 
-class Backbone(TimmModel):
+class Backbone(Isotropic):
     """A classifier of layers that map tokens to tokens of the same width.
 
     Attributes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fambav.layers.embed import pair, patch_grid
+from fambav.layers.embed import pair
 from fambav.registry import nearest
 from fambav.short_repr import short_repr
 from fambav.timm_compat import timm
@@ -54,22 +54,18 @@ def data_config(
     model: type[TimmModel],
     *,
     img_size: int | Sequence[int] = 224,
-    patch_size: int = 16,
-    stride: int | None = None,
     in_chans: int = 3,
     num_classes: int = 1000,
-    **_: Any,
+    **config: Any,
 ) -> dict[str, Any]:
     """Say what images a model reads, in timm's words.
 
     Args:
         model: Its class.
         img_size: Height and width, in pixels.
-        patch_size: Side of a patch, in pixels.
-        stride: From one patch to the next, in pixels.
         in_chans: Channels of an image.
         num_classes: Length of the output.
-        _: Other arguments of the constructor, which change no image.
+        config: Other arguments of the constructor.
     """
     size = pair(img_size, name="img_size")
     return {
@@ -77,13 +73,13 @@ def data_config(
         "num_classes": num_classes,
         "input_size": (in_chans, *size),
         "fixed_input_size": model.fixed_input_size,
-        "pool_size": patch_grid(size, patch_size=patch_size, stride=stride or patch_size),
+        "pool_size": model.pool_size(size, **config),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
         "first_conv": model.first_conv,
-        "classifier": model.classifier,
+        "classifier": model.classifier_name,
     }
 
 
@@ -128,12 +124,12 @@ def _entry_point(
                 name,
                 pretrained,
                 pretrained_filter_fn=_fitted,
-                feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+                feature_cfg={"out_indices": model.feature_count, "feature_cls": "getter"},
                 **{**config, **arguments},
             )
         ours = cast("TimmModel", net.model if arguments.get("features_only") else net)
         made = cast("dict[str, Any]", net.pretrained_cfg)
-        made.update(input_size=(ours.in_chans, *ours.img_size), pool_size=ours.grid)
+        made.update(input_size=(ours.in_chans, *ours.img_size), pool_size=ours.info.stages[-1].grid)
         if ours is net:
             made["num_classes"] = ours.num_classes
         return net if dtype is None else net.to(dtype)

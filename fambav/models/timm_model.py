@@ -1,12 +1,11 @@
 """What timm and training loops ask of a model, beside its forward passes.
 
-Its classifier can be replaced, its input size changed, its layers cut off; it describes what it
-reads and returns, and which parameters belong to which depth.
+Its classifier can be replaced; it describes what it reads and returns, fits weights to itself, and
+names the parameters that weight decay spares.
 """
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -14,108 +13,89 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from fambav.layers import BackboneInfo
-from fambav.layers.block import Add
-from fambav.layers.embed import cls_index_of, pair, patch_grid
-from fambav.models.entry import chosen_layers, data_config
-from fambav.models.weights import adapt, official, published_class_token, resize_pos_embed
-from fambav.reduction import Reduction, no_reduction
+from fambav.models.weights import adapt, official, published_class_token
 from fambav.registry import FAMILIES
 
 
 class TimmModel(nn.Module):
-    """A classifier of equal layers as timm knows one.
+    """A classifier as timm knows one.
 
     Attributes:
-        dim: Width of a token.
-        depth: Number of layers.
         img_size: Height and width of an image, in pixels.
-        grid: Patches along height and width.
-        length: Tokens at the start, class tokens included.
-        reduction: Removes tokens; may be replaced at any time, see `fambav.reduce`.
+        in_chans: Channels of an image.
+        num_classes: Length of the output; 0 for none.
+        num_features: Width of what the head reads.
+        global_pool: What the head reads, see `reset_classifier`.
+        class_token: Where its class tokens are, see `Vim`; "none" without.
+        cls_index: Their indices in the sequence that the model starts with.
         undecayed: Last names of the parameters that weight decay would pull away from what they
             mean.
-        classifier, first_conv, final_norm, position: Names of the modules that give the output,
-            read the image and normalise the sum of all layers, and of the position embedding.
+        classifier_name, first_conv, final_norm: Names of the modules that give the output, read the
+            image and normalise what the last layer gives.
         fixed_input_size: Whether images of another size are refused.
-        global_pool: What the head reads, see `reset_classifier`.
-        feature_info: Channels and stride of each layer, in timm's words.
+        feature_count: How many of its last feature maps `features_only` returns by default.
+        feature_info: Channels and stride of each feature map, in timm's words.
     """
 
     undecayed: ClassVar[tuple[str, ...]] = ()
-    classifier: ClassVar[str] = "head"
+    classifier_name: ClassVar[str] = "head"
     first_conv: ClassVar[str] = "patch_embed.proj"
-    position: ClassVar[str] = "pos_embed"
-    final_norm: ClassVar[str] = "norm_f"
-    fixed_input_size: ClassVar[bool] = True
-    dim: int
-    depth: int
+    final_norm: ClassVar[str] = "norm"
+    fixed_input_size: ClassVar[bool] = False
+    feature_count: ClassVar[int] = 3
     img_size: tuple[int, int]
-    grid: tuple[int, int]
-    length: int
-    layers: Any
-    reduction: Reduction
-    num_classes: int
-    pretrained_cfg: dict[str, Any]
-    class_token: str
-    cls_index: tuple[int, ...]
-    patch_size: int
-    stride: int
     in_chans: int
+    num_classes: int
+    num_features: int
     global_pool: str
+    class_token: str = "none"
+    cls_index: tuple[int, ...] = ()
+    pretrained_cfg: dict[str, Any]
     feature_info: list[dict[str, Any]]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a reduction is in training or evaluation as the model is."""
-        if isinstance(value, Reduction):
-            value.train(self.training)
-        super().__setattr__(name, value)
 
     @property
     @abstractmethod
     def info(self) -> BackboneInfo:
         """The model in figures."""
 
-    def set_sizes(
-        self,
-        dim: int,
-        depth: int,
-        *,
-        img_size: int | Sequence[int],
-        patch_size: int,
-        stride: int | None = None,
-        in_chans: int,
-        global_pool: str | None,
-    ) -> None:
-        """Set what constructors of all models are given; `class_token` is set before."""
-        self.dim = self.embed_dim = self.num_features = self.head_hidden_size = dim
-        self.depth, self.in_chans, self.patch_size = depth, in_chans, patch_size
-        self.stride = patch_size if stride is None else stride
-        self.lay_out(pair(img_size, name="img_size"))
-        self.global_pool = self._pooling(global_pool)
+    @classmethod
+    @abstractmethod
+    def pool_size(cls, img_size: tuple[int, int], **config: Any) -> tuple[int, int]:
+        """Return the height and width of the map that is pooled.
 
-    def lay_out(self, img_size: tuple[int, int]) -> None:
-        """Set the grid of patches, and where class tokens are, for images of a size."""
-        self.grid = patch_grid(img_size, patch_size=self.patch_size, stride=self.stride)
-        self.img_size = img_size
-        patches = self.grid[0] * self.grid[1]
-        self.cls_index = cls_index_of(self.class_token, patches)
-        self.length = patches + len(self.cls_index)
+        Args:
+            img_size: Height and width of an image, in pixels.
+            config: Other arguments of the constructor.
+        """
+
+    @abstractmethod
+    def set_input_size(
+        self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None
+    ) -> None:
+        """Take images of another size from now on."""
+
+    @abstractmethod
+    def set_grad_checkpointing(
+        self,
+        enable: bool = True,  # noqa: FBT001, FBT002  the signature is timm's
+    ) -> None:
+        """Compute the inside of layers again in the backward pass instead of keeping it."""
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one.
 
         Args:
             num_classes: Its outputs; 0 for none.
-            global_pool: "token", the class tokens' mean; "avg", the mean over patches; "" for
-                every token by itself; None as before.
+            global_pool: "token", the class tokens' mean, of a model that has some; "avg", the mean
+                over patches; "" for every token by itself; None as before.
 
         Raises:
             ValueError: If num_classes is negative, or there is no such pooling.
         """
         if global_pool is not None:
             self.global_pool = self._pooling(global_pool)
-        like = self.get_parameter(self.position)
-        owner, _, name = self.classifier.rpartition(".")
+        owner, _, name = self.classifier_name.rpartition(".")
+        like = next(self.parameters())
         setattr(self.get_submodule(owner), name, self._new_head(num_classes, like))
 
     def _pooling(self, name: str | None) -> str:
@@ -139,105 +119,65 @@ class TimmModel(nn.Module):
         self.num_classes = num_classes
         head: nn.Module = nn.Identity()
         if num_classes:
-            head = nn.Linear(self.dim, num_classes)
+            head = nn.Linear(self.num_features, num_classes)
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         return head.to(like).train(self.training)
 
+    @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """Names of all modules that have an output for each class."""
+        return (self.classifier_name,)
+
     def get_classifier(self) -> nn.Module:
         """Return the head's linear map."""
-        return self.get_submodule(self.classifier)
+        return self.get_submodule(self.classifier_name)
 
-    def set_input_size(
-        self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None
-    ) -> None:
-        """Take images of another size from now on; the position embedding is resized.
+    def pick(
+        self,
+        payload: Mapping[str, Any],
+        *,
+        ema: bool = False,
+        head: Literal["strict", "drop"] = "strict",
+    ) -> dict[str, Tensor]:
+        """Pick the weights out of what a file holds, ours or a published one, under our names.
 
         Args:
-            img_size: Side of an image or (height, width), in pixels.
-            patch_size: No other than the model's.
+            payload: As for `official`.
+            ema: Take the moving average.
+            head: As for `official`.
 
         Raises:
-            ValueError: If patches do not divide the images, would have another size, or tokens
-                are reduced, whose schedule is for the size that there is.
+            ValueError: As `official`.
         """
-        if patch_size not in (None, self.patch_size):
-            raise ValueError(f"patch_size is {patch_size}, expected {self.patch_size}")
-        size = self.img_size if img_size is None else pair(img_size, name="img_size")
-        if size == self.img_size:
-            return
-        if self.reduction.schedule.removed:
-            raise ValueError(
-                f"img_size is {size}, expected {self.img_size} while tokens are reduced;"
-                " reduce(model, 'none') ends that"
-            )
-        old, embedding = self.grid, self.get_parameter(self.position)
-        self.lay_out(size)
-        owner, _, name = self.position.rpartition(".")
-        resized = nn.Parameter(
-            resize_pos_embed(embedding.detach(), self, old), requires_grad=embedding.requires_grad
-        )
-        setattr(self.get_submodule(owner), name, resized)
-        self.reduction = no_reduction(self.info)
-        self.pretrained_cfg.update(input_size=(self.in_chans, *size), pool_size=self.grid)
-        self._traits = {**getattr(self, "_traits", {}), "img_size": size}  # timm's own record
+        weights = self.renamed(official(payload, ema=ema))
+        return official(weights, own=self.state_dict().keys(), head=head)
 
-    def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,  # noqa: FBT001, FBT002  the signature is timm's
-        prune_head: bool = True,  # noqa: FBT001, FBT002
-    ) -> list[int]:
-        """Take away what is not needed for some intermediates.
+    def renamed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights of other codes of the same model under the names that they have here.
 
         Args:
-            indices: As for `forward_intermediates`; layers behind the last one go.
-            prune_norm: The final norm goes too.
-            prune_head: The head goes too.
+            weights: With any prefix.
 
-        Returns:
-            The layers that are meant, from 0.
+        Raises:
+            ValueError: If they are of another form of the model.
         """
-        wanted = chosen_layers(indices, self.depth)
-        self.depth = wanted[-1] + 1
-        del self.layers[self.depth :], self.feature_info[self.depth :]
-        self.reduction = self.reduction.of_first_layers(self.info)
-        if prune_norm:
-            self.set_submodule(self.final_norm, Add())
-        if prune_head:
-            self.reset_classifier(0, "")
-        return wanted
+        return weights
 
-    def describe(self) -> None:
-        """Describe what images are read and what the layers return, in timm's terms."""
-        inside = self.position.rpartition("pos_embed")[0]
-        self.feature_info = [
-            {"num_chs": self.dim, "reduction": self.stride, "module": f"{inside}layers.{layer}"}
-            for layer in range(self.depth)
-        ]
-        self.pretrained_cfg = self.default_cfg = data_config(
-            type(self),
-            img_size=self.img_size,
-            patch_size=self.patch_size,
-            stride=self.stride,
-            in_chans=self.in_chans,
-            num_classes=self.num_classes,
-        )
+    def resized(
+        self, weights: dict[str, Tensor], grid: tuple[int, int] | None
+    ) -> dict[str, Tensor]:
+        """Return weights of all names of this model, fitted to its image size.
 
-    def group_matcher(
-        self,
-        coarse: bool = False,  # noqa: FBT001, FBT002  the signature is timm's
-    ) -> dict[str, Any]:
-        """Return patterns of the names of parameters in the order of depth: a layer is a group."""
-        del coarse  # a layer is the smallest group
-        inside = re.escape(self.position.rpartition("pos_embed")[0])
-        return {
-            "stem": rf"^{inside}(?:cls_token|pos_embed|patch_embed)",
-            "blocks": [
-                (rf"^{inside}layers\.(\d+)", None),
-                (rf"^{re.escape(self.final_norm)}", (99999,)),
-            ],
-        }
+        Args:
+            weights: Of this model at some image size.
+            grid: Patches along height and width in training, if that is known.
+
+        Raises:
+            ValueError: If the grid has to be given.
+        """
+        del grid
+        return weights
 
     def remap(
         self,
@@ -261,10 +201,9 @@ class TimmModel(nn.Module):
             Weights that load strictly into this model.
 
         Raises:
-            ValueError: As `official` and `adapt`.
+            ValueError: As `pick` and `adapt`.
         """
-        own, place = self.state_dict().keys(), None
-        weights = official(payload, ema=ema, own=own, head=head)
+        weights, place = self.pick(payload, ema=ema, head=head), None
         if "class_token" in FAMILIES[self.info.family].arguments:
             place = class_token or published_class_token(payload)
         return adapt(weights, self, class_token=place, grid=grid, head=head)
@@ -274,11 +213,3 @@ class TimmModel(nn.Module):
         return {
             name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in self.undecayed
         }
-
-    def set_grad_checkpointing(
-        self,
-        enable: bool = True,  # noqa: FBT001, FBT002  the signature is timm's
-    ) -> None:
-        """Keep only each layer's input for the backward pass and compute the rest again."""
-        for block in self.layers:
-            block.grad_checkpointing = enable
