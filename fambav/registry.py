@@ -31,10 +31,12 @@ class Family(NamedTuple):
         models: Their names.
         arguments: Settings that shape the model, and the arguments of its constructor that they
             become.  A setting that another family has and this one lacks is refused.
+        reducible: Whether their tokens can be fused, merged and dropped.
     """
 
     models: tuple[str, ...]
     arguments: dict[str, str]
+    reducible: bool = True
 
 
 _ANY = {"input_size": "img_size", "drop_path": "drop_path_rate"}
@@ -73,8 +75,9 @@ FAMILIES: dict[str, Family] = {
             *(f"vanilla_vmamba_{size}" for size in ("tiny", "small", "base")),
         ),
         arguments={**_ANY, "drop": "drop_rate"},
+        reducible=False,
     ),
-    "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}),
+    "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}, reducible=False),
 }
 MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in known.models)
 

@@ -8,7 +8,9 @@ or, where published weights have other names, overrides `embed`, `stages` and `n
 
 from __future__ import annotations
 
+import math
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -20,6 +22,7 @@ from fambav.layers.hierarchy import Blocks, Stage
 from fambav.layers.info import BackboneInfo
 from fambav.layers.info import Stage as StageInfo
 from fambav.models.entry import chosen_layers, data_config
+from fambav.models.flops import FREE, Cost, HierarchicalCost, map_cost, total
 from fambav.models.timm_model import TimmModel
 
 FIRST_STRIDE = 4  # pixels from one cell of the first map to the next
@@ -149,6 +152,11 @@ class Hierarchical(TimmModel):
         """The blocks of each stage; they map a map to one of the same shape."""
         return [cast(Stage, layer).blocks for layer in self.layers]
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, in the order of depth."""
+        return [block for blocks in self.stages for block in blocks]
+
     def next_map(self, stage: int, x: Tensor) -> Tensor:
         """Return the map that the next stage starts from.
 
@@ -244,6 +252,33 @@ class Hierarchical(TimmModel):
             if stage in wanted:
                 found.append(x)
         return x, found
+
+    def flop_parts(self) -> HierarchicalCost:
+        """Return what an image costs each part; weights may be on the meta device."""
+        grids = [stage.grid for stage in self.info.stages]
+        rates = zip(self.stages, grids, strict=True)
+        leading = [FREE, *(self.leading_cost(n, grid) for n, grid in enumerate(grids[:-1]))]
+        cells, width = math.prod(grids[-1]), self.num_features
+        return HierarchicalCost(
+            patches=map_cost(self.patch_embed, self.img_size),
+            leading=tuple(leading),
+            blocks=tuple(
+                tuple(self.block_cost(block, grid) for block in blocks) for blocks, grid in rates
+            ),
+            head=total(
+                Cost.of_products(width * self.num_classes),
+                map_cost(self.get_submodule(self.final_norm), grids[-1]),
+                Cost(literature=cells * width),  # the mean over cells
+            ),
+        )
+
+    @abstractmethod
+    def block_cost(self, block: nn.Module, grid: tuple[int, int]) -> Cost:
+        """Return the cost of a block on a map of a height and width."""
+
+    def leading_cost(self, stage: int, grid: tuple[int, int]) -> Cost:
+        """Return the cost of what leads from a stage, from 0, whose map is `grid`, to the next."""
+        return map_cost(cast(Stage, self.layers[stage]).downsample, grid)
 
     def add_out_norms(self) -> None:
         """Normalise each stage's feature map, as backbones of dense prediction do."""

@@ -41,6 +41,11 @@ class Isotropic(TimmModel):
     patch_size: int
     stride: int
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All layers, in the order of depth."""
+        return list(self.layers)
+
     @classmethod
     def pool_size(
         cls,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from fambav.layers import BackboneInfo
+from fambav.models.flops import HierarchicalCost, ModelCost
 from fambav.models.weights import adapt, official, published_class_token
 from fambav.registry import FAMILIES
 
@@ -57,6 +58,15 @@ class TimmModel(nn.Module):
     @abstractmethod
     def info(self) -> BackboneInfo:
         """The model in figures."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """All layers, in the order of depth."""
+
+    @abstractmethod
+    def flop_parts(self) -> ModelCost | HierarchicalCost:
+        """Return what an image costs each part; weights may be on the meta device."""
 
     @classmethod
     @abstractmethod

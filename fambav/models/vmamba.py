@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from fambav.layers.hierarchy import (
 )
 from fambav.layers.ss2d import SS2D
 from fambav.models.entry import register
+from fambav.models.flops import Cost, map_cost, ss2d_cost, total
 from fambav.models.hierarchical import FIRST_STRIDE, Hierarchical
 
 FORMS = ("v2", "vanilla")
@@ -158,6 +159,12 @@ class VMamba(Hierarchical):
         if out_norms:
             self.add_out_norms()
         self.describe()
+
+    def block_cost(self, block: nn.Module, grid: tuple[int, int]) -> Cost:
+        """Return the cost of a block on a map of a height and width."""
+        known = cast(VSSBlock, block)
+        parts = [known.norm] if known.mlp is None else [known.norm, known.norm2, known.mlp]
+        return total(ss2d_cost(known.op, grid), *(map_cost(part, grid) for part in parts))
 
     @property
     def config(self) -> dict[str, Any]:
