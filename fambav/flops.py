@@ -18,7 +18,7 @@ from torch import nn
 
 from fambav import training
 from fambav.config import Config
-from fambav.models import Backbone
+from fambav.models import Backbone, Hierarchical
 from fambav.models.flops import (
     CONVENTIONS,
     FREE,
@@ -51,7 +51,7 @@ class Row:
     """One part of a model.
 
     Attributes:
-        part: "patches", "layer" or "head".
+        part: "patches", "layer", "downsample" or "head".
         layer: Number of the layer, from 1; None for the other parts.
         tokens: Tokens that the part works on; of a layer, those that its mixer sees.
         removed: Tokens removed at this layer.
@@ -219,6 +219,8 @@ def count(model: nn.Module, reduction: Reduction | None = None) -> Report:
     Raises:
         ValueError: If the model is not one of ours.
     """
+    if isinstance(model, Hierarchical):
+        return _staged(model)
     if not isinstance(model, Backbone):
         raise ValueError(f"model is a {type(model).__name__}, expected one of `fambav list models`")
     cost, info, cells = model.flop_parts(), model.info, math.prod(model.info.grid)
@@ -239,6 +241,29 @@ def count(model: nn.Module, reduction: Reduction | None = None) -> Report:
             Row(part="head", tokens=1, own=cost.head),
         ),
         unreduced=total(cost.patches, *full, cost.head),
+    )
+
+
+def _staged(model: Hierarchical) -> Report:
+    """Count a model of stages, none of whose tokens go."""
+    cost, stages = model.flop_parts(), model.info.stages
+    rows, number = [Row(part="patches", tokens=stages[0].tokens, own=cost.patches)], 0
+    for stage, leading, blocks in zip(stages, cost.leading, cost.blocks, strict=True):
+        if any(leading):
+            rows.append(Row(part="downsample", tokens=stage.tokens, own=leading))
+        for own in blocks:
+            number += 1
+            rows.append(Row(part="layer", layer=number, tokens=stage.tokens, own=own))
+    rows.append(Row(part="head", tokens=1, own=cost.head))
+    return Report(
+        model=model.pretrained_cfg.get("architecture", type(model).__name__),
+        input_size=model.img_size,
+        num_classes=model.num_classes,
+        method=None,
+        scan=None,
+        start=stages[0].tokens,
+        rows=tuple(rows),
+        unreduced=total(*(row.own for row in rows)),
     )
 
 

@@ -35,10 +35,12 @@ class Family(NamedTuple):
         models: Their names.
         arguments: Settings that shape the model, and the arguments of its constructor that they
             become.  A setting that another family has and this one lacks is refused.
+        reducible: Whether their tokens can be fused, merged and dropped.
     """
 
     models: tuple[str, ...]
     arguments: dict[str, str]
+    reducible: bool = True
 
 
 _ANY = {"input_size": "img_size", "drop_path": "drop_path_rate"}
@@ -69,7 +71,17 @@ FAMILIES: dict[str, Family] = {
         models=("plainmamba_l1", "plainmamba_l2", "plainmamba_l3", "plainmamba_micro"),
         arguments={**_ANY, "param_order": "param_order", "dt_bias_twice": "dt_bias_twice"},
     ),
-    "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}),
+    "vmamba": Family(
+        models=(
+            "vmamba_nano",
+            *(f"vmamba_tiny_{form}" for form in ("s1l8", "s2l5")),
+            *(f"vmamba_{size}_{form}" for size in ("small", "base") for form in ("s1l20", "s2l15")),
+            *(f"vanilla_vmamba_{size}" for size in ("tiny", "small", "base")),
+        ),
+        arguments={**_ANY, "drop": "drop_rate"},
+        reducible=False,
+    ),
+    "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}, reducible=False),
 }
 MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in known.models)
 

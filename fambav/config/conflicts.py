@@ -11,7 +11,7 @@ from typing import Any
 from fambav.config.schema import OPTIONS
 from fambav.config.setting import DEFAULT, RECORD, ConfigError, Setting, When, format_value, refuse
 from fambav.config.when import FUSED, MIXING, REDUCED
-from fambav.registry import FOREIGN
+from fambav.registry import family_of
 
 Settings = dict[str, Setting]
 
@@ -115,8 +115,10 @@ def _choose_plan_or_strategy(settings: Settings) -> None:
     elif plan.value is not None:
         strategy = settings["fusion_strategy"] = strategy._replace(value="none")
     fused, model = strategy if plan.value is None else plan, settings["model"].value
-    if fused.value != "none" and model.startswith(FOREIGN):
-        refuse(fused.label, fused.value, f"none with --model {model}")
+    if fused.value != "none" and not family_of(model).reducible:
+        refuse(
+            fused.label, fused.value, f"none with --model {model}, whose tokens cannot be reduced"
+        )
 
 
 def _complete_fusion(settings: Settings) -> None:

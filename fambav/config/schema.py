@@ -85,7 +85,9 @@ class Model(Group):
         when.PLAINMAMBA,
         on=True,
     )
-    drop: float = option(0.0, "dropout after the position embedding", when.DROPOUT, bounds=RATE)
+    drop: float = option(
+        0.0, "dropout after the position embedding, or before the head", when.DROPOUT, bounds=RATE
+    )
     drop_path: float = option(
         0.1, "stochastic depth: largest probability of dropping a block", bounds=RATE
     )
@@ -119,7 +121,7 @@ class Reduction(Group):
     reduction: str = option(
         "none",
         "how tokens are chosen",
-        when.OURS,
+        when.REDUCIBLE,
         choices=("none", *registry.METHODS),
         registry=registry.REDUCERS,
     )

@@ -20,6 +20,11 @@ def _taken(setting: str, lacking: str = "") -> When:
 
 
 OURS = When("model", lambda name: not name.startswith(FOREIGN), "with --model {model}")
+REDUCIBLE = When(
+    "model",
+    lambda name: family_of(name).reducible,
+    "with --model {model}, whose tokens cannot be reduced",
+)
 VIM = _taken("stride")
 PLAINMAMBA = _taken("param_order", ", which has one form")
 DROPOUT = _taken("drop", ", which has no dropout")

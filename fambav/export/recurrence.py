@@ -41,7 +41,7 @@ def scan(
     reverse: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Scan as `selective_scan` says, with B and C of shape (batch, 1, state, length).
+    """Scan as `selective_scan` says, with B and C of shape (batch, groups, state, length).
 
     Returns:
         y, (batch, dim, length), and no state.
@@ -50,14 +50,20 @@ def scan(
         ValueError: If B or C has another shape.
     """
     for name, weight in (("B", B), ("C", C)):
-        if weight.dim() != 4 or weight.shape[1] != 1:
-            raise ValueError(f"{name} has groups or no tokens, expected one for each token")
+        if weight.dim() != 4 or weight.shape[1] != B.shape[1]:
+            raise ValueError(f"{name} has no tokens or other groups, expected those of B and C")
     x, step = u.permute(2, 0, 1), delta.permute(2, 0, 1)
     step = step if delta_bias is None else step + delta_bias
     step = F.softplus(step) if softplus else step
-    parts = [step, step * x, *(weight.squeeze(1).permute(2, 0, 1) for weight in (B, C))]
+    parts = [step, step * x, *(weight.permute(3, 0, 1, 2) for weight in (B, C))]
     step, drive, B, C = [part.flip(0) for part in parts] if reverse else parts
-    y: Tensor = torch.ops.fambav.recurrence(step, drive, A, B, C)
+    groups = B.shape[2]  # B and C are (length, batch, groups, state) now
+    each = zip(step.chunk(groups, 2), drive.chunk(groups, 2), A.chunk(groups), strict=True)
+    ys = [
+        torch.ops.fambav.recurrence(*own, B[:, :, group], C[:, :, group])
+        for group, own in enumerate(each)
+    ]
+    y: Tensor = ys[0] if groups == 1 else torch.cat(ys, dim=2)
     y = y.flip(0) if reverse else y
     y = (y if D is None else y + D * x).permute(1, 2, 0)
     y = y if z is None else y * F.silu(z)

@@ -3,8 +3,11 @@
 from importlib.util import find_spec
 
 from fambav.models.backbone import Backbone, Trace
+from fambav.models.hierarchical import Hierarchical
 from fambav.models.plainmamba import PlainMamba
+from fambav.models.timm_model import TimmModel
 from fambav.models.vim import Vim
+from fambav.models.vmamba import VMamba
 from fambav.models.weights import (
     adapt,
     check_class_token,
@@ -15,8 +18,11 @@ from fambav.models.weights import (
 
 __all__ = [
     "Backbone",
+    "Hierarchical",
     "PlainMamba",
+    "TimmModel",
     "Trace",
+    "VMamba",
     "Vim",
     "adapt",
     "check_class_token",

@@ -21,7 +21,8 @@ from fambav.layers.mamba import Mamba
 from fambav.layers.tokens import Tokens
 from fambav.models.entry import chosen_layers
 from fambav.models.flops import ModelCost
-from fambav.models.timm_model import TimmModel
+from fambav.models.isotropic import Isotropic
+from fambav.models.timm_model import pool_patches
 from fambav.ops.cross_scan import select_rows
 from fambav.ops.match import others
 from fambav.reduction import Schedule, unmerge
@@ -40,7 +41,7 @@ class Trace(NamedTuple):
     sources: tuple[Tensor, ...]
 
 
-class Backbone(TimmModel):
+class Backbone(Isotropic):
     """A classifier of layers that map tokens to tokens of the same width.
 
     Attributes:
@@ -259,14 +260,6 @@ class Backbone(TimmModel):
         if kept.source is None or rows.shape[1] == kept.source.shape[1]:
             return rows
         return unmerge(rows, kept.source, mean_patch(rows, kept))
-
-
-def pool_patches(patches: Tensor, mean: Tensor, pooling: str) -> Tensor:
-    """Pool rows of patches, (batch, length, dim), whose mean is known: "avg", "max" or "avgmax"."""
-    if pooling == "avg":
-        return mean
-    largest = patches.amax(dim=1)  # (batch, dim)
-    return largest if pooling == "max" else (largest + mean) / 2
 
 
 def mean_patch(rows: Tensor, tokens: Tokens) -> Tensor:

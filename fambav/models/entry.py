@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fambav.arguments import is_whole, refusal
-from fambav.layers.embed import pair, patch_grid
+from fambav.layers.embed import pair
 from fambav.ops.dispatch import expect_dtype
 from fambav.registry import nearest
 from fambav.short_repr import short_repr
@@ -55,24 +55,20 @@ def data_config(
     model: type[TimmModel],
     *,
     img_size: int | Sequence[int] = 224,
-    patch_size: int = 16,
-    stride: int | None = None,
     in_chans: int = 3,
     num_classes: int = 1000,
     dynamic_img_size: bool | None = None,
-    **_: Any,
+    **config: Any,
 ) -> dict[str, Any]:
     """Say what images a model reads, in timm's words.
 
     Args:
         model: Its class.
         img_size: Height and width, in pixels.
-        patch_size: Side of a patch, in pixels.
-        stride: From one patch to the next, in pixels.
         in_chans: Channels of an image.
         num_classes: Length of the output.
         dynamic_img_size: Whether images of other sizes are taken; None as the class has it.
-        _: Other arguments of the constructor, which change no image.
+        config: Other arguments of the constructor.
     """
     size = pair(img_size, name="img_size")
     return {
@@ -82,13 +78,13 @@ def data_config(
         "fixed_input_size": not (
             model.dynamic_img_size if dynamic_img_size is None else dynamic_img_size
         ),
-        "pool_size": patch_grid(size, patch_size=patch_size, stride=stride or patch_size),
+        "pool_size": model.pool_size(size, **config),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
         "first_conv": model.first_conv,
-        "classifier": model.classifier,
+        "classifier": model.classifier_name,
     }
 
 
@@ -139,7 +135,7 @@ def _entry_point(
                 name,
                 pretrained,
                 pretrained_filter_fn=_fitted,
-                feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+                feature_cfg={"out_indices": model.feature_count, "feature_cls": "getter"},
                 **{**config, **arguments},
             )
         ours = cast("TimmModel", net.model if arguments.get("features_only") else net)
@@ -147,7 +143,7 @@ def _entry_point(
         made.update(
             input_size=(ours.in_chans, *ours.img_size),
             fixed_input_size=not ours.dynamic_img_size,
-            pool_size=ours.grid,
+            pool_size=ours.info.stages[-1].grid,
         )
         if ours is net:
             made["num_classes"] = ours.num_classes

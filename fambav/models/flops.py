@@ -8,7 +8,9 @@ literature        what papers print.  A scan adds 9 * length * inner * state, an
 all-directions    the same terms for every direction that is computed.
 multiply-adds     products and convolutions of all directions, and nothing else: no scan.
 
-Norms, activations, sums of streams and position embeddings count nowhere, nor do biases.
+Norms, activations, sums of streams and position embeddings count nowhere, nor do biases; but in
+literature, those of hierarchical models add 5 for each number that is normalised, and 1 for each
+that is pooled, as their counter does.
 
 A reduction adds, where L tokens of width D come in and r of them are removed:
 
@@ -31,13 +33,16 @@ reductions follow our own formulas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
 from torch import nn
 
+from fambav.layers.hierarchy import PatchMerging
 from fambav.layers.mamba import Mamba
 from fambav.layers.mamba2d import DIRECTIONS, Mamba2D
+from fambav.layers.ss2d import SS2D
 from fambav.registry import Registry
 
 CONVENTIONS: dict[str, str] = {
@@ -46,6 +51,7 @@ CONVENTIONS: dict[str, str] = {
     "multiply-adds": "multiply-adds of products and convolutions, no scan terms",
 }
 SCAN = 9  # for each number of state and token, as papers count
+NORM = 5  # for each number that is normalised, as papers of hierarchical models count
 
 
 class Cost(NamedTuple):
@@ -96,6 +102,22 @@ class ModelCost(NamedTuple):
     head: Cost
     inner: int
     published_directions: int
+
+
+class HierarchicalCost(NamedTuple):
+    """The cost of an image in a model of stages, beside the sizes in its `info`.
+
+    Attributes:
+        patches: Cost of the first map.
+        leading: For each stage, the cost of what leads to it from the one before.
+        blocks: For each stage, the cost of each block.
+        head: Cost of the final norm, the mean and the classifier.
+    """
+
+    patches: Cost
+    leading: tuple[Cost, ...]
+    blocks: tuple[tuple[Cost, ...], ...]
+    head: Cost
 
 
 def mamba_cost(mixer: Mamba, dim: int, length: int, cells: int) -> Cost:
@@ -152,15 +174,57 @@ def mamba2d_cost(
     return Cost(literature=everything, all_directions=everything, multiply_adds=products)
 
 
+def ss2d_cost(mixer: SS2D, grid: tuple[int, int]) -> Cost:
+    """Return the cost of a mixer of VMamba: projections, convolution, and the scans of all paths.
+
+    Papers count all scans, with 9 * length * inner * state and length * inner each.
+
+    Args:
+        mixer: Weights may be on the meta device.
+        grid: Height and width of the map.
+    """
+    length, channels = math.prod(grid), mixer.Ds.numel()  # of all paths together
+    own = mixer.x_proj_weight.numel() + mixer.dt_projs_weight.numel()
+    scanned = length * channels * (SCAN * mixer.splits[1] + 1)
+    return total(map_cost(mixer, grid), Cost.of_products(length * own), Cost(scanned, scanned))
+
+
+def map_cost(module: nn.Module, grid: tuple[int, int]) -> Cost:
+    """Add up the linear maps, convolutions and norms of a module over the cells of a map.
+
+    Args:
+        module: Its parts are in the order in which a map meets them, as far as they change its
+            size.
+        grid: Height and width of the map that it reads.
+    """
+    products = norms = 0
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            grid = _convolved(part, grid)
+        elif isinstance(part, PatchMerging):
+            grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            products += math.prod(grid) * part.weight.numel()
+        elif isinstance(part, nn.LayerNorm):
+            norms += NORM * math.prod(grid) * part.weight.numel()
+    return Cost(products + norms, products, products)
+
+
 def stem_cost(stem: nn.Module, size: tuple[int, int]) -> Cost:
     """Add up the convolutions of a patch embedding, each at the size that the one before leaves."""
-    products, (height, width) = 0, size
+    products = 0
     for conv in _convolutions(stem):
-        padding = cast("tuple[int, int]", conv.padding)
-        sides = zip((height, width), padding, conv.kernel_size, conv.stride, strict=True)
-        height, width = ((side + 2 * pad - k) // stride + 1 for side, pad, k, stride in sides)
-        products += height * width * conv.weight.numel()
+        size = _convolved(conv, size)
+        products += math.prod(size) * conv.weight.numel()
     return Cost.of_products(products)
+
+
+def _convolved(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width behind a convolution."""
+    padding = cast("tuple[int, int]", conv.padding)
+    sides = zip(size, padding, conv.kernel_size, conv.stride, strict=True)
+    height, width = ((side + 2 * pad - k) // stride + 1 for side, pad, k, stride in sides)
+    return height, width
 
 
 def _convolutions(module: nn.Module | None) -> list[nn.Conv2d]:

@@ -166,7 +166,7 @@ class PlainMamba(Backbone):
 
     class_token = "none"
     undecayed = ("A_log", "D", "direction_Bs", "pos_embed")
-    classifier, first_conv = "head.fc", "backbone.patch_embed.stem.0"
+    classifier_name, first_conv = "head.fc", "backbone.patch_embed.stem.0"
     position, final_norm = "backbone.pos_embed", "backbone.ln1"
     dynamic_img_size = True
 

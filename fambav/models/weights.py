@@ -17,6 +17,7 @@ from fambav.layers.embed import resize_positions
 from fambav.short_repr import short_repr
 
 if TYPE_CHECKING:  # a model is fitted by what is written here
+    from fambav.models.isotropic import Isotropic
     from fambav.models.timm_model import TimmModel
 
 # What torch adds to names: of compile, FSDP and activation checkpointing anywhere; of DDP in front,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # a model is fitted by what is written here
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _IN_FRONT, _COUNT = "module.", "n_averaged"
 _RAW, _AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
-_HEADS = ("head", "fc", "classifier", "head_dist")  # of our models and timm's
+_HEADS = ("head", "fc", "classifier", "head_dist", "dist_head")  # of our models and timm's
 _SHOWN = 4  # prefixes that a refusal names
 
 
@@ -141,9 +142,7 @@ def adapt(
         head: "strict" refuses another number of classes; "drop" keeps the model's head then.
 
     Returns:
-        Weights that load strictly into the model: position embeddings are resized bicubically,
-        with the rows of class tokens taken out of the grid where they are and put back where the
-        model has them.
+        Weights that load strictly into the model, resized as `TimmModel.resized` does.
 
     Raises:
         ValueError: If class tokens, classes, names or shapes do not fit, or the grid has to be
@@ -156,10 +155,7 @@ def adapt(
     own = model.state_dict()
     weights = _fit_head(dict(state_dict), model, own, head)
     _check_names(weights, own)
-    name = model.position
-    shape = weights[name].shape
-    if len(shape) == 3 and shape[::2] == own[name].shape[::2]:
-        weights[name] = resize_pos_embed(weights[name], model, grid)
+    weights = model.resized(weights, grid)
     for name, value in weights.items():
         if value.shape != own[name].shape:
             wanted = tuple(own[name].shape)
@@ -168,7 +164,7 @@ def adapt(
 
 
 def resize_pos_embed(
-    pos_embed: Tensor, model: TimmModel, grid: tuple[int, int] | None = None
+    pos_embed: Tensor, model: Isotropic, grid: tuple[int, int] | None = None
 ) -> Tensor:
     """Resize a position embedding to a model's grid.
 
@@ -207,7 +203,7 @@ def _fit_head(
     weights: dict[str, Tensor], model: TimmModel, own: Mapping[str, Tensor], head: str
 ) -> dict[str, Tensor]:
     """Check the number of classes, or replace a head that differs by the model's."""
-    name = f"{model.classifier}.weight"
+    name = f"{model.classifier_name}.weight"
     shape = weights[name].shape if name in weights else ()
     saved = shape[0] if shape else 0
     if saved == model.num_classes:
@@ -217,8 +213,9 @@ def _fit_head(
             f"checkpoint has {saved} classes, expected {model.num_classes} as the model;"
             " --finetune replaces the head"
         )
-    fitted = {name: value for name, value in weights.items() if not name.startswith("head.")}
-    return fitted | {name: value for name, value in own.items() if name.startswith("head.")}
+    heads = tuple(f"{name}." for name in model.classifier_names)
+    fitted = {name: value for name, value in weights.items() if not name.startswith(heads)}
+    return fitted | {name: value for name, value in own.items() if name.startswith(heads)}
 
 
 def _check_names(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

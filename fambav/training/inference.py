@@ -19,7 +19,7 @@ from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
 from fambav.engine.run_dir import weights_file
-from fambav.models import Backbone
+from fambav.models import TimmModel
 from fambav.ops import check_environment
 from fambav.training import batches
 from fambav.training.network import layout, model
@@ -157,7 +157,7 @@ def load_run(
     words = data.eval_crop(size, used.data.eval_crop_ratio)
     if "eval_crop_ratio" in changes and words["crop_mode"] == "squash":
         refuse("eval_crop_ratio", changes["eval_crop_ratio"], "none: images so small are not cut")
-    there = state.num_classes(laid_out.weights)
+    there = state.num_classes(laid_out.net)
     net = _build(state, used, there=there, classes=changes.get("num_classes"))
     return _described(net, state, used, size, words)
 
@@ -242,7 +242,7 @@ def _described(
     names, classes = state.class_names, int(cast(Any, net).num_classes)
     names = names if names and len(names) == classes else None
     own = cast(dict[str, Any], net.pretrained_cfg)
-    channels = net.patch_embed.in_chans if isinstance(net, Backbone) else own["input_size"][0]
+    channels = net.in_chans if isinstance(net, TimmModel) else own["input_size"][0]
     own = {
         **own,
         **words,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from fambav.engine.precision import determinism_settings
 from fambav.engine.progress import Progress, restore
 from fambav.engine.run_dir import KEPT, weights_file
 from fambav.engine.trainer import Trainer
-from fambav.models import Backbone
+from fambav.models import TimmModel
 from fambav.ops import check_environment, force, set_backend
 from fambav.seeding import seed_all
 from fambav.tasks import Scores, Statistics, Task, task_of
@@ -267,7 +267,7 @@ class TrainingJob:
             progress=Progress() if state is None else restore(state.entries, step, self.task),
             log_every=config.run.log_every,
             save_every=config.run.save_every,
-            activation_max=ActivationMax(_layers(step.model))
+            activation_max=ActivationMax(cast(TimmModel, step.model).blocks)
             if config.run.log_activations
             else None,
         )
@@ -343,8 +343,3 @@ class TrainingJob:
             input_size=self.layout.input_size,
             statistics=statistics,
         )
-
-
-def _layers(net: nn.Module) -> Iterable[nn.Module]:
-    """The layers of a model of ours; the settings allow no other."""
-    return list(cast(nn.ModuleList, cast(Backbone, net).layers))

@@ -9,7 +9,7 @@ from torch import nn
 
 from fambav.config import Config
 from fambav.layers.embed import pair
-from fambav.models import Backbone
+from fambav.models import Backbone, TimmModel
 from fambav.reduction import Reduction, Schedule, fused, read_options, reduce
 from fambav.registry import FOREIGN, family_of, nearest
 from fambav.timm_compat import timm
@@ -21,12 +21,12 @@ class Layout(NamedTuple):
     Attributes:
         input_size: Height and width of an image, in pixels.
         reduction: What removes tokens; None for a model that has no reduction.
-        weights: Names of its weights, those of a classifier among them.
+        net: The model itself, without values, of one class.
     """
 
     input_size: tuple[int, int]
     reduction: Reduction | None
-    weights: tuple[str, ...]
+    net: nn.Module
 
     @property
     def schedule(self) -> Schedule | None:
@@ -51,14 +51,15 @@ def model(config: Config, *, num_classes: int) -> nn.Module:
     own = {argument: getattr(chosen, setting) for setting, argument in known.items()}
     net: Any = timm.create_model(chosen.model, num_classes=num_classes, **own)
     net.set_grad_checkpointing(chosen.grad_checkpointing)
-    net.reduction = fused(
-        net.info,
-        fusion.fusion_strategy,
-        layer=fusion.fusion_layer,
-        token=fusion.fusion_token,
-        method=fusion.fusion_method,
-        plan=fusion.fusion_plan,
-    )
+    if isinstance(net, Backbone):
+        net.reduction = fused(
+            net.info,
+            fusion.fusion_strategy,
+            layer=fusion.fusion_layer,
+            token=fusion.fusion_token,
+            method=fusion.fusion_method,
+            plan=fusion.fusion_plan,
+        )
     if config.reduction.reduction != "none":
         _reduce(net, config)
     return cast(nn.Module, net)
@@ -86,11 +87,11 @@ def layout(config: Config) -> Layout:
     """
     with torch.device("meta"):
         net = model(config, num_classes=1)
-    if isinstance(net, Backbone):
-        return Layout(net.img_size, net.reduction, tuple(net.state_dict()))
+    if isinstance(net, TimmModel):
+        return Layout(net.img_size, getattr(net, "reduction", None), net)
     height, width = net.pretrained_cfg["input_size"][-2:]  # type: ignore[index]  # timm sets it
     size = config.model.input_size or (int(height), int(width))
-    return Layout(pair(size, name="input_size"), None, tuple(net.state_dict()))
+    return Layout(pair(size, name="input_size"), None, net)
 
 
 def reduction(config: Config) -> Reduction:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from fambav.engine.checkpoint import CheckpointError, NotFiniteWeightsError, Sta
 from fambav.engine.finite import NotFiniteError, check_weights
 from fambav.engine.run_dir import CHECKPOINT, DESCRIPTION, WEIGHTS, weights_file
 from fambav.json_files import parse, read_object
-from fambav.models import Backbone, is_classifier, official
+from fambav.models import TimmModel, is_classifier, official
 from fambav.reduction import Schedule
 from fambav.training.entries import CHECKS, FACTS, check_entries
 
@@ -37,7 +37,7 @@ _FIXED = affecting("model") | {"data_set", "inat_category", "opt", "decay_groups
 _FIXED |= {"amp", "amp_dtype"}
 _LENGTHS = {"images_per_update", "repeated_aug"}  # which an epoch's number of updates follows from
 _TEXTS = {"class_token", "torch"}  # facts that a safetensors file holds as they are, not as JSON
-_HEADS = ("head.weight", "head.fc.weight", "fc.weight")
+_HEADS = ("head.weight", "head.fc.weight", "classifier.head.weight", "fc.weight")
 _DESCRIPTION = {
     "fambav": {"settings": dict, "class_token": (str, type(None))},
     "label_names": (list, type(None)),
@@ -120,17 +120,17 @@ class RunState:
         grid = self.facts.get("grid")
         return grid and (grid[0], grid[1])
 
-    def num_classes(self, own: Collection[str] = ()) -> int | None:
+    def num_classes(self, net: nn.Module | None = None) -> int | None:
         """Return the rows of the classifier; None if its weight has no name that we know.
 
         Args:
-            own: Names of the weights of the model that the file is of, where it may have prefixes.
+            net: The model that the file is of, where it may be of another code.
 
         Raises:
             CheckpointError: If there are no weights, or that one is no matrix of classes.
         """
         try:
-            weights = official(self.entries, own=own)
+            weights = self._picked(net)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
         name = next((name for name in _HEADS if name in weights), None)
@@ -141,6 +141,23 @@ class RunState:
             shape = tuple(head.shape)
             raise CheckpointError(f"{self.path}: {name} is {shape}, expected (classes, width)")
         return len(head)
+
+    def _picked(
+        self,
+        net: nn.Module | None,
+        *,
+        ema: bool = False,
+        head: Literal["strict", "drop"] = "strict",
+    ) -> dict[str, Tensor]:
+        """Return the weights under the names that a model has, whichever code saved them.
+
+        Raises:
+            ValueError: If they are not those of such a model.
+        """
+        if isinstance(net, TimmModel):
+            return net.pick(self.entries, ema=ema, head=head)
+        own = () if net is None else net.state_dict().keys()
+        return official(self.entries, ema=ema, own=own, head=head)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -204,10 +221,9 @@ class RunState:
             NotFiniteWeightsError: If one of them is not finite.
         """
         try:
-            own = net.state_dict()
-            weights = official(self.entries, ema=ema, own=own.keys(), head=head)
-            check_weights(weights, own)
-            if isinstance(net, Backbone):
+            weights = self._picked(net, ema=ema, head=head)
+            check_weights(weights, net.state_dict())
+            if isinstance(net, TimmModel):
                 place, grid = self.class_token, self.grid
                 weights = net.remap(self.entries, ema=ema, class_token=place, grid=grid, head=head)
             elif head == "drop":

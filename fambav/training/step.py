@@ -15,7 +15,7 @@ from fambav.engine.distill import Teacher
 from fambav.engine.distributed import Processes
 from fambav.engine.precision import Precision
 from fambav.engine.step import TrainStep
-from fambav.models import Backbone
+from fambav.models import TimmModel
 from fambav.seeding import seed_all
 from fambav.tasks import task_of
 from fambav.training.teacher import distillation_loss
@@ -125,10 +125,10 @@ def _lowest_rates(config: Config) -> tuple[float, float]:
 
 def _cuda_graph(config: Config, net: nn.Module, group: Processes) -> nn.Module:
     """Capture the model's passes over one process's batch."""
-    ours = cast(Backbone, net)
+    ours = cast(TimmModel, net)
     return CudaGraph(
         ours.train(config.optim.train_mode),
-        (config.optim.batch_size, ours.patch_embed.in_chans, *ours.img_size),
+        (config.optim.batch_size, ours.in_chans, *ours.img_size),
         precision=precision(config, group),
         shards=group.world * config.optim.grad_accum_steps,
         accumulating=config.optim.grad_accum_steps > 1,

@@ -1,0 +1,160 @@
+"""What hierarchical models are made of: blocks over maps, stages of them, convolutions of maps.
+
+    map -> stage (blocks of one resolution) -> downsample -> map of half the sides -> ...
+
+A map is (batch, height, width, dim), in memory too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fambav.layers.drop import DropPath
+
+
+class MapConv2d(nn.Conv2d):
+    """A convolution of maps, with the weights of `nn.Conv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve: (batch, height, width, in_channels) -> (batch, *smaller, out_channels)."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """Normalise in float32, or float64 if x is, and leave the result there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+class Mlp(nn.Module):
+    """Two linear maps with a GELU in between.
+
+    Args:
+        dim: Width of a cell.
+        hidden: Width in between.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map each cell by itself; the shape stays."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class MapBlock(nn.Module):
+    """Residual branches over a map; a subclass makes them and its `forward` adds them up.
+
+    Args:
+        drop_path: Probability that a sample skips a branch.
+
+    Attributes:
+        grad_checkpointing: Compute branches again in the backward pass.
+    """
+
+    grad_checkpointing = False
+
+    def __init__(self, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.drop_path = DropPath(drop_path)
+
+    def residual(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return x + drop_path(branch(x)).
+
+        Randomness is drawn outside of what is computed twice, so that it is drawn once; a branch
+        draws none.
+        """
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            y = checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = branch(x)
+        out: Tensor = x + self.drop_path(y)
+        return out
+
+
+class Blocks(nn.ModuleList):
+    """The blocks of a stage in a row, under the names 0, 1, ... of published weights."""
+
+    def __init__(self, blocks: Sequence[MapBlock]) -> None:
+        super().__init__(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all blocks on a map, whose shape stays."""
+        for block in self:
+            x = block(x)
+        return x
+
+    def set_grad_checkpointing(self, enable: bool) -> None:  # noqa: FBT001  as timm's
+        """Keep only maps between branches for the backward pass, or everything."""
+        for block in cast(Iterable[MapBlock], self):
+            block.grad_checkpointing = enable
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and what leads to the next one.
+
+    Args:
+        blocks: In their order.
+        downsample: From a map to the one of the next stage; None in the last stage.
+    """
+
+    def __init__(self, blocks: Sequence[MapBlock], downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.blocks = Blocks(blocks)
+        self.downsample = nn.Identity() if downsample is None else downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks, without what leads to the next stage."""
+        out: Tensor = self.blocks(x)
+        return out
+
+
+class PatchMerging(nn.Module):
+    """Halve the sides of a map: the four cells of a square become one.
+
+    A map of odd sides gets zeros below and to the right.
+
+    Args:
+        dim: Width of a cell.
+        out: Width of a cell of the result.
+
+    Source: Liu et al., "Swin Transformer", arXiv:2103.14030, section 3.1.
+    """
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        # Names and order are those of published weights.
+        self.reduction = nn.Linear(4 * dim, out, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Merge: (batch, height, width, dim) -> (batch, height / 2, width / 2, out), rounded up."""
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        # Of a square, first the left cell of the upper row, then of the lower one, then the right.
+        x = rearrange(x, "b (h down) (w right) c -> b h w (right down c)", down=2, right=2)
+        out: Tensor = self.reduction(self.norm(x))
+        return out
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Return the rates of each stage's blocks: linear from 0 in the first block to `rate`."""
+    last = max(sum(depths) - 1, 1)
+    starts = [sum(depths[:stage]) for stage in range(len(depths))]
+    return [
+        [rate * (start + block) / last for block in range(depth)]
+        for start, depth in zip(starts, depths, strict=True)
+    ]
