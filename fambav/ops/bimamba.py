@@ -236,7 +236,8 @@ def _reference(
         )
         each.append((y, delta if dt is None else dt, B.detach(), C.detach()))
     ys, *others = zip(*each, strict=True)
-    found = dict(zip(("delta", "B", "C"), map(torch.stack, others), strict=True))
+    pairs = zip(("delta", "B", "C"), others, strict=True)
+    found = {name: torch.stack(both) for name, both in pairs if name in want}
     found |= {name: token_score(torch.stack(ys), z, name) for name in SCORES if name in want}
     out = (ys[0] + ys[1]) * (scale * F.silu(z))
     return out if out_proj is None else F.linear(out, out_proj), found

@@ -247,9 +247,9 @@ def variants() -> Iterator[Variant]:
                 form = dict(DIRECTIONS=directions, GATED=True, CLIPPED=True, **_form(dim))
                 yield _variant(_gate_forward_kernel, dtype, form | dict(score=None))
                 yield _variant(_gate_forward_kernel, dtype, form | dict(score=None, total=None))
-            yield _variant(_gate_forward_kernel, dtype, form)
             yield _variant(_gate_backward_kernel, dtype, _form(dim))
             yield _variant(_gate_backward_kernel, dtype, _form(dim) | dict(out=None))
+        yield _variant(_gate_forward_kernel, dtype, form)
 
 
 def _variant(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Variant:

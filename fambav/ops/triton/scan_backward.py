@@ -42,16 +42,15 @@ from torch import Tensor
 from fambav.ops.kept_states import TRITON_CHUNK as CHUNK
 from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.scan_forward import (
-    GAP_DTYPES,
-    GAPS,
+    AUDITED,
     LANES,
     LOG2_E,
     NO_GAP,
     SIZES,
     absent,
+    as_floats,
     directions_back,
     each_way,
-    gaps,
     index_type,
     of_channels,
     of_token,
@@ -69,7 +68,7 @@ STEPS = 2  # tokens of a pair; must divide CHUNK
 # alone takes 240; with 168 the occupancy is twelve warps per multiprocessor, with 192 ten.  On
 # sm_90 184 (eleven warps) would do for float32, but spills on sm_80.
 REGISTERS = {2: 168, 4: 192}
-GAP_REGISTERS = 8  # more where the state ages over gaps
+GAP_REGISTERS = {2: 184, 4: 200}  # the same where the state ages over gaps: eleven and ten warps
 
 
 @triton.jit(
@@ -299,7 +298,7 @@ def scan_backward(
     parameters = *each_way(A), *each_way(D), *each_way(bias)
     parts = dBC, dA, dD, dbias = _parts(u, B, D, bias, form)
     far = None if dskipped_dt is None else dskipped_dt.contiguous()
-    given = *parameters, *gaps(skipped, skipped_dt, ddt), far
+    given = *parameters, *as_floats(skipped, skipped_dt, ddt), far
     _launch(tokens, states, given, parts, reverse, form, warps or 1)
     if dskipped_dt is not None and far is not dskipped_dt:
         dskipped_dt.copy_(far)
@@ -378,7 +377,8 @@ def _launch(
 
 def registers(dtype: torch.dtype, state: int, gap: str = "none") -> int | None:
     """Return the limit of registers per thread (maxnreg), or None for no limit."""
-    return REGISTERS[dtype.itemsize] + (gap != "none") * GAP_REGISTERS if state <= 16 else None
+    limits = REGISTERS if gap == "none" else GAP_REGISTERS
+    return limits[dtype.itemsize] if state <= 16 else None
 
 
 def variants() -> Iterator[Variant]:
@@ -390,7 +390,7 @@ def variants() -> Iterator[Variant]:
         work = (LANES * state * STEPS,) * 2
         made = variant(f"scan_backward {what}", _scan_backward_kernel, dtype, form, work)
         yield made._replace(registers=registers(dtype, state))
-    for dtype, gap in product(GAP_DTYPES, GAPS):
+    for dtype, gap in AUDITED:
         form = _form(16, LANES, gap=gap) | dict(INDEX=tl.int32, dlast=None) | absent(gap)
         form |= {} if gap == "cached" else dict(ddt=None, dskipped_dt=None)
         what = f"{POINTERS[dtype][1:]} N16 BD{LANES} {gap}"

@@ -41,8 +41,8 @@ ENOUGH_PROGRAMS = 1024  # eight warps per multiprocessor of a large GPU
 
 SIZES = ("length", "size", "groups", "blocks", "images", "reverse")  # not specialized on
 
-GAPS = ("bias", "self", "hold_prev", "cached")
-GAP_DTYPES = (torch.float32, torch.bfloat16)  # of the audited specializations with gaps
+GAPS = ("bias", "self", "hold_prev", "cached")  # that age the state
+AUDITED = ((torch.float32, GAPS[0]), (torch.bfloat16, GAPS[0]))  # the default one
 NO_GAP: dict[str, Any] = dict(skipped=None, skipped_dt=None)
 
 LOG2_E = tl.constexpr(1.4426950216293335)  # rounded to float32
@@ -341,7 +341,7 @@ def scan_forward(
     with on_device(u):
         _scan_forward_kernel[(batch * groups * blocks, directions)](
             u, delta, *each_way(A), B, C, *each_way(D), *each_way(bias),
-            *gaps(skipped, skipped_dt), y, last, kept, dt,
+            *as_floats(skipped, skipped_dt), y, last, kept, dt,
             length, dim // groups, groups, blocks, batch, directions_back(reverse),
             *u.stride(), *delta.stride(), *B.stride(), *C.stride(), *y.stride(),
             **form, INDEX=index, num_warps=warps, **OPTIONS,
@@ -365,8 +365,8 @@ def _form(
     return form | dict(SOFTPLUS=softplus, GAP=gap, KEEP=keep)
 
 
-def gaps(*tensors: Tensor | None) -> Iterator[Tensor | None]:
-    """Yield counts and sums of step sizes, or their gradients, in the layout of the kernels."""
+def as_floats(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    """Yield tensors about gaps as the kernels take them: contiguous, float32."""
     for tensor in tensors:
         yield None if tensor is None else tensor.float().contiguous()
 
@@ -417,7 +417,7 @@ def variants() -> Iterator[Variant]:
         what = f"{POINTERS[dtype][1:]} N{state} BD{LANES * rows}{' keep' if keep else ''}"
         work = (LANES * rows * state,)
         yield variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
-    for dtype, gap in product(GAP_DTYPES, GAPS):
+    for dtype, gap in AUDITED:
         form = _form(16, 2 * LANES, 1, gap=gap, keep=True) | dict(INDEX=tl.int32)
         form |= absent(gap) | (dict(dt=None) if gap != "cached" else {})
         what = f"{POINTERS[dtype][1:]} N16 BD{2 * LANES} keep {gap}"
