@@ -111,7 +111,7 @@ METHODS: tuple[str, ...] = (
 FUSION_METHODS = METHODS[:2]  # those of --fusion-method
 HOOKS: tuple[str, ...] = ("before", "between", "after")
 SCAN_POLICIES: tuple[str, ...] = ("compact", "aligned", "masked")
-GAP_POLICIES: tuple[str, ...] = ("cached", "bias", "hold_prev", "self", "none")
+GAP_POLICIES: tuple[str, ...] = ("bias", "cached", "hold_prev", "self", "none")
 CLASS_TOKEN_POLICIES: tuple[str, ...] = ("exact", "proportional", "middle")
 SCHEDULES = (  # forms of --reduction-schedule, and a pattern that all of them but published match
     "r:5, r:5@3-23/2, ramp:16,-1, list:7,7,0, 6:9,8:12, keep:0.8@5,10, tokens:157,125@10,20,"

@@ -291,13 +291,13 @@ def test_alignment_is_paid_by_every_layer_behind_the_first_tokens_that_went():
     assert [row.alignment for row in found] == [
         FREE,
         FREE,
-        *(Cost(4 * n * 128, 2 * 4 * n * 128) for n in (60, 60, 57, 57)),
+        *(Cost(2 * n * 128, 2 * 2 * n * 128) for n in (60, 60, 57, 57)),
     ]
     model = reduce(
         built("vim_micro"), "ordered", "list:0,0,5,0,3", scan="aligned", gap_policy="cached"
     )
     kept = rows(flops.count(model))
-    assert kept[2].alignment == Cost(3 * 60 * 128, 2 * 3 * 60 * 128)
+    assert kept[2].alignment == Cost(60 * 128, 2 * 60 * 128)
     assert kept[2].reduction.literature - found[2].reduction.literature == 2 * 5 * 128
     report = flops.count(model)
     whole = total(*(row.own for row in report.rows), report.reduction, report.alignment)

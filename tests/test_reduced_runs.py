@@ -61,16 +61,12 @@ def test_every_method_trains_evaluates_and_resumes_to_the_last_bit(chosen, data,
     assert f"* Acc@1 {log(whole)[-1]['test_acc1']:.3f}" in scores
 
 
-def test_digits_train_with_a_method_that_reads_the_mixer_and_its_cost_is_told(tmp_path):
+def test_digits_train_with_a_method_that_reads_the_mixer(tmp_path):
     words = """--config configs/digits/vim_micro.yaml --reduction prune-aligned --epochs 1
         --reduction-schedule tokens:40@2 --batch-size 64 --warmup-epochs 0"""
     found = go(*words.split(), "--output_dir", tmp_path)
     assert found.status == 0, found.err
     assert "total removed: 24 of 64 tokens, after the mixer of their layer" in found.out
-    told = next(line for line in found.out.splitlines() if line.startswith("prune-aligned: "))
-    assert "return delta, y, z at layers 2" in told
-    assert "scan across gaps at layers 3-6" in told
-    assert "fambav bench reduction measures by how much" in told
 
 
 def test_a_reduction_written_in_a_file_gives_way_to_famba_v_flags(data, tmp_path):

@@ -48,8 +48,8 @@ class Hooks(NamedTuple):
     positions: bool = False
 
     @property
-    def unfused(self) -> bool:
-        """Whether the mixer has to run composed of single scans; its output alone does not."""
+    def with_tokens(self) -> bool:
+        """Whether the mixer has to be called with the tokens; for its output alone it has not."""
         return bool(self.want - OUTPUT) or self.gap_policy is not None or self.positions
 
 
@@ -122,7 +122,7 @@ class ResidualBlock(nn.Module):
     def _mix(self, hooks: Hooks, tokens: Tokens) -> Tokens:
         x, residual = self.norm(tokens.x, tokens.residual)
         tokens = hooks.between(tokens._replace(x=x, residual=residual))
-        if not hooks.unfused:
+        if not hooks.with_tokens:
             x = self.mixer(tokens.x)
             found = Intermediates(mixed=x) if hooks.want else None
             return tokens._replace(x=x, intermediates=found)

@@ -23,13 +23,15 @@ from torch.utils.module_tracker import ModuleTracker
 from fambav.arguments import flags, known_name, whole
 from fambav.layers.tokens import Intermediates, Tokens
 from fambav.ops import Direction, bimamba_scan
-from fambav.ops.bimamba import ScanInputs, directed_scan, scan_inputs
+from fambav.ops.bimamba import RETURNED, ScanInputs, scan_inputs, token_score
 from fambav.ops.dispatch import without_autocast
+from fambav.ops.fused_bimamba import SCORES
 from fambav.ops.scan_aligned import aligned_scan, count_skipped, estimate_skipped_dt
 from fambav.registry import BIMAMBA
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # step sizes that a new mixer starts from
 _PLAIN = (nn.Linear, nn.Conv1d)  # modules that kernels compute in their stead
+_FUSED = RETURNED | {"z", "mixed"}  # intermediates that a fused mixer returns
 _WATCHED = "is watched by hooks on all modules"
 
 # A, (inner, state); D, (inner,); bias of the step size, (inner,), None if delta includes it.
@@ -126,38 +128,67 @@ class Mamba(nn.Module):
 
         Args:
             hidden: (batch, length, dim).
-            tokens: Whose features they are: their positions and skipped step sizes.  With these the
-                mixer runs composed of single scans, which costs more than the fused one.
-            want: Fields of `Intermediates` to return.
+            tokens: Whose features they are: their positions and skipped step sizes.
+            want: Fields of `Intermediates` to return.  For u and y the mixer runs composed of
+                single scans, which costs more than the fused one.
             gap_policy: How the state ages over tokens that went, see `registry.GAP_POLICIES`; None
                 if it does not.
 
         Returns:
-            Shaped like hidden; with `tokens` also the wanted intermediates.
+            Shaped like hidden; with `tokens` also the wanted intermediates, of which scores, B and
+            C have no gradient.
         """
         xz = self.in_proj(hidden)  # (batch, length, 2 * inner)
         if (replaced := self.unfused) is not None:
             self._warn(replaced)
-        elif tokens is None and self.bimamba_type == "v2":
-            forward, backward = self._directions()
-            scale = 0.5 if self.halved else 1.0
-            return bimamba_scan(xz, forward, backward, self.out_proj.weight, scale=scale)
+        elif self.bimamba_type == "v2" and want <= _FUSED and len(want & SCORES.keys()) < 2:
+            return self._fused(xz, tokens, want, gap_policy)
         x, z = xz.chunk(2, dim=-1)  # both (batch, length, inner)
         inputs, recurrences = self._by_kernels(x) if replaced is None else self._by_modules(x)
         if self.bimamba_type == "v1":  # scans the same both ways
             inputs *= 2
             recurrences.append((A_from_log(self.A_b_log), *recurrences[0][1:]))
-        if tokens is None:
-            pairs = enumerate(zip(inputs, recurrences, strict=True))
-            ys = [directed_scan(i, *r, reverse=bool(end)) for end, (i, r) in pairs]
-        else:
-            ys, scanned = self._scan_kept(inputs, recurrences, tokens, gap_policy)
+        ys, used = self._scan_each(inputs, recurrences, tokens, want, gap_policy or "none")
         out: Tensor = self.out_proj(sum(ys[1:], ys[0]) * self._gate(z))  # (batch, length, dim)
         if tokens is None:
             return out
-        found = {name: torch.stack(x, dim=1) for name, x in scanned.items() if name in want}
+        scores = [name for name in want if name in SCORES]
+        found = {n: token_score(torch.stack(ys, dim=1), z[:, None], n)[..., None] for n in scores}
+        found |= {name: torch.stack(x, dim=1) for name, x in used.items() if name in want}
         found |= {name: x for name, x in (("z", z), ("mixed", out)) if name in want}
         return out, Intermediates(order=_order(hidden, len(recurrences)), **found)
+
+    def _fused(
+        self, xz: Tensor, tokens: Tokens | None, want: frozenset[str], gap_policy: str | None
+    ) -> Tensor | tuple[Tensor, Intermediates]:
+        """Do the rest of `forward` in one operation."""
+        forward, backward = self._directions()
+        weights = forward, backward, self.out_proj.weight
+        scale = 0.5 if self.halved else 1.0
+        if tokens is None:
+            return bimamba_scan(xz, *weights, scale=scale)
+        policy = gap_policy or "none"
+        out, made = bimamba_scan(
+            *(xz, *weights, *self._gaps(tokens, policy)),
+            scale=scale,
+            gap_policy=policy,
+            want=want & RETURNED,
+        )
+        # (2, batch, length, ...) -> (batch, 2, length, ...), for a score with an axis of 1 behind
+        found = {n: (x[..., None] if n in SCORES else x).transpose(0, 1) for n, x in made.items()}
+        found |= {n: x for n, x in (("z", xz.chunk(2, dim=-1)[1]), ("mixed", out)) if n in want}
+        return out, Intermediates(order=_order(xz, 2), **found)
+
+    @staticmethod
+    def _gaps(tokens: Tokens | None, policy: str) -> tuple[Tensor | None, Tensor | None]:
+        """Return how many tokens went before each, (2, batch, length), or their step sizes."""
+        if policy == "none" or tokens is None:
+            return None, None
+        if policy == "cached":
+            carried = tokens.skipped_dt
+            return None, None if carried is None else carried.transpose(0, 1)
+        each = [count_skipped(tokens.position, reverse=end) for end in (False, True)]
+        return torch.stack(each), None
 
     @property
     def unfused(self) -> tuple[str, str] | None:
@@ -217,42 +248,40 @@ class Mamba(nn.Module):
     def _gate(self, z: Tensor) -> Tensor:
         return F.silu(z) * 0.5 if self.halved else F.silu(z)
 
-    def _scan_kept(
+    def _scan_each(
         self,
         inputs: list[ScanInputs],
         recurrences: list[Recurrence],
-        tokens: Tokens,
-        gap_policy: str | None,
-    ) -> tuple[list[Tensor], dict[str, tuple[Tensor, ...]]]:
-        """Scan each direction over tokens of which some may be gone.
+        tokens: Tokens | None,
+        want: frozenset[str],
+        policy: str,
+    ) -> tuple[tuple[Tensor, ...], dict[str, tuple[Tensor, ...]]]:
+        """Scan each direction on its own.
 
         Returns:
             Each scan's output, (batch, length, inner), and by name what each of them used.
         """
-        ys, used = [], []
+        skipped, skipped_dt = self._gaps(tokens, policy)
+        used = []
         for end, ((u, delta, B, C), (A, D, bias)) in enumerate(
             zip(inputs, recurrences, strict=True)
         ):
-            delta = F.softplus(upcast(delta) if bias is None else upcast(delta) + bias)
-            skipped_dt = self._skipped_dt(tokens, gap_policy, delta, end)
-            ys.append(aligned_scan(u, delta, A, B, C, D, skipped_dt, reverse=bool(end)))
-            used.append((u, delta, B, C, ys[-1]))
-        names = ("u", "delta", "B", "C", "y")
-        return ys, dict(zip(names, zip(*used, strict=True), strict=True))
-
-    def _skipped_dt(
-        self, tokens: Tokens, gap_policy: str | None, delta: Tensor, end: int
-    ) -> Tensor | None:
-        """Return the step sizes of what is gone before each token; None for none."""
-        if gap_policy is None:
-            return None
-        if gap_policy == "cached":
-            return None if tokens.skipped_dt is None else tokens.skipped_dt[:, end]
-        absent = count_skipped(tokens.position, reverse=bool(end))
-        bias = upcast(bias_of(self._part("dt_proj", self._ends[end % len(self._ends)])))
-        return estimate_skipped_dt(
-            gap_policy, delta=delta, skipped=absent, bias=bias, reverse=bool(end)
-        )
+            count, dt = (None if gap is None else gap[end] for gap in (skipped, skipped_dt))
+            if policy == "bias" and bias is None and count is not None:
+                own = upcast(bias_of(self._part("dt_proj", self._ends[end % len(self._ends)])))
+                dt = estimate_skipped_dt(policy, delta=upcast(delta), skipped=count, bias=own)
+                count = None
+            y, step = aligned_scan(
+                *(u, delta, A, B, C, D, dt, count),
+                gap_policy=policy,
+                delta_bias=bias,
+                delta_softplus=True,
+                reverse=bool(end),
+                return_dt="delta" in want,
+            )
+            used.append((y, u, delta if step is None else step, B.detach(), C.detach()))
+        each = dict(zip(("y", "u", "delta", "B", "C"), zip(*used, strict=True), strict=True))
+        return each["y"], each
 
 
 def _order(hidden: Tensor, directions: int) -> Tensor:

@@ -28,8 +28,7 @@ from fambav.layers.mamba import (
     upcast,
 )
 from fambav.layers.tokens import Intermediates, Tokens
-from fambav.ops import selective_scan
-from fambav.ops.bimamba import ScanInputs
+from fambav.ops.bimamba import ScanInputs, token_score
 from fambav.ops.cross_scan import (
     MOVES,
     ScanOrder,
@@ -41,6 +40,7 @@ from fambav.ops.cross_scan import (
     to_scan_order,
     to_token_order,
 )
+from fambav.ops.fused_bimamba import SCORES
 from fambav.ops.scan_aligned import aligned_scan, estimate_skipped_dt
 from fambav.registry import PARAM_ORDERS
 
@@ -132,28 +132,32 @@ class Mamba2D(nn.Module):
         grid, position, orders = self._layout(hidden, tokens)
         x, z = self.in_proj(hidden).chunk(2, dim=-1)  # both (batch, length, inner)
         u = apply_on_grid(x, grid, position, lambda image: F.silu(self.conv2d(image)))
-        inputs = self._scan_inputs(u, orders)
-        if gap_policy is None and "delta" not in want:
-            y = self._scan(inputs)
-        else:
-            u, delta, B, C = inputs
-            bias = self._bias()
-            delta = F.softplus(upcast(delta) if bias is None else upcast(delta) + bias)
-            inputs = u, delta, B, C
-            skipped_dt = self._skipped_dt(delta, grid, orders, tokens, gap_policy=gap_policy)
-            y = aligned_scan(u, delta, A_from_log(self.A_log), B, C, upcast(self.D), skipped_dt)
+        u, delta, B, C = self._scan_inputs(u, orders)
+        policy = gap_policy or "none"
+        y, dt = aligned_scan(
+            *(u, delta, A_from_log(self.A_log), B, C, upcast(self.D)),
+            *self._gaps(delta, grid, orders, tokens, policy),
+            gap_policy=policy,
+            delta_bias=self._bias(),
+            delta_softplus=True,
+            return_dt="delta" in want,
+        )
         y = y.unflatten(
             0, (hidden.shape[0], orders.directions)
         )  # (batch, directions, length, inner)
         out: Tensor = self.out_proj(cross_merge(y, orders) * F.silu(z))  # (batch, length, dim)
         if tokens is None:
             return out
-        scanned = zip(("u", "delta", "B", "C", "y"), (*inputs, y), strict=True)
+        used = dict(u=u, delta=delta if dt is None else dt, B=B.detach(), C=C.detach(), y=y)
         found = {
             name: to_token_order(x.view(*y.shape[:3], x.shape[-1]), orders)
-            for name, x in scanned
+            for name, x in used.items()
             if name in want
         }
+        for name in SCORES:
+            if name in want:
+                each = to_token_order(y.detach(), orders)
+                found[name] = token_score(each, z[:, None], name)[..., None]
         found |= {name: x for name, x in (("z", z), ("mixed", out)) if name in want}
         return out, Intermediates(order=orders.order, **found)
 
@@ -178,12 +182,10 @@ class Mamba2D(nn.Module):
         The step size is before softplus and before the bias that the scan adds.
         """
         dt, B, C = self.x_proj(u).split(self.splits, dim=-1)
-        if self.dt_bias_twice:
-            delta = self.dt_proj(dt)
-        elif self._adds_bias:
-            delta = F.linear(dt, self.dt_proj.weight)
-        else:
+        if self._called:
             delta = apply_dt_proj(self.dt_proj, dt)
+        else:
+            delta = F.linear(dt, self.dt_proj.weight)
         own = delta, B, C  # each (batch, length, its width)
         if self.param_order == "permuted":
             delta, B, C = (cross_scan(x, orders) for x in own)
@@ -196,51 +198,40 @@ class Mamba2D(nn.Module):
         return u, delta, B, C
 
     @property
-    def _adds_bias(self) -> bool:
-        """Whether the scan adds the bias of the step size; not if a called module has."""
-        return self.dt_bias_twice or not_plain(self.dt_proj) is None
+    def _called(self) -> bool:
+        """Whether `dt_proj` is called as a module, which adds its bias."""
+        return not_plain(self.dt_proj) is not None
 
     def _bias(self) -> Tensor | None:
         """Return what the scan adds to the step size before softplus, (inner,)."""
-        return upcast(bias_of(self.dt_proj)) if self._adds_bias else None
+        times = 1 + self.dt_bias_twice - self._called
+        return times * upcast(bias_of(self.dt_proj)) if times else None
 
-    def _scan(self, inputs: ScanInputs) -> Tensor:
-        """Scan, (batch * directions, length, inner)."""
-        u, delta, B, C = inputs
-        y: Tensor = selective_scan(
-            *(u.mT, delta.mT, A_from_log(self.A_log), B.mT, C.mT, upcast(self.D)),
-            delta_bias=self._bias(),
-            delta_softplus=True,
-        )
-        return y.mT
+    def _gaps(
+        self, delta: Tensor, grid: Grid, orders: ScanOrder, tokens: Tokens | None, policy: str
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the step sizes of what is gone before each step, or how many they are.
 
-    def _skipped_dt(
-        self,
-        delta: Tensor,
-        grid: Grid,
-        orders: ScanOrder,
-        tokens: Tokens | None,
-        *,
-        gap_policy: str | None,
-    ) -> Tensor | None:
-        """Return the step sizes of what is gone before each step, like delta; None for none."""
-        if gap_policy is None:
-            return None
+        delta, (batch * directions, length, inner), gives the shape.
+        """
+        if policy == "none":
+            return None, None
         if self.param_order == "raster":
-            raise ValueError(f"gap policy is {gap_policy!r}, expected none, since {UNALIGNED}")
-        if gap_policy == "cached":
+            raise ValueError(f"gap policy is {policy!r}, expected none, since {UNALIGNED}")
+        if policy == "cached":
             carried = None if tokens is None else tokens.skipped_dt
-            return None if carried is None else to_scan_order(carried, orders).flatten(0, 1)
+            return (None if carried is None else to_scan_order(carried, orders).flatten(0, 1)), None
         if orders.skipped is None:
             if grid != (self.grid if tokens is None else tokens.start_grid or self.grid):
                 raise ValueError(
-                    f"gap policy is {gap_policy!r}, expected 'cached' for a grid that became"
-                    " smaller"
+                    f"gap policy is {policy!r}, expected 'cached' for a grid that became smaller"
                 )
-            return None
-        bias = upcast(bias_of(self.dt_proj)) * (1 + self.dt_bias_twice)
+            return None, None
         skipped = orders.skipped.flatten(0, 1)  # (batch * directions, length)
-        return estimate_skipped_dt(gap_policy, delta=delta, skipped=skipped, bias=bias)
+        if policy != "bias" or not self._called:
+            return None, skipped
+        bias = upcast(bias_of(self.dt_proj)) * (1 + self.dt_bias_twice)
+        return estimate_skipped_dt(policy, delta=upcast(delta), skipped=skipped, bias=bias), None
 
 
 def grid_position(tokens: Tokens, grid: Grid) -> tuple[Grid, Tensor | None]:

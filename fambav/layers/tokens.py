@@ -22,6 +22,10 @@ class Intermediates(NamedTuple):
         y: Output of the scan with its skip, before the gate, shaped like u.
         z: Gate before its silu, (batch, length, inner).
         mixed: The mixer's output, (batch, length, dim).
+        gated: Sum over channels of max(0, y silu(z)), (batch, directions, length, 1), float32.
+        gated_unclipped: Sum over channels of y silu(z), likewise.
+        ungated: Sum over channels of max(0, y), likewise.
+        ungated_unclipped: Sum over channels of y, likewise.
     """
 
     order: Tensor | None = None
@@ -32,6 +36,10 @@ class Intermediates(NamedTuple):
     y: Tensor | None = None
     z: Tensor | None = None
     mixed: Tensor | None = None
+    gated: Tensor | None = None
+    gated_unclipped: Tensor | None = None
+    ungated: Tensor | None = None
+    ungated_unclipped: Tensor | None = None
 
     def at(self, index: Tensor) -> Intermediates:
         """Return those of the tokens at `index`, (batch, k); `order` stays as it is."""

@@ -332,8 +332,8 @@ def carrying(sizes: Overhead, gap: str) -> Cost:
 def alignment(length: int, sizes: Overhead, gap: str) -> Cost:
     """Return the cost, in a mixer of `length` tokens, of letting states age over removed ones.
 
-    A sum, a quotient and a product for each inner number of each token in each direction; gap
+    A sum for each inner number of each token in each direction, in the exponent of the decay; gap
     policies other than "cached" first multiply a step size by the number of removed tokens.
     """
-    each = {"none": 0, "cached": 3}.get(gap, 4)
+    each = {"none": 0, "cached": 1}.get(gap, 2)
     return sizes.each_direction(each * length * sizes.inner)

@@ -1,7 +1,7 @@
 """Operations with more than one implementation.  Import them from here."""
 
 from fambav.ops.add_rms_norm import add_rms_norm
-from fambav.ops.bimamba import Direction, bimamba_scan
+from fambav.ops.bimamba import bimamba_scan
 from fambav.ops.causal_conv1d import causal_conv1d
 from fambav.ops.dispatch import (
     BackendError,
@@ -11,6 +11,7 @@ from fambav.ops.dispatch import (
     force,
     set_backend,
 )
+from fambav.ops.fused_bimamba import Direction
 from fambav.ops.match import Selection, match
 from fambav.ops.pool import pool
 from fambav.ops.selective_scan import selective_scan

@@ -5,8 +5,9 @@ With skipped_dt[t] the summed step sizes of the tokens removed just before token
     h[t] = exp((delta[t] + skipped_dt[t]) A) h[t-1] + delta[t] B[t] u[t]
     y[t] = C[t] h[t] + D u[t]
 
-which is the plain scan of step sizes delta' = delta + skipped_dt and inputs u delta / delta': their
-product, which enters the state, is unchanged.
+The Triton and numba scans add it to the exponent.  Composed, it is the plain scan of step sizes
+delta' = delta + skipped_dt and inputs u delta / delta': their product, which enters the state, is
+unchanged.
 
 Source: Zhan et al., "Exploring Token Pruning in Vision State Space Models", arXiv:2409.18962,
 hidden state alignment; the reduction to a plain scan is ours.
@@ -14,14 +15,18 @@ hidden state alignment; the reduction to a plain scan is ours.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fambav.ops.cross_scan import select_rows
-from fambav.ops.dispatch import expect, expect_beside
+from fambav.ops.dispatch import SCAN, Backend, Table, expect, expect_beside
+from fambav.ops.kernels import NUMBA, TRITON, KernelSet, on_gpu
 from fambav.ops.match import others
-from fambav.ops.selective_scan import selective_scan
+from fambav.ops.selective_scan import fused_scan, fused_unsupported, selective_scan
 from fambav.registry import GAP_POLICIES, nearest
 
 # Added to every step size, so that none is 0 and gradients are right there too.  It is far below
@@ -36,17 +41,22 @@ def aligned_scan(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    skipped_dt: Tensor | None,
+    skipped_dt: Tensor | None = None,
+    skipped: Tensor | None = None,
     *,
+    gap_policy: str = "bias",
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
     reverse: bool = False,
-) -> Tensor:
+    return_dt: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Scan kept tokens, with the decay of those removed between them.
 
-    With `skipped_dt` everything is computed in float32 (float64 if u is) and rounded once.
+    Across gaps everything is computed in float32 (float64 if u is) and rounded once.
 
     Args:
         u: Input, (batch, length, dim).
-        delta: Step size after bias and softplus, shaped like u, at least 0.
+        delta: Step size before bias and softplus, shaped like u.
         A: Decay rate, (dim, state), real.
         B: Input matrix, (batch, length, state).
         C: Output matrix, shaped like B.
@@ -54,28 +64,46 @@ def aligned_scan(
         skipped_dt: Summed step sizes of the tokens removed between each token and the one scanned
             before it, shaped like u, at least 0; None for a plain scan.  That of the token scanned
             first has no effect.
+        skipped: The number of these tokens instead, (batch, length).
+        gap_policy: The step size of each of them, as in `estimate_skipped_dt`.
+        delta_bias: Added to delta before softplus, (dim,), or None.
+        delta_softplus: Whether delta goes through softplus; else it is at least 0.
         reverse: Scan from the last token to the first.
+        return_dt: Whether to return the step size as well.
 
     Returns:
-        y, with the shape and dtype of u.
+        y, with the shape and dtype of u, and with `return_dt` the step size after bias and
+        softplus, shaped like u, float32 (float64 if u is), else None.
 
     Raises:
-        ValueError: If a shape, dtype or device does not fit the others.
+        ValueError: If a shape, dtype or device does not fit the others, or the policy is unknown.
         BackendError: If a backend of the scan is forced that cannot run these tensors.
 
     Source: Zhan et al., arXiv:2409.18962, hidden state alignment.
     """
-    _check(u, delta, A, B, C, D, skipped_dt)
-    if skipped_dt is None:
-        plain = selective_scan(u.mT, delta.mT, A, B.mT, C.mT, D, reverse=reverse)
-        return plain.mT
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    x, dt, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-    whole_dt = dt + skipped_dt.to(dtype) + _LEAST_STEP
-    y: Tensor = selective_scan(
-        (x * (dt / whole_dt)).mT, whole_dt.mT, A, B.mT, C.mT, reverse=reverse
-    ).mT
-    return (y if D is None else y + D.to(dtype) * x).to(u.dtype)
+    _check(u, delta, A, B, C, {"D": D, "delta_bias": delta_bias})
+    gap_policy = policy_of(gap_policy, skipped, skipped_dt, shape=u.shape, first=u)
+    if gap_policy == "bias" and (delta_bias is None or not delta_softplus):
+        raise ValueError("gap_policy is 'bias', expected delta_bias and delta_softplus with it")
+    if gap_policy == "none" and not return_dt:
+        plain = selective_scan(
+            *(u.mT, delta.mT, A, B.mT, C.mT, D),
+            delta_bias=delta_bias,
+            delta_softplus=delta_softplus,
+            reverse=reverse,
+        )
+        return plain.mT, None
+    run = ALIGNED_SCAN.pick(u, A, B[:, :, None], C[:, :, None])
+    y, dt = run(
+        *(u, delta, A, B, C, D, delta_bias),
+        skipped=None if skipped is None or gap_policy == "none" else skipped.float(),
+        skipped_dt=skipped_dt,
+        gap_policy=gap_policy,
+        softplus=delta_softplus,
+        reverse=reverse,
+        return_dt=return_dt,
+    )
+    return y, dt if return_dt else None
 
 
 def _check(
@@ -84,8 +112,7 @@ def _check(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor | None,
-    skipped_dt: Tensor | None,
+    channels: dict[str, Tensor | None],
 ) -> None:
     if u.dim() != 3 or u.shape[1] < 1:
         raise ValueError(f"u has shape {tuple(u.shape)}, expected (batch, length >= 1, dim)")
@@ -94,10 +121,104 @@ def _check(
     expect_beside("A", A, (dim, state), u)
     for name, weight in (("B", B), ("C", C)):
         expect_beside(name, weight, (batch, length, state), u)
-    if D is not None:
-        expect_beside("D", D, (dim,), u)
+    for name, weight in channels.items():
+        if weight is not None:
+            expect_beside(name, weight, (dim,), u)
+
+
+def policy_of(
+    policy: str,
+    skipped: Tensor | None,
+    skipped_dt: Tensor | None,
+    *,
+    shape: tuple[int, ...],
+    first: Tensor,
+) -> str:
+    """Check what a scan is given of its gaps.
+
+    Args:
+        policy: The step size of a token that `skipped` counts.
+        skipped: Shaped like `shape` without its last axis, or None.
+        skipped_dt: Of that shape, or None.
+        shape: Of the step sizes.
+        first: Another argument of the scan, whose device counts.
+
+    Returns:
+        How its state ages: by the policy, "cached" with `skipped_dt`, "none" with neither.
+
+    Raises:
+        ValueError: If the policy is unknown or estimates nothing, or a shape or device does not
+            fit.
+    """
+    if policy not in GAP_POLICIES:
+        hint = nearest(policy, GAP_POLICIES)
+        raise ValueError(f"gap_policy is {policy!r}, expected a known name; {hint}")
+    if skipped is None and skipped_dt is None:
+        return "none"
+    if skipped is not None and skipped_dt is not None:
+        raise ValueError("skipped_dt is given beside skipped, expected one of them")
     if skipped_dt is not None:
-        expect_beside("skipped_dt", skipped_dt, u.shape, u)
+        expect_beside("skipped_dt", skipped_dt, shape, first)
+        return "cached"
+    given = cast(Tensor, skipped)
+    if policy == "cached":
+        raise ValueError("gap_policy is 'cached', expected skipped_dt or one that estimates it")
+    expect("skipped", given, shape[:-1])
+    if given.device != first.device:
+        raise ValueError(f"skipped is on {given.device}, expected {first.device}")
+    return policy
+
+
+def _fused(
+    kernels: KernelSet,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    bias: Tensor | None,
+    *,
+    skipped_dt: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    by_channel = u.mT, delta.mT, A, B.mT[:, None], C.mT[:, None], D, None, bias
+    far = None if skipped_dt is None else skipped_dt.mT
+    y, _, dt = fused_scan(kernels, *by_channel, skipped_dt=far, out_dtype=u.dtype, **options)
+    return y.mT, dt.mT if options["return_dt"] else dt
+
+
+def _composed(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    bias: Tensor | None,
+    *,
+    skipped: Tensor | None,
+    skipped_dt: Tensor | None,
+    gap_policy: str,
+    softplus: bool,
+    reverse: bool,
+    return_dt: bool,
+) -> tuple[Tensor, Tensor]:
+    del return_dt
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    x, dt, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
+    dt = dt if bias is None else dt + bias.to(dtype)
+    dt = F.softplus(dt) if softplus else dt
+    if skipped is not None:
+        skipped_dt = estimate_skipped_dt(
+            gap_policy, delta=dt, skipped=skipped, bias=bias, reverse=reverse
+        )
+    scanned, whole_dt = x, dt
+    if skipped_dt is not None:
+        whole_dt = dt + skipped_dt.to(dtype) + _LEAST_STEP
+        scanned = x * (dt / whole_dt)
+    y: Tensor = selective_scan(scanned.mT, whole_dt.mT, A, B.mT, C.mT, reverse=reverse).mT
+    return (y if D is None else y + D.to(dtype) * x).to(u.dtype), dt
 
 
 def count_skipped(position: Tensor, *, reverse: bool = False) -> Tensor:
@@ -222,3 +343,18 @@ def _receivers(keep: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     receivers = torch.cat((nobody, receivers[:, 1:], nobody), dim=1)
     following = torch.searchsorted(steps, step.gather(1, removed))
     return removed, receivers.gather(1, following)
+
+
+ALIGNED_SCAN = Table(
+    "aligned_scan",
+    Backend(
+        "triton",
+        partial(_fused, TRITON),
+        partial(fused_unsupported, TRITON),
+        TRITON.unavailable,
+        default=on_gpu,
+    ),
+    Backend("numba", partial(_fused, NUMBA), partial(fused_unsupported, NUMBA), NUMBA.unavailable),
+    Backend("reference", _composed),
+    follows=SCAN,
+)

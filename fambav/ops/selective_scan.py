@@ -35,8 +35,11 @@ from fambav.ops.dispatch import (
 )
 from fambav.ops.kernels import NUMBA, TRITON, KernelSet, kernel_set, on_gpu
 
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias"
-_OPTIONS = "*, bool softplus, bool reverse, str kernels"
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias,"
+    " Tensor? skipped, Tensor? skipped_dt"
+)
+_OPTIONS = "*, bool softplus, bool reverse, str gap_policy, str kernels"
 
 
 @overload
@@ -215,7 +218,7 @@ def _each_step(weight: Tensor, *, dim: int, length: int) -> Sequence[Tensor]:
     return weight.unbind(-1)
 
 
-def _unsupported(kernels: KernelSet, u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> str | None:
+def fused_unsupported(kernels: KernelSet, u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> str | None:
     """Return why the kernels cannot scan these tensors, or None."""
     if B.dim() != 4 or C.dim() != 4:
         return "B or C is constant over time, expected one for each token"
@@ -224,17 +227,46 @@ def _unsupported(kernels: KernelSet, u: Tensor, A: Tensor, B: Tensor, C: Tensor)
     return kernels.unsupported(u, A, B, C)
 
 
-def _fused(
+def fused_scan(
     kernels: KernelSet,
     *tensors: Tensor | None,
+    skipped: Tensor | None = None,
+    skipped_dt: Tensor | None = None,
+    gap_policy: str = "none",
+    return_dt: bool = False,
     softplus: bool,
     reverse: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scan with one set of kernels.
+
+    Args:
+        kernels: The set.
+        tensors: u, delta, A, B, C, D, z and delta_bias, as in `selective_scan`; B and C with their
+            groups.
+        skipped: Tokens removed in front of each, (batch, length), or None.
+        skipped_dt: Their step sizes, summed, (batch, dim, length), or None.
+        gap_policy: How the state ages over them.
+        return_dt: Whether to return the step size after bias and softplus.
+        softplus: Whether delta goes through softplus.
+        reverse: Whether the scan goes from the last token to the first.
+        out_dtype: Of the result.
+
+    Returns:
+        y, the last state, and the step size, (batch, dim, length), float32, or an empty tensor.
+    """
+    inputs = (*tensors, skipped, skipped_dt)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     options = dict(softplus=softplus, reverse=reverse, kernels=kernels.name)
-    y, last_state, _, _ = _forward(*tensors, out_dtype=out_dtype, keep=keep, **options)
-    return y, last_state
+    y, last_state, dt, _, _ = _forward(
+        *inputs, **options, gap_policy=gap_policy, out_dtype=out_dtype, keep=keep,
+        return_dt=return_dt,
+    )  # fmt: skip
+    return y, last_state, dt
+
+
+def _plain(kernels: KernelSet, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    return fused_scan(kernels, *tensors, **options)[:2]
 
 
 def _by_token(x: Tensor) -> Tensor:
@@ -243,70 +275,94 @@ def _by_token(x: Tensor) -> Tensor:
     )  # (batch, ..., length) -> (1 direction, batch, length, ...)
 
 
-def _arguments(tensors: tuple[Any, ...], kernels: str) -> tuple[list[Any], Tensor | None]:
-    """Return the kernels' arguments (u, delta, A, B, C, D, bias), and z as (batch, length, dim)."""
-    u, delta, A, B, C, D, z, bias = tensors
+def _arguments(
+    tensors: tuple[Any, ...], kernels: str
+) -> tuple[list[Any], Tensor | None, dict[str, Any]]:
+    """Return the kernels' arguments.
+
+    Returns:
+        u, delta, A, B, C, D, bias; z as (batch, length, dim); those about gaps by name.
+    """
+    u, delta, A, B, C, D, z, bias, skipped, skipped_dt = tensors
     cast = Tensor.float if kernels == NUMBA.name else Tensor.detach
     tokens = [_by_token(cast(x)) for x in (u, delta, B, C)]
     A = A.float().contiguous()
     D, bias = (None if x is None else [x.float().contiguous()] for x in (D, bias))
     arguments = [tokens[0], tokens[1], [A], tokens[2], tokens[3], D, bias]
-    return arguments, None if z is None else _by_token(cast(z))[0]
+    gap = dict(skipped=None if skipped is None else skipped[None])
+    gap["skipped_dt"] = None if skipped_dt is None else _by_token(skipped_dt)
+    return arguments, None if z is None else _by_token(cast(z))[0], gap
 
 
 @custom_op(
     "fambav::fused_scan",
     mutates_args=(),
-    schema=f"({_INPUTS}, {_OPTIONS}, ScalarType out_dtype, bool keep)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_INPUTS}, {_OPTIONS}, ScalarType out_dtype, bool keep, bool return_dt)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
-    *tensors: Any, softplus: bool, reverse: bool, kernels: str, out_dtype: torch.dtype, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y, the last state, the states kept for backward, and y before the gate (or empty)."""
+    *tensors: Any,
+    softplus: bool,
+    reverse: bool,
+    gap_policy: str,
+    kernels: str,
+    out_dtype: torch.dtype,
+    keep: bool,
+    return_dt: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y, the last state, the step size, the states kept for backward, y before the gate.
+
+    What is not wanted is empty.
+    """
     run = kernel_set(kernels).load()
-    arguments, z = _arguments(tensors, kernels)
+    arguments, z, gap = _arguments(tensors, kernels)
     out = torch.empty_like(tensors[0], dtype=out_dtype)
     y = out if z is None else torch.empty_like(out)
-    options = dict(softplus=softplus, reverse=(reverse,))
-    last, kept = run.scan_forward(*arguments, _by_token(y), **options, keep=keep)
+    dt = torch.empty_like(tensors[1], dtype=torch.float32) if return_dt else None
+    last, kept = run.scan_forward(
+        *arguments, _by_token(y), softplus=softplus, reverse=(reverse,), keep=keep, **gap,
+        gap_policy=gap_policy, dt=None if dt is None else _by_token(dt),
+    )  # fmt: skip
     if z is not None:
         run.gate_forward(_by_token(y), z, _by_token(out)[0], None, scale=1.0)
-    return out, last[0], kept, y if keep and z is not None else y.new_empty(0)
+    before = y if keep and z is not None else y.new_empty(0)
+    return out, last[0], kept.new_empty(0) if dt is None else dt, kept, before
 
 
 @_forward.register_fake
 def _forward_shapes(*tensors: Any, **options: Any) -> Any:
-    u, _, A, _, _, _, z, _ = tensors
+    u, delta, A, _, _, _, z, *_ = tensors
     (batch, dim, length), state = u.shape, A.shape[1]
     out = torch.empty_like(u, dtype=options["out_dtype"])
-    keep = options["keep"]
+    keep, single = options["keep"], torch.float32
     shape = kernel_set(options["kernels"]).kept_shape(1, batch, length, dim, state)
-    kept = u.new_empty(shape if keep else 0, dtype=torch.float32)
+    kept = u.new_empty(shape if keep else 0, dtype=single)
     before = torch.empty_like(out) if keep and z is not None else out.new_empty(0)
-    return out, u.new_empty(batch, dim, state, dtype=torch.float32), kept, before
+    dt = torch.empty_like(delta, dtype=single) if options["return_dt"] else kept.new_empty(0)
+    return out, u.new_empty(batch, dim, state, dtype=single), dt, kept, before
 
 
 @custom_op(
     "fambav::fused_scan_backward",
     mutates_args=(),
-    schema=f"(Tensor? grad, Tensor? grad_state, Tensor kept, Tensor y, {_INPUTS}, {_OPTIONS})"
-    " -> Tensor[]",
+    schema=f"(Tensor? grad, Tensor? grad_state, Tensor kept, Tensor y, {_INPUTS}, Tensor? ddt,"
+    f" {_OPTIONS}) -> Tensor[]",
 )
 def _backward(
     grad: Tensor | None,
     grad_state: Tensor | None,
     kept: Tensor,
     y: Tensor,
-    *tensors: Any,
+    *rest: Any,
     softplus: bool,
     reverse: bool,
+    gap_policy: str,
     kernels: str,
 ) -> list[Tensor]:
-    """Return the gradients of the inputs that are not None, in order."""
-    run = kernel_set(kernels).load()
-    arguments, z = _arguments(tensors, kernels)
-    grads: list[Any] = [None if x is None else torch.empty_like(x) for x in tensors]
+    """Return the gradients of the inputs that have one and are not None, in order."""
+    run, tensors, ddt = kernel_set(kernels).load(), rest[:-1], rest[-1]
+    arguments, z, gap = _arguments(tensors, kernels)
+    grads: list[Any] = [None if x is None else torch.empty_like(x) for x in _learned(tensors)]
     dy = _by_token(torch.zeros_like(tensors[0]) if grad is None else grad)
     if z is not None:
         dout, dz = dy, grads[6]
@@ -314,30 +370,40 @@ def _backward(
         run.gate_backward(dout[0], _by_token(y)[0], z, dy[0], _by_token(dz)[0], scale=1.0)
     outputs = [_by_token(x) for x in (grads[0], grads[1], grads[3], grads[4])]
     dlast = None if grad_state is None else grad_state.float().unsqueeze(0).contiguous()
-    options = dict(softplus=softplus, reverse=(reverse,))
-    dA, dD, dbias = run.scan_backward(dy, dlast, kept, *arguments, *outputs, **options)
+    dA, dD, dbias = run.scan_backward(
+        dy, dlast, kept, *arguments, *outputs, softplus=softplus, reverse=(reverse,), **gap,
+        gap_policy=gap_policy, ddt=None if ddt is None else _by_token(ddt),
+        dskipped_dt=None if grads[8] is None else _by_token(grads[8]),
+    )  # fmt: skip
     for n, parameter_grad in ((2, dA), (5, dD), (7, dbias)):
         if grads[n] is not None:
             grads[n].copy_(parameter_grad[0])
     return [dx for dx in grads if dx is not None]
 
 
+def _learned(tensors: Sequence[Any]) -> list[Any]:
+    """Return the inputs without `skipped`, which has no gradient."""
+    return [*tensors[:8], tensors[9]]
+
+
 @_backward.register_fake
-def _backward_shapes(grad: Any, grad_state: Any, kept: Any, y: Any, *tensors: Any, **_: Any) -> Any:
+def _backward_shapes(grad: Any, grad_state: Any, kept: Any, y: Any, *rest: Any, **_: Any) -> Any:
     del grad, grad_state, kept, y
-    return [torch.empty_like(x) for x in tensors if x is not None]
+    return [torch.empty_like(x) for x in _learned(rest[:-1]) if x is not None]
 
 
 def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output[2:])
-    ctx.options = {name: keyword_only_inputs[name] for name in ("softplus", "reverse", "kernels")}
+    ctx.save_for_backward(*inputs, *output[3:])
+    names = ("softplus", "reverse", "gap_policy", "kernels")
+    ctx.options = {name: keyword_only_inputs[name] for name in names}
 
 
-def _gradient(ctx: Any, grad: Any, grad_state: Any, *_: Any) -> Any:
+def _gradient(ctx: Any, grad: Any, grad_state: Any, ddt: Any, *_: Any) -> Any:
     *inputs, kept, y = ctx.saved_tensors
-    grads = iter(_backward(grad, grad_state, kept, y, *inputs, **ctx.options))
-    return tuple(None if x is None else next(grads) for x in inputs)
+    grads = iter(_backward(grad, grad_state, kept, y, *inputs, ddt, **ctx.options))
+    *first, last = (None if x is None else next(grads) for x in _learned(inputs))
+    return *first, None, last
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)
@@ -348,8 +414,8 @@ SELECTIVE_SCAN = Table(
     SCAN,
     Backend(
         "triton",
-        partial(_fused, TRITON),
-        partial(_unsupported, TRITON),
+        partial(_plain, TRITON),
+        partial(fused_unsupported, TRITON),
         TRITON.unavailable,
         default=on_gpu,
     ),
@@ -359,7 +425,7 @@ SELECTIVE_SCAN = Table(
         scan_mamba_ssm.unsupported,
         scan_mamba_ssm.EXTENSION.unavailable,
     ),
-    Backend("numba", partial(_fused, NUMBA), partial(_unsupported, NUMBA), NUMBA.unavailable),
+    Backend("numba", partial(_plain, NUMBA), partial(fused_unsupported, NUMBA), NUMBA.unavailable),
     Backend("cpu", scan_chunked.scan, scan_chunked.unsupported),
     Backend("reference", _reference),
 )

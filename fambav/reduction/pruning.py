@@ -22,11 +22,7 @@ from fambav.registry import REDUCERS
 
 Number = TypeVar("Number", int, Tensor)
 
-_SIGNALS = {  # what `importance` reads
-    "gated": frozenset({"y", "z"}),
-    "ungated": frozenset({"y"}),
-    "mixed": frozenset({"mixed"}),
-}
+_SIGNALS = ("gated", "ungated", "mixed")
 _DIRECTIONS = {"both": slice(None), "forward": slice(0, None, 2), "backward": slice(1, None, 2)}
 _BITS = 2**31 - 1
 
@@ -93,8 +89,8 @@ class PruneAligned(_ByScore):
         clip: bool = True,
     ) -> None:
         super().__init__()
-        self.needs = _read_by_importance(signal, directions)
-        self.signal, self.directions, self.clip = signal, directions, switch("clip", clip)
+        self.needs = _read_by_importance(signal, directions, clip=switch("clip", clip))
+        self.signal, self.directions, self.clip = signal, directions, clip
 
     def check(self, info: BackboneInfo) -> None:
         """Refuse to read a scan that there is not.
@@ -138,7 +134,7 @@ class EViT(_ByScore):
         super().__init__()
         self.score = one_of("score", score, ("y", "class"))
         self.fuse = switch("fuse", fuse)
-        self.needs = frozenset({"y", "z"} if score == "y" else {"mixed"})
+        self.needs = frozenset({"gated" if score == "y" else "mixed"})
 
     def check(self, info: BackboneInfo) -> None:
         """Refuse to score by a class token that there is not.
@@ -242,7 +238,7 @@ class UTRC(Reducer):
         super().__init__()
         if not is_number(prune_share) or not 0 <= prune_share <= 1:
             raise refusal(f"{OPTION} prune_share", prune_share, "0 to 1")
-        self.needs = _read_by_importance(signal, "both")
+        self.needs = _read_by_importance(signal, "both", clip=True)
         self.prune_share, self.signal = prune_share, signal
 
     def select(self, tokens: Tokens, count: int) -> Selection:
@@ -320,7 +316,7 @@ def importance(
     score[j] = sum over directions and channels of max(0, y[j]), each y in the order of the tokens
 
     Args:
-        tokens: With the intermediates that the signal is made of.
+        tokens: With the intermediate that has the sum over channels, or "mixed".
         signal: y is "gated", the scan's output times the gate; "ungated", the scan's output alone;
             "mixed", the output of the mixer.
         directions: "both", or the scans that run "forward" or "backward" alone.
@@ -336,24 +332,26 @@ def importance(
     """
     if signal == "mixed":
         y = _upcast(tokens.intermediate("mixed"))  # (batch, length, dim)
-    else:
-        y = _upcast(tokens.intermediate("y")[:, _DIRECTIONS[directions]])
-        if signal == "gated":
-            y = y * F.silu(_upcast(tokens.intermediate("z")))[:, None]
-    total = (y.clamp(min=0) if clip else y).sum(dim=-1)
-    return total if signal == "mixed" else total.sum(dim=1)
+        return (y.clamp(min=0) if clip else y).sum(dim=-1)
+    score = tokens.intermediate(_score(signal, clip=clip))  # (batch, directions, length, 1)
+    return score[:, _DIRECTIONS[directions], :, 0].sum(dim=1)
 
 
-def _read_by_importance(signal: str, directions: str) -> frozenset[str]:
+def _score(signal: str, *, clip: bool) -> str:
+    """Return the intermediate that `importance` reads."""
+    return signal if clip or signal == "mixed" else f"{signal}_unclipped"
+
+
+def _read_by_importance(signal: str, directions: str, *, clip: bool) -> frozenset[str]:
     """Return the intermediates that `importance` reads with these options, or refuse them."""
-    one_of("signal", signal, tuple(_SIGNALS))
+    one_of("signal", signal, _SIGNALS)
     one_of("directions", directions, tuple(_DIRECTIONS))
     if signal == "mixed" and directions != "both":
         raise ValueError(
             f"reduction option directions is {directions!r}, expected 'both' with signal=mixed, in"
             " which the directions are one sum"
         )
-    return _SIGNALS[signal]
+    return frozenset({_score(signal, clip=clip)})
 
 
 def ranked(score: Tensor, cls_index: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Reducer(nn.Module, ABC):
     hook: ClassVar[str] = "between"
     hooks: ClassVar[tuple[str, ...]] = HOOKS
     scan: ClassVar[str] = "compact"
-    gap_policy: ClassVar[str] = "cached"
+    gap_policy: ClassVar[str] = "bias"
     class_policy: str = "exact"
     ordered: bool = True
     weighted: bool = True

@@ -37,7 +37,6 @@ from fambav.training.network import Layout, layout, model
 from fambav.training.run_state import RunState
 from fambav.training.step import images_per_update, precision, rate_warning, train_step
 from fambav.training.teacher import described, teacher
-from fambav.training.unfused import unfused_line
 
 
 def run(config: Config) -> int:
@@ -105,9 +104,6 @@ def _prepared(config: Config, group: Processes) -> TrainingJob:
     plan = layout(config)
     if plan.reduction is not None:
         console.write(plan.reduction.summary())
-        unfused = unfused_line(plan.reduction)
-        if unfused is not None:
-            console.write(unfused)
     _check_crop(config, plan)
     opened_set = batches.data_set(config, group, input_size=plan.input_size)
     for note in opened_set.notes:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fambav.layers import Mamba
-from fambav.ops import bimamba
+from fambav.ops import scan_aligned
 from tests.golden import fill, hashed, load
 
 ARRAYS, _ = load("vim")
@@ -97,13 +97,13 @@ def test_parameters_start_as_published():
 
 def test_low_precision_keeps_scan_parameters_in_float32(monkeypatch):
     mixer, x = Mamba(64), torch.randn(2, 17, 64)
-    exact, scan, seen = mixer(x), bimamba.selective_scan, []
+    exact, scan, seen = mixer(x), scan_aligned.selective_scan, []
 
     def record(*args, **options):
         seen.append([t.dtype for t in (*args, options["delta_bias"])])
         return scan(*args, **options)
 
-    monkeypatch.setattr(bimamba, "selective_scan", record)
+    monkeypatch.setattr(scan_aligned, "selective_scan", record)
     with torch.autocast("cpu", torch.bfloat16):
         rough = mixer(x)
     low, full = torch.bfloat16, torch.float32

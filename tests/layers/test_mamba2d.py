@@ -178,6 +178,9 @@ def test_intermediates_are_what_each_token_s_scan_step_used(param_order):
     hidden, position = hashed("part", 2, 9, 32, dtype=torch.float64), some(9)
     out, intermediates = m(hidden, tokens(hidden, position), want=INTERMEDIATES)
     assert set(intermediates._fields) == INTERMEDIATES | {"order"}
+    y, z = intermediates.y, intermediates.z[:, None]
+    positive = (y * F.silu(z)).clamp(min=0).sum(dim=3, keepdim=True)
+    torch.testing.assert_close(intermediates.gated, positive, atol=1e-12, rtol=0)
     _, ys = plain_loop(m, hidden, position)
     torch.testing.assert_close(intermediates.y, ys, atol=1e-12, rtol=0)
     A, again = -m.A_log.exp(), torch.zeros_like(intermediates.y)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fambav.ops.flop_formulas  # noqa: F401  registers the formulas
-from fambav.ops import BackendError, Direction, bimamba, bimamba_scan, force
+from fambav.ops import BackendError, Direction, bimamba_scan, force, fused_bimamba
 from tests.ops.agreement import (
     CHAINED,
     agree,
@@ -40,7 +40,7 @@ def inputs(length, *, batch=2, dtype=torch.float32, device="cpu", out=6, shapes=
 
 
 def run(tensors, **options):
-    """Call the operation with tensors by name."""
+    """Call the operation with tensors by name; gaps are options."""
     ends = (Direction(*(tensors[f"{n}_{end}"] for n in Direction._fields)) for end in ("f", "b"))
     forward, backward = (end._replace(A=-end.A.exp()) for end in ends)
     return bimamba_scan(tensors["xz"], forward, backward, tensors.get("out_proj"), **options)
@@ -75,6 +75,109 @@ def test_every_length_agrees(length, dtype, record_property):
     want = results(widened(tensors), "reference", scale=0.5)
     run = partial(results, tensors, "triton", scale=0.5)
     agrees_twice(run, want, dtype, record_property, CHAINED)
+
+
+def with_gap(tensors, policy):
+    """Add gaps to the tensors of a call, sums of step sizes as a leaf."""
+    batch, length, width = tensors["xz"].shape
+    if policy == "cached":
+        gap = draw("gap", 2, batch, length, width // 2).detach().relu()
+        return tensors | dict(skipped_dt=gap.to(tensors["xz"].device).requires_grad_())
+    count = torch.arange(2 * batch * length, device=tensors["xz"].device) % 4
+    return tensors | dict(skipped=count.view(2, batch, length))
+
+
+def everything(tensors, backend, policy, want):
+    """Results, intermediates and all gradients, also of the step sizes, by name."""
+    tensors = with_gap(tensors, policy)
+    gaps = {n: tensors.get(n) for n in ("skipped", "skipped_dt")}
+    with force(backend):
+        y, found = run(tensors, **gaps, gap_policy=policy, scale=0.5, want=want)
+    outputs = [y, *(found[n] for n in ("delta",) if n in found)]
+    weights = [draw(f"grad {x.dim()}", *x.shape).detach().bfloat16().to(x) for x in outputs]
+    leaves = {n: x for n, x in tensors.items() if x.requires_grad}
+    grads = torch.autograd.grad(outputs, list(leaves.values()), weights)
+    made = {f"made {n}": x.detach() for n, x in found.items()}
+    return dict(zip(leaves, grads, strict=True)) | made | dict(output=y.detach())
+
+
+@pytest.mark.parametrize("policy", ["bias", "hold_prev", "self", "cached", "none"])
+@pytest.mark.parametrize(("kernels", "length"), [("numba", 35), ("triton", 18)])
+def test_gaps_and_what_is_returned_agree_with_the_float64_reference(kernels, length, policy):
+    tensors = inputs(length, device=device_of(kernels))
+    want = ("gated", "delta", "B", "C")
+    got = everything(tensors, kernels, policy, want)
+    agree(got, everything(widened(tensors), "reference", policy, want), torch.float32)
+
+
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+@pytest.mark.parametrize("score", fused_bimamba.SCORES)
+def test_scores_are_sums_over_channels_without_a_gradient(backend, score):
+    tensors = inputs(5, device=device_of(backend))
+    with force(backend):
+        y, found = run(tensors, want=(score,))
+        assert torch.equal(y, run(tensors))
+    with force("reference"):
+        wide = widened(tensors)
+        exact = run(wide, want=(score,))[1]
+    assert found.keys() == exact.keys() == {score}
+    assert not found[score].requires_grad
+    assert found[score].dtype == torch.float32
+    agree(found, exact, torch.float32)
+    each = [run_one_way(wide, end) for end in (0, 1)]
+    gate = F.silu(wide["xz"].chunk(2, dim=-1)[1]) if score.startswith("gated") else 1
+    terms = torch.stack(each) * gate
+    terms = terms if score.endswith("unclipped") else terms.clamp(min=0)
+    torch.testing.assert_close(exact[score], terms.sum(dim=-1).detach())
+
+
+def run_one_way(tensors, end):
+    """The scan of one direction: the other has no skip and no C."""
+    mute = "bf"[end]
+    x, z = tensors["xz"].chunk(2, dim=-1)
+    open_to = torch.cat((x, torch.full_like(z, 60.0)), dim=-1)  # silu(60) is 60
+    silent = {f"D_{mute}": torch.zeros(DIM).double()}
+    rows = tensors[f"x_proj_{mute}"].detach().clone()
+    rows[RANK + STATE :] = 0
+    alone = tensors | silent | {f"x_proj_{mute}": rows, "xz": open_to}
+    del alone["out_proj"]
+    with force("reference"):
+        return run(alone) / 60
+
+
+def test_kernels_and_the_composed_path_agree_on_gaps_in_bfloat16():
+    tensors = inputs(9, device=device_of("triton"))
+    low = dict(tensors, xz=tensors["xz"].detach().bfloat16().requires_grad_())
+    got, want = (everything(low, b, "bias", ("gated",)) for b in ("triton", "reference"))
+    for name, exact in want.items():
+        error = (got[name].double() - exact.double()).norm()
+        assert error < 0.03 * exact.double().norm(), name
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_step_sizes_alone_have_gradients(kernels):
+    tensors = inputs(5, device=device_of(kernels))
+
+    def through(tensors, backend):
+        with force(backend):
+            delta = run(tensors, want=("delta",))[1]["delta"]
+        return torch.autograd.grad(delta.sum(), [tensors["xz"], tensors["dt_bias_b"]])
+
+    pairs = zip(through(tensors, kernels), through(widened(tensors), "reference"), strict=True)
+    for got, want in pairs:
+        torch.testing.assert_close(got.cpu(), want.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_gap_that_is_not_a_number_reaches_what_is_scanned_behind_it(kernels):
+    tensors = inputs(5, device=device_of(kernels))
+    count = torch.zeros(2, 2, 5, device=tensors["xz"].device)
+    count[0, 1, 3] = torch.nan
+    with force(kernels):
+        y, found = run(tensors, skipped=count, gap_policy="self", want=("gated",))
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all(dim=1).tolist() == [False, False, False, True, True]
+    assert found["gated"].isnan().nonzero().tolist() == [[0, 1, 3], [0, 1, 4]]
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -150,9 +253,11 @@ def test_torchs_own_checks_of_the_operator_pass(kernels):
     tensors = inputs(5, device=device_of(kernels))
     for end in ("f", "b"):
         tensors[f"A_{end}"] = (-tensors[f"A_{end}"].exp()).detach().requires_grad_()
-    options = dict(scale=0.5, kernels=kernels, keep=True)
+    options = dict(scale=0.5, gap_policy="cached", kernels=kernels, keep=True)
+    options |= dict(score="gated", return_dt=True)
+    given = *tensors.values(), None, draw("gap", 2, 2, 5, DIM, device=device_of(kernels))
     torch.use_deterministic_algorithms(False)  # what is kept may have places that nobody reads
-    torch.library.opcheck(bimamba._forward, tuple(tensors.values()), options)
+    torch.library.opcheck(fused_bimamba._forward, given, options)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -187,7 +292,12 @@ def test_flops_are_those_of_the_products_the_convolutions_and_the_steps():
 
 def test_what_is_forced_for_the_scan_is_forced_here(monkeypatch):
     seen = []
-    monkeypatch.setattr(bimamba, "_forward", lambda *_, kernels, **__: [seen.append(kernels)])
+
+    def forward(xz, *_, kernels, **__):
+        seen.append(kernels)
+        return [xz] * 6
+
+    monkeypatch.setattr(fused_bimamba, "_forward", forward)
     tensors = inputs(3)
     for forced in ("numba", "triton"):
         with force(forced):
@@ -233,3 +343,21 @@ def test_backends_that_cannot_run_say_why():
 def test_wrong_shapes_are_refused_by_name(changes, told):
     with pytest.raises(ValueError, match=told):
         run(inputs(3) | changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (dict(want=("gatet",)), "want is 'gatet', expected a known name; did you mean 'gated'"),
+        (dict(want=("gated", "ungated")), "want is gated and ungated, expected one score"),
+        (dict(gap_policy="holdprev"), "gap_policy is 'holdprev', expected a known name"),
+        (dict(skipped=torch.ones(2, 3)), r"skipped has shape \(2, 3\), expected \(2, 2, 3\)"),
+        (
+            dict(skipped_dt=torch.ones(2, 2, 3, 7)),
+            r"skipped_dt has shape \(2, 2, 3, 7\), expected \(2, 2, 3, 8\)",
+        ),
+    ],
+)
+def test_unknown_names_and_gaps_that_do_not_fit_are_refused(options, told):
+    with pytest.raises(ValueError, match=told):
+        run(inputs(3), **options)

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fambav.ops import BackendError, force, selective_scan
+from fambav.ops import BackendError, force, scan_aligned, selective_scan
 from fambav.ops.scan_aligned import (
-    aligned_scan,
     carry_skipped_dt,
     count_skipped,
     estimate_skipped_dt,
@@ -24,6 +23,12 @@ ARRAYS, TOLD = golden.load("align")
 EXACT, SINGLE = (TOLD["tolerance"][f"float{bits}_abs"] for bits in (64, 32))
 DIRECTIONS = pytest.mark.parametrize("reverse", [False, True], ids=["fwd", "bwd"])
 POLICIES = pytest.mark.parametrize("policy", GAP_POLICIES)
+ESTIMATES = pytest.mark.parametrize("policy", ["bias", "hold_prev", "self"])
+
+
+def aligned_scan(*tensors, **options):
+    """The result alone."""
+    return scan_aligned.aligned_scan(*tensors, **options)[0]
 
 
 def tokens_of(case, batch, dim, state, length):
@@ -288,6 +293,62 @@ def test_a_step_of_nothing_across_a_gap_of_nothing_has_the_gradients_of_the_recu
     got = results(aligned_scan, inputs, "reference")
     want = results(exact_form, widened(inputs), "reference", reverse=False)
     agree(got, want, dtype)
+
+
+def counted(tensors, policy, **options):
+    """A scan from raw step sizes over counted gaps, and the step sizes."""
+    tensors = dict(tensors)
+    skipped, bias = tensors.pop("skipped"), tensors.pop("bias")
+    return scan_aligned.aligned_scan(
+        **tensors, skipped=skipped, gap_policy=policy, delta_bias=bias, delta_softplus=True,
+        return_dt=True, **options,
+    )  # fmt: skip
+
+
+def counted_exactly(tensors, policy, *, reverse):
+    """The same by the formulas."""
+    tensors = dict(tensors)
+    skipped, bias = tensors.pop("skipped"), tensors.pop("bias")
+    tensors["delta"] = F.softplus(tensors["delta"] + bias)
+    given = dict(delta=tensors["delta"], skipped=skipped, bias=bias)
+    gap = estimate_skipped_dt(policy, **given, reverse=reverse)
+    return exact_form(**tensors, skipped_dt=gap, reverse=reverse), tensors["delta"]
+
+
+@DIRECTIONS
+@ESTIMATES
+@pytest.mark.parametrize("backend", ["triton", "numba", "reference"])
+def test_counted_gaps_agree_with_the_recurrence_in_float64(backend, policy, reverse):
+    device, length = device_of(backend), 35 if backend == "numba" else 17
+    leaves = random_tokens(2, 8, 4, length, device=device) | dict(bias=draw("bias", 8))
+    del leaves["skipped_dt"]
+    leaves |= dict(bias=leaves["bias"].detach().to(device).requires_grad_())
+    skipped = torch.arange(2 * length, device=device).view(2, length) % 4
+    found = []
+    for function, inputs in ((counted, leaves), (counted_exactly, widened(leaves))):
+
+        def run(function=function, **tensors):
+            here = skipped.to(tensors["u"].device)
+            return function(tensors | dict(skipped=here), policy, reverse=reverse)
+
+        found.append(results(run, inputs, backend if function is counted else "reference"))
+    agree(*found, torch.float32)
+
+
+def test_gaps_that_make_no_sense_are_refused():
+    inputs = random_tokens(2, 6, 4, 5)
+    counts = torch.zeros(2, 5)
+    with pytest.raises(ValueError, match="skipped_dt is given beside skipped, expected one"):
+        aligned_scan(**inputs, skipped=counts)
+    gap = inputs.pop("skipped_dt")
+    with pytest.raises(ValueError, match=r"skipped has shape \(2, 4\), expected \(2, 5\)"):
+        aligned_scan(**inputs, skipped=counts[:, 1:], gap_policy="self")
+    with pytest.raises(ValueError, match="gap_policy is 'cached', expected skipped_dt"):
+        aligned_scan(**inputs, skipped=counts, gap_policy="cached")
+    with pytest.raises(ValueError, match="gap_policy is 'bias', expected delta_bias"):
+        aligned_scan(**inputs, skipped=counts, gap_policy="bias")
+    with pytest.raises(ValueError, match=r"gap_policy is 'selv'.*did you mean 'self'"):
+        aligned_scan(**inputs, skipped_dt=gap, gap_policy="selv")
 
 
 def test_a_scan_without_a_gap_is_the_plain_scan_to_the_last_bit():

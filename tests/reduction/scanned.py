@@ -5,12 +5,14 @@ import torch
 
 import fambav.models  # noqa: F401  registers them
 from fambav.layers import Intermediates, Tokens
+from fambav.ops.bimamba import token_score
+from fambav.ops.fused_bimamba import SCORES
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
 
 
 def scanned(length=9, *, cls_index=(4,), batch=2, inner=6, directions=2, **intermediates):
-    """Random tokens and intermediates; some of the latter may be given."""
+    """Random tokens and intermediates; some may be given, and scores follow from y and z."""
     torch.manual_seed(0)
     wide = batch, directions, length, inner
     x, residual = torch.randn(2, batch, length, 8)
@@ -22,8 +24,11 @@ def scanned(length=9, *, cls_index=(4,), batch=2, inner=6, directions=2, **inter
         z=torch.randn(batch, length, inner),
         mixed=x,
     )
+    made |= intermediates
+    z = made["z"][:, None]
+    made |= {name: token_score(made["y"], z, name)[..., None] for name in SCORES}
     start = Tokens.start(x, cls_index=cls_index, trace=True)
-    return start._replace(residual=residual, intermediates=Intermediates(**(made | intermediates)))
+    return start._replace(residual=residual, intermediates=Intermediates(**made))
 
 
 def vim(**arguments):

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 
 import fambav
-from fambav.layers import Tokens
+from fambav.layers import Tokens, mamba
 from fambav.layers.drop import shard
 from fambav.ops.match import others
 from fambav.reduction import make_reducer, make_reduction, reduce
 from fambav.reduction.pruning import importance, ranked
+from fambav.registry import GAP_POLICIES
 from tests.reduction import made
 from tests.reduction.scanned import IMAGES, dropped, scanned, vim
 
@@ -79,14 +80,50 @@ def test_the_patches_of_least_importance_go_and_the_others_stay_as_they_are(meth
 
 
 @pytest.mark.parametrize(
-    ("signal", "needs"), [("gated", "y z"), ("ungated", "y"), ("mixed", "mixed")]
+    ("signal", "clip", "needs"),
+    [
+        ("gated", True, "gated"),
+        ("ungated", True, "ungated"),
+        ("ungated", False, "ungated_unclipped"),
+        ("mixed", True, "mixed"),
+        ("mixed", False, "mixed"),
+    ],
 )
-def test_the_mixer_is_asked_for_nothing_that_a_signal_does_not_need(signal, needs):
-    reducer = make_reducer("prune-aligned", signal=signal)
-    assert reducer.needs == frozenset(needs.split())
-    net = reduce(vim(), "prune-aligned", "r:3@2,3", signal=signal)
-    assert net(IMAGES).isfinite().all()
-    assert net.reduction.hooks(1).want == reducer.needs | {"delta"}
+def test_the_mixer_is_asked_for_nothing_that_a_signal_does_not_need(signal, clip, needs):
+    options = dict(signal=signal, clip=clip)
+    assert make_reducer("prune-aligned", **options).needs == {needs}
+    for gap, more in (("bias", set()), ("cached", {"delta"})):
+        net = reduce(vim(), "prune-aligned", "r:3@2,3", gap_policy=gap, **options)
+        assert net(IMAGES).isfinite().all()
+        assert net.reduction.hooks(1).want == {needs} | more
+
+
+@pytest.mark.parametrize("gap", [*GAP_POLICIES, None])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prune-aligned", {}),
+        ("prune-aligned", dict(signal="ungated", clip=False)),
+        ("evit", {}),
+        ("mtr", {}),
+        ("utrc", {}),
+        ("stm", {}),
+        *(("r-meeto", dict(metric=metric)) for metric in ("hidden", "B", "C", "delta")),
+    ],
+    ids=str,
+)
+def test_no_published_method_leaves_the_fused_path(method, options, gap, monkeypatch):
+    scan = None if gap is None else "aligned"
+    net = reduce(vim(), method, "r:2@2-4", scan=scan, gap_policy=gap, hook="after", **options)
+    calls, fused = [], mamba.bimamba_scan
+
+    def count(*given, **how):
+        calls.append(how)
+        return fused(*given, **how)
+
+    monkeypatch.setattr(mamba, "bimamba_scan", count)
+    net(IMAGES)
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("method", PRUNERS)

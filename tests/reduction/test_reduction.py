@@ -145,13 +145,13 @@ def test_a_method_gets_what_it_needs_of_the_mixer_before(hook, bimamba_type):
     assert intermediates.z.shape == (2, 17, 64)
     assert intermediates.mixed is given["out"]
     assert intermediates.order.tolist() == [[[*range(17)], [*range(16, -1, -1)]][:ends]]
-    assert [net.reduction.hooks(n).unfused for n in range(4)].count(True) == 1
+    assert [net.reduction.hooks(n).with_tokens for n in range(4)].count(True) == 1
 
 
 @pytest.mark.parametrize("hook", ["before", "between", "after"])
 def test_a_method_that_reads_the_output_alone_leaves_the_mixer_fused(hook):
     net, outputs = fambav.reduce(vim(), "every", "r:3@3", hook=hook, reads="mixed"), []
-    assert not any(net.reduction.hooks(n).unfused for n in range(4))
+    assert not any(net.reduction.hooks(n).with_tokens for n in range(4))
     mixer = net.layers[2 if hook == "after" else 1].mixer
     mixer.register_forward_hook(lambda *call: outputs.append(call[-1]))
     net(IMAGES)
@@ -337,7 +337,7 @@ def test_only_mixers_behind_a_gap_scan_across_it():
     made = make_reduction(body(17, **MIDDLE), "every", "r:3@2", **how)
     assert [made.hooks(n).gap_policy for n in range(4)] == [None, "self", "self", "self"]
     plain = make_reduction(body(17, **MIDDLE), "every", "r:3@2", scan="aligned", gap_policy="none")
-    assert not any(plain.hooks(n).unfused for n in range(4))
+    assert not any(plain.hooks(n).with_tokens for n in range(4))
 
 
 def test_options_are_read_as_what_their_defaults_are():

@@ -27,27 +27,42 @@ from fambav.ops.numba.compilation import (
     launch,
     next_task,
 )
-from fambav.ops.numba.forward_scan import per_channel
-from fambav.ops.numba.functions import LN_2, LOG2_E, ZERO, exp2
+from fambav.ops.numba.forward_scan import (
+    BIAS,
+    GAPS,
+    HOLD_PREV,
+    NONE,
+    SELF,
+    gap_of,
+    per_channel,
+)
+from fambav.ops.numba.functions import LN_2, LOG2_E, ONE, ZERO, exp2
 from fambav.ops.numba.lanes import WIDTH, broadcast, total
 from fambav.ops.numba.memory import get, number, put, read, vectors, write
 
 MOST_BLOCKS = 8  # vectors of channels of a task
 ENOUGH_TASKS = 16  # for threads to share a small batch
 
-# The columns of a row of the work buffer.  DX and DDELTA are sums over the state; DDELTA is the
-# part through the decay alone.
-DELTA, SLOPE, X, DY, DX, DDELTA, DECAY, DECAYED = range(8)
-ROW = 8
+# The columns of a row of the work buffer.  AGED is the step size of the decay, DELTA that of the
+# input.  DX and DAGED are sums over the state.
+DELTA, SLOPE, X, DY, DX, DAGED, DECAY, DECAYED, AGED = range(9)
+ROW = 9
 
 
 @inlined
 def _load_chunk(
-    work: Any, u: Any, delta: Any, dy: Any, shift: Any, place: Any, tokens: Any, softplus: Any
-) -> None:
+    work: Any, u: Any, delta: Any, dy: Any, shift: Any, place: Any, tokens: Any, softplus: Any,
+    gap: Any,
+) -> None:  # fmt: skip
     """Fill the work buffer from the inputs."""
     k, b, channel, count = place
-    first, stride, steps = tokens
+    first, stride, steps, before = tokens
+    policy, skipped, skipped_dt = gap
+    rest = shift
+    if policy == HOLD_PREV and before:
+        rest = read(delta, k, b, first - stride, channel, count) + shift
+    if softplus:
+        rest = functions.softplus(rest)[0]
     for i in range(steps):
         t, row = first + i * stride, i * ROW
         delta_t = read(delta, k, b, t, channel, count) + shift
@@ -55,10 +70,16 @@ def _load_chunk(
             delta_t, slope = functions.softplus(delta_t)
             put(work, row + SLOPE, slope)
         put(work, row + DELTA, delta_t)
+        aged = delta_t
+        if policy != NONE:
+            aged = delta_t + gap_of(policy, skipped, skipped_dt, place, t, delta_t, rest)
+            if policy == HOLD_PREV:
+                rest = delta_t
+        put(work, row + AGED, aged)
         put(work, row + X, delta_t * read(u, k, b, t, channel, count))
         put(work, row + DY, read(dy, k, b, t, channel, count))
         put(work, row + DX, broadcast(ZERO))
-        put(work, row + DDELTA, broadcast(ZERO))
+        put(work, row + DAGED, broadcast(ZERO))
 
 
 @inlined
@@ -68,7 +89,7 @@ def _scan_again(
     """Scan one element of the state along a chunk; accumulate the gradient of C."""
     for i in range(steps):
         row, pair = i * ROW, 2 * (first + i)
-        decay = exp2(get(work, row + DELTA) * rate)
+        decay = exp2(get(work, row + AGED) * rate)
         decayed = decay * h
         put(work, row + DECAY, decay)
         put(work, row + DECAYED, decayed)
@@ -87,40 +108,77 @@ def _scan_back(
         put(sums, pair, get(sums, pair) + dh * get(work, row + X))
         put(work, row + DX, get(work, row + DX) + dh * number(weights, pair))
         dexponent = dh * get(work, row + DECAYED)
-        put(work, row + DDELTA, get(work, row + DDELTA) + dexponent * rate)
-        dA = dA + dexponent * get(work, row + DELTA)
+        put(work, row + DAGED, get(work, row + DAGED) + dexponent * rate)
+        dA = dA + dexponent * get(work, row + AGED)
         dh = dh * get(work, row + DECAY)
     return dh, dA
 
 
 @inlined
-def _store_chunk(
-    work: Any, u: Any, du: Any, ddelta: Any, skip: Any, place: Any, tokens: Any, softplus: Any
-) -> Any:
-    """Write the gradients of u and delta; return those of D and bias of this chunk."""
+def _gap_gradient(
+    work: Any, i: int, place: Any, tokens: Any, gap: Any, later: Any, dskipped_dt: Any
+) -> tuple[Any, Any]:
+    """Return what the gap of a token adds to the gradients of its delta, and of all of BIAS.
+
+    `later` is what the gap behind the chunk adds to its last token under HOLD_PREV.
+    """
     k, b, channel, count = place
-    first, stride, steps = tokens
-    dD, dbias = broadcast(ZERO), broadcast(ZERO)
+    first, stride, steps, _ = tokens
+    policy, skipped, _ = gap
+    t, none = first + i * stride, broadcast(ZERO)
+    daged = get(work, i * ROW + DAGED) * LN_2
+    if policy == SELF:
+        return daged * skipped[k, b, t, 0], none
+    if policy == BIAS:
+        return none, daged * skipped[k, b, t, 0]
+    if policy == HOLD_PREV:
+        if i == steps - 1:
+            return later, none
+        return get(work, (i + 1) * ROW + DAGED) * LN_2 * skipped[k, b, t + stride, 0], none
+    write(dskipped_dt, k, b, t, channel, count, daged)
+    return none, none
+
+
+@inlined
+def _store_chunk(
+    work: Any, u: Any, skip: Any, place: Any, tokens: Any, softplus: Any,
+    gap: Any, later: Any, ddt: Any, du: Any, ddelta: Any, dskipped_dt: Any,
+) -> Any:  # fmt: skip
+    """Write the gradients of tokens.
+
+    Returns:
+        The gradients of D and bias of this chunk, and of the step size of the bias alone.
+    """
+    k, b, channel, count = place
+    first, stride, steps, _ = tokens
+    policy = gap[0]
+    dD, dbias, drest = broadcast(ZERO), broadcast(ZERO), broadcast(ZERO)
     for i in range(steps):
         t, row = first + i * stride, i * ROW
         u_t = read(u, k, b, t, channel, count)
         dy_t, dx = get(work, row + DY), get(work, row + DX)
-        ddelta_t = dx * u_t + get(work, row + DDELTA) * LN_2
+        ddelta_t = dx * u_t + get(work, row + DAGED) * LN_2
+        if policy != NONE:
+            more, drest_t = _gap_gradient(work, i, place, tokens, gap, later, dskipped_dt)
+            ddelta_t, drest = ddelta_t + more, drest + drest_t
+        if ddt.size:
+            ddelta_t = ddelta_t + read(ddt, k, b, t, channel, count)
         if softplus:
             ddelta_t = ddelta_t * get(work, row + SLOPE)
         write(ddelta, k, b, t, channel, count, ddelta_t)
         write(du, k, b, t, channel, count, dx * get(work, row + DELTA) + dy_t * skip)
         dD = dD + dy_t * u_t
         dbias = dbias + ddelta_t
-    return dD, dbias
+    return dD, dbias, drest
 
 
 @kernel(
     COUNTER,
     *(floats(4), floats(4), floats(4)),
     *(floats(4), floats(4), floats(4), floats(5), floats(5), floats(4), floats(4)),
-    *(floats(4), floats(4), floats(6), floats(6), floats(4)),
-    *(types.boolean, types.boolean[::1], types.int64),
+    *(floats(4), floats(4), floats(4)),
+    *(floats(4), floats(4), floats(6), floats(6), floats(4), floats(4)),
+    *(types.boolean, types.boolean[::1], types.int64, types.int64),
 )
 def _scan_backward_kernel(
     counter: Any,
@@ -134,13 +192,18 @@ def _scan_backward_kernel(
     C: Any,
     D: Any,
     bias: Any,
+    skipped: Any,
+    skipped_dt: Any,
+    ddt: Any,
     du: Any,
     ddelta: Any,
     dB: Any,
     dC: Any,
     dparameters: Any,
+    dskipped_dt: Any,
     softplus: bool,
     reverse: Any,
+    policy: int,
     most: int,
 ) -> None:
     directions, batch, length, dim = u.shape
@@ -148,7 +211,8 @@ def _scan_backward_kernel(
     width = dim // groups
     parts = len(dB)
     A_log2e, dh, dA = vectors(most * state), vectors(most * state), vectors(most * state)
-    dD, dbias = vectors(most), vectors(most)
+    dD, dbias, drest, carried = vectors(most), vectors(most), vectors(most), vectors(most)
+    gap = (policy, skipped, skipped_dt)
     work = vectors(CHUNK * ROW)
     weights, sums = np.empty(2 * state * CHUNK, np.float32), vectors(2 * state * CHUNK)
     while True:
@@ -170,13 +234,13 @@ def _scan_backward_kernel(
                 later = read(dlast, k, b, n, channel, count) if dlast.size else broadcast(ZERO)
                 put(dh, at, later)
                 put(dA, at, broadcast(ZERO))
-            put(dD, block, broadcast(ZERO))
-            put(dbias, block, broadcast(ZERO))
+            for sums_of in (dD, dbias, drest, carried):
+                put(sums_of, block, broadcast(ZERO))
 
         for chunk in range(-(-length // CHUNK) - 1, -1, -1):
             steps = min(CHUNK, length - chunk * CHUNK)
             first = length - 1 - chunk * CHUNK if reverse[k] else chunk * CHUNK
-            tokens = (first, -1 if reverse[k] else 1, steps)
+            tokens = (first, -1 if reverse[k] else 1, steps, chunk > 0)
             for n in range(state):
                 for i in range(steps):
                     t, pair = first + i * tokens[1], 2 * (n * CHUNK + i)
@@ -190,7 +254,7 @@ def _scan_backward_kernel(
                 place = (k, b, channel, count)
                 shift = read(bias, k, 0, 0, channel, count) if bias.size else broadcast(ZERO)
                 skip = read(D, k, 0, 0, channel, count) if D.size else broadcast(ZERO)
-                _load_chunk(work, u, delta, dy, shift, place, tokens, softplus)
+                _load_chunk(work, u, delta, dy, shift, place, tokens, softplus, gap)
                 for n in range(state):
                     at, row = block * state + n, n * CHUNK
                     rate = get(A_log2e, at)
@@ -201,11 +265,15 @@ def _scan_backward_kernel(
                     )
                     put(dh, at, earlier)
                     put(dA, at, more)
-                dD_more, dbias_more = _store_chunk(
-                    work, u, du, ddelta, skip, place, tokens, softplus
-                )
+                dD_more, dbias_more, drest_more = _store_chunk(
+                    work, u, skip, place, tokens, softplus,
+                    gap, get(carried, block), ddt, du, ddelta, dskipped_dt,
+                )  # fmt: skip
                 put(dD, block, get(dD, block) + dD_more)
                 put(dbias, block, get(dbias, block) + dbias_more)
+                put(drest, block, get(drest, block) + drest_more)
+                if policy == HOLD_PREV:
+                    put(carried, block, get(work, DAGED) * LN_2 * skipped[k, b, first, 0])
 
             for n in range(state):
                 for i in range(steps):
@@ -219,7 +287,12 @@ def _scan_backward_kernel(
             for n in range(state):
                 write(dparameters, b, k, n, channel, count, get(dA, block * state + n))
             write(dparameters, b, k, state, channel, count, get(dD, block))
-            write(dparameters, b, k, state + 1, channel, count, get(dbias, block))
+            dbias_all = get(dbias, block)
+            if policy == BIAS:
+                shift = read(bias, k, 0, 0, channel, count)
+                slope = functions.softplus(shift)[1] if softplus else broadcast(ONE)
+                dbias_all = dbias_all + get(drest, block) * slope
+            write(dparameters, b, k, state + 1, channel, count, dbias_all)
 
 
 def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
@@ -253,6 +326,11 @@ def scan_backward(
     *,
     softplus: bool,
     reverse: Sequence[bool],
+    skipped: Tensor | None = None,
+    skipped_dt: Tensor | None = None,
+    gap_policy: str = "none",
+    ddt: Tensor | None = None,
+    dskipped_dt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Write the gradients of u, delta, B and C; return those of A, D and bias.
 
@@ -264,6 +342,9 @@ def scan_backward(
         kept: As returned by `scan_forward`.
         u, delta, A, B, C, D, bias, softplus, reverse: As in `scan_forward`.
         du, ddelta, dB, dC: Outputs for the gradients of u, delta, B and C.
+        skipped, skipped_dt, gap_policy: As in `scan_forward`.
+        ddt: Gradient of the step size after bias and softplus, shaped like u, or None.
+        dskipped_dt: Output for the gradient of skipped_dt, needed under "cached".
 
     Returns:
         The gradients of A, (directions, dim, state), and of D and bias, (directions, dim) or None.
@@ -274,13 +355,15 @@ def scan_backward(
     dB_parts, dC_parts = (B.new_empty(parts, *B.shape, dtype=torch.float32) for _ in range(2))
     dparameters = u.new_empty(batch, directions, state + 2, dim, dtype=torch.float32)
     inputs = (u, delta, per_channel(A), B, C, per_channel(D), per_channel(bias))
+    gap = None if skipped is None else skipped[..., None], skipped_dt
     launch(
         _scan_backward_kernel,
         directions * batch * groups * parts,
-        (dy, None if dlast is None else dlast.mT, kept, *inputs),
-        (du, ddelta, dB_parts, dC_parts, dparameters),
+        (dy, None if dlast is None else dlast.mT, kept, *inputs, *gap, ddt),
+        (du, ddelta, dB_parts, dC_parts, dparameters, dskipped_dt),
         softplus,
         np.array(reverse, dtype=np.bool_),
+        GAPS[gap_policy],
         most,
     )
     sum_parts(dB_parts, dB)

@@ -1,5 +1,9 @@
 """Selective scan forward: a task loops over all tokens with the state of one vector of channels.
 
+The step sizes of tokens that were removed in front of a token add to its own in the decay alone:
+
+    h[t] = exp((delta[t] + gap[t]) A) h[t-1] + delta[t] B[t] u[t]
+
 Source: the recurrence of Gu and Dao, "Mamba", arXiv:2312.00752, algorithm 2, and the recomputation
 of its section 3.3.2, here from the states kept between chunks of tokens.
 """
@@ -17,16 +21,36 @@ from torch import Tensor
 from fambav.ops.kept_states import NUMBA_CHUNK as CHUNK
 from fambav.ops.kept_states import numba_shape
 from fambav.ops.numba import functions
-from fambav.ops.numba.compilation import COUNTER, floats, kernel, launch, next_task
+from fambav.ops.numba.compilation import COUNTER, floats, inlined, kernel, launch, next_task
 from fambav.ops.numba.functions import LOG2_E, ZERO, exp2
 from fambav.ops.numba.lanes import WIDTH, broadcast
 from fambav.ops.numba.memory import get, number_at, put, read, vectors, write
+
+NONE, BIAS, SELF, HOLD_PREV, CACHED = range(5)
+GAPS = {"none": NONE, "bias": BIAS, "self": SELF, "hold_prev": HOLD_PREV, "cached": CACHED}
+
+
+@inlined
+def gap_of(
+    policy: int, skipped: Any, skipped_dt: Any, place: Any, t: int, delta_t: Any, rest: Any
+) -> Any:
+    """Return the step sizes of what was removed in front of the token t.
+
+    `rest` is the step size of each under the policies BIAS and HOLD_PREV.
+    """
+    k, b, channel, count = place
+    if policy == CACHED:
+        return read(skipped_dt, k, b, t, channel, count)
+    if policy == SELF:
+        return delta_t * skipped[k, b, t, 0]
+    return rest * skipped[k, b, t, 0]
 
 
 @kernel(
     COUNTER,
     *(floats(4), floats(4), floats(4), floats(5), floats(5), floats(4), floats(4)),
-    *(floats(4), floats(4), floats(4), types.boolean, types.boolean[::1]),
+    *(floats(4), floats(4), floats(4), floats(4), floats(4), floats(4)),
+    *(types.boolean, types.boolean[::1], types.int64),
 )
 def _scan_forward_kernel(
     counter: Any,
@@ -37,11 +61,15 @@ def _scan_forward_kernel(
     C: Any,
     D: Any,
     bias: Any,
+    skipped: Any,
+    skipped_dt: Any,
     y: Any,
     last: Any,
     kept: Any,
+    dt: Any,
     softplus: bool,
     reverse: Any,
+    policy: int,
 ) -> None:
     directions, batch, length, dim = u.shape
     groups, state = B.shape[3:]
@@ -56,8 +84,10 @@ def _scan_forward_kernel(
         b, k = task // (blocks * groups) % batch, task // (blocks * groups * batch)
         channel = group * width + block * WIDTH
         count = min(WIDTH, width - block * WIDTH)
+        place = (k, b, channel, count)
 
         shift = read(bias, k, 0, 0, channel, count) if bias.size else broadcast(ZERO)
+        rest = functions.softplus(shift)[0] if softplus else shift
         skip = read(D, k, 0, 0, channel, count) if D.size else broadcast(ZERO)
         for n in range(state):
             put(A_log2e, n, read(A, k, 0, n, channel, count) * LOG2_E)
@@ -72,10 +102,17 @@ def _scan_forward_kernel(
             delta_t = read(delta, k, b, t, channel, count) + shift
             if softplus:
                 delta_t = functions.softplus(delta_t)[0]
+            if dt.size:
+                write(dt, k, b, t, channel, count, delta_t)
             x = delta_t * u_t
+            aged = delta_t
+            if policy != NONE:
+                aged = delta_t + gap_of(policy, skipped, skipped_dt, place, t, delta_t, rest)
+                if policy == HOLD_PREV:
+                    rest = delta_t
             out = skip * u_t if D.size else broadcast(ZERO)
             for n in range(state):
-                decay = exp2(delta_t * get(A_log2e, n))
+                decay = exp2(aged * get(A_log2e, n))
                 h_n = decay * get(h, n) + x * number_at(B, k, b, t, group, n)
                 put(h, n, h_n)
                 out = out + h_n * number_at(C, k, b, t, group, n)
@@ -112,6 +149,10 @@ def scan_forward(
     softplus: bool,
     reverse: Sequence[bool],
     keep: bool,
+    skipped: Tensor | None = None,
+    skipped_dt: Tensor | None = None,
+    gap_policy: str = "none",
+    dt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan along the tokens in one or two directions.
 
@@ -129,6 +170,10 @@ def scan_forward(
         softplus: Whether delta goes through softplus.
         reverse: For each direction, whether it goes from the last token to the first.
         keep: Whether to keep the states that `scan_backward` needs.
+        skipped: Number of tokens removed in front of each, (directions, batch, length).
+        skipped_dt: Their step sizes, summed, shaped like u, under "cached".
+        gap_policy: How the state ages over them, see `registry.GAP_POLICIES`.
+        dt: Output for the step size after bias and softplus, shaped like u, or None.
 
     Returns:
         The state after the last step, (directions, batch, dim, state), and the states before each
@@ -139,12 +184,14 @@ def scan_forward(
     last = u.new_empty(directions, batch, dim, state, dtype=torch.float32)
     shape = numba_shape(directions, batch, length, dim, state)
     kept = u.new_empty(shape, dtype=torch.float32) if keep else None
+    gap = None if skipped is None else skipped[..., None], skipped_dt
     launch(
         _scan_forward_kernel,
         directions * batch * groups * -(-dim // groups // WIDTH),
-        (u, delta, per_channel(A), B, C, per_channel(D), per_channel(bias)),
-        (y, last.mT, kept),
+        (u, delta, per_channel(A), B, C, per_channel(D), per_channel(bias), *gap),
+        (y, last.mT, kept, dt),
         softplus,
         np.array(reverse, dtype=np.bool_),
+        GAPS[gap_policy],
     )
     return last, last.new_empty(0) if kept is None else kept

@@ -9,35 +9,59 @@ from torch import Tensor
 
 from fambav.ops.numba.compilation import COUNTER, floats, kernel, launch, next_task
 from fambav.ops.numba.functions import ZERO, sigmoid, silu_slope
-from fambav.ops.numba.lanes import WIDTH, broadcast
-from fambav.ops.numba.memory import read, write
+from fambav.ops.numba.lanes import WIDTH, broadcast, largest, total
+from fambav.ops.numba.memory import get, put, read, vectors, write
 
 TOKENS = 16  # in a task
 
 
-@kernel(COUNTER, *(floats(4), floats(4), floats(4), floats(4), types.float32))
-def _gate_forward_kernel(counter: Any, y: Any, z: Any, out: Any, total: Any, scale: float) -> None:
+@kernel(COUNTER, *(floats(4),) * 5, types.float32, types.boolean, types.boolean)
+def _gate_forward_kernel(
+    counter: Any,
+    y: Any,
+    z: Any,
+    out: Any,
+    summed: Any,
+    score: Any,
+    scale: float,
+    gated: bool,
+    clipped: bool,
+) -> None:
     directions, batch, length, dim = y.shape
     pieces = -(-length // TOKENS)
+    scores = vectors(directions)
     while True:
         task = next_task(counter)
         if task >= batch * pieces:
             break
         b, first = task // pieces, task % pieces * TOKENS
         for t in range(first, min(first + TOKENS, length)):
+            for k in range(directions):
+                put(scores, k, broadcast(ZERO))
             for channel in range(0, dim, WIDTH):
                 count = min(WIDTH, dim - channel)
                 y_t, z_t = broadcast(ZERO), read(z, 0, b, t, channel, count)
+                s = sigmoid(z_t)
                 for k in range(directions):
-                    y_t = y_t + read(y, k, b, t, channel, count)
-                if total.size:
-                    write(total, 0, b, t, channel, count, y_t)
-                write(out, 0, b, t, channel, count, y_t * z_t * sigmoid(z_t) * scale)
+                    y_k = read(y, k, b, t, channel, count)
+                    y_t = y_t + y_k
+                    if score.size:
+                        if gated:
+                            y_k = y_k * z_t * s
+                        if clipped:
+                            y_k = largest(y_k, ZERO)
+                        put(scores, k, get(scores, k) + y_k)
+                if summed.size:
+                    write(summed, 0, b, t, channel, count, y_t)
+                write(out, 0, b, t, channel, count, y_t * z_t * s * scale)
+            if score.size:
+                for k in range(directions):
+                    score[k, b, t, 0] = total(get(scores, k))
 
 
 @kernel(COUNTER, *(floats(4),) * 6, types.float32)
 def _gate_backward_kernel(
-    counter: Any, grad: Any, total: Any, z: Any, dy: Any, dz: Any, out: Any, scale: float
+    counter: Any, grad: Any, summed: Any, z: Any, dy: Any, dz: Any, out: Any, scale: float
 ) -> None:
     _, batch, length, dim = grad.shape
     pieces = -(-length // TOKENS)
@@ -52,14 +76,24 @@ def _gate_backward_kernel(
                 change = read(grad, 0, b, t, channel, count) * scale
                 z_t = read(z, 0, b, t, channel, count)
                 s = sigmoid(z_t)
-                sum_t = read(total, 0, b, t, channel, count)
+                sum_t = read(summed, 0, b, t, channel, count)
                 write(dy, 0, b, t, channel, count, change * z_t * s)
                 write(dz, 0, b, t, channel, count, change * sum_t * silu_slope(z_t, s))
                 if out.size:
                     write(out, 0, b, t, channel, count, sum_t * z_t * s * scale)
 
 
-def gate_forward(y: Tensor, z: Tensor, out: Tensor, total: Tensor | None, *, scale: float) -> None:
+def gate_forward(
+    y: Tensor,
+    z: Tensor,
+    out: Tensor,
+    total: Tensor | None,
+    *,
+    scale: float,
+    score: Tensor | None = None,
+    gated: bool = True,
+    clipped: bool = True,
+) -> None:
     """Write scale * silu(z) * the sum of y over the directions.
 
     Tensors have any strides; those of another dtype than float32 are copied.
@@ -70,10 +104,14 @@ def gate_forward(y: Tensor, z: Tensor, out: Tensor, total: Tensor | None, *, sca
         out: Output for the result, (batch, length, dim).
         total: Output for the sum, which `gate_backward` needs, (batch, length, dim), or None.
         scale: Factor of the result.
+        score: Output for the sum over the channels of each token in each direction, float32,
+            (directions, batch, length), or None.
+        gated: Whether the terms of that sum are y silu(z), or y.
+        clipped: Whether negative terms are left out of it.
     """
     tasks = z.shape[0] * -(-z.shape[1] // TOKENS)
-    outputs = (out[None], None if total is None else total[None])
-    launch(_gate_forward_kernel, tasks, (y, z[None]), outputs, scale)
+    sums = (None if total is None else total[None], None if score is None else score[..., None])
+    launch(_gate_forward_kernel, tasks, (y, z[None]), (out[None], *sums), scale, gated, clipped)
 
 
 def gate_backward(

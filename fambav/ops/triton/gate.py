@@ -44,13 +44,27 @@ def _tile(length, dim, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     return batch, token.to(tl.int64)[:, None], channel.to(tl.int64)[None, :], inside
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
+def _put_score(
+    score, y, gate, inside, token, place, GATED: tl.constexpr, CLIPPED: tl.constexpr
+) -> None:
+    """Store the sum over the channels of a tile; `place` is that of the first token."""
+    terms = y * gate if GATED else y
+    if CLIPPED:
+        terms = tl.where(terms < 0.0, 0.0, terms)  # NaN stays
+    total = tl.sum(terms, axis=1, keep_dims=True)
+    tl.store(score + place + token, total, mask=tl.sum(inside.to(tl.int32), 1, keep_dims=True) > 0)
+
+
+@triton.jit(do_not_specialize=["length", "images"])
 def _gate_forward_kernel(
     y,
     z,
     out,
     total,
+    score,
     length,
+    images,
     dim,
     scale,
     y_direction,
@@ -67,6 +81,8 @@ def _gate_forward_kernel(
     total_token,
     total_channel,
     DIRECTIONS: tl.constexpr,
+    GATED: tl.constexpr,
+    CLIPPED: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -75,8 +91,17 @@ def _gate_forward_kernel(
     z += batch * z_batch + token * z_token + channel * z_channel
     gate = tl.load(z, mask=inside, other=0.0).to(tl.float32)
     both = tl.load(y, mask=inside, other=0.0).to(tl.float32)
+    block = tl.program_id(0) % tl.cdiv(dim, BLOCK)
+    if score is not None:
+        place = (block * DIRECTIONS * images + batch) * length
+        open_to = gate * sigmoid(gate)
+        _put_score(score, both, open_to, inside, token, place, GATED, CLIPPED)
     if DIRECTIONS == 2:
-        both += tl.load(y + y_direction, mask=inside, other=0.0).to(tl.float32)
+        other = tl.load(y + y_direction, mask=inside, other=0.0).to(tl.float32)
+        if score is not None:
+            place += images.to(tl.int64) * length
+            _put_score(score, other, open_to, inside, token, place, GATED, CLIPPED)
+        both += other
     out += batch * out_batch + token * out_token + channel * out_channel
     tl.store(out, scale * both * gate * sigmoid(gate), mask=inside)
     if total is not None:
@@ -133,7 +158,17 @@ def _gate_backward_kernel(
         tl.store(out, scale * both * gate * gated, mask=inside)
 
 
-def gate_forward(y: Tensor, z: Tensor, out: Tensor, total: Tensor | None, *, scale: float) -> None:
+def gate_forward(
+    y: Tensor,
+    z: Tensor,
+    out: Tensor,
+    total: Tensor | None,
+    *,
+    scale: float,
+    score: Tensor | None = None,
+    gated: bool = True,
+    clipped: bool = True,
+) -> None:
     """Sum the directions and gate the sum.
 
     Args:
@@ -142,14 +177,25 @@ def gate_forward(y: Tensor, z: Tensor, out: Tensor, total: Tensor | None, *, sca
         out: Output for the result, like z.
         total: Output for the sum of y over directions, like z, or None.
         scale: Factor of the result.
+        score: Output for the sum over the channels of each token in each direction, float32,
+            (directions, batch, length), or None.
+        gated: Whether the terms of that sum are y silu(z), or y.
+        clipped: Whether negative terms are left out of it.
     """
     form = _form(z.shape[2])
     strides = (t.stride() for t in (y, z, out, out if total is None else total))
+    batch, length, dim = z.shape
+    parts = None
+    if score is not None:  # (blocks of channels, directions, batch, length)
+        parts = score.new_empty(triton.cdiv(dim, form["BLOCK"]), *score.shape)
     with on_device(z):
         _gate_forward_kernel[_grid(z, form)](
-            y, z, out, total, *z.shape[1:], scale, *chain.from_iterable(strides),
-            DIRECTIONS=y.shape[0], **form, num_warps=WARPS, **OPTIONS,
+            y, z, out, total, parts, length, batch, dim, scale, *chain.from_iterable(strides),
+            DIRECTIONS=y.shape[0], GATED=gated, CLIPPED=clipped, **form,
+            num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
+    if score is not None and parts is not None:
+        torch.sum(parts, dim=0, out=score)
 
 
 def gate_backward(
@@ -198,26 +244,29 @@ def variants() -> Iterator[Variant]:
     for dtype in POINTERS:
         for dim in (64, 128):
             for directions in (1, 2):
-                form = dict(DIRECTIONS=directions, **_form(dim))
-                yield _variant(_gate_forward_kernel, dtype, form)
-                yield _variant(_gate_forward_kernel, dtype, form | dict(total=None))
+                form = dict(DIRECTIONS=directions, GATED=True, CLIPPED=True, **_form(dim))
+                yield _variant(_gate_forward_kernel, dtype, form | dict(score=None))
+                yield _variant(_gate_forward_kernel, dtype, form | dict(score=None, total=None))
             yield _variant(_gate_backward_kernel, dtype, _form(dim))
             yield _variant(_gate_backward_kernel, dtype, _form(dim) | dict(out=None))
+        yield _variant(_gate_forward_kernel, dtype, form)
 
 
 def _variant(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> Variant:
     arguments = [name for name in kernel.arg_names if name not in constants]
     tensors = ("y", "z", "out", "total", "grad", "dy", "dz")
     types = {name: "fp32" if name == "scale" else "i32" for name in arguments}
+    types |= {name: "*fp32" for name in arguments if name == "score"}
     types |= {name: POINTERS[dtype] for name in arguments if name in tensors}
     what = f"K{constants['DIRECTIONS']} " if "DIRECTIONS" in constants else ""
     what += "".join(f"no {name} " for name in ("total", "out") if name in constants)
+    what += "score " if "score" in types else ""
     return Variant(
         name=f"{kernel.__name__.strip('_')} {what}{POINTERS[dtype][1:]} BD{constants['BLOCK']}",
         kernel=kernel,
         types=types,
         constants=constants,
         warps=WARPS,
-        aligned=tuple(n for n in arguments if n not in ("length", "scale")),
+        aligned=tuple(n for n in arguments if n not in ("length", "images", "scale")),
         ones=tuple(n for n in arguments if n.endswith("_channel")),
     )

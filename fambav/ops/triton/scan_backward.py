@@ -7,7 +7,8 @@ P = g exp(delta[t] A) h[t-1], the gradients are
     dC[t] = sum over channels of dy[t] h[t]             dD = sum over t of dy[t] u[t]
     du[t] = delta[t] (g . B[t]) + D dy[t]               ddelta[t] = u[t] (g . B[t]) + P . A
 
-where delta is after softplus, by whose derivative ddelta is multiplied.
+where delta is after softplus, by whose derivative ddelta is multiplied.  Where tokens were removed,
+their step sizes add to delta in the exponent and in dA, and P . A is their gradient, too.
 
 A program loops from the last token to the first, for one block of channels of a sample in one
 direction.  Each chunk is first scanned forwards from the state that the forward kernel kept, and
@@ -41,10 +42,13 @@ from torch import Tensor
 from fambav.ops.kept_states import TRITON_CHUNK as CHUNK
 from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.scan_forward import (
+    AUDITED,
     LANES,
-    LN_2,
     LOG2_E,
+    NO_GAP,
     SIZES,
+    absent,
+    as_floats,
     directions_back,
     each_way,
     index_type,
@@ -53,9 +57,9 @@ from fambav.ops.triton.scan_forward import (
     put_token,
     state_form,
     step_size,
-    token_part,
     variant,
 )
+from fambav.ops.triton.scan_steps import channel_sum, only_if, pair_again, retreat, walk
 from fambav.ops.triton.variant import Variant
 
 STEPS = 2  # tokens of a pair; must divide CHUNK
@@ -64,146 +68,7 @@ STEPS = 2  # tokens of a pair; must divide CHUNK
 # alone takes 240; with 168 the occupancy is twelve warps per multiprocessor, with 192 ten.  On
 # sm_90 184 (eleven warps) would do for float32, but spills on sm_80.
 REGISTERS = {2: 168, 4: 192}
-
-
-@triton.jit
-def channel_sum(parts, LEVELS: tl.constexpr) -> tl.tensor:
-    """Sum a power of two of tensors (channels, PART) over channels.
-
-    Returns:
-        (1, tensors * PART): column c is element c // tensors of tensor c % tensors.
-    """
-    for _ in tl.static_range(LEVELS):
-        joined = ()
-        for i in tl.static_range(len(parts) // 2):
-            both = tl.join(parts[i], parts[i + len(parts) // 2])
-            joined = joined + (tl.reshape(both, [both.shape[0], both.shape[1] * 2]),)
-        parts = joined
-    ones = tl.full([1, parts[0].shape[0]], 1.0, tl.float32)
-    return tl.dot(ones, parts[0], input_precision="ieee")
-
-
-@triton.jit
-def _if(condition, mask):
-    """Return the mask where the scalar condition holds, else an empty one.
-
-    In the interpreter of Triton 3.9, `&` of a block and a scalar is not a mask yet.
-    """
-    return (mask & condition) != 0
-
-
-@triton.jit
-def _advance(h, delta_t, x, decay, B_rows, t, PART: tl.constexpr, STATE: tl.constexpr):
-    """Return the decay of the state at a token, and the state after it."""
-    share = ()
-    after = ()
-    for p in tl.static_range(len(decay)):
-        share = share + (tl.exp2(delta_t * decay[p]),)
-        after = after + (share[p] * h[p] + x * token_part(B_rows, t, p, PART, STATE),)
-    return share, after
-
-
-@triton.jit
-def _put(scratch, pair, own, h):
-    """Store the state before a pair; `own` are the offsets of one part."""
-    for p in tl.static_range(len(h)):
-        tl.store(scratch + (pair * len(h) + p) * own.shape[0] * own.shape[1] + own, h[p])
-
-
-@triton.jit
-def _walk(
-    h, scratch, own, start, pairs, step, u_rows, delta_rows, B_rows, decay, shift, channel, here,
-    STEPS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    PART: tl.constexpr,
-    STATE: tl.constexpr,
-):  # fmt: skip
-    """Scan a chunk forwards and store the state before each pair; never past the end."""
-    for pair in range(pairs - 1):
-        _put(scratch, pair, own, h)
-        for s in tl.static_range(STEPS):
-            t = (start + pair * STEPS + s) * step
-            delta_t, _ = step_size(of_token(delta_rows, t, channel, here), shift, SOFTPLUS)
-            x = delta_t * of_token(u_rows, t, channel, here)
-            _, h = _advance(h, delta_t, x, decay, B_rows, t, PART, STATE)
-    _put(scratch, pairs - 1, own, h)
-    tl.debug_barrier()  # makes the stores of each thread visible to the others
-
-
-@triton.jit
-def _pair_again(
-    scratch, pair, own, start, length, step, u_rows, delta_rows, B_rows,
-    decay, shift, channel, here,
-    STEPS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    PART: tl.constexpr,
-    STATE: tl.constexpr,
-):  # fmt: skip
-    """Recompute the forward pass of a pair of the chunk at `start`.
-
-    A token after the end has step size 0; in its place the last one is loaded.
-
-    Returns:
-        The states before each token and after the last one, the decay at each token, the step sizes
-        and their derivatives.
-    """
-    now = ()
-    for p in tl.static_range(len(decay)):
-        at = scratch + (pair * len(decay) + p) * own.shape[0] * own.shape[1] + own
-        now = now + (tl.load(at),)
-    token = start + pair * STEPS
-    states = now
-    shares = ()
-    deltas = ()
-    slopes = ()
-    for s in tl.static_range(STEPS):
-        real = token + s < length
-        t = tl.minimum(token + s, length - 1) * step
-        delta_t, slope = step_size(of_token(delta_rows, t, channel, here), shift, SOFTPLUS)
-        delta_t = tl.where(real, delta_t, 0.0)
-        x = delta_t * of_token(u_rows, t, channel, here)
-        share, now = _advance(now, delta_t, x, decay, B_rows, t, PART, STATE)
-        states = states + now
-        shares = shares + share
-        deltas = deltas + (delta_t,)
-        slopes = slopes + (slope,)
-    tl.debug_barrier()  # as in _retreat
-    return states, shares, deltas, slopes
-
-
-@triton.jit
-def _retreat(
-    g, rate_sum, dy_t, delta_t, u_t, share, before, after, decay, B_rows, C_rows, t,
-    PART: tl.constexpr,
-    STATE: tl.constexpr,
-):  # fmt: skip
-    """Backpropagate the gradient of the state through a token.
-
-    Returns:
-        The gradient of the state before it, the accumulated gradient of A, the terms of dB and dC
-        before their sum over channels, and the gradients of x = delta u and of delta in the decay.
-    """
-    B_products = ()
-    C_products = ()
-    earlier = ()
-    rates = ()
-    from_B = tl.zeros(before[0].shape, tl.float32)
-    from_A = tl.zeros(before[0].shape, tl.float32)
-    for p in tl.static_range(len(decay)):
-        g_p = g[p] + dy_t * token_part(C_rows, t, p, PART, STATE)
-        from_B += g_p * token_part(B_rows, t, p, PART, STATE)
-        B_products = B_products + (g_p * (delta_t * u_t),)
-        C_products = C_products + (dy_t * after[p],)
-        g_p *= share[p]
-        P = g_p * before[p]
-        from_A += P * decay[p]
-        rates = rates + (rate_sum[p] + P * delta_t,)
-        earlier = earlier + (g_p,)
-        if p % 2 == 1:
-            tl.debug_barrier()  # or all of B and C would be loaded ahead, which spills
-    x_sum = tl.sum(from_B, axis=1, keep_dims=True)
-    decay_sum = tl.sum(from_A, axis=1, keep_dims=True) * LN_2
-    return earlier, rates, B_products + C_products, x_sum, decay_sum
+GAP_REGISTERS = {2: 184, 4: 200}  # the same where the state ages over gaps: eleven and ten warps
 
 
 @triton.jit(
@@ -218,7 +83,7 @@ def _retreat(
 )
 def _scan_backward_kernel(
     dy, u, delta, B, C, du, ddelta, dlast, kept, A_0, A_1, D_0, D_1, bias_0, bias_1,
-    dBC, dA, dD, dbias, scratch,
+    skipped, skipped_dt, ddt, dskipped_dt, dBC, dA, dD, dbias, scratch,
     length, size, groups, blocks, images, reverse,
     dy_direction, dy_batch, dy_token, dy_channel,
     u_direction, u_batch, u_token, u_channel,
@@ -235,6 +100,7 @@ def _scan_backward_kernel(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    GAP: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
@@ -268,6 +134,8 @@ def _scan_backward_kernel(
     skip = of_channels(D_0, D_1, direction, channel, here)
     skip_sum = tl.zeros([BLOCK, 1], tl.float32)
     shift_sum = tl.zeros([BLOCK, 1], tl.float32)
+    rest, rest_slope = step_size(shift, 0.0, SOFTPLUS)
+    rest_sum = tl.zeros([BLOCK, 1], tl.float32)  # what the gaps behind a token add to its gradient
 
     dy += direction * dy_direction + image * dy_batch + first * dy_token
     u += direction * u_direction + image * u_batch + first * u_token
@@ -280,6 +148,16 @@ def _scan_backward_kernel(
     du_rows, ddelta_rows = (du, du_token, du_channel), (ddelta, ddelta_token, ddelta_channel)
     B_rows, C_rows = (B, B_token, B_state), (C, C_token, C_state)
     dy_rows = (dy, dy_token, dy_channel)
+    whole = (row * length + first) * dim
+    gap_rows = (skipped, skipped_dt)
+    if GAP == "cached":
+        gap_rows = (skipped, skipped_dt + whole)
+        dskipped_dt += whole
+    elif GAP != "none":
+        gap_rows = (skipped + row * length + first, skipped_dt)
+    gaps = (gap_rows, row, dim, rest)
+    if ddt is not None:
+        ddt += whole
     dBC += ((block * tl.num_programs(1) * images + row) * length + first) * groups * (
         2 * PARTS * PART
     ) + group * (2 * PARTS * PART)
@@ -296,37 +174,53 @@ def _scan_backward_kernel(
         h = ()
         for p in tl.static_range(PARTS):
             part = ((chunks - 2 - i) * PARTS + p).to(tl.int64) * PART * dim
-            h = h + (tl.load(kept + part, mask=_if(start > 0, here), other=0.0),)
-        _walk(
-            h, scratch, own, start, pairs, step, u_rows, delta_rows, B_rows,
-            decay, shift, channel, here, STEPS, SOFTPLUS, PART, STATE,
+            h = h + (tl.load(kept + part, mask=only_if(start > 0, here), other=0.0),)
+        walk(
+            h, scratch, own, start, pairs, step, u_rows, delta_rows, B_rows, gaps,
+            decay, shift, channel, here, STEPS, SOFTPLUS, GAP, PART, STATE,
         )  # fmt: skip
         for j in range(pairs):
             pair = pairs - 1 - j
-            states, shares, deltas, slopes = _pair_again(
-                scratch, pair, own, start, length, step, u_rows, delta_rows, B_rows,
-                decay, shift, channel, here, STEPS, SOFTPLUS, PART, STATE,
+            states, shares, deltas, ageds, slopes = pair_again(
+                scratch, pair, own, start, length, step, u_rows, delta_rows, B_rows, gaps,
+                decay, shift, channel, here, STEPS, SOFTPLUS, GAP, PART, STATE,
             )  # fmt: skip
             token = start + pair * STEPS
             for s in tl.static_range(STEPS - 1, -1, -1):
                 real = token + s < length  # else its gradient is 0
-                here_now = _if(real, here)
+                here_now = only_if(real, here)
                 t = tl.minimum(token + s, length - 1) * step
                 u_t = of_token(u_rows, t, channel, here)
                 dy_t = of_token(dy_rows, t, channel, here_now)
-                g, rate_sum, products, x_sum, decay_sum = _retreat(
-                    g, rate_sum, dy_t, deltas[s], u_t, shares[s * PARTS : (s + 1) * PARTS],
+                g, rate_sum, products, x_sum, decay_sum = retreat(
+                    g, rate_sum, dy_t, deltas[s], ageds[s], u_t,
+                    shares[s * PARTS : (s + 1) * PARTS],
                     states[s * PARTS : (s + 1) * PARTS], states[(s + 1) * PARTS : (s + 2) * PARTS],
                     decay, B_rows, C_rows, t, PART, STATE,
                 )  # fmt: skip
-                ddelta_t = tl.where(real, (u_t * x_sum + decay_sum) * slopes[s], 0.0)
+                dstep = u_t * x_sum + decay_sum
+                if ddt is not None:
+                    dstep += tl.load(ddt + t * dim.to(tl.int64) + channel, here_now, other=0.0)
+                if GAP == "cached":
+                    at = dskipped_dt + t * dim.to(tl.int64) + channel
+                    tl.store(at, decay_sum, mask=here_now)
+                elif GAP != "none":
+                    in_gap = tl.where(real, tl.load(gap_rows[0] + t) * decay_sum, 0.0)
+                    if GAP == "self":
+                        dstep += in_gap
+                    elif GAP == "bias":
+                        rest_sum += in_gap
+                    else:
+                        dstep += rest_sum
+                        rest_sum = in_gap
+                ddelta_t = tl.where(real, dstep * slopes[s], 0.0)
                 du_t = deltas[s] * x_sum + skip * dy_t
                 shift_sum += ddelta_t
                 skip_sum += dy_t * u_t
                 put_token(du_rows, t, channel, here_now, du_t)
                 put_token(ddelta_rows, t, channel, here_now, ddelta_t)
                 dBC_at = dBC + t * groups * (2 * PARTS * PART) + column
-                tl.store(dBC_at, channel_sum(products, LEVELS), mask=_if(real, column >= 0))
+                tl.store(dBC_at, channel_sum(products, LEVELS), mask=only_if(real, column >= 0))
 
     dA += (row * dim + channel) * STATE + number
     for p in tl.static_range(PARTS):
@@ -334,6 +228,8 @@ def _scan_backward_kernel(
     if D_0 is not None:
         tl.store(dD + row * dim + channel, skip_sum, mask=here)
     if bias_0 is not None:
+        if GAP == "bias":
+            shift_sum += rest_sum * rest_slope
         tl.store(dbias + row * dim + channel, shift_sum, mask=here)
 
 
@@ -355,6 +251,11 @@ def scan_backward(
     *,
     softplus: bool,
     reverse: Sequence[bool],
+    skipped: Tensor | None = None,
+    skipped_dt: Tensor | None = None,
+    gap_policy: str = "none",
+    ddt: Tensor | None = None,
+    dskipped_dt: Tensor | None = None,
     block: int | None = None,
     warps: int | None = None,
     chunk: int = CHUNK,
@@ -378,6 +279,12 @@ def scan_backward(
         dC: Output for the gradient of C, shaped like B, likewise.
         softplus: Whether delta went through softplus.
         reverse: Of each direction.
+        skipped: (directions, batch, length), or None.
+        skipped_dt: Shaped like u, or None.
+        gap_policy: How the state ages.
+        ddt: Gradient of the step size after bias and softplus, shaped like u, or None.
+        dskipped_dt: Output for the gradient of skipped_dt, shaped like u, float32; needed under
+            "cached".
         block: Channels of a program, a power of 2, at least 32.
         warps: Warps of a program.
         chunk: Tokens from one kept state to the next, as in the forward pass; a multiple of 2.
@@ -385,23 +292,31 @@ def scan_backward(
     Returns:
         dA, (directions, dim, state), dD and dbias, (directions, dim), or None; all float32.
     """
-    form = _form(B.shape[4], block or LANES, chunk, softplus=softplus)
+    form = _form(B.shape[4], block or LANES, chunk, softplus=softplus, gap=gap_policy)
     tokens = dy, u, delta, B, C, du, ddelta
     states = None if dlast is None else dlast.contiguous(), kept
     parameters = *each_way(A), *each_way(D), *each_way(bias)
     parts = dBC, dA, dD, dbias = _parts(u, B, D, bias, form)
-    _launch(tokens, states, parameters, parts, reverse, form, warps or 1)
+    far = None if dskipped_dt is None else dskipped_dt.contiguous()
+    given = *parameters, *as_floats(skipped, skipped_dt, ddt), far
+    _launch(tokens, states, given, parts, reverse, form, warps or 1)
+    if dskipped_dt is not None and far is not dskipped_dt:
+        dskipped_dt.copy_(far)
     for output, total in zip((dB, dC), dBC.sum(dim=0).unbind(dim=-2), strict=True):
         output.copy_(total[..., : form["STATE"]])
     dD, dbias = (None if part is None else part.sum(dim=1) for part in (dD, dbias))
     return dA.sum(dim=1), dD, dbias
 
 
-def _form(state: int, block: int, chunk: int = CHUNK, *, softplus: bool = True) -> dict[str, Any]:
+def _form(
+    state: int, block: int, chunk: int = CHUNK, *, softplus: bool = True, gap: str = "none"
+) -> dict[str, Any]:
     """Return the constants of a specialization, without the type of its offsets."""
     if chunk % STEPS:
         raise ValueError(f"chunk is {chunk}, expected a multiple of {STEPS}")
-    form = state_form(state) | dict(CHUNK=chunk, STEPS=STEPS, BLOCK=block, SOFTPLUS=softplus)
+    form = state_form(state) | dict(
+        CHUNK=chunk, STEPS=STEPS, BLOCK=block, SOFTPLUS=softplus, GAP=gap
+    )
     return form | dict(LEVELS=(2 * form["PARTS"]).bit_length() - 1)
 
 
@@ -437,7 +352,7 @@ def _launch(
     Args:
         tokens: dy, u, delta, B, C, du and ddelta.
         states: dlast and the kept states.
-        parameters: A, D and bias, each of both directions.
+        parameters: A, D and bias, each of both directions; skipped, skipped_dt, ddt, dskipped_dt.
         parts: Outputs, as `_parts` returns them.
         reverse: Of each direction.
         form: As `_form` returns it.
@@ -456,20 +371,29 @@ def _launch(
         _scan_backward_kernel[(programs, directions)](
             *tokens, *states, *parameters, *parts, scratch, *sizes, *strides,
             **form, INDEX=index, num_warps=warps,
-            maxnreg=registers(u.dtype, form["STATE"]), **OPTIONS,
+            maxnreg=registers(u.dtype, form["STATE"], form["GAP"]), **OPTIONS,
         )  # fmt: skip
 
 
-def registers(dtype: torch.dtype, state: int) -> int | None:
+def registers(dtype: torch.dtype, state: int, gap: str = "none") -> int | None:
     """Return the limit of registers per thread (maxnreg), or None for no limit."""
-    return REGISTERS[dtype.itemsize] if state <= 16 else None
+    limits = REGISTERS if gap == "none" else GAP_REGISTERS
+    return limits[dtype.itemsize] if state <= 16 else None
 
 
 def variants() -> Iterator[Variant]:
     """Yield the usual specializations: channels and state contiguous."""
     for dtype, state in product(POINTERS, (1, 8, 16)):
-        form = _form(state, LANES) | dict(INDEX=tl.int32, dlast=None)
+        form = _form(state, LANES) | dict(INDEX=tl.int32, dlast=None, ddt=None, dskipped_dt=None)
+        form |= NO_GAP
         what = f"{POINTERS[dtype][1:]} N{state} BD{LANES}"
         work = (LANES * state * STEPS,) * 2
         made = variant(f"scan_backward {what}", _scan_backward_kernel, dtype, form, work)
         yield made._replace(registers=registers(dtype, state))
+    for dtype, gap in AUDITED:
+        form = _form(16, LANES, gap=gap) | dict(INDEX=tl.int32, dlast=None) | absent(gap)
+        form |= {} if gap == "cached" else dict(ddt=None, dskipped_dt=None)
+        what = f"{POINTERS[dtype][1:]} N16 BD{LANES} {gap}"
+        work = (LANES * 16 * STEPS,) * 2
+        made = variant(f"scan_backward {what}", _scan_backward_kernel, dtype, form, work)
+        yield made._replace(registers=registers(dtype, 16, gap))

@@ -3,6 +3,8 @@
     h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]
     y[t] = C[t] h[t] + D u[t]
 
+The step sizes of tokens that were removed in front of a token add to its own in the exponent alone.
+
 A program loops over all tokens of a sample in one direction, with the state of a block of channels
 in registers.  A thread owns the whole state of its channels: reductions over the state stay within
 the thread, softplus is computed once per delta, and B and C of the token, which all threads need,
@@ -38,6 +40,10 @@ LANES = 32  # threads of a warp, each of which owns one channel of a tensor
 ENOUGH_PROGRAMS = 1024  # eight warps per multiprocessor of a large GPU
 
 SIZES = ("length", "size", "groups", "blocks", "images", "reverse")  # not specialized on
+
+GAPS = ("bias", "self", "hold_prev", "cached")  # that age the state
+AUDITED = ((torch.float32, GAPS[0]), (torch.bfloat16, GAPS[0]))  # the default one
+NO_GAP: dict[str, Any] = dict(skipped=None, skipped_dt=None)
 
 LOG2_E = tl.constexpr(1.4426950216293335)  # rounded to float32
 LOG2_E_REST = tl.constexpr(1.9259629911266175e-08)  # its rounding error
@@ -98,6 +104,22 @@ def step_size(delta, shift, SOFTPLUS: tl.constexpr) -> tuple[tl.tensor, tl.tenso
 
 
 @triton.jit
+def gap_of(delta_t, rest, gap_rows, row, dim, t, channel, here, GAP: tl.constexpr) -> tl.tensor:
+    """Return the step sizes of what was removed in front of the token t.
+
+    The rows of gaps are pointers to the first token of `skipped` and of `skipped_dt`; `rest` is the
+    step size of each removed token under "bias" and "hold_prev".
+    """
+    if GAP == "cached":
+        at = gap_rows[1] + t * dim.to(tl.int64) + channel
+        return tl.load(at, mask=here, other=0.0)
+    count = tl.load(gap_rows[0] + t)
+    if GAP == "self":
+        return count * delta_t
+    return count * rest
+
+
+@triton.jit
 def token_part(rows, t, p: tl.constexpr, PART: tl.constexpr, STATE: tl.constexpr) -> tl.tensor:
     """Load part p of B or C of the token t, PART elements, as float32.
 
@@ -138,7 +160,7 @@ def put_token(rows, t, channel, here, value) -> None:
     ]
 )
 def _scan_forward_kernel(
-    u, delta, A_0, A_1, B, C, D_0, D_1, bias_0, bias_1, y, last, kept,
+    u, delta, A_0, A_1, B, C, D_0, D_1, bias_0, bias_1, skipped, skipped_dt, y, last, kept, dt,
     length, size, groups, blocks, images, reverse,
     u_direction, u_batch, u_token, u_channel,
     delta_direction, delta_batch, delta_token, delta_channel,
@@ -152,6 +174,7 @@ def _scan_forward_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    GAP: tl.constexpr,
     KEEP: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -171,6 +194,7 @@ def _scan_forward_kernel(
     decays = ()
     shifts = ()
     skips = ()
+    rests = ()
     h = ()
     for r in tl.static_range(ROWS):
         in_group = (place % blocks * ROWS + r) * BLOCK + tl.arange(0, BLOCK)[:, None]
@@ -186,6 +210,9 @@ def _scan_forward_kernel(
         heres = heres + (here,)
         shifts = shifts + (of_channels(bias_0, bias_1, direction, channel, here),)
         skips = skips + (of_channels(D_0, D_1, direction, channel, here),)
+        if GAP == "bias" or GAP == "hold_prev":
+            rest, _ = step_size(shifts[r], 0.0, SOFTPLUS)
+            rests = rests + (rest,)
 
     u += direction * u_direction + image * u_batch + first * u_token
     delta += direction * delta_direction + image * delta_batch + first * delta_token
@@ -196,6 +223,13 @@ def _scan_forward_kernel(
     u_rows, delta_rows = (u, u_token, u_channel), (delta, delta_token, delta_channel)
     B_rows, C_rows = (B, B_token, B_state), (C, C_token, C_state)
     y_rows = (y, y_token, y_channel)
+    gap_rows = ()
+    if GAP == "cached":
+        gap_rows = (skipped, skipped_dt + (row * length + first) * dim)
+    elif GAP != "none":
+        gap_rows = (skipped + row * length + first, skipped_dt)
+    if dt is not None:
+        dt += (row * length + first) * dim
 
     for start in range(0, length, CHUNK):
         for s in range(start, tl.minimum(start + CHUNK, length)):
@@ -206,19 +240,32 @@ def _scan_forward_kernel(
                 B_t = B_t + (token_part(B_rows, t, p, PART, STATE),)
                 C_t = C_t + (token_part(C_rows, t, p, PART, STATE),)
             grown = ()
+            befores = ()
             for r in tl.static_range(ROWS):
                 u_t = of_token(u_rows, t, channels[r], heres[r])
                 delta_t = of_token(delta_rows, t, channels[r], heres[r])
                 delta_t, _ = step_size(delta_t, shifts[r], SOFTPLUS)
+                if dt is not None:
+                    at = dt + t * dim.to(tl.int64) + channels[r]
+                    tl.store(at, delta_t, mask=heres[r])
                 x = delta_t * u_t
+                aged = delta_t
+                if GAP != "none":
+                    rest = delta_t
+                    if GAP == "bias" or GAP == "hold_prev":
+                        rest = rests[r]
+                    aged += gap_of(delta_t, rest, gap_rows, row, dim, t, channels[r], heres[r], GAP)
+                    befores = befores + (delta_t,)
                 y_t = tl.zeros([BLOCK, PART], tl.float32)
                 for p in tl.static_range(PARTS):
-                    h_p = tl.exp2(delta_t * decays[r * PARTS + p]) * h[r * PARTS + p] + x * B_t[p]
+                    h_p = tl.exp2(aged * decays[r * PARTS + p]) * h[r * PARTS + p] + x * B_t[p]
                     y_t += h_p * C_t[p]
                     grown = grown + (h_p,)
                 y_t = tl.sum(y_t, axis=1, keep_dims=True) + skips[r] * u_t
                 put_token(y_rows, t, channels[r], heres[r], y_t)
             h = grown
+            if GAP == "hold_prev":
+                rests = befores
         if KEEP and start + CHUNK < length:
             for r in tl.static_range(ROWS):
                 for p in tl.static_range(PARTS):
@@ -245,6 +292,10 @@ def scan_forward(
     softplus: bool,
     reverse: Sequence[bool],
     keep: bool,
+    skipped: Tensor | None = None,
+    skipped_dt: Tensor | None = None,
+    gap_policy: str = "none",
+    dt: Tensor | None = None,
     block: int | None = None,
     warps: int | None = None,
     chunk: int = CHUNK,
@@ -264,6 +315,11 @@ def scan_forward(
         softplus: Whether delta goes through softplus.
         reverse: Whether each direction goes from the last token to the first.
         keep: Whether to keep the states that the backward pass needs.
+        skipped: Number of tokens removed in front of each, (directions, batch, length).
+        skipped_dt: Their step sizes, summed, shaped like u, under "cached"; fastest if contiguous.
+        gap_policy: How the state ages over them, see `registry.GAP_POLICIES`.
+        dt: Output for the step size after bias and softplus, shaped like u, float32, contiguous, or
+            None.
         block: Channels of a program, a power of 2, at least 32.
         warps: Warps of a program.
         chunk: Tokens from one kept state to the next.
@@ -280,11 +336,12 @@ def scan_forward(
     warps = warps or 1
     block = block or fast_block(batch * directions * groups, dim // groups, state)
     blocks = triton.cdiv(dim // groups, block)
-    form = _form(state, block, warps, chunk, softplus=softplus, keep=keep)
+    form = _form(state, block, warps, chunk, softplus=softplus, gap=gap_policy, keep=keep)
     index = index_type(length, u, delta, B, C, y)
     with on_device(u):
         _scan_forward_kernel[(batch * groups * blocks, directions)](
-            u, delta, *each_way(A), B, C, *each_way(D), *each_way(bias), y, last, kept,
+            u, delta, *each_way(A), B, C, *each_way(D), *each_way(bias),
+            *as_floats(skipped, skipped_dt), y, last, kept, dt,
             length, dim // groups, groups, blocks, batch, directions_back(reverse),
             *u.stride(), *delta.stride(), *B.stride(), *C.stride(), *y.stride(),
             **form, INDEX=index, num_warps=warps, **OPTIONS,
@@ -293,12 +350,25 @@ def scan_forward(
 
 
 def _form(
-    state: int, block: int, warps: int, chunk: int = CHUNK, *, softplus: bool = True, keep: bool
+    state: int,
+    block: int,
+    warps: int,
+    chunk: int = CHUNK,
+    *,
+    softplus: bool = True,
+    gap: str = "none",
+    keep: bool,
 ) -> dict[str, Any]:
     """Return the constants of a specialization, without the type of its offsets."""
     rows = max(block // (LANES * warps), 1)
     form = state_form(state) | dict(CHUNK=chunk, BLOCK=block // rows, ROWS=rows)
-    return form | dict(SOFTPLUS=softplus, KEEP=keep)
+    return form | dict(SOFTPLUS=softplus, GAP=gap, KEEP=keep)
+
+
+def as_floats(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    """Yield tensors about gaps as the kernels take them: contiguous, float32."""
+    for tensor in tensors:
+        yield None if tensor is None else tensor.float().contiguous()
 
 
 def fast_block(walks: int, size: int, state: int) -> int:
@@ -343,17 +413,28 @@ def index_type(length: int, *tensors: Tensor) -> Any:
 def variants() -> Iterator[Variant]:
     """Yield the usual specializations: channels and state contiguous."""
     for dtype, state, rows, keep in product(POINTERS, (1, 8, 16), (1, 2), (True, False)):
-        form = _form(state, LANES * rows, 1, keep=keep) | dict(INDEX=tl.int32)
+        form = _form(state, LANES * rows, 1, keep=keep) | dict(INDEX=tl.int32, **NO_GAP, dt=None)
         what = f"{POINTERS[dtype][1:]} N{state} BD{LANES * rows}{' keep' if keep else ''}"
         work = (LANES * rows * state,)
         yield variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
+    for dtype, gap in AUDITED:
+        form = _form(16, 2 * LANES, 1, gap=gap, keep=True) | dict(INDEX=tl.int32)
+        form |= absent(gap) | (dict(dt=None) if gap != "cached" else {})
+        what = f"{POINTERS[dtype][1:]} N16 BD{2 * LANES} keep {gap}"
+        work = (2 * LANES * 16,)
+        yield variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
+
+
+def absent(gap: str) -> dict[str, None]:
+    """Return which of `skipped` and `skipped_dt` a policy does without."""
+    return {"skipped" if gap == "cached" else "skipped_dt": None}
 
 
 def variant(
     name: str, kernel: Any, dtype: torch.dtype, form: dict[str, Any], work: tuple[int, ...]
 ) -> Variant:
     """Describe a specialization of a scan whose tokens have one dtype."""
-    tokens = ("u", "delta", "B", "C", "y", "dy", "du", "ddelta")
+    tokens = ("u", "delta", "B", "C", "y", "dy", "du", "ddelta")  # the gaps are float32
     numbers_of = [name for name in kernel.arg_names if name not in form]
     strided = [name for name in numbers_of if name.rpartition("_")[0] in tokens]
     types = dict.fromkeys(numbers_of, "*fp32")

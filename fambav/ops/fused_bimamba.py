@@ -1,0 +1,322 @@
+"""The operator of the bidirectional Mamba mixer, made of kernels and matrix products.
+
+The Triton and numba backends alternate kernels, each one launch for both directions, and matrix
+products.  They keep xz, the projection (B, C, dt), the sum of both scans and the states before each
+chunk of tokens for the backward pass, which recomputes u, delta and the gated sum.
+
+What reductions read of a mixer is a by-product: a score of each token is summed in the kernel of
+the gate, B and C are kept anyway, and delta is written where it is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fambav.ops.derivatives import refuse
+from fambav.ops.kernels import KernelSet, kernel_set
+
+REVERSE = (False, True)  # of the directions
+ROW = 16  # the width of the projection is a multiple of it, so that B and C are aligned
+# Scores of a token: what is summed over its channels, y silu(z) or y, and whether above 0 alone.
+SCORES = {
+    "gated": dict(gated=True, clipped=True),
+    "gated_unclipped": dict(gated=True, clipped=False),
+    "ungated": dict(gated=False, clipped=True),
+    "ungated_unclipped": dict(gated=False, clipped=False),
+}
+
+
+class Direction(NamedTuple):
+    """The parameters of one direction.
+
+    Attributes:
+        conv_weight: Kernels of the convolution, (dim, width).
+        conv_bias: Added to the convolution, (dim,).
+        x_proj: Maps a token to dt, B and C, (rank + 2 state, dim).
+        dt_proj: Maps dt to delta, (dim, rank).
+        dt_bias: Added to delta before softplus, (dim,).
+        A: Decay rate, (dim, state), real.
+        D: Skip weight, (dim,).
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+
+
+_INPUTS = (
+    ", ".join(
+        ("Tensor xz", *(f"Tensor {name}{end}" for end in ("", "_b") for name in Direction._fields))
+    )
+    + ", Tensor? out_proj, Tensor? skipped, Tensor? skipped_dt"
+)
+_OPTIONS = "*, float scale, str gap_policy, str kernels"
+
+
+def fused_bimamba(
+    kernels: KernelSet,
+    xz: Tensor,
+    forward: tuple[Tensor, ...],
+    backward: tuple[Tensor, ...],
+    *rest: Tensor | None,
+    scale: float,
+    gap_policy: str,
+    want: Collection[str],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run `bimamba_scan` with one set of kernels.
+
+    Args:
+        kernels: The set.
+        xz: As in `bimamba_scan`.
+        forward: Likewise.
+        backward: Likewise.
+        rest: out_proj, skipped and skipped_dt, likewise.
+        scale: Likewise.
+        gap_policy: How the state ages; "none" without a gap.
+        want: As in `bimamba_scan`.
+
+    Returns:
+        The result, and by name all that is wanted and maybe more.
+    """
+    tensors = (xz, *forward, *backward, *rest)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    score = next((name for name in SCORES if name in want), None)
+    options = dict(scale=scale, gap_policy=gap_policy, kernels=kernels.name, keep=keep)
+    out, projected, _, _, scores, delta = _forward(
+        *tensors, **options, score=score, return_dt="delta" in want
+    )
+    n = forward[5].shape[1]  # of the state
+    B, C = projected.detach()[..., : 2 * n].split(n, dim=-1)
+    return out, {"delta": delta, "B": B, "C": C, str(score): scores.detach()}
+
+
+class _Mixer(NamedTuple):
+    """The parameters of both directions, as kernels and matrix products take them.
+
+    Attributes:
+        run: The kernels.
+        state, rank: Widths of B and C, and of dt.
+        conv: Weights and biases of the convolutions.
+        x_proj: (2, row, dim), whose rows are B, C, dt and zero padding to a multiple of `ROW`.
+        dt_proj: (2, rank, dim).
+        A: (dim, state) of each direction.
+        channels: D and the bias of delta, (dim,) of each direction.
+    """
+
+    run: Any
+    state: int
+    rank: int
+    conv: tuple[list[Tensor], list[Tensor]]
+    x_proj: Tensor
+    dt_proj: Tensor
+    A: list[Tensor]
+    channels: tuple[list[Tensor], list[Tensor]]
+
+    @classmethod
+    def of(cls, parameters: tuple[Tensor, ...], kernels: str) -> _Mixer:
+        ends = zip(parameters[:7], parameters[7:], strict=True)
+        conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D = (list(pair) for pair in ends)
+        (dim, rank), state = dt_proj[0].shape, A[0].shape[1]
+        rows = x_proj[0].new_zeros(2, _row(rank, state), dim)
+        for row, weight in zip(rows, x_proj, strict=True):
+            torch.cat((weight[rank:], weight[:rank]), out=row[: len(weight)])
+        return cls(
+            run=kernel_set(kernels).load(),
+            state=state,
+            rank=rank,
+            conv=(conv_weight, conv_bias),
+            x_proj=rows,
+            dt_proj=torch.stack(dt_proj).mT,
+            A=[x.contiguous() for x in A],
+            channels=([x.contiguous() for x in D], [x.contiguous() for x in dt_bias]),
+        )
+
+    def parts(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """View B and C, (2, batch, length, 1, state), and dt, (2, batch length, rank)."""
+        n, dt = self.state, slice(2 * self.state, 2 * self.state + self.rank)
+        rows = projected.unsqueeze(3)
+        return rows[..., :n], rows[..., n : 2 * n], projected.flatten(1, 2)[..., dt]
+
+    def convolved(self, x: Tensor) -> Tensor:
+        """Return u, (2, batch, length, dim)."""
+        u = x.new_empty(2, *x.shape)
+        self.run.conv_forward(x, *self.conv, u, silu=True, reverse=REVERSE)
+        return u
+
+    def delta(self, dt: Tensor, like: Tensor) -> Tensor:
+        """Return delta before bias and softplus, shaped like u."""
+        return torch.bmm(dt, self.dt_proj).view_as(like)
+
+
+def _row(rank: int, state: int) -> int:
+    """Return the padded width of the projection."""
+    return -(-(rank + 2 * state) // ROW) * ROW
+
+
+@custom_op(
+    "fambav::bimamba_scan",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_OPTIONS}, bool keep, str? score, bool return_dt)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    xz: Tensor,
+    *rest: Any,
+    scale: float,
+    gap_policy: str,
+    kernels: str,
+    keep: bool,
+    score: str | None,
+    return_dt: bool,
+) -> tuple[Tensor, ...]:
+    """Compute the mixer.
+
+    Returns:
+        The result and the projection; with `keep` the sum of both scans and the states; the score,
+        (2, batch, length), and the step size, (2, batch, length, dim), where they are wanted.  What
+        is not is empty.
+    """
+    *parameters, out_proj, skipped, skipped_dt = rest
+    mixer = _Mixer.of(tuple(parameters), kernels)
+    x, z = xz.chunk(2, dim=-1)  # (batch, length, dim)
+    u = mixer.convolved(x)  # (2, batch, length, dim)
+    projected = torch.bmm(u.flatten(1, 2), mixer.x_proj.mT).unflatten(1, x.shape[:2])
+    B, C, dt = mixer.parts(projected)  # of (2, batch, length, row)
+    y = torch.empty_like(u)
+    inputs = u, mixer.delta(dt, u), mixer.A, B, C, *mixer.channels
+    delta = torch.empty_like(u, dtype=torch.float32) if return_dt else None
+    _, kept = mixer.run.scan_forward(
+        *inputs, y, softplus=True, reverse=REVERSE, keep=keep,
+        skipped=skipped, skipped_dt=skipped_dt, gap_policy=gap_policy, dt=delta,
+    )  # fmt: skip
+    out = x.new_empty(x.shape)
+    total = x.new_empty(x.shape if keep else 0)
+    scores = kept.new_empty(u.shape[:3] if score else 0)
+    mixer.run.gate_forward(
+        *(y, z, out, total if keep else None),
+        scale=scale,
+        **dict(SCORES[score], score=scores) if score else {},
+    )
+    if out_proj is not None:
+        out = torch.matmul(out, out_proj.mT)
+    return out, projected, total, kept, scores, kept.new_empty(0) if delta is None else delta
+
+
+@_forward.register_fake
+def _forward_shapes(xz: Tensor, *rest: Any, **options: Any) -> Any:
+    (batch, length, width), rank, state = xz.shape, rest[3].shape[1], rest[5].shape[1]
+    dim, out_proj, keep = width // 2, rest[14], options["keep"]
+    single = partial(xz.new_empty, dtype=torch.float32)
+    shape = kernel_set(options["kernels"]).kept_shape(2, batch, length, dim, state)
+    return (
+        xz.new_empty(batch, length, dim if out_proj is None else out_proj.shape[0]),
+        xz.new_empty(2, batch, length, _row(rank, state)),
+        xz.new_empty((batch, length, dim) if keep else 0),
+        single(shape if keep else 0),
+        single((2, batch, length) if options["score"] else 0),
+        single((2, batch, length, dim) if options["return_dt"] else 0),
+    )
+
+
+@custom_op(
+    "fambav::bimamba_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor projected, Tensor total, Tensor kept, {_INPUTS}, Tensor? dsteps,"
+    f" {_OPTIONS}) -> Tensor[]",
+)
+def _backward(
+    grad: Tensor,
+    projected: Tensor,
+    total: Tensor,
+    kept: Tensor,
+    xz: Tensor,
+    *rest: Any,
+    scale: float,
+    gap_policy: str,
+    kernels: str,
+) -> list[Tensor]:
+    """Return the gradients of xz, each parameter of both directions, out_proj and skipped_dt.
+
+    The last two only if they are given.
+
+    Both directions are in one tensor, (2, *shape), since an operator must not return slices of one.
+    """
+    *parameters, out_proj, skipped, skipped_dt, dsteps = rest
+    mixer = _Mixer.of(tuple(parameters), kernels)
+    dxz = torch.empty_like(xz)
+    (x, z), (dx, dz) = xz.chunk(2, dim=-1), dxz.chunk(2, dim=-1)
+    dy, dout_proj = torch.empty_like(total), []
+    if out_proj is None:
+        mixer.run.gate_backward(grad, total, z, dy, dz, scale=scale)
+    else:
+        gated = torch.empty_like(total)
+        mixer.run.gate_backward(grad @ out_proj, total, z, dy, dz, gated, scale=scale)
+        dout_proj = [grad.flatten(0, 1).mT @ gated.flatten(0, 1)]
+
+    u = mixer.convolved(x)
+    B, C, dt = mixer.parts(projected)
+    du, ddelta, dprojected = torch.empty_like(u), torch.empty_like(u), torch.zeros_like(projected)
+    dB, dC, ddt = mixer.parts(dprojected)
+    inputs = u, mixer.delta(dt, u), mixer.A, B, C, *mixer.channels
+    outputs = du, ddelta, dB, dC
+    dskipped_dt = [] if skipped_dt is None else [skipped_dt.new_empty(u.shape)]
+    dA, dD, dt_bias = mixer.run.scan_backward(
+        dy.expand_as(u), None, kept, *inputs, *outputs, softplus=True, reverse=REVERSE,
+        skipped=skipped, skipped_dt=skipped_dt, gap_policy=gap_policy,
+        ddt=dsteps, dskipped_dt=next(iter(dskipped_dt), None),
+    )  # fmt: skip
+    ddelta = ddelta.flatten(1, 2)  # (2, batch length, dim)
+    ddt.copy_(torch.bmm(ddelta, mixer.dt_proj.mT))
+    dt_proj = torch.bmm(ddelta.mT, dt)
+    rows = dprojected.flatten(1, 2)
+    BC, x_proj, _ = torch.bmm(rows.mT, u.flatten(1, 2)).split(
+        (2 * mixer.state, mixer.rank, rows.shape[2] - 2 * mixer.state - mixer.rank), dim=1
+    )
+    x_proj = torch.cat((x_proj, BC), dim=1)
+    du.flatten(1, 2).baddbmm_(rows, mixer.x_proj)
+    conv = mixer.run.conv_backward(du, x, *mixer.conv, dx, silu=True, reverse=REVERSE)
+    both = (*conv, x_proj, dt_proj, dt_bias, dA, dD)
+    return [dxz, *(g.contiguous() for g in both), *dout_proj, *dskipped_dt]
+
+
+@_backward.register_fake
+def _backward_shapes(grad: Any, projected: Any, total: Any, kept: Any, *rest: Any, **_: Any) -> Any:
+    del grad, projected, total, kept
+    xz, *parameters, out_proj, _, skipped_dt, _ = rest
+    grads = [torch.empty_like(xz)]
+    for name, parameter in zip(Direction._fields, parameters, strict=False):
+        dtype = xz.dtype if name in ("x_proj", "dt_proj") else torch.float32
+        grads.append(xz.new_empty(2, *parameter.shape, dtype=dtype))
+    grads += [] if out_proj is None else [torch.empty_like(out_proj)]
+    return grads if skipped_dt is None else [*grads, skipped_dt.new_empty(skipped_dt.shape)]
+
+
+def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:4], *inputs)
+    ctx.options = {name: keyword_only_inputs[name] for name in ("scale", "gap_policy", "kernels")}
+    ctx.shape = output[0].shape
+
+
+def _gradient(ctx: Any, grad: Any, *others: Any) -> Any:
+    projected, total, kept, *inputs = ctx.saved_tensors  # read once, as checkpointing requires
+    grad = total.new_zeros(ctx.shape) if grad is None else grad
+    dxz, *grads = _backward(grad, projected, total, kept, *inputs, others[-1], **ctx.options)
+    both, given = grads[: len(Direction._fields)], iter(grads[len(Direction._fields) :])
+    each = zip((g[end] for end in (0, 1) for g in both), inputs[1:15], strict=True)
+    out_proj, skipped_dt = (None if x is None else next(given) for x in (inputs[15], inputs[17]))
+    return dxz, *(g.to(p.dtype) for g, p in each), out_proj, None, skipped_dt
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(refuse("bimamba_scan"))
