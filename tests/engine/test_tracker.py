@@ -64,9 +64,8 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr("fambav.engine.tracker.find_spec", lambda name: None)
-    found = go(
-        *RUN.split(), "--epochs", "1", "--tracker", "mlflow", "--output_dir", tmp_path / "run"
-    )
+    folder = tmp_path / "run"
+    found = go(*RUN.split(), "--epochs", "1", "--tracker", "mlflow", "--output_dir", folder)
     assert found.status == 2
     expected = "error: tracker is 'mlflow', expected an installed one; pip install mlflow"
     assert found.err.splitlines() == [expected]
