@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CANNOT_RUN = {
     "browser": lambda: None if any(map(shutil.which, BROWSERS)) else "needs Chromium",
+    "extra": lambda name: None if find_spec(name) else f"needs {name}",
     "gpu": lambda *modules: (
         next((f"needs {name}" for name in modules if find_spec(name) is None), None)
         if torch.cuda.is_available()

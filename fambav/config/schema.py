@@ -36,6 +36,7 @@ from fambav.config.setting import (
     switch,
 )
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 OPTIMIZERS = ("adamw", "adam", "nadamw", "lamb", "lion", "sgd")
 INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
@@ -451,6 +452,12 @@ class Run(Group):
     seed: int = option(0, "of every random draw", bounds=Bounds(0, 2**32 - 1))
     deterministic: bool = switch("deterministic algorithms only", affects="speed")
     log_every: int = option(10, "updates between printed lines", affects="nothing", bounds=COUNT)
+    tracker: str = option(
+        "tensorboard",
+        "where the epochs' numbers go besides the run folder, which has TensorBoard's events",
+        affects="nothing",
+        choices=TRACKERS,
+    )
     log_activations: bool = switch(
         "record the largest activation of each layer in each epoch",
         when.OURS,

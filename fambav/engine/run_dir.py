@@ -3,6 +3,7 @@
 log.txt                one JSON object per epoch, with DeiT's keys and more
 metrics.csv            the same numbers as a table
 events.*               the same for TensorBoard, and the loss of every update
+tracker.json           the name of the run at another tracker, if there is one
 *.yaml, *.json         settings, environment, and which tokens were removed
 checkpoint.pth         the state of the run, see `checkpoint`; the one before; the best
 model.safetensors      the weights alone
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 
 from fambav.engine.checkpoint import CheckpointError, naming, write_text
 from fambav.engine.events import Events
+from fambav.engine.tracker import Tracker
 from fambav.json_files import parse_object
 from fambav.short_repr import short_repr
 
@@ -111,6 +113,7 @@ class Recorder:
             the events are made to agree.  Only the time of the checkpoint's own save is not
             in it; where log.txt has it, it is filled in.
         updates: How many updates are done.
+        tracker: Gets the numbers of each epoch too.
         warn: Gets a line for what cannot be written, and for a file that said something else.
 
     Attributes:
@@ -123,9 +126,10 @@ class Recorder:
         history: Sequence[Record],
         *,
         updates: int,
+        tracker: Tracker | None = None,
         warn: Callable[[str], None],
     ) -> None:
-        self.folder, self._warn = folder, warn
+        self.folder, self._tracker, self._warn = folder, tracker, warn
         self._records = list(history)
         log = _lines(folder / _LOG)
         for record, line in zip(history, log, strict=False):
@@ -158,6 +162,8 @@ class Recorder:
         for name, value in _scalars(record).items():
             self._events.add("scalar", f"epoch/{name}", value, record["epoch"])
         self._events.flush()
+        if self._tracker is not None:
+            self._tracker.epoch(_scalars(record), record["epoch"])
 
     def updates(self, done: int, losses: Sequence[float], lr: float) -> None:
         """Add the losses of the last updates, of which `done` are made, and the learning rate."""
@@ -176,6 +182,8 @@ class Recorder:
     def close(self) -> None:
         """Finish the files."""
         self._events.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     def _add(self, record: Record) -> None:
         table = self.folder / _TABLE

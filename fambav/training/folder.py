@@ -11,6 +11,7 @@ from fambav.config import Config
 from fambav.data import DataSet
 from fambav.engine import checkpoint, run_dir
 from fambav.engine.run_dir import Recorder
+from fambav.engine.tracker import Tracker
 from fambav.engine.trainer import Trainer
 from fambav.reduction import Schedule
 
@@ -75,4 +76,6 @@ def open_folder(
     console.write(f"run folder: {folder}")
     done = trainer.progress.updates
     done = trainer.progress.epochs * trainer.updates if done is None else done
-    return Recorder(folder, trainer.progress.history, updates=done, warn=console.write)
+    tracker = Tracker(config.run.tracker, folder, config.flat(), warn=console.write)
+    history = trainer.progress.history
+    return Recorder(folder, history, updates=done, tracker=tracker, warn=console.write)

@@ -27,6 +27,7 @@ from fambav.engine.memory import PeakMemory
 from fambav.engine.precision import determinism_settings
 from fambav.engine.progress import Progress, restore
 from fambav.engine.run_dir import KEPT, weights_file
+from fambav.engine.tracker import check_tracker
 from fambav.engine.trainer import Trainer
 from fambav.models import TimmModel
 from fambav.ops import check_environment, force, set_backend
@@ -172,6 +173,7 @@ class TrainingJob:
 
     def train(self) -> None:
         """Train from the beginning, or from a checkpoint, to the last epoch."""
+        check_tracker(self.config.run.tracker)
         state = self._start()
         source = None if state is None else state.path
         warning = rate_warning(self.config, self.group)
