@@ -108,7 +108,10 @@ def test_the_mixer_is_asked_for_nothing_that_a_signal_does_not_need(signal, clip
         ("mtr", {}),
         ("utrc", {}),
         ("stm", {}),
-        *(("r-meeto", dict(metric=metric)) for metric in ("hidden", "B", "C", "delta")),
+        *(
+            ("r-meeto", dict(metric=metric, class_policy="exact"))
+            for metric in ("hidden", "B", "C", "delta")
+        ),
     ],
     ids=str,
 )
