@@ -241,9 +241,10 @@ def _reference(
     for end, d in enumerate((forward, backward)):
         reverse = bool(end)
         u, delta, B, C = scan_inputs(x, d, reverse=reverse)
-        gaps = (None if gap is None else gap[end] for gap in (skipped_dt, skipped))
         y, dt = aligned_scan(
-            *(u, delta, d.A, B, C, d.D, *gaps),
+            *(u, delta, d.A, B, C, d.D),
+            None if skipped_dt is None else skipped_dt[end],
+            None if skipped is None else skipped[end],
             gap_policy=gap_policy,
             delta_bias=d.dt_bias,
             delta_softplus=True,

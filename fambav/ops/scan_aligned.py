@@ -121,9 +121,9 @@ def _check(
     expect_beside("A", A, (dim, state), u)
     for name, weight in (("B", B), ("C", C)):
         expect_beside(name, weight, (batch, length, state), u)
-    for name, weight in channels.items():
-        if weight is not None:
-            expect_beside(name, weight, (dim,), u)
+    for name, tensor in channels.items():
+        if tensor is not None:
+            expect_beside(name, tensor, (dim,), u)
 
 
 def policy_of(

@@ -29,7 +29,7 @@ def after(tokens, method, *counts, **how):
 
 def test_importance_sums_what_is_positive_over_channels_and_directions():
     y = torch.tensor([[[[1.0, -5], [2, 3]], [[4, -6], [-7, 0.5]]]])
-    tokens = scanned(2, cls_index=(), batch=1, y=y, mixed=y[:, 0])
+    tokens = scanned(2, cls_index=(), batch=1, inner=2, y=y, mixed=y[:, 0])
     assert importance(tokens, signal="ungated").tolist() == [[5, 5.5]]
     assert importance(tokens, signal="ungated", directions="forward").tolist() == [[1, 5]]
     assert importance(tokens, signal="ungated", directions="backward").tolist() == [[4, 0.5]]
@@ -108,7 +108,10 @@ def test_the_mixer_is_asked_for_nothing_that_a_signal_does_not_need(signal, clip
         ("mtr", {}),
         ("utrc", {}),
         ("stm", {}),
-        *(("r-meeto", dict(metric=metric)) for metric in ("hidden", "B", "C", "delta")),
+        *(
+            ("r-meeto", dict(metric=metric, class_policy="exact"))
+            for metric in ("hidden", "B", "C", "delta")
+        ),
     ],
     ids=str,
 )

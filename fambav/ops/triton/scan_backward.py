@@ -300,7 +300,7 @@ def scan_backward(
     far = None if dskipped_dt is None else dskipped_dt.contiguous()
     given = *parameters, *as_floats(skipped, skipped_dt, ddt), far
     _launch(tokens, states, given, parts, reverse, form, warps or 1)
-    if dskipped_dt is not None and far is not dskipped_dt:
+    if dskipped_dt is not None and far is not None and far is not dskipped_dt:
         dskipped_dt.copy_(far)
     for output, total in zip((dB, dC), dBC.sum(dim=0).unbind(dim=-2), strict=True):
         output.copy_(total[..., : form["STATE"]])
