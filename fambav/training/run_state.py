@@ -39,7 +39,7 @@ _FIXED |= {"amp", "amp_dtype"}
 _LENGTHS = {"images_per_update", "repeated_aug"}  # which an epoch's number of updates follows from
 _TEXTS = {"class_token", "torch"}  # facts that a safetensors file holds as they are, not as JSON
 _CHANNELS = 3
-_HEADS = ("head.weight", "head.fc.weight", "fc.weight")
+_HEADS = ("head.weight", "head.fc.weight", "fc.weight", "Linear_Trend.weight")
 _LARGEST = 2**63 - 1  # of whole numbers
 _MOST = 100_000  # values of an entry at one depth
 _DESCRIPTION = {
@@ -109,8 +109,8 @@ def _is_change(value: Any) -> bool:
     )
 
 
-_is_mean = _is_list(lambda v: _is_number(v) and math.isfinite(v), length=_CHANNELS)
-_is_std = _is_list(lambda v: _is_number(v) and 0 < v < math.inf, length=_CHANNELS)
+_is_mean = _is_list(lambda v: _is_number(v) and math.isfinite(v))
+_is_std = _is_list(lambda v: _is_number(v) and 0 < v < math.inf)
 _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "config": (_is_config, "plain values by name"),
     "class_token": (_is_text, "text"),
@@ -121,8 +121,9 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "world": (_is_count(1), "a 64-bit whole number of at least 1"),
     "num_classes": (_is_count(1), "a 64-bit whole number of at least 1"),
     "class_names": (_is_list(_is_text), "names"),
-    "mean": (_is_mean, "3 finite numbers"),
-    "std": (_is_std, "3 finite numbers above 0"),
+    "mean": (_is_mean, "finite numbers"),
+    "std": (_is_std, "finite numbers above 0"),
+    "variates": (_is_list(_is_text), "names"),
     "torch": (_is_text, "text"),
     "changes": (_is_list(_is_change), "changes of settings, each with its epoch"),
 }
@@ -141,7 +142,7 @@ _CHECKS = {
     "maxima": (_is_list(_is_number), "64-bit numbers"),
 }
 _OPTIONAL = {
-    *("class_token", "grid", "schedule", "teacher", "class_names"),
+    *("class_token", "grid", "schedule", "teacher", "class_names", "variates"),
     *("model_ema", "scaler", "updates", "changes"),
 }
 
@@ -255,7 +256,15 @@ class RunState:
         return (tuple(mean), tuple(std)) if mean and std else None
 
     def _check_classes(self) -> None:
-        """Refuse names of classes, or a number of them, that are not those of the head."""
+        """Refuse classes that are not those of the head, or statistics that are not of channels."""
+        variates = self.facts.get("variates")
+        channels = _CHANNELS if variates is None else len(variates)
+        for name in ("mean", "std"):
+            if len(known := self.facts.get(name, [0] * channels)) != channels:
+                wanted = f"{channels} numbers"
+                raise CheckpointError(
+                    f"{self.path}: {name} is {short_repr(known)}, expected {wanted}"
+                )
         names = self.class_names
         counts = {
             "num_classes": self.facts.get("num_classes"),
@@ -411,7 +420,6 @@ def facts(
         world: Number of processes.
         changes: Of settings in the course of the run.
     """
-    mean, std = data.statistics(config.data.data_stats)
     return {
         "config": config.flat(),
         "class_token": config.model.class_token,
@@ -420,10 +428,7 @@ def facts(
         "images_per_update": images,
         "teacher": teacher,
         "world": world,
-        "num_classes": data.num_classes,
-        "class_names": data.class_names and list(data.class_names),
-        "mean": list(mean),
-        "std": list(std),
+        **data.facts(config.data.data_stats),
         "torch": str(torch.__version__),
         **({"changes": list(changes)} if changes else {}),
     }
