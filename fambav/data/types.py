@@ -12,9 +12,9 @@ from PIL import Image
 
 from fambav.timm_compat import timm
 
-Triple = tuple[float, float, float]
-IMAGENET_MEAN: Triple = timm.data.IMAGENET_DEFAULT_MEAN
-IMAGENET_STD: Triple = timm.data.IMAGENET_DEFAULT_STD
+Channels = tuple[float, ...]  # a number for each
+IMAGENET_MEAN: Channels = timm.data.IMAGENET_DEFAULT_MEAN
+IMAGENET_STD: Channels = timm.data.IMAGENET_DEFAULT_STD
 
 
 class DataError(ValueError):
@@ -49,7 +49,7 @@ class ArraySet:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]), int(self.labels[index])
 
-    def statistics(self) -> tuple[Triple, Triple]:
+    def statistics(self) -> tuple[Channels, Channels]:
         """Return mean and standard deviation of each channel, for pixels in [0, 1]."""
         levels = np.arange(256) / 255
         means, deviations = [], []
@@ -98,8 +98,8 @@ class DataSet:
     choice: Any = None
     num_classes: int
     class_names: tuple[str, ...] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
     notes: tuple[str, ...] = ()
     digest: str | None = None
 
@@ -143,7 +143,7 @@ class DataSet:
             "std": list(std),
         }
 
-    def statistics(self, which: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def statistics(self, which: str) -> tuple[Channels, Channels]:
         """Return the mean and standard deviation to normalise with.
 
         Args:

@@ -26,6 +26,7 @@ from fambav.export.description import describe, facts
 from fambav.registry import nearest
 from fambav.training import batches
 from fambav.training.inference import LoadedRun, load_run
+from fambav.training.network import layout
 from fambav.training.run_state import as_strings
 
 Run = Callable[[Tensor], Tensor]
@@ -214,7 +215,7 @@ def _kept(place: Path) -> Iterator[Path]:
 def _held_out(run: LoadedRun, images: int) -> Tensor:
     """Return the first held-out images, (at most images, channels, height, width)."""
     with processes("cpu") as group:
-        data = batches.data_set(run.config, group, input_size=run.input_size[1:])
+        data = batches.data_set(run.config, group, input_size=layout(run.config).input_size)
     number = min(images, len(data.val))
     return torch.stack([run.transform(data.val[n][0]) for n in range(number)])
 

@@ -171,7 +171,7 @@ class Layer(nn.Module):
             return torch.zeros_like(x)
         forward, backward = self.variate_mixers
         rows = rearrange(x, "b m t d -> (b t) m d")
-        mixed = forward(rows) + backward(rows.flip(1)).flip(1)
+        mixed: Tensor = forward(rows) + backward(rows.flip(1)).flip(1)
         return rearrange(mixed, "(b t) m d -> b m t d", t=x.shape[2])
 
 
