@@ -91,9 +91,11 @@ MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in 
 
 def models_of(task: str) -> tuple[str, ...]:
     """Return the models of `MODELS` that can learn a task."""
-    return tuple(
-        name for known in FAMILIES.values() if task in known.tasks for name in known.models
-    )
+    able = (known for known in FAMILIES.values() if task in known.tasks)
+    return tuple(name for known in able for name in known.models)
+
+
+CLASSIFIERS: tuple[str, ...] = models_of("classification")
 
 
 def family_of(model: str) -> Family:

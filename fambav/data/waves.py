@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fambav.data.series import Series, SeriesSet, in_windows, parts
+from fambav.data.series import Series, SeriesSet, in_windows
 from fambav.data.synthetic import CounterRNG
 
 Ints = NDArray[np.int64]
 
 LAG = 48  # rows from offshore to the reef
-_ROWS, _SMOOTH = 12_000, 8  # random numbers that a row is the sum of
+_ENDS = (24_000, 25_200, 27_600)  # where training, validation and test rows end
+_SMOOTH = 8  # random numbers that a row is the sum of
 
 
 class Wave(NamedTuple):
@@ -41,15 +42,15 @@ def waves(*, lookback: int, horizon: int) -> SeriesSet:
     Raises:
         DataError: If a part of the rows has no window.
     """
-    drawn = CounterRNG("waves", np.arange(_ROWS + LAG + _SMOOTH)).triangular(4).astype(np.int64)
+    drawn = CounterRNG("waves", np.arange(_ENDS[-1] + LAG + _SMOOTH)).triangular(4).astype(np.int64)
     sums = drawn.cumsum(axis=0)
     smooth = sums[_SMOOTH:] - sums[:-_SMOOTH]  # (rows + LAG, 4)
     columns = [
-        smooth[LAG - wave.delay :][:_ROWS, wave.source] + wave.noise * drawn[:_ROWS, 2]
+        smooth[LAG - wave.delay :][: _ENDS[-1], wave.source] + wave.noise * drawn[: _ENDS[-1], 2]
         for wave in WAVES.values()
     ]
     series = Series("WAVES", tuple(WAVES), np.stack(columns, axis=1).astype(np.float64))
-    return in_windows("WAVES", series, parts(_ROWS), lookback=lookback, horizon=horizon)
+    return in_windows("WAVES", series, _ENDS, lookback=lookback, horizon=horizon)
 
 
 def waves_floor(lookback: int, horizon: int, *, together: bool) -> float:
