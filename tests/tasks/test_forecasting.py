@@ -124,7 +124,7 @@ def test_tables_and_reports_have_its_columns(finished, tmp_path, capsys):
     assert "Accuracy by class" not in page and "not measured" not in page
 
 
-@pytest.mark.parametrize("kind", ["hf", "torch", "onnx"])
+@pytest.mark.parametrize("kind", ["hf", "onnx"])
 def test_an_export_agrees_and_says_what_it_reads(finished, kind, tmp_path, capsys):
     folder, *_ = finished
     target = tmp_path / "exported"
