@@ -114,8 +114,8 @@ def measure(model: str, *, batch: int, rounds: int, only: str = "") -> Report:
 def _net(model: str, case: Case | None) -> nn.Module:
     torch.manual_seed(0)
     alignable = "param_order" in family_of(model).arguments
-    form = dict(param_order="permuted") if alignable else dict(class_token="none")
-    net = cast(nn.Module, timm.create_model(model, num_classes=10, **form)).train()
+    form: dict[str, Any] = {"param_order": "permuted"} if alignable else {"class_token": "none"}
+    net: nn.Module = timm.create_model(model, num_classes=10, **form).train()
     return net if case is None else reduce(net, case.method, case.schedule, **case.options)
 
 

@@ -35,12 +35,19 @@ class Family(NamedTuple):
         models: Their names.
         arguments: Settings that shape the model, and the arguments of its constructor that they
             become.  A setting that another family has and this one lacks is refused.
-        reducible: Whether their tokens can be fused, merged and dropped.
+        tasks: What they can learn, modules of `fambav.tasks`.
+        layers: Whether they are stacks of layers over an image, which are computed again to save
+            memory, looked into and counted.
+        reducible: Whether the tokens of these layers can be fused, merged and dropped.
+        scan: Whether they scan sequences by our operator.
     """
 
     models: tuple[str, ...]
     arguments: dict[str, str]
+    tasks: tuple[str, ...] = ("classification",)
+    layers: bool = True
     reducible: bool = True
+    scan: bool = True
 
 
 _ANY = {"input_size": "img_size", "drop_path": "drop_path_rate"}
@@ -81,9 +88,39 @@ FAMILIES: dict[str, Family] = {
         arguments={**_ANY, "drop": "drop_rate"},
         reducible=False,
     ),
-    "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}, reducible=False),
+    "tsm2": Family(
+        models=("tsm2",),
+        arguments={"lookback": "lookback", "drop": "drop_rate"},
+        tasks=("forecasting",),
+        layers=False,
+        reducible=False,
+    ),
+    "dlinear": Family(
+        models=("dlinear",),
+        arguments={"lookback": "lookback"},
+        tasks=("forecasting",),
+        layers=False,
+        reducible=False,
+        scan=False,
+    ),
+    "timm": Family(
+        models=(),
+        arguments={**_ANY, "drop": "drop_rate"},
+        layers=False,
+        reducible=False,
+        scan=False,
+    ),
 }
 MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in known.models)
+
+
+def models_of(task: str) -> tuple[str, ...]:
+    """Return the models of `MODELS` that can learn a task."""
+    able = (known for known in FAMILIES.values() if task in known.tasks)
+    return tuple(name for known in able for name in known.models)
+
+
+CLASSIFIERS: tuple[str, ...] = models_of("classification")
 
 
 def family_of(model: str) -> Family:
@@ -122,10 +159,13 @@ SCHEDULE_FORM = (
     r"|\d+:\d+(,\d+:\d+)*"
 )
 DEVICE_FORM = r"cpu|cuda(:\d{1,3})?"
-DATA_SETS: dict[str, str] = dict.fromkeys(  # with their tasks, modules of `fambav.tasks`
-    ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10", "IMNET", "FOLDER", "INAT", "INAT19", "FAKE"),
-    "classification",
-)
+DATA_SETS: dict[str, str] = {  # with their tasks, modules of `fambav.tasks`
+    **dict.fromkeys(
+        ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10", "IMNET", "FOLDER", "INAT", "INAT19", "FAKE"),
+        "classification",
+    ),
+    **dict.fromkeys(("WAVES", "ETTh1", "ETTh2", "ETTm1", "ETTm2", "CSV"), "forecasting"),
+}
 CLASS_TOKENS: tuple[str, ...] = ("middle", "head", "double", "none")
 BIMAMBA: tuple[str, ...] = ("v2", "v1", "none")
 PARAM_ORDERS: tuple[str, ...] = ("raster", "permuted")

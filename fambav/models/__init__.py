@@ -1,11 +1,14 @@
-"""Backbones.  Importing this package registers them with timm."""
+"""Backbones and forecasters.  Importing this package registers them with timm."""
 
 from importlib.util import find_spec
 
 from fambav.models.backbone import Backbone, Trace
+from fambav.models.forecaster import DLinear, Forecaster
 from fambav.models.hierarchical import Hierarchical
+from fambav.models.model import Model
 from fambav.models.plainmamba import PlainMamba
 from fambav.models.timm_model import TimmModel
+from fambav.models.tsm2 import TSM2
 from fambav.models.vim import Vim
 from fambav.models.vmamba import VMamba
 from fambav.models.weights import (
@@ -17,8 +20,12 @@ from fambav.models.weights import (
 )
 
 __all__ = [
+    "TSM2",
     "Backbone",
+    "DLinear",
+    "Forecaster",
     "Hierarchical",
+    "Model",
     "PlainMamba",
     "TimmModel",
     "Trace",

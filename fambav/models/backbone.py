@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, cast, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from einops import rearrange
@@ -47,11 +47,8 @@ class Backbone(Isotropic):
     Attributes:
         patch_embed: Has `in_chans`, the channels of an image.
         layers: They map tokens and `Hooks` to tokens, and have `grad_checkpointing`.
-        draws_whole_update: Whether a forward pass draws random numbers for all batches of an
-            update and keeps its share, so that all batches start from one seed.
     """
 
-    draws_whole_update: ClassVar[bool] = True
     patch_embed: Any
     drop_path: DropPath
     head: nn.Module

@@ -149,11 +149,18 @@ def _entry_point(
             made["num_classes"] = ours.num_classes
         return net if dtype is None else net.to(dtype)
 
+    return named(
+        build, name, model, f"{dict(config)} and the other arguments of `{model.__name__}`"
+    )
+
+
+def named(
+    build: Callable[..., nn.Module], name: str, model: type[nn.Module], arguments: str
+) -> Callable[..., nn.Module]:
+    """Let timm find a function under the name of what it builds, in the module of its class."""
     build.__name__ = build.__qualname__ = name
     build.__module__ = model.__module__
-    build.__doc__ = (
-        f"Build {model.__name__} with {dict(config)} and the other arguments of `{model.__name__}`."
-    )
+    build.__doc__ = f"Build {model.__name__} with {arguments}."
     return build
 
 

@@ -40,14 +40,12 @@ class Hierarchical(TimmModel):
         patch_embed: Maps images, (batch, height, width, in_chans), to the first map.
         layers: The stages.
         output_fmt: Layout of what `forward_features` returns, for timm.
-        draws_whole_update: See `Backbone`.
     """
 
     first_conv = "patch_embed.0"
     feature_count = 4
     family: ClassVar[str]
     directions: ClassVar[int] = 1
-    draws_whole_update: ClassVar[bool] = True
     output_fmt = "NHWC"
     dynamic_img_size = True
     dims: tuple[int, ...]

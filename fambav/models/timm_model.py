@@ -15,45 +15,39 @@ from torch import Tensor, nn
 from fambav.arguments import refusal, whole
 from fambav.layers import BackboneInfo
 from fambav.models.flops import HierarchicalCost, ModelCost
+from fambav.models.model import Model
 from fambav.models.weights import adapt, official, published_class_token
 from fambav.registry import FAMILIES
 
 
-class TimmModel(nn.Module):
+class TimmModel(Model):
     """A classifier as timm knows one.
 
     Attributes:
         img_size: Height and width of an image, in pixels.
         in_chans: Channels of an image.
-        num_classes: Length of the output; 0 for none.
         num_features: Width of what the head reads.
         global_pool: What the head reads, see `reset_classifier`.
         class_token: Where its class tokens are, see `Vim`; "none" without.
         cls_index: Their indices in the sequence that the model starts with.
-        undecayed: Last names of the parameters that weight decay would pull away from what they
-            mean.
-        classifier_name, first_conv, final_norm: Names of the modules that give the output, read the
-            image and normalise what the last layer gives.
+        first_conv, final_norm: Names of the modules that read the image and normalise what the last
+            layer gives.
         dynamic_img_size: Whether images of other sizes are taken too; `img_size` is the one that
             FLOPs are counted for, and position embeddings learnt.
         feature_count: How many of its last feature maps `features_only` returns by default.
         feature_info: Channels and stride of each feature map, in timm's words.
     """
 
-    undecayed: ClassVar[tuple[str, ...]] = ()
-    classifier_name: ClassVar[str] = "head"
     first_conv: ClassVar[str] = "patch_embed.proj"
     final_norm: ClassVar[str] = "norm"
     dynamic_img_size: bool = False
     feature_count: ClassVar[int] = 3
     img_size: tuple[int, int]
     in_chans: int
-    num_classes: int
     num_features: int
     global_pool: str
     class_token: str = "none"
     cls_index: tuple[int, ...] = ()
-    pretrained_cfg: dict[str, Any]
     feature_info: list[dict[str, Any]]
 
     @property
@@ -140,15 +134,6 @@ class TimmModel(nn.Module):
             nn.init.zeros_(head.bias)
         return head.to(like).train(self.training)
 
-    @property
-    def classifier_names(self) -> tuple[str, ...]:
-        """Names of all modules that have an output for each class."""
-        return (self.classifier_name,)
-
-    def get_classifier(self) -> nn.Module:
-        """Return the head's linear map."""
-        return self.get_submodule(self.classifier_name)
-
     def pick(
         self,
         payload: Mapping[str, Any],
@@ -223,12 +208,6 @@ class TimmModel(nn.Module):
         if "class_token" in FAMILIES[self.info.family].arguments:
             place = class_token or published_class_token(payload)
         return adapt(weights, self, class_token=place, grid=grid, head=head)
-
-    def no_weight_decay(self) -> set[str]:
-        """Name the parameters that weight decay would pull away from what they mean."""
-        return {
-            name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in self.undecayed
-        }
 
 
 def pool_patches(patches: Tensor, mean: Tensor, pooling: str) -> Tensor:

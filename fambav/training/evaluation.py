@@ -21,6 +21,7 @@ from fambav.training.step import precision
 # What may differ from the settings of a run that is evaluated.
 ALLOWED = (OPEN | FREE | {"data_set", "inat_category", "batch_size", "on_bad_image"}) - {
     "num_classes",
+    "horizon",
     "drop",
     "drop_path",
     "grad_checkpointing",
@@ -106,9 +107,10 @@ def evaluate_run(run: LoadedRun, *, by_class: bool = False, by_sample: bool = Fa
         ValueError: If the data has another number of classes.
     """
     config = run.config.replace(
-        resume="", finetune="", eval=False, output_dir=None, num_classes=run.num_classes
+        resume="", finetune="", eval=False, output_dir=None, **{run.task.output: run.num_classes}
     )
-    task, size = task_of(config.data.data_set), run.input_size[1:]
+    task = task_of(config.data.data_set)
+    height, width = run.input_size[-2:]
     with process_settings(config), processes(config.run.device) as group:
         meter = (task.class_meter if by_class or by_sample else task.meter)(
             run.num_classes, group.device
@@ -116,12 +118,12 @@ def evaluate_run(run: LoadedRun, *, by_class: bool = False, by_sample: bool = Fa
         if meter is None:
             name = config.data.data_set
             raise NoClassesError(f"data_set is {name!r}, expected one whose task has classes")
-        opened = batches.data_set(config, group, input_size=size)
+        opened = batches.data_set(config, group, input_size=(height, width))
         loader = batches.eval_batches(
             config,
             opened,
             group,
-            input_size=size,
+            input_size=(height, width),
             statistics=run.state.statistics_for(config, opened),
         )
         known: list[dict[str, Any]] = []
