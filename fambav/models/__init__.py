@@ -8,6 +8,7 @@ from fambav.models.plainmamba import PlainMamba
 from fambav.models.timm_model import TimmModel
 from fambav.models.vim import Vim
 from fambav.models.vmamba import VMamba
+from fambav.models.vssd import VSSD
 from fambav.models.weights import (
     adapt,
     check_class_token,
@@ -17,6 +18,7 @@ from fambav.models.weights import (
 )
 
 __all__ = [
+    "VSSD",
     "Backbone",
     "Hierarchical",
     "PlainMamba",

@@ -36,6 +36,7 @@ class Hierarchical(TimmModel):
         depths: Blocks in each stage.
         family: A key of `fambav.registry.FAMILIES`.
         directions: In how many directions a mixer scans.
+        mean_counts: Whether papers count the operations of the mean over cells.
         patch_embed: Maps images, (batch, height, width, in_chans), to the first map.
         layers: The stages.
         output_fmt: How timm is told that `forward_features` returns maps of cells.
@@ -46,6 +47,7 @@ class Hierarchical(TimmModel):
     feature_count = 4
     family: ClassVar[str]
     directions: ClassVar[int] = 1
+    mean_counts: ClassVar[bool] = True
     draws_whole_update: ClassVar[bool] = True
     output_fmt = "NHWC"
     dims: tuple[int, ...]
@@ -258,7 +260,8 @@ class Hierarchical(TimmModel):
         grids = [stage.grid for stage in self.info.stages]
         rates = zip(self.stages, grids, strict=True)
         leading = [FREE, *(self.leading_cost(n, grid) for n, grid in enumerate(grids[:-1]))]
-        cells, width = math.prod(grids[-1]), self.num_features
+        width = self.num_features
+        mean = math.prod(grids[-1]) * width * self.mean_counts
         return HierarchicalCost(
             patches=map_cost(self.patch_embed, self.img_size),
             leading=tuple(leading),
@@ -268,7 +271,7 @@ class Hierarchical(TimmModel):
             head=total(
                 Cost.of_products(width * self.num_classes),
                 map_cost(self.get_submodule(self.final_norm), grids[-1]),
-                Cost(literature=cells * width),  # the mean over cells
+                Cost(mean, mean),
             ),
         )
 

@@ -5,6 +5,7 @@ from fambav.ops.bimamba import Direction, bimamba_scan
 from fambav.ops.causal_conv1d import causal_conv1d
 from fambav.ops.dispatch import BackendError, backends, check_environment, force, set_backend
 from fambav.ops.match import Selection, match
+from fambav.ops.nc_ssd import nc_ssd
 from fambav.ops.pool import pool
 from fambav.ops.selective_scan import selective_scan
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_environment",
     "force",
     "match",
+    "nc_ssd",
     "pool",
     "selective_scan",
     "set_backend",
