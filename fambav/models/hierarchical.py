@@ -37,7 +37,6 @@ class Hierarchical(TimmModel):
         depths: Blocks in each stage.
         family: A key of `fambav.registry.FAMILIES`.
         directions: In how many directions a mixer scans.
-        mean_counts: Whether papers count the operations of the mean over cells.
         patch_embed: Maps images, (batch, height, width, in_chans), to the first map.
         layers: The stages.
         output_fmt: How timm is told that `forward_features` returns maps of cells.
@@ -48,7 +47,6 @@ class Hierarchical(TimmModel):
     feature_count = 4
     family: ClassVar[str]
     directions: ClassVar[int] = 1
-    mean_counts: ClassVar[bool] = True
     draws_whole_update: ClassVar[bool] = True
     output_fmt = "NHWC"
     dims: tuple[int, ...]
@@ -263,19 +261,22 @@ class Hierarchical(TimmModel):
         grids = [stage.grid for stage in self.info.stages]
         rates = zip(self.stages, grids, strict=True)
         leading = [FREE, *(self.leading_cost(n, grid) for n, grid in enumerate(grids[:-1]))]
-        width = self.num_features
-        mean = math.prod(grids[-1]) * width * self.mean_counts
         return HierarchicalCost(
             patches=map_cost(self.patch_embed, self.img_size),
             leading=tuple(leading),
             blocks=tuple(
                 tuple(self.block_cost(block, grid) for block in blocks) for blocks, grid in rates
             ),
-            head=total(
-                Cost.of_products(width * self.num_classes),
-                map_cost(self.get_submodule(self.final_norm), grids[-1]),
-                Cost(mean, mean),
-            ),
+            head=self.head_cost(grids[-1]),
+        )
+
+    def head_cost(self, grid: tuple[int, int]) -> Cost:
+        """Return the cost of what follows the last stage, whose map is `grid`."""
+        mean = math.prod(grid) * self.num_features
+        return total(
+            Cost.of_products(self.num_features * self.num_classes),
+            map_cost(self.get_submodule(self.final_norm), grid),
+            Cost(mean, mean),
         )
 
     @abstractmethod

@@ -166,7 +166,6 @@ class VSSD(Hierarchical):
     """
 
     family = "vssd"
-    mean_counts = False
     undecayed = ("A_log", "D", "dt_bias")
     first_conv = "patch_embed.conv1.conv"
 
@@ -227,6 +226,11 @@ class VSSD(Hierarchical):
         else:
             mixed = Cost.of_products(2 * cells**2 * mixer.to_out.in_features)
         return total(map_cost(block, grid), mixed)
+
+    def head_cost(self, grid: tuple[int, int]) -> Cost:
+        """Return the cost of norm and classifier; the authors' counter passes over the mean."""
+        classified = Cost.of_products(self.num_features * self.num_classes)
+        return total(map_cost(self.norm, grid), classified)
 
     def renamed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights, which have their names already.
