@@ -10,8 +10,8 @@ multiply-adds     products and convolutions of all directions, and nothing else:
 
 Norms, activations, sums of streams and position embeddings count nowhere, nor do biases; but the
 first two conventions add, in hierarchical models, 5 for each number that is normalised over its
-token, 2 over the batch, and 1 for each that is pooled (VMamba), as their counters do.  In literature,
-VSSD's counts one head where several share a factor of a product; the other two count all.
+token, 2 over the batch, and 1 for each that is pooled (VMamba), as their counters do.  VSSD's
+counts, in literature, one head where several share a factor of a product; the other two count all.
 
 A reduction adds, where L tokens of width D come in and r of them are removed:
 
