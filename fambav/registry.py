@@ -88,6 +88,12 @@ FAMILIES: dict[str, Family] = {
         arguments={**_ANY, "drop": "drop_rate"},
         reducible=False,
     ),
+    "vssd": Family(
+        models=tuple(f"vssd_{size}" for size in ("nano", "micro", "tiny", "small", "base")),
+        arguments={**_ANY, "drop": "drop_rate"},
+        reducible=False,
+        scan=False,
+    ),
     "tsm2": Family(
         models=("tsm2",),
         arguments={"lookback": "lookback", "drop": "drop_rate"},

@@ -158,3 +158,11 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
         [rate * (start + block) / last for block in range(depth)]
         for start, depth in zip(starts, depths, strict=True)
     ]
+
+
+def trunc_normal_linear(module: nn.Module) -> None:
+    """Draw a linear map as the published training of these models does; for `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

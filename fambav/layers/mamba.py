@@ -373,10 +373,15 @@ def init_A_log(inner: int, state: int) -> nn.Parameter:
 
 
 def init_dt_proj(rank: int, inner: int) -> nn.Linear:
-    """Map to steps that start, after softplus, evenly spread in log from DT_MIN to DT_MAX."""
+    """Map to steps that start at `init_dt_bias`."""
     linear = nn.Linear(rank, inner)
     nn.init.uniform_(linear.weight, -(rank**-0.5), rank**-0.5)
     with torch.no_grad():
-        dt = torch.empty(inner).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
-        linear.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
+        linear.bias.copy_(init_dt_bias(inner))
     return linear
+
+
+def init_dt_bias(number: int) -> Tensor:
+    """Return biases whose softplus is spread evenly in log from DT_MIN to DT_MAX, (number,)."""
+    dt = torch.empty(number).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
+    return dt + torch.log(-torch.expm1(-dt))  # softplus of this is dt

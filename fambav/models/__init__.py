@@ -11,6 +11,7 @@ from fambav.models.timm_model import TimmModel
 from fambav.models.tsm2 import TSM2
 from fambav.models.vim import Vim
 from fambav.models.vmamba import VMamba
+from fambav.models.vssd import VSSD
 from fambav.models.weights import (
     adapt,
     check_class_token,
@@ -21,6 +22,7 @@ from fambav.models.weights import (
 
 __all__ = [
     "TSM2",
+    "VSSD",
     "Backbone",
     "DLinear",
     "Forecaster",

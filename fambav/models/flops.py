@@ -8,9 +8,10 @@ literature        what papers print.  A scan adds 9 * length * inner * state, an
 all-directions    the same terms for every direction that is computed.
 multiply-adds     products and convolutions of all directions, and nothing else: no scan.
 
-Norms, activations, sums of streams and position embeddings count nowhere, nor do biases; but in
-literature, those of hierarchical models add 5 for each number that is normalised, and 1 for each
-that is pooled, as their counter does.
+Norms, activations, sums of streams and position embeddings count nowhere, nor do biases; but the
+first two conventions add, in hierarchical models, 5 for each number that is normalised over its
+token, 2 over the batch, and 1 for each that is pooled (VMamba), as their counters do.  VSSD's
+counts, in literature, one head where several share a factor of a product; the other two count all.
 
 A reduction adds, where L tokens of width D come in and r of them are removed:
 
@@ -51,7 +52,7 @@ CONVENTIONS: dict[str, str] = {
     "multiply-adds": "multiply-adds of products and convolutions, no scan terms",
 }
 SCAN = 9  # for each number of state and token, as papers count
-NORM = 5  # for each number that is normalised, as papers of hierarchical models count
+NORM, BATCH_NORM = 5, 2  # for each number normalised, as papers of hierarchical models count
 
 
 class Cost(NamedTuple):
@@ -189,6 +190,22 @@ def ss2d_cost(mixer: SS2D, grid: tuple[int, int]) -> Cost:
     return total(map_cost(mixer, grid), Cost.of_products(length * own), Cost(scanned, scanned))
 
 
+def nc_ssd_cost(length: int, inner: int, state: int, heads: int) -> Cost:
+    """Return the cost of summing tokens into a state that is not causal, and of reading it.
+
+    Papers count the products of one head, since their counter takes those of several, which share B
+    and C, for one.
+
+    Args:
+        length: Tokens.
+        inner: Width of all heads together.
+        state: Width of the state of a head.
+        heads: How many there are.
+    """
+    products = 2 * length * inner * state
+    return Cost(products // heads, products, products)
+
+
 def map_cost(module: nn.Module, grid: tuple[int, int]) -> Cost:
     """Add up the linear maps, convolutions and norms of a module over the cells of a map.
 
@@ -207,7 +224,9 @@ def map_cost(module: nn.Module, grid: tuple[int, int]) -> Cost:
             products += math.prod(grid) * part.weight.numel()
         elif isinstance(part, nn.LayerNorm):
             norms += NORM * math.prod(grid) * part.weight.numel()
-    return Cost(products + norms, products, products)
+        elif isinstance(part, nn.BatchNorm2d):
+            norms += BATCH_NORM * math.prod(grid) * part.num_features
+    return Cost(products + norms, products + norms, products)
 
 
 def stem_cost(stem: nn.Module, size: tuple[int, int]) -> Cost:

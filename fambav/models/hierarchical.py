@@ -262,18 +262,22 @@ class Hierarchical(TimmModel):
         grids = [stage.grid for stage in self.info.stages]
         rates = zip(self.stages, grids, strict=True)
         leading = [FREE, *(self.leading_cost(n, grid) for n, grid in enumerate(grids[:-1]))]
-        cells, width = math.prod(grids[-1]), self.num_features
         return HierarchicalCost(
             patches=map_cost(self.patch_embed, self.img_size),
             leading=tuple(leading),
             blocks=tuple(
                 tuple(self.block_cost(block, grid) for block in blocks) for blocks, grid in rates
             ),
-            head=total(
-                Cost.of_products(width * self.num_classes),
-                map_cost(self.get_submodule(self.final_norm), grids[-1]),
-                Cost(literature=cells * width),  # the mean over cells
-            ),
+            head=self.head_cost(grids[-1]),
+        )
+
+    def head_cost(self, grid: tuple[int, int]) -> Cost:
+        """Return the cost of what follows the last stage, whose map is `grid`."""
+        mean = math.prod(grid) * self.num_features
+        return total(
+            Cost.of_products(self.num_features * self.num_classes),
+            map_cost(self.get_submodule(self.final_norm), grid),
+            Cost(mean, mean),
         )
 
     @abstractmethod

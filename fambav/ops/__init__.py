@@ -13,6 +13,7 @@ from fambav.ops.dispatch import (
 )
 from fambav.ops.fused_bimamba import Direction
 from fambav.ops.match import Selection, match
+from fambav.ops.nc_ssd import nc_ssd
 from fambav.ops.pool import pool
 from fambav.ops.selective_scan import selective_scan
 
@@ -28,6 +29,7 @@ __all__ = [
     "composed",
     "force",
     "match",
+    "nc_ssd",
     "pool",
     "selective_scan",
     "set_backend",

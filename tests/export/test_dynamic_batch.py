@@ -18,14 +18,14 @@ from tests.export.made import weights
 from tests.trust.refusals import call, refused
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ("vim_micro", "plainmamba_micro", "vmamba_nano")
+MODELS = ("vim_micro", "plainmamba_micro", "vmamba_nano", "vssd_nano")
 BATCH = ({0: Dim("batch", min=1)},)
-OFTEN = [("vim_micro", "ordered"), ("plainmamba_micro", "none"), ("vmamba_nano", "none")]
-SIZE = {"vmamba_nano": dict(img_size=32)}
+OFTEN = [("vim_micro", "ordered"), *((name, "none") for name in MODELS[1:])]
+SIZE = {name: dict(img_size=32) for name in MODELS[2:]}
 SMALL = dict(img_size=16, depth=2)
 PAIRS = [
     *((name, method) for name in MODELS[:2] for method in ("none", *METHODS)),
-    ("vmamba_nano", "none"),
+    *((name, "none") for name in MODELS[2:]),
 ]
 
 

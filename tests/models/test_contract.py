@@ -8,15 +8,14 @@ import pytest
 import torch
 
 import fambav.models  # noqa: F401  registers the models
-from fambav.models import plainmamba, vim, vmamba
+from fambav.models import plainmamba, vim, vmamba, vssd
 from fambav.reduction import reduce
 from fambav.registry import BIMAMBA, CLASS_TOKENS, CLASSIFIERS, FUSION_METHODS, family_of
 from fambav.timm_compat import timm
 
 STAGED = [name for name in CLASSIFIERS if not family_of(name).reducible]
-ROWS = [
-    name for name in CLASSIFIERS if name not in STAGED and "patch16" not in name
-]  # others mean them
+# Names with patch16 mean the same models as others.
+ROWS = [name for name in CLASSIFIERS if name not in STAGED and "patch16" not in name]
 FEWER = [name for name in CLASSIFIERS if name not in STAGED or "tiny" in name or "nano" in name]
 SIZES = [*ROWS, *(name for name in STAGED if "nano" in name)]
 SMALL = dict(depth=2, img_size=64, patch_size=16, num_classes=7)
@@ -33,7 +32,7 @@ def build(name="vim_micro", **arguments):
 def test_the_list_of_names_is_what_is_registered():
     registered = set(timm.list_models("vim_*", module="vim"))
     assert set(vim.VARIANTS) == registered
-    for module in (plainmamba, vmamba):
+    for module in (plainmamba, vmamba, vssd):
         own = set(timm.list_models(module=module.__name__.split(".")[-1]))
         assert set(module.VARIANTS) == own
         registered |= own

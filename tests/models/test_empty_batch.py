@@ -36,8 +36,9 @@ def test_no_images_give_no_rows_and_gradients_of_zero(name, method):
     assert [found.shape for found in maps] == 2 * [(0, 64, *net.grid)]
 
 
-def test_no_images_give_no_maps_of_stages():
-    net = timm.create_model("vmamba_nano", num_classes=10)
+@pytest.mark.parametrize("name", ["vmamba_nano", "vssd_nano"])
+def test_no_images_give_no_maps_of_stages(name):
+    net = timm.create_model(name, num_classes=10)
     logits = net(NONE)
     assert logits.shape == (0, 10)
     logits.sum().backward()
