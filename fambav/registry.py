@@ -77,6 +77,11 @@ FAMILIES: dict[str, Family] = {
         arguments={**_ANY, "drop": "drop_rate"},
         reducible=False,
     ),
+    "groupmamba": Family(
+        models=tuple(f"groupmamba_{size}" for size in ("nano", "tiny", "small", "base")),
+        arguments={**_ANY, "drop": "drop_rate"},
+        reducible=False,
+    ),
     "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}, reducible=False),
 }
 MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in known.models)

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 from fambav.models.backbone import Backbone, Trace
+from fambav.models.groupmamba import GroupMamba
 from fambav.models.hierarchical import Hierarchical
 from fambav.models.plainmamba import PlainMamba
 from fambav.models.timm_model import TimmModel
@@ -18,6 +19,7 @@ from fambav.models.weights import (
 
 __all__ = [
     "Backbone",
+    "GroupMamba",
     "Hierarchical",
     "PlainMamba",
     "TimmModel",

@@ -9,8 +9,8 @@ all-directions    the same terms for every direction that is computed.
 multiply-adds     products and convolutions of all directions, and nothing else: no scan.
 
 Norms, activations, sums of streams and position embeddings count nowhere, nor do biases; but in
-literature, those of hierarchical models add 5 for each number that is normalised, and 1 for each
-that is pooled, as their counter does.
+literature, those of hierarchical models add 5 for each number that is normalised over its token, 2
+over the batch, and, of VMamba, 1 for each that is pooled, as their counter does.
 
 A reduction adds, where L tokens of width D come in and r of them are removed:
 
@@ -39,6 +39,7 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
+from fambav.layers.group_mamba import GroupMamba
 from fambav.layers.hierarchy import PatchMerging
 from fambav.layers.mamba import Mamba
 from fambav.layers.mamba2d import DIRECTIONS, Mamba2D
@@ -51,7 +52,7 @@ CONVENTIONS: dict[str, str] = {
     "multiply-adds": "multiply-adds of products and convolutions, no scan terms",
 }
 SCAN = 9  # for each number of state and token, as papers count
-NORM = 5  # for each number that is normalised, as papers of hierarchical models count
+NORM, BATCH_NORM = 5, 2  # for each number normalised, as papers of hierarchical models count
 
 
 class Cost(NamedTuple):
@@ -189,6 +190,20 @@ def ss2d_cost(mixer: SS2D, grid: tuple[int, int]) -> Cost:
     return total(map_cost(mixer, grid), Cost.of_products(length * own), Cost(scanned, scanned))
 
 
+def group_mamba_cost(mixer: GroupMamba, grid: tuple[int, int]) -> Cost:
+    """Return the cost of a mixer of GroupMamba, whose norm runs twice and whose affinity once.
+
+    Products of cells with each other's numbers, three for each number, count nowhere.
+
+    Args:
+        mixer: Weights may be on the meta device.
+        grid: Height and width of the map.
+    """
+    affinity = (map_cost(part, (1, 1)) for part in (mixer.fc1, mixer.fc2))
+    rest = (map_cost(part, grid) for part in (mixer.norm, mixer.norm, mixer.proj))
+    return total(*affinity, *rest, *(ss2d_cost(each, grid) for each in mixer.mixers))
+
+
 def map_cost(module: nn.Module, grid: tuple[int, int]) -> Cost:
     """Add up the linear maps, convolutions and norms of a module over the cells of a map.
 
@@ -207,6 +222,8 @@ def map_cost(module: nn.Module, grid: tuple[int, int]) -> Cost:
             products += math.prod(grid) * part.weight.numel()
         elif isinstance(part, nn.LayerNorm):
             norms += NORM * math.prod(grid) * part.weight.numel()
+        elif isinstance(part, nn.BatchNorm2d):
+            norms += BATCH_NORM * math.prod(grid) * part.num_features
     return Cost(products + norms, products, products)
 
 
