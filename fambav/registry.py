@@ -79,7 +79,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "groupmamba": Family(
         models=tuple(f"groupmamba_{size}" for size in ("nano", "tiny", "small", "base")),
-        arguments={**_ANY, "drop": "drop_rate"},
+        arguments={**_ANY, "drop": "drop_rate", "distillation_head": "distillation"},
         reducible=False,
     ),
     "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}, reducible=False),

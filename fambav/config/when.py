@@ -27,6 +27,7 @@ REDUCIBLE = When(
 )
 VIM = _taken("stride")
 PLAINMAMBA = _taken("param_order", ", which has one form")
+TWO_HEADS = _taken("distillation_head", ", which has one head")
 DROPOUT = _taken("drop", ", which has no dropout")
 NOT_COMPILED = When("compile", lambda on: not on, "with --compile; take one of both")
 EAGER = When(
@@ -106,5 +107,13 @@ TAUGHT = When(
 )
 SOFT = When(
     "distillation_type", lambda kind: kind == "soft", "with --distillation-type {distillation_type}"
+)
+MESA = When(
+    "distillation_type", lambda kind: kind == "mesa", "with --distillation-type {distillation_type}"
+)
+NOT_MESA = When(
+    "distillation_type",
+    lambda kind: kind != "mesa",
+    "with --distillation-type mesa, whose teacher is the moving average",
 )
 RESUMED = When("resume", bool, "without --resume")
