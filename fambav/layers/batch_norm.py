@@ -25,9 +25,10 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         """Normalise each channel of x, (batch, channels, height, width)."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
-        return self._shared(x)
+        out: Tensor = self._shared(x)
+        return out
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _shared(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = wide.new_full((1,), x.numel() // x.shape[1])

@@ -22,7 +22,7 @@ from fambav.ops.scan_paths import CROSS
 SQUEEZE = 16  # channels for each number in between that the affinity is computed from
 
 
-class GroupMamba(nn.Module):
+class GroupMambaMixer(nn.Module):
     """Scan four groups of channels in as many directions, and weigh channels by their means.
 
     Args:

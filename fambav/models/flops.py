@@ -39,7 +39,7 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
-from fambav.layers.group_mamba import GroupMamba
+from fambav.layers.group_mamba import GroupMambaMixer
 from fambav.layers.hierarchy import PatchMerging
 from fambav.layers.mamba import Mamba
 from fambav.layers.mamba2d import DIRECTIONS, Mamba2D
@@ -190,7 +190,7 @@ def ss2d_cost(mixer: SS2D, grid: tuple[int, int]) -> Cost:
     return total(map_cost(mixer, grid), Cost.of_products(length * own), Cost(scanned, scanned))
 
 
-def group_mamba_cost(mixer: GroupMamba, grid: tuple[int, int]) -> Cost:
+def group_mamba_cost(mixer: GroupMambaMixer, grid: tuple[int, int]) -> Cost:
     """Return the cost of a mixer of GroupMamba, whose norm runs twice and whose affinity once.
 
     Products of cells with each other's numbers, three for each number, count nowhere.

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fambav.layers.group_mamba import GroupMamba as GroupMambaMixer
+from fambav.layers.group_mamba import GroupMambaMixer
 from fambav.layers.hierarchy import Blocks, MapBlock, MapConv2d, Mlp, drop_path_rates
 from fambav.models.entry import register
 from fambav.models.flops import Cost, group_mamba_cost, map_cost, total
@@ -129,7 +129,7 @@ class GroupMamba(Hierarchical):
     Args:
         dims: Width of a cell in each stage, multiples of 4.
         depths: Blocks in each stage.
-        mlp_ratios: Width inside the MLPs of each stage, in units of the width of a cell.
+        ratios: Width inside the MLPs of each stage, in units of the width of a cell.
         stem: Channels inside the stem.
         distillation: Have a second head, which learns from a teacher, see
             `set_distilled_training`; otherwise the output is the mean of both heads.
@@ -157,7 +157,7 @@ class GroupMamba(Hierarchical):
         *,
         dims: Sequence[int],
         depths: Sequence[int],
-        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        ratios: Sequence[float] = (8, 8, 4, 4),
         stem: int = 64,
         distillation: bool = True,
         img_size: int | Sequence[int] = 224,
@@ -168,10 +168,8 @@ class GroupMamba(Hierarchical):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if len(dims) != 4 or len(mlp_ratios) != 4:
-            raise ValueError(
-                f"dims are {list(dims)} and mlp_ratios {list(mlp_ratios)}, expected 4 of each"
-            )
+        if len(dims) != 4 or len(ratios) != 4:
+            raise ValueError(f"dims are {list(dims)} and ratios {list(ratios)}, expected 4 of each")
         self.set_sizes(
             dims,
             depths,
@@ -182,7 +180,7 @@ class GroupMamba(Hierarchical):
         )
         self.distillation, self.distilled_training = distillation, False
         rates = drop_path_rates(drop_path_rate, depths)
-        for n, (dim, ratio) in enumerate(zip(dims, mlp_ratios, strict=True)):
+        for n, (dim, ratio) in enumerate(zip(dims, ratios, strict=True)):
             entry = _halving(dims[n - 1], dim) if n else Stem(in_chans, stem, dim)
             self.add_module(f"patch_embed{n + 1}", entry)
             block = partial(GroupMambaBlock, dim, ratio)
@@ -356,7 +354,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "groupmamba_nano": {
         "dims": (32, 64, 96, 128),
         "depths": (1, 2, 3, 1),
-        "mlp_ratios": (4, 4, 4, 4),
+        "ratios": (4, 4, 4, 4),
         "stem": 16,
         "img_size": 32,
     },

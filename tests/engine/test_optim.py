@@ -53,9 +53,11 @@ def test_the_cosine_after_the_warm_up_is_that_of_timm(warmup):
     lr = cosine(
         0.1, epochs=10, updates=4, warmup_epochs=warmup, warmup_lr=1e-3, min_lr=1e-2, prefix=True
     )
+    from timm.scheduler import CosineLRScheduler  # behind timm_compat
+
     cycle = dict(warmup_t=warmup, warmup_lr_init=1e-3, warmup_prefix=True, lr_min=1e-2)
     held = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.1)
-    theirs = timm.scheduler.CosineLRScheduler(held, t_initial=max(10 - warmup, 1), **cycle)
+    theirs = CosineLRScheduler(held, t_initial=max(10 - warmup, 1), **cycle)
     for epoch in range(10):
         assert lr(4 * epoch) == pytest.approx(theirs._get_lr(epoch)[0], rel=1e-12)
     assert lr(40) == pytest.approx(1e-2)

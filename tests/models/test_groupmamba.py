@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fambav import flops
-from fambav.layers.group_mamba import GroupMamba as Mixer
+from fambav.layers.group_mamba import GroupMambaMixer as Mixer
 from fambav.layers.ss2d import scan_groups
 from fambav.models import GroupMamba
 from fambav.timm_compat import timm
@@ -19,7 +19,7 @@ ARRAYS, CASES = golden.load("groupmamba")
 
 def small(**arguments):
     torch.manual_seed(0)
-    known = dict(dims=(16, 24, 32, 48), depths=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), stem=8)
+    known = dict(dims=(16, 24, 32, 48), depths=(1, 1, 2, 1), ratios=(2, 2, 2, 2), stem=8)
     return GroupMamba(**{**known, "img_size": 64, "num_classes": 5, **arguments})
 
 
@@ -176,7 +176,7 @@ def test_low_precision_is_finite_and_close():
 
 def test_a_wrong_argument_is_refused_in_a_sentence():
     for arguments, message in (
-        (dict(dims=(32, 64, 96)), r"dims are \[32, 64, 96\] and mlp_ratios \[4, 4, 4, 4\]"),
+        (dict(dims=(32, 64, 96)), r"dims are \[32, 64, 96\] and ratios \[4, 4, 4, 4\]"),
         (dict(dims=(32, 64, 90, 128)), "dim is 90, expected a multiple of 4 of at least 16"),
         (dict(dims=(8, 64, 96, 128)), "dim is 8, expected a multiple of 4"),
         (dict(img_size=31), "img_size is 31 x 31, expected sides of at least 32"),
