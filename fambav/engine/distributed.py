@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from fambav import launcher
-from fambav.layers.batch_norm import share_batch_norms
 
 _TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a lost one gives up
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -82,13 +81,9 @@ class Processes:
             dist.barrier()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return `model` so that its gradients are averaged over the processes.
-
-        Its batch norms then see the samples of all of them.
-        """
+        """Return `model` so that its gradients are averaged over the processes."""
         if self.world == 1:
             return model
-        share_batch_norms(model)
         on = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=on)
 

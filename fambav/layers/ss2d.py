@@ -153,7 +153,8 @@ def scan_steps(mixers: Sequence[SS2D], u: Tensor, projected: Tensor) -> Tensor:
         delta_softplus=True,
         out_dtype=torch.promote_types(u.dtype, torch.float32),
     )
-    return y.mT.unflatten(2, (u.shape[2], -1))
+    out: Tensor = y.mT.unflatten(2, (u.shape[2], -1))
+    return out
 
 
 def _joined(weights: list[Tensor]) -> Tensor:

@@ -151,6 +151,8 @@ class GroupMamba(Hierarchical):
     family = "groupmamba"
     undecayed = ("A_logs", "Ds", "dt_projs_bias", "skip_scale")
     first_conv, final_norm = "patch_embed1.conv.0", "norm4"
+    head: nn.Module
+    dist_head: nn.Module
 
     def __init__(
         self,
@@ -240,10 +242,8 @@ class GroupMamba(Hierarchical):
             return x
         if not self.distillation:
             return self.head(x)
-        logits, taught = self.head(x), self.dist_head(x)
-        return (
-            (logits, taught) if self.training and self.distilled_training else (logits + taught) / 2
-        )
+        both = self.head(x), self.dist_head(x)
+        return both if self.training and self.distilled_training else (both[0] + both[1]) / 2
 
     def set_distilled_training(
         self,

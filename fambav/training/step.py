@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from fambav.engine.distill import Teacher
 from fambav.engine.distributed import Processes
 from fambav.engine.precision import Precision
 from fambav.engine.step import TrainStep
+from fambav.layers.batch_norm import share_batch_norms
 from fambav.models import TimmModel
 from fambav.seeding import seed_all
 from fambav.tasks import task_of
@@ -65,8 +66,10 @@ def train_step(
     kind = config.distillation.distillation_type
     if kind == "mesa" and average is not None:
         teacher = Teacher(average.model)
-    elif kind in ("soft", "hard") and hasattr(net, "set_distilled_training"):
-        net.set_distilled_training(True)
+    elif kind in ("soft", "hard") and _has_second_head(net):
+        cast(Any, net).set_distilled_training(enable=True)
+    if group.world > 1:
+        share_batch_norms(net)
     if config.model.compile:
         net.compile()
     return TrainStep(
@@ -103,6 +106,12 @@ def learning_rate(config: Config, group: Processes, *, per_epoch: int) -> Callab
         prefix=settings.warmup_prefix,
         late=settings.epoch_sched,
     )
+
+
+def _has_second_head(net: nn.Module) -> bool:
+    """Whether a model has a head that learns from a teacher, as GroupMamba's and timm's DeiT."""
+    one = isinstance(net, TimmModel) and len(net.classifier_names) == 1
+    return not one and hasattr(net, "set_distilled_training")
 
 
 def _taught_from(config: Config, per_epoch: int) -> int:
