@@ -57,7 +57,9 @@ def test_every_parameter_learns(name):
     logits = model(IMAGES)
     assert logits.shape == (2, 7)
     (logits * torch.randn(2, 7)).sum().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # GroupMamba's class block scans one cell, before which there is no state that could decay.
+    assert [n for n in idle if not n.startswith("post_network") or "A_logs" not in n] == []
 
 
 # A first token that is scanned forward only would see nothing of the image.
