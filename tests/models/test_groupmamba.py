@@ -140,18 +140,16 @@ def test_feature_maps_need_no_class_block():
     assert not {"post_network", "head", "dist_head", "block4", "patch_embed4"} & rest
 
 
-def test_layers_are_grouped_by_depth():
+def test_what_is_between_blocks_is_grouped_with_the_one_behind_it():
     model = small()
     groups = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
-    for earlier, later in (
-        ("patch_embed1.norm.bias", "block1.0.norm2.bias"),
-        ("block1.0.norm2.bias", "norm1.bias"),
+    for part, block in (
         ("norm1.bias", "block2.0.norm2.bias"),
-        ("block3.0.norm2.bias", "block3.1.norm2.bias"),
-        ("block4.0.norm2.bias", "post_network.0.norm1.bias"),
+        ("patch_embed2.norm.bias", "block2.0.norm2.bias"),
+        ("post_network.0.norm1.bias", "block4.0.norm2.bias"),
+        ("norm4.bias", "block4.0.norm2.bias"),
     ):
-        assert groups[earlier] < groups[later] or earlier == "norm1.bias"
-    assert groups["norm4.bias"] == groups["post_network.0.norm1.bias"]
+        assert groups[part] == groups[block]
 
 
 def test_checkpointing_changes_no_gradient():
