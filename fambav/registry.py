@@ -94,6 +94,11 @@ FAMILIES: dict[str, Family] = {
         reducible=False,
         scan=False,
     ),
+    "groupmamba": Family(
+        models=tuple(f"groupmamba_{size}" for size in ("nano", "tiny", "small", "base")),
+        arguments={**_ANY, "drop": "drop_rate", "distillation_head": "distillation"},
+        reducible=False,
+    ),
     "tsm2": Family(
         models=("tsm2",),
         arguments={"lookback": "lookback", "drop": "drop_rate"},

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from fambav.config import ConfigError, load, parse
 from fambav.engine import checkpoint
@@ -66,6 +67,9 @@ MALFORMED = [
     ("--distillation-type soft --distillation-alpha 2", "is 2.0, expected at most 1 with --dist"),
     ("--distillation-type hard --distillation-alpha 1.1", "is 1.1, expected at most 1 with --di"),
     ("--distillation-type kl --distillation-alpha 0", "is 0.0, expected more than 0"),
+    ("--distillation-type kl --mesa-start 0.5", "expected 0.25 with --distillation-type kl"),
+    ("--distillation-type mesa --teacher-path x.pth", "expected '' with --distillation-type mesa,"),
+    ("--distillation-type mesa --no-model-ema", "another with --no-model-ema: its teacher is the"),
     ("--distillation-type soft --distillation-tau 0", "is 0.0, expected more than 0"),
     ("--distillation-type kl --teacher-model resnet50", "timm's own models are written timm/NAME"),
     ("--distillation-type kl --teacher-path https://x/y", "expected a file on this machine"),
@@ -276,6 +280,36 @@ def step(device, *words):
     made = train_step(config, net, group, num_classes=10, per_epoch=3, teacher=guide)
     made.forward.train(made.training)
     return made, guide
+
+
+def test_a_model_with_two_heads_learns_from_a_teacher_with_the_second():
+    words = "--model groupmamba_nano --batch-size 4 --mixup 0 --cutmix 0 --teacher-path x"
+    group = Processes(0, 1, torch.device("cpu"))
+    for kind, head, outputs in (
+        ("hard", "", 2),
+        ("kl", "", 1),
+        ("hard", "--no-distillation-head", 1),
+    ):
+        config = parse([*words.split(), "--distillation-type", kind, *head.split()])
+        net = model(config, num_classes=10)
+        guide = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)))
+        made = train_step(config, net, group, num_classes=10, per_epoch=3, teacher=guide)
+        found = net.train()(torch.randn(2, 3, 32, 32))
+        assert (len(found) if isinstance(found, tuple) else 1) == outputs
+        batch = torch.randn(4, 3, 32, 32), torch.arange(4)
+        assert made(iter([batch]), 0).isfinite()
+
+
+def test_mesa_s_teacher_is_the_moving_average_after_a_quarter_of_the_epochs():
+    words = "--model vim_micro --input-size 16 --epochs 10 --distillation-type mesa"
+    config = parse([*words.split(), "--distillation-alpha", "1.5"])
+    net, group = model(config, num_classes=10), Processes(0, 1, torch.device("cpu"))
+    assert teacher(config, num_classes=10) is None
+    made = train_step(config, net, group, num_classes=10, per_epoch=3)
+    assert made.teacher.net is made.average.model
+    assert made.taught_from == 6
+    other = parse([*words.split(), "--mesa-start", "0"])
+    assert train_step(other, net, group, num_classes=10, per_epoch=3).taught_from == 0
 
 
 def test_a_teacher_is_neither_compiled_nor_recorded(monkeypatch):

@@ -173,7 +173,10 @@ def _check_teacher(settings: Settings) -> None:
     if kind.value in ("soft", "hard") and alpha.value > 1:
         expected = f"at most 1 with --distillation-type {kind.value}, where it is a share"
         refuse(alpha.label, alpha.value, expected)
-    if kind.value != "none" and settings["teacher_model"].value is None and not path.value:
+    if kind.value == "mesa" and not settings["model_ema"].value:
+        refuse(kind.label, "mesa", "another with --no-model-ema: its teacher is the moving average")
+    others = kind.value not in ("none", "mesa")
+    if others and settings["teacher_model"].value is None and not path.value:
         settings["teacher_path"] = path._replace(value=settings["finetune"].value)
 
 

@@ -87,6 +87,11 @@ class Model(Group):
         when.PLAINMAMBA,
         on=True,
     )
+    distillation_head: bool = switch(
+        "GroupMamba: a second head, which learns from a teacher; the output is their mean",
+        when.TWO_HEADS,
+        on=True,
+    )
     drop: float = option(
         0.0,
         "dropout after the position embedding, before the head, or of tsm2's mixers too",
@@ -395,6 +400,10 @@ class Optim(Group):
         "let --min-lr and --warmup-lr be above --lr, as one published recipe has it"
     )
     warmup_epochs: int = option(5, "epochs until --lr is reached", bounds=NATURAL)
+    warmup_prefix: bool = switch(
+        "start the cosine after the warm-up instead of under it, as Swin and VMamba do",
+        when.WARM_UP,
+    )
     epoch_sched: bool = switch("one learning rate per epoch, an epoch late, as published")
     amp: bool | None = option(
         None, "mixed precision; none = on for a GPU", flag="if_amp", off="no_amp"
@@ -432,9 +441,10 @@ class Distillation(Group):
 
     distillation_type: str = option(
         "none",
-        "soft and hard share the loss as DeiT does, kl adds to it as R-MeeTo does",
+        "soft and hard share the loss as DeiT does, kl adds to it as R-MeeTo does, and mesa the "
+        "moving average's as VSSD does",
         when.CLASSES,
-        choices=("none", "soft", "hard", "kl"),
+        choices=("none", "soft", "hard", "kl", "mesa"),
     )
     distillation_alpha: float = option(
         0.5, "weight of the teacher's part", when.TAUGHT, bounds=POSITIVE
@@ -442,10 +452,18 @@ class Distillation(Group):
     distillation_tau: float = option(
         1.0, "temperature of --distillation-type soft", when.TAUGHT, when.SOFT, bounds=POSITIVE
     )
+    mesa_start: float = option(
+        0.25,
+        "share of the epochs before --distillation-type mesa sets in",
+        when.TAUGHT,
+        when.MESA,
+        bounds=RATE,
+    )
     teacher_model: str | None = option(
         None,
         "the teacher; none = the model itself without reduction",
         when.TAUGHT,
+        when.NOT_MESA,
         aliases={"regnety_160": "timm/regnety_160"},  # DeiT's
         check=checks.model_name,
     )
@@ -453,6 +471,7 @@ class Distillation(Group):
         "",
         "file or run folder of the teacher's weights; for the model itself --finetune's, if any",
         when.TAUGHT,
+        when.NOT_MESA,
         affects="nothing",  # its weights do, and are compared where it matters
         check=checks.local_file,
     )

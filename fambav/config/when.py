@@ -30,6 +30,7 @@ REDUCIBLE = When(
 DROP_PATH = _taken("drop_path", ", which skips no layer")
 VIM = _taken("stride")
 PLAINMAMBA = _taken("param_order", ", which has one form")
+TWO_HEADS = _taken("distillation_head", ", which has one head")
 DROPOUT = _taken("drop", ", which has no dropout")
 SERIES = When(
     "data_set",
@@ -124,5 +125,13 @@ TAUGHT = When(
 )
 SOFT = When(
     "distillation_type", lambda kind: kind == "soft", "with --distillation-type {distillation_type}"
+)
+MESA = When(
+    "distillation_type", lambda kind: kind == "mesa", "with --distillation-type {distillation_type}"
+)
+NOT_MESA = When(
+    "distillation_type",
+    lambda kind: kind != "mesa",
+    "with --distillation-type mesa, whose teacher is the moving average",
 )
 RESUMED = When("resume", bool, "without --resume")

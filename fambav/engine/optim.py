@@ -1,6 +1,7 @@
 """Parameter groups, optimizer, learning rate and moving average.
 
-Source: the recipe of DeiT (Touvron et al., arXiv:2012.12877) as timm 0.4.12 computes it.
+Source: the recipe of DeiT (Touvron et al., arXiv:2012.12877) as timm 0.4.12 computes it; a cosine
+after the warm-up, timm's warmup_prefix.
 """
 
 from __future__ import annotations
@@ -74,28 +75,34 @@ def cosine(
     warmup_epochs: int,
     warmup_lr: float,
     min_lr: float,
+    prefix: bool = False,
     late: bool = False,
 ) -> Callable[[int], float]:
     """Return the learning rate as a pure function of the number of updates done.
 
     At epoch e, a fraction between two epochs: warmup_lr + e (lr - warmup_lr) / warmup_epochs before
-    the end of the warm-up, min_lr + (lr - min_lr) (1 + cos(pi e / epochs)) / 2 after it.
+    the end of the warm-up, min_lr + (lr - min_lr) (1 + cos(pi p)) / 2 after it, where p is
+    e / epochs, or with prefix (e - warmup_epochs) / (epochs - warmup_epochs).
 
     Args:
         lr: Highest learning rate.
-        epochs: Length of the run; the cosine starts at epoch 0, under the warm-up.
+        epochs: Length of the run.
         updates: Updates in an epoch.
         warmup_epochs: Length of the warm-up; may be 0.
         warmup_lr: Learning rate of the first update.
         min_lr: Learning rate at the end.
+        prefix: Start the cosine at the end of the warm-up, as Swin and VMamba do, instead of at
+            epoch 0, under it, as DeiT does.
         late: One rate per epoch, that of the epoch before, as the original loop has it, which steps
             its schedule after the epoch; epochs 0 and 1 both run at warmup_lr.
     """
+    start = warmup_epochs if prefix else 0
 
     def at(epoch: float) -> float:
         if epoch < warmup_epochs:
             return warmup_lr + epoch * (lr - warmup_lr) / warmup_epochs
-        return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2
+        done = (epoch - start) / (epochs - start) if start < epochs else 1.0
+        return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
     def of_update(update: int) -> float:
         return at(max(update // updates - 1, 0) if late else update / updates)

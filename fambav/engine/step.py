@@ -21,7 +21,7 @@ from fambav.layers.drop import shard
 
 Batch = tuple[Any, Any]
 Loss = Callable[[Any, Any], Tensor]
-DistillationLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+DistillationLoss = Callable[..., Tensor]  # of outputs, targets and the teacher's logits
 
 MAX_SKIPPED = 20  # updates in a row
 
@@ -65,6 +65,7 @@ class TrainStep:
         seed: Called before each forward pass with the number of updates done and that of the
             batch among all batches of the update; seeds the generators that the model draws from.
         teacher: Logits of the mixed images, which need no gradient; None for not.
+        taught_from: Update from which there is a teacher; the loss is without its logits before.
         mix: Makes mixed images and soft targets of (images, targets, update=); None for not.
         precision: Format of the forward pass.
         processes: Those that share the update.
@@ -82,6 +83,7 @@ class TrainStep:
     lr: Callable[[int], float]
     seed: Callable[[int, int], None]
     teacher: Callable[[Tensor], Tensor] | None = None
+    taught_from: int = 0
     mix: Callable[..., Batch] | None = None
     precision: Precision
     processes: Processes
@@ -124,7 +126,8 @@ class TrainStep:
         self.seed(update, index)
         with shard(index, world * self.accumulate), self._sync(micro):
             with self.precision.autocast():
-                taught = () if self.teacher is None else (self.teacher(images),)
+                teacher = self.teacher if update >= self.taught_from else None
+                taught = () if teacher is None else (teacher(images),)
                 loss = self.loss(self.forward(images), targets, *taught) / self.accumulate
             self.precision.scaler.scale(loss).backward()
         return loss.detach()

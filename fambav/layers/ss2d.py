@@ -10,6 +10,7 @@ Source: Liu et al., "VMamba", arXiv:2401.10166, section 4.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from fambav.arguments import whole
 from fambav.layers.hierarchy import Float32LayerNorm, MapConv2d
 from fambav.layers.mamba import A_from_log, init_A_log, init_dt_proj, upcast
 from fambav.ops import selective_scan
-from fambav.ops.scan_paths import CROSS, merge_paths, read_paths, scan_paths, to_steps
+from fambav.ops.scan_paths import CROSS, merge_paths, read_paths, scan_paths, to_cells, to_steps
 
 
 class SS2D(nn.Module):
@@ -74,34 +75,93 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map, (batch, height, width, dim); the shape stays."""
+        u, projected, z = self.project(x)
+        paths = scan_paths((x.shape[1], x.shape[2]), x.device, self.paths)
+        steps = read_paths(u.flatten(1, 2), paths)  # (batch, length, paths, inner)
+        y = scan_steps([self], steps, to_steps(projected, paths))
+        return self.finish(merge_paths(y, paths), u, z)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute what is scanned.
+
+        Args:
+            x: A map, (batch, height, width, dim).
+
+        Returns:
+            Inputs of the scan, (batch, height, width, inner); step size, B and C of every path,
+            (batch, length, paths, rank + 2 * state); and what gates, shaped like the inputs.
+        """
         x = self.in_proj(x)
         z = None
         if self.gated:
             x, z = x.chunk(2, dim=-1)
-        u = F.silu(self.conv2d(x))  # (batch, height, width, inner)
-        y = self._scan(u.flatten(1, 2), (u.shape[1], u.shape[2])).view(u.shape)
-        y = self.out_norm(y).to(u.dtype)
+        u = F.silu(self.conv2d(x))
+        projected = F.linear(u.flatten(1, 2), self.x_proj_weight.flatten(0, 1))
+        return u, projected.unflatten(2, (len(self.paths), -1)), z
+
+    def finish(self, y: Tensor, u: Tensor, z: Tensor | None) -> Tensor:
+        """Normalise, gate and project what was scanned.
+
+        Args:
+            y: Output of the scans, (batch, length, inner), in float32 or float64.
+            u: What was scanned, as `project` returns it.
+            z: What gates, likewise.
+
+        Returns:
+            A map, (batch, height, width, dim).
+        """
+        y = self.out_norm(y.view(u.shape)).to(u.dtype)
         out: Tensor = self.out_proj(y if z is None else y * F.silu(z))
         return out
 
-    def _scan(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Scan along all paths and add up, (batch, length, inner), in float32 or float64."""
-        paths = scan_paths(grid, u.device, self.paths)
-        number = len(self.paths)
-        projected = F.linear(u, self.x_proj_weight.flatten(0, 1))  # of cells, for every path
-        projected = to_steps(projected.unflatten(2, (number, -1)), paths)
-        dt, B, C = projected.split(self.splits, dim=3)  # each (batch, length, paths, its width)
-        delta = torch.einsum("blkr,kdr->blkd", dt, self.dt_projs_weight)
-        u = read_paths(u, paths)  # (batch, length, paths, inner)
-        y: Tensor = selective_scan(
-            u.flatten(2).mT,  # (batch, paths * inner, length)
-            delta.flatten(2).mT,
-            A_from_log(self.A_logs),
-            B.permute(0, 2, 3, 1),  # (batch, paths, state, length)
-            C.permute(0, 2, 3, 1),
-            upcast(self.Ds),
-            delta_bias=upcast(self.dt_projs_bias).flatten(),
-            delta_softplus=True,
-            out_dtype=torch.promote_types(u.dtype, torch.float32),
-        )
-        return merge_paths(y.mT.unflatten(2, (number, -1)), paths)
+
+def scan_groups(mixers: Sequence[SS2D], x: Tensor) -> Tensor:
+    """Run mixers of one path each on equal shares of the channels, in one scan.
+
+    Args:
+        mixers: Of equal sizes.
+        x: A map, (batch, height, width, len(mixers) * dim).
+
+    Returns:
+        Shaped like x; equal to the mixers' own outputs side by side.
+    """
+    shares = zip(mixers, x.chunk(len(mixers), dim=3), strict=True)
+    us, projections, gates = zip(*(mixer.project(share) for mixer, share in shares), strict=True)
+    names = tuple(mixer.paths[0] for mixer in mixers)
+    paths = scan_paths((x.shape[1], x.shape[2]), x.device, names)
+    steps = to_steps(torch.stack(us, dim=3).flatten(1, 2), paths)  # (batch, length, paths, inner)
+    y = scan_steps(mixers, steps, to_steps(torch.cat(projections, dim=2), paths))
+    each = zip(mixers, to_cells(y, paths).unbind(2), us, gates, strict=True)
+    return torch.cat([mixer.finish(own, u, z) for mixer, own, u, z in each], dim=3)
+
+
+def scan_steps(mixers: Sequence[SS2D], u: Tensor, projected: Tensor) -> Tensor:
+    """Scan along the paths of mixers of equal sizes.
+
+    Args:
+        mixers: Their recurrences, path by path.
+        u: Inputs step by step, (batch, length, paths, inner).
+        projected: Step size, B and C of each step, (batch, length, paths, rank + 2 * state).
+
+    Returns:
+        Shaped like u, in float32 or float64.
+    """
+    dt, B, C = projected.split(mixers[0].splits, dim=3)  # each (batch, length, paths, its width)
+    delta = torch.einsum("blkr,kdr->blkd", dt, _joined([m.dt_projs_weight for m in mixers]))
+    y: Tensor = selective_scan(
+        u.flatten(2).mT,  # (batch, paths * inner, length)
+        delta.flatten(2).mT,
+        A_from_log(_joined([m.A_logs for m in mixers])),
+        B.permute(0, 2, 3, 1),  # (batch, paths, state, length)
+        C.permute(0, 2, 3, 1),
+        upcast(_joined([m.Ds for m in mixers])),
+        delta_bias=upcast(_joined([m.dt_projs_bias for m in mixers])).flatten(),
+        delta_softplus=True,
+        out_dtype=torch.promote_types(u.dtype, torch.float32),
+    )
+    out: Tensor = y.mT.unflatten(2, (u.shape[2], -1))
+    return out
+
+
+def _joined(weights: list[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(weights)

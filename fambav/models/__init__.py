@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 from fambav.models.backbone import Backbone, Trace
 from fambav.models.forecaster import DLinear, Forecaster
+from fambav.models.groupmamba import GroupMamba
 from fambav.models.hierarchical import Hierarchical
 from fambav.models.model import Model
 from fambav.models.plainmamba import PlainMamba
@@ -26,6 +27,7 @@ __all__ = [
     "Backbone",
     "DLinear",
     "Forecaster",
+    "GroupMamba",
     "Hierarchical",
     "Model",
     "PlainMamba",

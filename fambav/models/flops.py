@@ -40,6 +40,7 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
+from fambav.layers.group_mamba import GroupMambaMixer
 from fambav.layers.hierarchy import PatchMerging
 from fambav.layers.mamba import Mamba
 from fambav.layers.mamba2d import DIRECTIONS, Mamba2D
@@ -204,6 +205,20 @@ def nc_ssd_cost(length: int, inner: int, state: int, heads: int) -> Cost:
     """
     products = 2 * length * inner * state
     return Cost(products // heads, products, products)
+
+
+def group_mamba_cost(mixer: GroupMambaMixer, grid: tuple[int, int]) -> Cost:
+    """Return the cost of a mixer of GroupMamba, whose norm runs twice and whose affinity once.
+
+    Products of cells with each other's numbers, three for each number, count nowhere.
+
+    Args:
+        mixer: Weights may be on the meta device.
+        grid: Height and width of the map.
+    """
+    affinity = (map_cost(part, (1, 1)) for part in (mixer.fc1, mixer.fc2))
+    rest = (map_cost(part, grid) for part in (mixer.norm, mixer.norm, mixer.proj))
+    return total(*affinity, *rest, *(ss2d_cost(each, grid) for each in mixer.mixers))
 
 
 def map_cost(module: nn.Module, grid: tuple[int, int]) -> Cost:

@@ -147,8 +147,13 @@ class Hierarchical(TimmModel):
                 " width)"
             )
         self.check_size((images.shape[2], images.shape[3]))
-        x: Tensor = self.patch_embed(images.permute(0, 2, 3, 1))
+        x: Tensor = self.stem(images.permute(0, 2, 3, 1))
         return x
+
+    @property
+    def stem(self) -> nn.Module:
+        """What maps images, (batch, height, width, in_chans), to the first map."""
+        return self.patch_embed
 
     @property
     def stages(self) -> Sequence[Blocks]:
@@ -186,8 +191,23 @@ class Hierarchical(TimmModel):
         Raises:
             ValueError: As `embed`.
         """
-        normed: Tensor = self.get_submodule(self.final_norm)(self._run(images)[0])
+        return self.last_map(self._run(images)[0])
+
+    def last_map(self, x: Tensor) -> Tensor:
+        """Return what the head is given of the last stage's map: the map, normalised."""
+        normed: Tensor = self.get_submodule(self.final_norm)(x)
         return normed
+
+    def feature_norm(self, stage: int, *, norm: bool) -> nn.Module | None:
+        """Return what normalises a feature map that `forward_intermediates` returns.
+
+        Args:
+            stage: From 0.
+            norm: Whether the final norm is wanted for the last stage's.
+        """
+        final = norm and stage == len(self.dims) - 1
+        default = self.get_submodule(self.final_norm) if final else None
+        return cast("nn.Module | None", getattr(self, f"outnorm{stage}", default))
 
     def forward_head(
         self,
@@ -237,14 +257,13 @@ class Hierarchical(TimmModel):
         wanted = chosen_layers(indices, len(self.dims))
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt is {output_fmt!r}, expected 'NCHW' or 'NHWC'")
-        last, final = len(self.dims) - 1, self.get_submodule(self.final_norm)
-        x, maps = self._run(x, wanted, stop=wanted[-1] if stop_early else last)
+        x, maps = self._run(x, wanted, stop=wanted[-1] if stop_early else None)
         found = []
         for stage, each in zip(wanted, maps, strict=True):
-            own = getattr(self, f"outnorm{stage}", final if norm and stage == last else None)
+            own = self.feature_norm(stage, norm=norm)
             each = each if own is None else own(each)
             found.append(each.permute(0, 3, 1, 2) if output_fmt == "NCHW" else each)
-        return found if intermediates_only else (final(x), found)
+        return found if intermediates_only else (self.last_map(x), found)
 
     def _run(
         self, images: Tensor, wanted: Sequence[int] = (), *, stop: int | None = None
@@ -263,7 +282,7 @@ class Hierarchical(TimmModel):
         rates = zip(self.stages, grids, strict=True)
         leading = [FREE, *(self.leading_cost(n, grid) for n, grid in enumerate(grids[:-1]))]
         return HierarchicalCost(
-            patches=map_cost(self.patch_embed, self.img_size),
+            patches=map_cost(self.stem, self.img_size),
             leading=tuple(leading),
             blocks=tuple(
                 tuple(self.block_cost(block, grid) for block in blocks) for blocks, grid in rates
@@ -351,14 +370,15 @@ class Hierarchical(TimmModel):
         del self.layers[left:]
         cast(Stage, self.layers[-1]).downsample = nn.Identity()
 
-    def describe(self, module: str = "layers.{}") -> None:
+    def describe(self, module: str = "layers.{}", *, first: int = 0) -> None:
         """Describe what images are read and what the stages return, in timm's terms.
 
         Args:
-            module: Name of a stage of a number from 0.
+            module: Name of a stage of a number.
+            first: Number of the first one.
         """
         self.feature_info = [
-            {"num_chs": dim, "reduction": FIRST_STRIDE * 2**n, "module": module.format(n)}
+            {"num_chs": dim, "reduction": FIRST_STRIDE * 2**n, "module": module.format(first + n)}
             for n, dim in enumerate(self.dims)
         ]
         self.pretrained_cfg = self.default_cfg = data_config(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from fambav.engine.distill import Teacher
 from fambav.engine.distributed import Processes
 from fambav.engine.precision import Precision
 from fambav.engine.step import TrainStep
+from fambav.layers.batch_norm import share_batch_norms
 from fambav.models import TimmModel
 from fambav.seeding import seed_all
 from fambav.tasks import task_of
@@ -52,7 +53,8 @@ def train_step(
         group: The processes that share an update.
         num_classes: Length of the model's output.
         per_epoch: Updates in an epoch.
-        teacher: Of distillation, on the same device; None without.
+        teacher: Of distillation, on the same device; None without, and where it is the moving
+            average.
     """
     settings, task = config.optim, task_of(config.data.data_set)
     mix = task.mixing(config, num_classes)
@@ -61,6 +63,13 @@ def train_step(
     if settings.model_ema:
         decay, warmup = settings.model_ema_decay, settings.model_ema_warmup
         average = optim.Average(net, decay=decay, warmup=warmup)
+    kind = config.distillation.distillation_type
+    if kind == "mesa" and average is not None:
+        teacher = Teacher(average.model)
+    elif kind in ("soft", "hard") and _has_second_head(net):
+        cast(Any, net).set_distilled_training(enable=True)
+    if group.world > 1:
+        share_batch_norms(net)
     if config.model.compile:
         net.compile()
     return TrainStep(
@@ -71,6 +80,7 @@ def train_step(
         lr=learning_rate(config, group, per_epoch=per_epoch),
         seed=_seeding(config, net),
         teacher=teacher,
+        taught_from=_taught_from(config, per_epoch),
         mix=mix,
         precision=precision(config, group),
         processes=group,
@@ -93,8 +103,23 @@ def learning_rate(config: Config, group: Processes, *, per_epoch: int) -> Callab
         warmup_epochs=min(settings.warmup_epochs, settings.epochs),
         warmup_lr=warmup_lr,
         min_lr=min_lr,
+        prefix=settings.warmup_prefix,
         late=settings.epoch_sched,
     )
+
+
+def _has_second_head(net: nn.Module) -> bool:
+    """Whether a model has a head that learns from a teacher, as GroupMamba's and timm's DeiT."""
+    one = isinstance(net, TimmModel) and len(net.classifier_names) == 1
+    return not one and hasattr(net, "set_distilled_training")
+
+
+def _taught_from(config: Config, per_epoch: int) -> int:
+    """Return the update from which there is a teacher; the moving average's sets in later."""
+    settings = config.distillation
+    if settings.distillation_type != "mesa":
+        return 0
+    return int(settings.mesa_start * config.optim.epochs) * per_epoch
 
 
 def rate_warning(config: Config, group: Processes) -> str | None:

@@ -27,14 +27,15 @@ def teacher(config: Config, *, num_classes: int) -> Teacher | None:
         num_classes: Length of the model's output, and of the teacher's.
 
     Returns:
-        The teacher, frozen, on the CPU; None without distillation.
+        The teacher, frozen, on the CPU; None without distillation, and of MESA, whose teacher is
+        the moving average.
 
     Raises:
         CheckpointError: If its file is missing, or does not hold weights of such a teacher.
         ValueError: If it cannot be built for images of that size.
     """
     settings = config.distillation
-    if settings.distillation_type == "none":
+    if settings.distillation_type in ("none", "mesa"):
         return None
     if not settings.teacher_path:
         hint = "; --finetune FILE would give the model's own" * (settings.teacher_model is None)
@@ -61,7 +62,7 @@ def distillation_loss(config: Config, base: Loss) -> DistillationLoss:
     alpha, tau = settings.distillation_alpha, settings.distillation_tau
     if settings.distillation_type == "soft":
         return distill.soft(base, alpha=alpha, tau=tau)
-    kinds = {"hard": distill.hard, "kl": distill.kl}
+    kinds = {"hard": distill.hard, "kl": distill.kl, "mesa": distill.mesa}
     return kinds[settings.distillation_type](base, alpha=alpha)
 
 

@@ -73,6 +73,24 @@ def test_hard_shares_the_loss_with_the_teachers_guess(alpha):
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_second_head_learns_from_the_teacher_and_the_first_from_the_labels():
+    pair, guess = (OURS, OURS.flip(1)), torch.eye(CLASSES)[THEIRS.argmax(dim=1)]
+    found = distill.hard(soft_cross_entropy, alpha=0.3)(pair, SOFT, THEIRS)
+    expected = 0.7 * ce_by_hand(OURS, SOFT) + 0.3 * ce_by_hand(OURS.flip(1), guess)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+    found = distill.soft(soft_cross_entropy, alpha=0.3, tau=1.0)(pair, SOFT, THEIRS)
+    distance = kl_by_hand(OURS.flip(1), THEIRS) / CLASSES
+    expected = 0.7 * ce_by_hand(OURS, SOFT) + 0.3 * distance
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_mesa_adds_the_cross_entropy_with_the_average_once_it_sets_in():
+    loss = distill.mesa(soft_cross_entropy, alpha=1.5)
+    added = 1.5 * ce_by_hand(OURS, THEIRS.softmax(dim=1))
+    assert loss(OURS, SOFT, THEIRS).item() == pytest.approx(ce_by_hand(OURS, SOFT) + added)
+    assert loss(OURS, SOFT).item() == pytest.approx(ce_by_hand(OURS, SOFT))
+
+
 @pytest.mark.parametrize("base", [smooth_cross_entropy(0.1), binary_cross_entropy])
 def test_any_loss_of_the_labels_may_be_the_base(base):
     labels = torch.arange(BATCH)
@@ -140,6 +158,15 @@ def test_the_teacher_sees_the_mixed_images_in_the_precision_of_the_model():
     update(iter(whole()), 0)
     assert torch.equal(seen[0], IMAGES.flip(0) / 2)
     assert dtypes == [torch.bfloat16]
+
+
+def test_a_teacher_may_set_in_later():
+    update, seen = taught()[0], []
+    update.taught_from = 2
+    update.loss = lambda logits, targets, *lesson: seen.append(len(lesson)) or logits.sum()
+    for number in range(4):
+        update(iter(whole()), number)
+    assert seen == [0, 0, 1, 1]
 
 
 def test_accumulated_updates_with_a_teacher_are_those_of_one_large_batch():

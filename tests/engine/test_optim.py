@@ -48,6 +48,21 @@ def test_learning_rate_without_warm_up_starts_at_its_peak():
     assert lr(5) == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("warmup", [0, 3, 10])
+def test_the_cosine_after_the_warm_up_is_that_of_timm(warmup):
+    lr = cosine(
+        0.1, epochs=10, updates=4, warmup_epochs=warmup, warmup_lr=1e-3, min_lr=1e-2, prefix=True
+    )
+    from timm.scheduler import CosineLRScheduler  # behind timm_compat
+
+    cycle = dict(warmup_t=warmup, warmup_lr_init=1e-3, warmup_prefix=True, lr_min=1e-2)
+    held = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.1)
+    theirs = CosineLRScheduler(held, t_initial=max(10 - warmup, 1), **cycle)
+    for epoch in range(10):
+        assert lr(4 * epoch) == pytest.approx(theirs._get_lr(epoch)[0], rel=1e-12)
+    assert lr(40) == pytest.approx(1e-2)
+
+
 def test_linear_scaling_is_by_images_over_512():
     for base, batch, world, expected in golden.load("schedule")[1]["cases"]["linear_scaling"][
         "cases"

@@ -3,9 +3,9 @@
 Each weight is a fixed hash of its state_dict key, so no weight file is needed: `hashed` gives
 numbers in [-1, 1), `weights` scales them as each kind of parameter needs.  The `.npz` files hold
 outputs of the unmodified official code (hustvl/Vim, AIoT-MLSys-Lab/Famba-V with its fusion lines
-enabled, ChenhongyiYang/PlainMamba, MzeroMiko/VMamba, YuHengsss/VSSD) on the CPU in float32, or of a
-float64 scan where the name begins with `scan`.  Sets at full width have weights and images of sines
-instead.
+enabled, ChenhongyiYang/PlainMamba, MzeroMiko/VMamba, YuHengsss/VSSD, Amshaker/GroupMamba) on the
+CPU in float32, or of a float64 scan where the name begins with `scan`.  Sets at full width have
+weights and images of sines instead.
 """
 
 import json

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fambav.models  # noqa: F401  registers the models
-from fambav.models import plainmamba, vim, vmamba, vssd
+from fambav.models import groupmamba, plainmamba, vim, vmamba, vssd
 from fambav.reduction import reduce
 from fambav.registry import BIMAMBA, CLASS_TOKENS, CLASSIFIERS, FUSION_METHODS, family_of
 from fambav.timm_compat import timm
@@ -32,7 +32,7 @@ def build(name="vim_micro", **arguments):
 def test_the_list_of_names_is_what_is_registered():
     registered = set(timm.list_models("vim_*", module="vim"))
     assert set(vim.VARIANTS) == registered
-    for module in (plainmamba, vmamba, vssd):
+    for module in (groupmamba, plainmamba, vmamba, vssd):
         own = set(timm.list_models(module=module.__name__.split(".")[-1]))
         assert set(module.VARIANTS) == own
         registered |= own
@@ -57,7 +57,9 @@ def test_every_parameter_learns(name):
     logits = model(IMAGES)
     assert logits.shape == (2, 7)
     (logits * torch.randn(2, 7)).sum().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # GroupMamba's class block scans one cell, before which there is no state that could decay.
+    assert [n for n in idle if not n.startswith("post_network") or "A_logs" not in n] == []
 
 
 # A first token that is scanned forward only would see nothing of the image.

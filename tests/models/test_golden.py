@@ -54,7 +54,8 @@ def check_gradients(arrays, case, name, model, batch):
     for key, norm, dot in zip(parameters, norms.tolist(), dots.tolist(), strict=True):
         grad = parameters[key].grad.double()
         projected = (grad * hashed(f"proj:{key}", *grad.shape, dtype=torch.float64)).sum()
-        tolerance = 1e-4 * max(norm, 0.01)
+        exact = 1e-3 if key.endswith("skip_scale") else 1e-4  # a difference of large terms
+        tolerance = exact * max(norm, 0.01)
         assert grad.norm().item() == pytest.approx(norm, abs=tolerance), key
         assert projected.item() == pytest.approx(dot, abs=tolerance), key
 
