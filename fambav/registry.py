@@ -77,6 +77,11 @@ FAMILIES: dict[str, Family] = {
         arguments={**_ANY, "drop": "drop_rate"},
         reducible=False,
     ),
+    "vim2": Family(
+        models=("vim2_nano", "vim2_tiny", "vim2_small", "vim2_base"),
+        arguments={**_ANY, "drop": "drop_rate"},
+        reducible=False,
+    ),
     "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}, reducible=False),
 }
 MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in known.models)

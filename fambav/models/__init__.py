@@ -7,6 +7,7 @@ from fambav.models.hierarchical import Hierarchical
 from fambav.models.plainmamba import PlainMamba
 from fambav.models.timm_model import TimmModel
 from fambav.models.vim import Vim
+from fambav.models.vim2 import ViM2
 from fambav.models.vmamba import VMamba
 from fambav.models.weights import (
     adapt,
@@ -23,6 +24,7 @@ __all__ = [
     "TimmModel",
     "Trace",
     "VMamba",
+    "ViM2",
     "Vim",
     "adapt",
     "check_class_token",
