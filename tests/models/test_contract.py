@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fambav.models  # noqa: F401  registers the models
-from fambav.models import plainmamba, vim, vmamba
+from fambav.models import plainmamba, vim, vim2, vmamba
 from fambav.reduction import reduce
 from fambav.registry import BIMAMBA, CLASS_TOKENS, FAMILIES, FUSION_METHODS, MODELS, family_of
 from fambav.timm_compat import timm
@@ -32,7 +32,7 @@ def build(name="vim_micro", **arguments):
 def test_the_list_of_names_is_what_is_registered():
     registered = set(timm.list_models("vim_*", module="vim"))
     assert set(vim.VARIANTS) == registered
-    for module in (plainmamba, vmamba):
+    for module in (plainmamba, vmamba, vim2):
         own = set(timm.list_models(module=module.__name__.split(".")[-1]))
         assert set(module.VARIANTS) == own
         registered |= own
