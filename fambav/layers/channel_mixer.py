@@ -14,6 +14,8 @@ and docs/vim2.md lists what is chosen here.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +53,7 @@ class ChannelMixer(nn.Module):
                 f"width of a channel mixer is {width}, expected a multiple of {STEP}, the channels"
                 " of a step"
             )
-        inner, rank = DIRECTIONS * STEP, -(-STEP // 16)  # as SS2D has it, a 16th of the width
+        inner, rank = DIRECTIONS * STEP, math.ceil(STEP / 16)  # as SS2D, of its own width
         self.gated, self.splits = gated, (rank, state, state)
 
         self.in_proj = nn.Linear(dim, (2 if gated else 1) * width, bias=False)
@@ -70,7 +72,8 @@ class ChannelMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the channels of each cell, (batch, height, width, dim); the shape stays."""
-        x, z = self.in_proj(x), None
+        x = self.in_proj(x)
+        z = None
         if self.gated:
             x, z = x.chunk(2, dim=-1)
         steps = x.flatten(0, 2).unflatten(1, (-1, STEP))  # (cells, steps, STEP)

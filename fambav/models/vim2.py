@@ -63,7 +63,8 @@ class MixerBlock(MapBlock):
         self.earlier_weight: nn.Parameter | None = None
         if averaging != "none":
             start = torch.zeros(earlier)  # of a softmax, equal shares
-            start[-1] = 0.0 if self.softmax else 1.0
+            if not self.softmax:
+                start[-1] = 1.0  # the map before
             self.earlier_weight = nn.Parameter(start)
         self.norm = nn.LayerNorm(dim)
         self.op = op

@@ -12,7 +12,7 @@ from fambav.layers import DropPath
 from fambav.layers.channel_mixer import STEP, ChannelMixer
 from fambav.layers.hierarchy import PatchMerging
 from fambav.layers.ss2d import SS2D
-from fambav.models import ViM2
+from fambav.models import ViM2, VMamba
 from fambav.ops import force
 from fambav.timm_compat import timm
 
@@ -123,6 +123,21 @@ def test_a_mixer_reads_the_average_of_all_maps_before_it(averaging):
         x = torch.einsum("m,mbhwc->bhwc", weight, torch.stack(maps))
         maps.append(x + block.op(block.norm(x)))
     near(blocks(maps[0]), maps[-1], 1e-4)
+
+
+def test_token_mixers_in_a_chain_are_vmamba():
+    sizes = dict(dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_classes=5, state=4)
+    source = VMamba(**sizes, form="vanilla").eval()
+    model = ViM2(**sizes, mixers=("token",), averaging="none").eval()
+    names = {"patch_embed.2": "patch_embed.1", "classifier.": ""}
+    state = {}
+    for name, value in disturbed(source).state_dict().items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        state[name] = value
+    model.load_state_dict(state)
+    images = torch.randn(2, 3, 70, 32)
+    assert torch.equal(model(images), source(images))
 
 
 def test_weights_of_a_softmax_start_equal():
