@@ -39,7 +39,7 @@ class Hierarchical(TimmModel):
         directions: In how many directions a mixer scans.
         patch_embed: Maps images, (batch, height, width, in_chans), to the first map.
         layers: The stages.
-        output_fmt: How timm is told that `forward_features` returns maps of cells.
+        output_fmt: Layout of what `forward_features` returns, for timm.
         draws_whole_update: See `Backbone`.
     """
 

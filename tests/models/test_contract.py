@@ -17,6 +17,7 @@ STAGED = [
     name for name in MODELS if family_of(name) not in (FAMILIES["vim"], FAMILIES["plainmamba"])
 ]
 ROWS = [name for name in MODELS if name not in STAGED and "patch16" not in name]  # others mean them
+FEWER = [name for name in MODELS if name not in STAGED or "tiny" in name or "nano" in name]
 SIZES = [*ROWS, *(name for name in STAGED if "nano" in name)]
 SMALL = dict(depth=2, img_size=64, patch_size=16, num_classes=7)
 SMALL_STAGES = dict(depths=(1, 1, 1, 1), img_size=64, num_classes=7)
@@ -279,7 +280,7 @@ def test_what_images_a_name_reads_is_known_without_building_it(name):
     assert model.get_submodule(known.first_conv).in_channels == model.in_chans == 3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FEWER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_name_has_the_shapes_and_types_that_timm_expects(name, dtype):
     model = timm.create_model(name, device="meta", dtype=dtype, num_classes=7)
@@ -304,7 +305,7 @@ def test_every_name_has_the_shapes_and_types_that_timm_expects(name, dtype):
     assert bare(images).shape == whole
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FEWER)
 def test_every_name_is_a_backbone_of_maps(name):
     model = timm.create_model(name, device="meta", features_only=True, out_indices=(1, 2, -1))
     size = model.pretrained_cfg["input_size"][1:]
