@@ -99,6 +99,11 @@ FAMILIES: dict[str, Family] = {
         arguments={**_ANY, "drop": "drop_rate", "distillation_head": "distillation"},
         reducible=False,
     ),
+    "vim2": Family(
+        models=("vim2_nano", "vim2_tiny", "vim2_small", "vim2_base"),
+        arguments={**_ANY, "drop": "drop_rate"},
+        reducible=False,
+    ),
     "tsm2": Family(
         models=("tsm2",),
         arguments={"lookback": "lookback", "drop": "drop_rate"},

@@ -671,7 +671,16 @@ print(status, [name for name in ("torch", "numpy", "timm") if name in sys.module
     assert done.stderr.count("\n") == 1
 
 
-FILES = ("vim", "plainmamba", "vmamba", "vssd", "groupmamba", "tsm2", "forecaster")  # of models
+FILES = (
+    "vim",
+    "plainmamba",
+    "vmamba",
+    "vssd",
+    "groupmamba",
+    "vim2",
+    "tsm2",
+    "forecaster",
+)  # of models
 
 
 def test_names_are_those_of_the_registries():

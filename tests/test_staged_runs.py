@@ -17,7 +17,7 @@ from tests.identical import lasting, log, same
 from tests.test_reduced_runs import RUN, Stop, stop_in_update
 from tests.test_runs import go, refused
 
-NAMES = ("vmamba_nano", "vssd_nano", "groupmamba_nano")
+NAMES = ("vmamba_nano", "vssd_nano", "groupmamba_nano", "vim2_nano")
 LOWERING = {torch.ops.fambav.recurrence.default: in_blocks}
 
 

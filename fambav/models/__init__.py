@@ -11,6 +11,7 @@ from fambav.models.plainmamba import PlainMamba
 from fambav.models.timm_model import TimmModel
 from fambav.models.tsm2 import TSM2
 from fambav.models.vim import Vim
+from fambav.models.vim2 import ViM2
 from fambav.models.vmamba import VMamba
 from fambav.models.vssd import VSSD
 from fambav.models.weights import (
@@ -34,6 +35,7 @@ __all__ = [
     "TimmModel",
     "Trace",
     "VMamba",
+    "ViM2",
     "Vim",
     "adapt",
     "check_class_token",

@@ -8,9 +8,16 @@ import pytest
 import torch
 
 import fambav.models  # noqa: F401  registers the models
-from fambav.models import groupmamba, plainmamba, vim, vmamba, vssd
+from fambav.models import groupmamba, plainmamba, vim, vim2, vmamba, vssd
 from fambav.reduction import reduce
-from fambav.registry import BIMAMBA, CLASS_TOKENS, CLASSIFIERS, FUSION_METHODS, family_of
+from fambav.registry import (
+    BIMAMBA,
+    CLASS_TOKENS,
+    CLASSIFIERS,
+    FAMILIES,
+    FUSION_METHODS,
+    family_of,
+)
 from fambav.timm_compat import timm
 
 STAGED = [name for name in CLASSIFIERS if not family_of(name).reducible]
@@ -32,7 +39,7 @@ def build(name="vim_micro", **arguments):
 def test_the_list_of_names_is_what_is_registered():
     registered = set(timm.list_models("vim_*", module="vim"))
     assert set(vim.VARIANTS) == registered
-    for module in (groupmamba, plainmamba, vmamba, vssd):
+    for module in (groupmamba, plainmamba, vim2, vmamba, vssd):
         own = set(timm.list_models(module=module.__name__.split(".")[-1]))
         assert set(module.VARIANTS) == own
         registered |= own
@@ -46,7 +53,7 @@ def test_every_name_builds(name):
     assert model.get_classifier().out_features == 1000
     assert model.pretrained_cfg["architecture"] == name
     assert model.pretrained_cfg["input_size"] == (3, *model.img_size)
-    assert model.class_token == ("middle" if name.startswith("vim") else "none")
+    assert model.class_token == ("middle" if family_of(name) is FAMILIES["vim"] else "none")
     if name not in STAGED:
         assert set(model.schedule.lengths) == {model.length}
 
