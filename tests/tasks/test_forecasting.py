@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,12 +12,11 @@ import fambav
 from fambav.cli import console
 from fambav.data import load
 from fambav.engine import checkpoint
-from fambav.engine.step import TrainStep
 from fambav.experiments import cell
 from fambav.registry import TASKS
 from fambav.tasks import task_of
 from tests.identical import assert_identical, log
-from tests.test_runs import Crash, go, refused
+from tests.made import crash_in_update, crashing, go, refused
 
 WORDS = """--model {} --lookback 32 --horizon 6 --batch-size 8 --epochs 3 --warmup-epochs 0
     --lr 3e-3 --unscale-lr --num_workers 0 --threads 1 --log_every 4
@@ -71,17 +71,8 @@ def test_the_best_epoch_is_chosen_without_held_out_rows():
 
 def test_a_resumed_run_is_bit_identical(finished, tmp_path):
     folder, _, words = finished
-    real = TrainStep.__call__
-
-    def crash(self, batches, number):
-        if number == 13:
-            raise Crash
-        return real(self, batches, number)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", crash)
-        with pytest.raises(Crash):
-            go(*words, "--output_dir", tmp_path, "--save_every", "4")
+    with crashing(partial(crash_in_update, update=13)):
+        go(*words, "--output_dir", tmp_path, "--save_every", "4")
     assert go(*words, "--output_dir", tmp_path, "--resume", "auto").status == 0
     assert_identical(tmp_path, folder)
 
