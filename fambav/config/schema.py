@@ -1,8 +1,8 @@
 """Every setting of a run: its name, default, unit and range, in frozen groups.
 
-A field below is one setting.  Its name is the YAML key; the same name with hyphens or underscores
-is the flag; its metadata has its meaning, the conditions under which it has one, and what it
-affects.  There is no second list of settings anywhere.
+A field below, or in `model_settings`, is one setting.  Its name is the YAML key; the same name with
+hyphens or underscores is the flag; its metadata has its meaning, the conditions under which it has
+one, and what it affects.  There is no second list of settings anywhere.
 
 Source: flag names and defaults are those of DeiT (github.com/facebookresearch/deit), Vim
 (github.com/hustvl/Vim) and Famba-V (github.com/AIoT-MLSys-Lab/Famba-V), main.py.  Differing
@@ -14,15 +14,14 @@ itself), fusion_layer and fusion_token (the original values, but only once a str
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fambav import registry
 from fambav.config import checks, when
+from fambav.config.model_settings import Fusion, Model, Reduction
 from fambav.config.setting import (
     COUNT,
     NATURAL,
     NOT_NEGATIVE,
-    PIXELS,
     POSITIVE,
     PROBABILITY,
     PROCESSES,
@@ -39,184 +38,6 @@ from fambav.config.setting import (
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 OPTIMIZERS = ("adamw", "adam", "nadamw", "lamb", "lion", "sgd")
 INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model(Group):
-    """Model."""
-
-    affects: ClassVar[Affects] = "model"
-
-    model: str = option(
-        "vim_tiny", "model of `fambav list models`, or timm/NAME", check=checks.model_name
-    )
-    input_size: int | tuple[int, int] | None = option(
-        None,
-        "height and width of an image in pixels, one number for both; none = the model's own",
-        when.IMAGES,
-        bounds=PIXELS,
-    )
-    patch_size: int | None = option(
-        None,
-        "height and width of a patch in pixels; none = the model's own",
-        when.VIM,
-        bounds=PIXELS,
-    )
-    stride: int | None = option(
-        None, "pixels between patches; none = the model's own", when.VIM, bounds=PIXELS
-    )
-    num_classes: int | None = option(
-        None, "length of the output; none = the data set's", when.IMAGES, bounds=COUNT
-    )
-    class_token: str = option(
-        "middle", "place of the class token", when.VIM, choices=registry.CLASS_TOKENS
-    )
-    bimamba_type: str = option("v2", "directions of the mixer", when.VIM, choices=registry.BIMAMBA)
-    legacy_init: bool = switch(
-        "zero as the backward scan's initial dt bias, as published", when.VIM
-    )
-    param_order: str = option(
-        "raster",
-        "PlainMamba: step sizes go with the place in the image, as in released weights, or with "
-        "their token, as the paper describes",
-        when.PLAINMAMBA,
-        choices=registry.PARAM_ORDERS,
-    )
-    dt_bias_twice: bool = switch(
-        "PlainMamba: add the step sizes' bias twice, as released weights need",
-        when.PLAINMAMBA,
-        on=True,
-    )
-    distillation_head: bool = switch(
-        "GroupMamba: a second head, which learns from a teacher; the output is their mean",
-        when.TWO_HEADS,
-        on=True,
-    )
-    drop: float = option(
-        0.0,
-        "dropout after the position embedding, before the head, or of tsm2's mixers too",
-        when.DROPOUT,
-        bounds=RATE,
-    )
-    drop_path: float = option(
-        0.1,
-        "stochastic depth: largest probability of dropping a block",
-        when.DROP_PATH,
-        otherwise=0.0,
-        bounds=RATE,
-    )
-    lookback: int = option(
-        512, "rows of a series that a forecast is made from", when.SERIES, bounds=COUNT
-    )
-    horizon: int = option(96, "rows of a series that are forecast", when.SERIES, bounds=COUNT)
-    grad_checkpointing: bool = switch(
-        "gradient checkpointing: recompute blocks in the backward pass to save memory",
-        when.OURS,
-        affects="speed",
-    )
-    scan_backend: str | None = option(
-        None,
-        "force one implementation of the scan; none = the fastest",
-        when.SCANNING,
-        affects="speed",
-        choices=registry.SCAN_BACKENDS,
-    )
-    compile: bool = switch("compile the model with torch.compile", affects="speed")
-    cuda_graphs: bool = switch(
-        "launch forward and backward passes as CUDA graphs",
-        when.OURS,
-        when.NOT_COMPILED,
-        affects="speed",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reduction(Group):
-    """Token reduction by any method."""
-
-    affects: ClassVar[Affects] = "model"
-
-    reduction: str = option(
-        "none",
-        "how tokens are chosen",
-        when.REDUCIBLE,
-        choices=("none", *registry.METHODS),
-        registry=registry.REDUCERS,
-    )
-    reduction_schedule: str = option(
-        "published",
-        "where and how many: r:5@3-23/2, ramp:16,-1, list:7,7,0, keep:0.8@5,10, "
-        "tokens:157,125@10,20, or published, the one of the method's paper for the model",
-        when.REDUCED,
-        check=checks.schedule_form,
-    )
-    reduction_hook: str | None = option(
-        None,
-        "where in a layer tokens are removed; none = the method's own",
-        when.REDUCED,
-        choices=registry.HOOKS,
-    )
-    scan_policy: str | None = option(
-        None,
-        "how the scan treats removed tokens; none = the method's own",
-        when.REDUCED,
-        choices=registry.SCAN_POLICIES,
-    )
-    gap_policy: str | None = option(
-        None,
-        "how an aligned scan decays its state over removed tokens; the method's own if not given",
-        when.REDUCED,
-        choices=registry.GAP_POLICIES,
-    )
-    class_token_policy: str | None = option(
-        None,
-        "place of the class token among the kept tokens; none = the method's own",
-        when.REDUCED,
-        choices=registry.CLASS_TOKEN_POLICIES,
-    )
-    reduction_options: str = option(
-        "",
-        "options of the method, key=value,key=value; `fambav list options` names them",
-        when.REDUCED,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fusion(Group):
-    """Token fusion with Famba-V's flags."""
-
-    affects: ClassVar[Affects] = "model"
-
-    fusion_strategy: str = option(
-        "none",
-        "layers that fuse tokens",
-        choices=registry.STRATEGIES,
-        aliases=registry.STRATEGY_ALIASES,
-    )
-    fusion_layer: int | None = option(
-        None,
-        "first fused layer of upper, last of lower, counted from 1; none = 11 where one is needed",
-        when.FUSED,
-        when.UNPLANNED,
-        when.ONE_ENDED,
-        bounds=COUNT,
-    )
-    fusion_token: int = option(
-        0,
-        "tokens removed in each fused layer; 7 once a strategy is chosen",
-        when.FUSED,
-        when.UNPLANNED,
-        bounds=NATURAL,
-    )
-    fusion_method: str = option(
-        "famba-v",
-        "how tokens are paired and merged; ordered keeps the scan order, famba-v is the paper's",
-        when.FUSED,
-        choices=registry.FUSION_METHODS,
-    )
-    fusion_plan: str | None = option(
-        None, "layer:tokens pairs instead of a strategy, e.g. 6:9,8:9", check=checks.fusion_list
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
