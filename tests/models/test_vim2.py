@@ -1,6 +1,7 @@
 """ViM2's counts, equations and symmetries, and what it refuses.  There is no other code of it."""
 
 import math
+import zlib
 
 import pytest
 import torch
@@ -88,6 +89,12 @@ def test_parameters_follow_the_formula_and_operations_are_counted(
         literature,
         products,
     )
+
+
+def test_weights_keep_their_names_shapes_and_order():
+    state = built("vim2_tiny").state_dict().items()
+    found = [f"{name}\t{tuple(value.shape)}" for name, value in state]
+    assert zlib.crc32("\n".join(found).encode()) == 852547272
 
 
 def test_depths_are_those_of_the_papers_table():
