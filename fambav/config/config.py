@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from fambav.config import conflicts, legacy_flags, parsing, schema
+from fambav.config import conflicts, legacy_flags, model_settings, parsing, schema
 from fambav.config.schema import GROUPS, OPTIONS
 from fambav.config.setting import COMMAND, FILE, RECORD, ConfigError, Setting, format_value
 
@@ -33,9 +33,9 @@ class Config:
         notice: Lines to print before anything else, or empty.
     """
 
-    model: schema.Model = field(default_factory=schema.Model)
-    fusion: schema.Fusion = field(default_factory=schema.Fusion)
-    reduction: schema.Reduction = field(default_factory=schema.Reduction)
+    model: model_settings.Model = field(default_factory=model_settings.Model)
+    fusion: model_settings.Fusion = field(default_factory=model_settings.Fusion)
+    reduction: model_settings.Reduction = field(default_factory=model_settings.Reduction)
     data: schema.Data = field(default_factory=schema.Data)
     augment: schema.Augment = field(default_factory=schema.Augment)
     optim: schema.Optim = field(default_factory=schema.Optim)
@@ -73,7 +73,9 @@ class Config:
 
     def unreduced(self) -> Config:
         """Return a copy whose model keeps every token."""
-        return dataclasses.replace(self, fusion=schema.Fusion(), reduction=schema.Reduction())
+        return dataclasses.replace(
+            self, fusion=model_settings.Fusion(), reduction=model_settings.Reduction()
+        )
 
     def to_yaml(self) -> str:
         """Return text that `load` turns into an equal run."""
