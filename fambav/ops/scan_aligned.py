@@ -69,8 +69,8 @@ def aligned_scan(
         return_dt: Whether to return the step size as well.
 
     Returns:
-        y, with the shape and dtype of u, rounded once, and with `return_dt` the step size after softplus, shaped
-        like u, float32 (float64 if u is), else None.
+        y, with the shape and dtype of u, rounded once, and with `return_dt` the step size after
+        softplus, shaped like u, float32 (float64 if u is), else None.
 
     Raises:
         ValueError: If a shape, dtype or device does not fit the others, or the policy is unknown.
