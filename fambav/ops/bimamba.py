@@ -93,19 +93,17 @@ def bimamba_scan(
         backward: Parameters of the scan from the last token to the first.
         out_proj: Applied to the result, (out, dim); None for none.
         skipped: Number of tokens removed between each token and the one scanned before it, by
-            direction, (2, batch, length), any dtype.  That of the token scanned first has no
-            effect.
+            direction, (2, batch, length), any dtype; without effect for the token scanned first.
         skipped_dt: Their step sizes, summed, (2, batch, length, dim), at least 0.
         scale: Factor of the sum; 0.5 takes the mean of both directions.
         gap_policy: The step size of a removed token, see `estimate_skipped_dt`; "cached" goes with
             `skipped_dt`, all others with `skipped`.
-        want: What to return beside the result:
-            gated       sum over channels of max(0, y silu(z)), (2, batch, length), float32
+        want: What to return beside the result, float32, or float64 if xz is, but for B and C:
+            gated       sum over channels of max(0, y silu(z)), (2, batch, length)
             ungated     the same of max(0, y)
             gated_unclipped, ungated_unclipped      the same without max; one of these four at most
-            B, C        (2, batch, length, state)
-            delta       step size after bias and softplus, (2, batch, length, dim), float32
-            Sums and step sizes are float64 if xz is.
+            B, C        (2, batch, length, state), in the dtype of the result
+            delta       step size after bias and softplus, (2, batch, length, dim)
 
     Returns:
         (batch, length, out), or (batch, length, dim) without out_proj, in xz's dtype, or that of
@@ -116,8 +114,7 @@ def bimamba_scan(
         ValueError: If a shape, dtype or device does not fit the others, or a name is unknown.
         BackendError: If a backend is forced that cannot run these tensors.
 
-    Source: Zhu et al., "Vision Mamba", arXiv:2401.09417, algorithm 1; the gaps and scores are of
-        Zhan et al., arXiv:2409.18962.
+    Source: Zhu et al., arXiv:2401.09417, algorithm 1; Zhan et al., arXiv:2409.18962, for gaps.
     """
     _check(xz, forward, backward, out_proj)
     if not is_number(scale):

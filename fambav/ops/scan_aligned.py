@@ -52,8 +52,6 @@ def aligned_scan(
 ) -> tuple[Tensor, Tensor | None]:
     """Scan kept tokens, with the decay of those removed between them.
 
-    Across gaps everything is computed in float32 (float64 if u is) and rounded once.
-
     Args:
         u: Input, (batch, length, dim).
         delta: Step size before bias and softplus, shaped like u.
@@ -62,8 +60,7 @@ def aligned_scan(
         C: Output matrix, shaped like B.
         D: Skip weight, (dim,), or None for no skip.
         skipped_dt: Summed step sizes of the tokens removed between each token and the one scanned
-            before it, shaped like u, at least 0; None for a plain scan.  That of the token scanned
-            first has no effect.
+            before it, shaped like u, at least 0; without effect for the token scanned first.
         skipped: The number of these tokens instead, (batch, length).
         gap_policy: The step size of each of them, as in `estimate_skipped_dt`.
         delta_bias: Added to delta before softplus, (dim,), or None.
@@ -72,7 +69,7 @@ def aligned_scan(
         return_dt: Whether to return the step size as well.
 
     Returns:
-        y, with the shape and dtype of u, and with `return_dt` the step size after bias and
+        y, with the shape and dtype of u, rounded once, and with `return_dt` the step size after
         softplus, shaped like u, float32 (float64 if u is), else None.
 
     Raises:
@@ -83,25 +80,17 @@ def aligned_scan(
     """
     _check(u, delta, A, B, C, {"D": D, "delta_bias": delta_bias})
     gap_policy = policy_of(gap_policy, skipped, skipped_dt, shape=u.shape, first=u)
+    skipped = None if skipped is None or gap_policy == "none" else skipped.float()
     if gap_policy == "bias" and (delta_bias is None or not delta_softplus):
         raise ValueError("gap_policy is 'bias', expected delta_bias and delta_softplus with it")
     if gap_policy == "none" and not return_dt:
-        plain = selective_scan(
-            *(u.mT, delta.mT, A, B.mT, C.mT, D),
-            delta_bias=delta_bias,
-            delta_softplus=delta_softplus,
-            reverse=reverse,
-        )
-        return plain.mT, None
+        options = dict(delta_bias=delta_bias, delta_softplus=delta_softplus, reverse=reverse)
+        return _plain(u, delta, A, B, C, D, **options), None
     run = ALIGNED_SCAN.pick(u, A, B[:, :, None], C[:, :, None])
     y, dt = run(
         *(u, delta, A, B, C, D, delta_bias),
-        skipped=None if skipped is None or gap_policy == "none" else skipped.float(),
-        skipped_dt=skipped_dt,
-        gap_policy=gap_policy,
-        softplus=delta_softplus,
-        reverse=reverse,
-        return_dt=return_dt,
+        **dict(skipped=skipped, skipped_dt=skipped_dt, gap_policy=gap_policy),
+        **dict(softplus=delta_softplus, reverse=reverse, return_dt=return_dt),
     )
     return y, dt if return_dt else None
 
@@ -167,6 +156,13 @@ def policy_of(
     if given.device != first.device:
         raise ValueError(f"skipped is on {given.device}, expected {first.device}")
     return policy
+
+
+def _plain(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, **options: Any
+) -> Tensor:
+    y: Tensor = selective_scan(u.mT, delta.mT, A, B.mT, C.mT, D, **options)
+    return y.mT
 
 
 def _fused(

@@ -334,17 +334,15 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Write the gradients of u, delta, B and C; return those of A, D and bias.
 
-    Tensors have any strides; those of another dtype than float32 are copied.
-
     Args:
         dy: Gradient of y, (directions, batch, length, dim).
         dlast: Gradient of the state after the last step, (directions, batch, dim, state).
         kept: As returned by `scan_forward`.
-        u, delta, A, B, C, D, bias, softplus, reverse: As in `scan_forward`.
+        u, delta, A, B, C, D, bias, softplus, reverse, skipped, skipped_dt, gap_policy: As in
+            `scan_forward`.
         du, ddelta, dB, dC: Outputs for the gradients of u, delta, B and C.
-        skipped, skipped_dt, gap_policy: As in `scan_forward`.
         ddt: Gradient of the step size after bias and softplus, shaped like u, or None.
-        dskipped_dt: Output for the gradient of skipped_dt, needed under "cached".
+        dskipped_dt: Output for that of skipped_dt, needed under "cached".
 
     Returns:
         The gradients of A, (directions, dim, state), and of D and bias, (directions, dim) or None.
@@ -361,14 +359,11 @@ def scan_backward(
         directions * batch * groups * parts,
         (dy, None if dlast is None else dlast.mT, kept, *inputs, *gap, ddt),
         (du, ddelta, dB_parts, dC_parts, dparameters, dskipped_dt),
-        softplus,
-        np.array(reverse, dtype=np.bool_),
-        GAPS[gap_policy],
-        most,
+        *(softplus, np.array(reverse, dtype=np.bool_), GAPS[gap_policy], most),
     )
     sum_parts(dB_parts, dB)
     sum_parts(dC_parts, dC)
     sums = sum_parts(dparameters, torch.empty_like(dparameters[0]))
-    dD = None if D is None else sums[:, state].clone()
-    dbias = None if bias is None else sums[:, state + 1].clone()
+    pairs = zip((D, bias), sums[:, state:].unbind(dim=1), strict=True)
+    dD, dbias = (None if parameter is None else grad.clone() for parameter, grad in pairs)
     return sums[:, :state].mT.contiguous(), dD, dbias

@@ -55,11 +55,19 @@ from fambav.ops.triton.scan_forward import (
     of_channels,
     of_token,
     put_token,
+    rows_of_gaps,
     state_form,
     step_size,
     variant,
 )
-from fambav.ops.triton.scan_steps import channel_sum, only_if, pair_again, retreat, walk
+from fambav.ops.triton.scan_steps import (
+    channel_sum,
+    only_if,
+    pair_again,
+    retreat,
+    through_gap,
+    walk,
+)
 from fambav.ops.triton.variant import Variant
 
 STEPS = 2  # tokens of a pair; must divide CHUNK
@@ -85,23 +93,15 @@ def _scan_backward_kernel(
     dy, u, delta, B, C, du, ddelta, dlast, kept, A_0, A_1, D_0, D_1, bias_0, bias_1,
     skipped, skipped_dt, ddt, dskipped_dt, dBC, dA, dD, dbias, scratch,
     length, size, groups, blocks, images, reverse,
-    dy_direction, dy_batch, dy_token, dy_channel,
-    u_direction, u_batch, u_token, u_channel,
+    dy_direction, dy_batch, dy_token, dy_channel, u_direction, u_batch, u_token, u_channel,
     delta_direction, delta_batch, delta_token, delta_channel,
     B_direction, B_batch, B_token, B_group, B_state,
     C_direction, C_batch, C_token, C_group, C_state,
     du_direction, du_batch, du_token, du_channel,
     ddelta_direction, ddelta_batch, ddelta_token, ddelta_channel,
-    STATE: tl.constexpr,
-    PART: tl.constexpr,
-    PARTS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    GAP: tl.constexpr,
-    INDEX: tl.constexpr,
+    STATE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, LEVELS: tl.constexpr,
+    CHUNK: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, GAP: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     direction = tl.program_id(1).to(tl.int64)
@@ -112,8 +112,7 @@ def _scan_backward_kernel(
     in_group = block * BLOCK + tl.arange(0, BLOCK)[:, None]
     here = in_group < size
     channel = group * size + in_group
-    dim = size * groups
-    row = direction * images + image
+    dim, row = size * groups, direction * images + image
     back = (reverse >> tl.program_id(1)) & 1
     first = (back * (length - 1)).to(tl.int64)
     step = (1 - 2 * back).to(INDEX)
@@ -132,8 +131,7 @@ def _scan_backward_kernel(
             g = g + (tl.load(dlast + row * dim * STATE + at, mask=inside, other=0.0),)
     shift = of_channels(bias_0, bias_1, direction, channel, here)
     skip = of_channels(D_0, D_1, direction, channel, here)
-    skip_sum = tl.zeros([BLOCK, 1], tl.float32)
-    shift_sum = tl.zeros([BLOCK, 1], tl.float32)
+    skip_sum, shift_sum = tl.zeros([BLOCK, 1], tl.float32), tl.zeros([BLOCK, 1], tl.float32)
     rest, rest_slope = step_size(shift, 0.0, SOFTPLUS)
     rest_sum = tl.zeros([BLOCK, 1], tl.float32)  # what the gaps behind a token add to its gradient
 
@@ -148,16 +146,7 @@ def _scan_backward_kernel(
     du_rows, ddelta_rows = (du, du_token, du_channel), (ddelta, ddelta_token, ddelta_channel)
     B_rows, C_rows = (B, B_token, B_state), (C, C_token, C_state)
     dy_rows = (dy, dy_token, dy_channel)
-    whole = (row * length + first) * dim
-    gap_rows = (skipped, skipped_dt)
-    if GAP == "cached":
-        gap_rows = (skipped, skipped_dt + whole)
-        dskipped_dt += whole
-    elif GAP != "none":
-        gap_rows = (skipped + row * length + first, skipped_dt)
-    gaps = (gap_rows, row, dim, rest)
-    if ddt is not None:
-        ddt += whole
+    gaps = (rows_of_gaps(skipped, skipped_dt, row * length + first, dim, GAP), row, dim, rest)
     dBC += ((block * tl.num_programs(1) * images + row) * length + first) * groups * (
         2 * PARTS * PART
     ) + group * (2 * PARTS * PART)
@@ -198,26 +187,15 @@ def _scan_backward_kernel(
                     states[s * PARTS : (s + 1) * PARTS], states[(s + 1) * PARTS : (s + 2) * PARTS],
                     decay, B_rows, C_rows, t, PART, STATE,
                 )  # fmt: skip
-                dstep = u_t * x_sum + decay_sum
-                if ddt is not None:
-                    dstep += tl.load(ddt + t * dim.to(tl.int64) + channel, here_now, other=0.0)
-                if GAP == "cached":
-                    at = dskipped_dt + t * dim.to(tl.int64) + channel
-                    tl.store(at, decay_sum, mask=here_now)
-                elif GAP != "none":
-                    in_gap = tl.where(real, tl.load(gap_rows[0] + t) * decay_sum, 0.0)
-                    if GAP == "self":
-                        dstep += in_gap
-                    elif GAP == "bias":
-                        rest_sum += in_gap
-                    else:
-                        dstep += rest_sum
-                        rest_sum = in_gap
+                at = (row * length + first + t) * dim + channel
+                more, rest_sum = through_gap(
+                    decay_sum, rest_sum, gaps[0], ddt, dskipped_dt, at, t, real, here_now, GAP
+                )
+                dstep = u_t * x_sum + decay_sum + more
                 ddelta_t = tl.where(real, dstep * slopes[s], 0.0)
-                du_t = deltas[s] * x_sum + skip * dy_t
                 shift_sum += ddelta_t
                 skip_sum += dy_t * u_t
-                put_token(du_rows, t, channel, here_now, du_t)
+                put_token(du_rows, t, channel, here_now, deltas[s] * x_sum + skip * dy_t)
                 put_token(ddelta_rows, t, channel, here_now, ddelta_t)
                 dBC_at = dBC + t * groups * (2 * PARTS * PART) + column
                 tl.store(dBC_at, channel_sum(products, LEVELS), mask=only_if(real, column >= 0))
@@ -233,7 +211,7 @@ def _scan_backward_kernel(
         tl.store(dbias + row * dim + channel, shift_sum, mask=here)
 
 
-def scan_backward(
+def scan_backward(  # noqa: D417  as in scan_forward
     dy: Tensor,
     dlast: Tensor | None,
     kept: Tensor,
@@ -266,28 +244,15 @@ def scan_backward(
         dy: Gradient of y, (directions, batch, length, dim), any strides.
         dlast: Gradient of the last state, (directions, batch, dim, state), float32, or None.
         kept: The states that the forward pass kept.
-        u: As in `scan_forward`, like all arguments not named here.
-        delta: Shaped like u.
-        A: (dim, state) for each direction.
-        B: (directions, batch, length, groups, state).
-        C: Shaped like B.
-        D: (dim,) for each direction, or None.
-        bias: (dim,) for each direction, or None.
+        u, delta, A, B, C, D, bias, softplus, reverse, gaps: As in `scan_forward`.
         du: Output for the gradient of u, shaped like u, any strides and float dtype.
         ddelta: Output for the gradient of delta before bias and softplus, shaped like u, likewise.
         dB: Output for the gradient of B, shaped like B, likewise.
         dC: Output for the gradient of C, shaped like B, likewise.
-        softplus: Whether delta went through softplus.
-        reverse: Of each direction.
-        skipped: (directions, batch, length), or None.
-        skipped_dt: Shaped like u, or None.
-        gap_policy: How the state ages.
         ddt: Gradient of the step size after bias and softplus, shaped like u, or None.
         dskipped_dt: Output for the gradient of skipped_dt, shaped like u, float32; needed under
             "cached".
-        block: Channels of a program, a power of 2, at least 32.
-        warps: Warps of a program.
-        chunk: Tokens from one kept state to the next, as in the forward pass; a multiple of 2.
+        block, warps, chunk: As in the forward pass; chunk is a multiple of 2.
 
     Returns:
         dA, (directions, dim, state), dD and dbias, (directions, dim), or None; all float32.

@@ -104,6 +104,17 @@ def step_size(delta, shift, SOFTPLUS: tl.constexpr) -> tuple[tl.tensor, tl.tenso
 
 
 @triton.jit
+def rows_of_gaps(skipped, skipped_dt, place, dim, GAP: tl.constexpr) -> tuple[Any, Any]:
+    """Return pointers to the first token, whose place among all is `place`."""
+    rows = (skipped, skipped_dt)
+    if GAP == "cached":
+        rows = (skipped, skipped_dt + place * dim)
+    elif GAP != "none":
+        rows = (skipped + place, skipped_dt)
+    return rows
+
+
+@triton.jit
 def gap_of(delta_t, rest, gap_rows, row, dim, t, channel, here, GAP: tl.constexpr) -> tl.tensor:
     """Return the step sizes of what was removed in front of the token t.
 
@@ -223,11 +234,7 @@ def _scan_forward_kernel(
     u_rows, delta_rows = (u, u_token, u_channel), (delta, delta_token, delta_channel)
     B_rows, C_rows = (B, B_token, B_state), (C, C_token, C_state)
     y_rows = (y, y_token, y_channel)
-    gap_rows = ()
-    if GAP == "cached":
-        gap_rows = (skipped, skipped_dt + (row * length + first) * dim)
-    elif GAP != "none":
-        gap_rows = (skipped + row * length + first, skipped_dt)
+    gap_rows = rows_of_gaps(skipped, skipped_dt, row * length + first, dim, GAP)
     if dt is not None:
         dt += (row * length + first) * dim
 
@@ -279,7 +286,7 @@ def _scan_forward_kernel(
             tl.store(to, h[r * PARTS + p], mask=heres[r] & (state_number < STATE))
 
 
-def scan_forward(
+def scan_forward(  # noqa: D417  several in a line
     u: Tensor,
     delta: Tensor,
     A: Sequence[Tensor],
@@ -303,26 +310,19 @@ def scan_forward(
     """Scan the tokens of every sample in one or two directions.
 
     Args:
-        u: Input, (directions, batch, length, dim), any strides.
-        delta: Step size before bias and softplus, shaped like u, any strides.
-        A: Decay rates of each direction, (dim, state), float32.
-        B: Input matrix, (directions, batch, length, groups, state), any strides; fastest if the
-            state is contiguous and all other strides are multiples of 16.
-        C: Output matrix, shaped like B, any strides.
-        D: Skip weights of each direction, (dim,), float32, or None.
-        bias: Added to delta, of each direction, (dim,), float32, or None.
+        u, delta: Input; step size before bias and softplus; (directions, batch, length, dim).
+        A, D, bias: Decay rates, (dim, state), skip weights and what is added to delta, (dim,), of
+            each direction, float32; D and bias may be None.
+        B, C: Input and output matrix, (directions, batch, length, groups, state), any strides;
+            fastest if the state is contiguous and all other strides are multiples of 16.
         y: Output for the result, shaped like u, any strides and float dtype.
-        softplus: Whether delta goes through softplus.
-        reverse: Whether each direction goes from the last token to the first.
+        softplus, reverse: Whether delta goes through softplus; whether each direction goes back.
         keep: Whether to keep the states that the backward pass needs.
         skipped: Number of tokens removed in front of each, (directions, batch, length).
         skipped_dt: Their step sizes, summed, shaped like u, under "cached"; fastest if contiguous.
         gap_policy: How the state ages over them, see `registry.GAP_POLICIES`.
-        dt: Output for the step size after bias and softplus, shaped like u, float32, contiguous, or
-            None.
-        block: Channels of a program, a power of 2, at least 32.
-        warps: Warps of a program.
-        chunk: Tokens from one kept state to the next.
+        dt: Output for the step size after softplus, shaped like u, contiguous float32, or None.
+        block, warps, chunk: Channels and warps of a program; tokens between kept states.
 
     Returns:
         The state after the last step, (directions, batch, dim, state), and the kept states, of
@@ -337,14 +337,13 @@ def scan_forward(
     block = block or fast_block(batch * directions * groups, dim // groups, state)
     blocks = triton.cdiv(dim // groups, block)
     form = _form(state, block, warps, chunk, softplus=softplus, gap=gap_policy, keep=keep)
-    index = index_type(length, u, delta, B, C, y)
     with on_device(u):
         _scan_forward_kernel[(batch * groups * blocks, directions)](
             u, delta, *each_way(A), B, C, *each_way(D), *each_way(bias),
             *as_floats(skipped, skipped_dt), y, last, kept, dt,
             length, dim // groups, groups, blocks, batch, directions_back(reverse),
             *u.stride(), *delta.stride(), *B.stride(), *C.stride(), *y.stride(),
-            **form, INDEX=index, num_warps=warps, **OPTIONS,
+            **form, INDEX=index_type(length, u, delta, B, C, y), num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return last, kept
 

@@ -187,3 +187,31 @@ def retreat(
     x_sum = tl.sum(from_B, axis=1, keep_dims=True)
     decay_sum = tl.sum(from_A, axis=1, keep_dims=True) * LN_2
     return earlier, rates, B_products + C_products, x_sum, decay_sum
+
+
+@triton.jit
+def through_gap(
+    decay_sum, rest_sum, gap_rows, ddt, dskipped_dt, at, t, real, here,
+    GAP: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Backpropagate through the step sizes in front of a token, whose place among all is `at`.
+
+    Returns:
+        What is added to the gradient of its own step size, and what gaps have gathered for the
+        token before under "hold_prev", for the bias under "bias".
+    """
+    more = tl.zeros(decay_sum.shape, tl.float32)
+    if ddt is not None:
+        more += tl.load(ddt + at, mask=here, other=0.0)
+    if GAP == "cached":
+        tl.store(dskipped_dt + at, decay_sum, mask=here)
+    elif GAP != "none":
+        in_gap = tl.where(real, tl.load(gap_rows[0] + t) * decay_sum, 0.0)
+        if GAP == "self":
+            more += in_gap
+        elif GAP == "bias":
+            rest_sum += in_gap
+        else:
+            more += rest_sum
+            rest_sum = in_gap
+    return more, rest_sum
