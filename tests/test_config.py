@@ -607,7 +607,7 @@ CONTINUED = {  # what may differ between a run and its continuation, besides pla
 
 
 def test_a_setting_says_what_it_affects():
-    assert affecting("nothing") == PLACES | {"log_every", "extend"}
+    assert affecting("nothing") == PLACES | {"log_every", "extend", "tracker"}
     assert affecting("speed") == CONTINUED
     groups = vars(Config())
     built = {name for key in ("model", "fusion", "reduction") for name in vars(groups[key])}

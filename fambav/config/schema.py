@@ -335,10 +335,7 @@ class Run(Group):
     deterministic: bool = switch("deterministic algorithms only", affects="speed")
     log_every: int = option(10, "updates between printed lines", affects="nothing", bounds=COUNT)
     tracker: str = option(
-        "tensorboard",
-        "where the epochs' numbers go besides the run folder, which has TensorBoard's events",
-        affects="nothing",
-        choices=TRACKERS,
+        "tensorboard", "gets the numbers of each epoch", affects="nothing", choices=TRACKERS
     )
     log_activations: bool = switch(
         "record the largest activation of each layer in each epoch",

@@ -51,7 +51,7 @@ def test_a_set_that_is_not_in_memory_has_a_reason_and_no_ratio_without_one_worke
         (dict(workers=()), "workers is -1, expected at least 0"),
         (dict(warmup=-1), "warmup is -1, expected at least 0"),
         (dict(batch=5000), "batch_size is 5000"),
-        (dict(input_size=(8, 16, 8)), "input_size is .8, 16, 8., expected a positive number or"),
+        (dict(input_size=(8, 16, 8)), "input_size is .8, 16, 8., expected a whole number of 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):

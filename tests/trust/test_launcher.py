@@ -110,7 +110,7 @@ def test_other_commands_refuse_a_place_or_need_none(tmp_path, launched):
     launched(RANK="abc")
     bench = "bench scan --batch 1 --length 4 --dim 4 --rounds 1 --device cpu"
     refused(*bench.split(), names=["RANK"], program=cli.console)
-    refused("predict", tmp_path / "none", "x.png", names=["none"], program=cli.console)
+    refused("predict", tmp_path / "none", "x.png", names=["RANK"], program=cli.console)
     for command in ("plan", "flops"):
         found = call(command, "--model", "vim_micro", program=cli.console)
         assert (found.status, found.err) == (0, "")

@@ -124,7 +124,7 @@ MODELS = {
     "class_token []": ("class_token", lambda: vim(class_token=[])),
     "bimamba_type v9": ("bimamba_type", lambda: vim(bimamba_type="v9")),
     "param_order 3": ("param_order", lambda: plain(param_order=3)),
-    "global_pool 'max'": ("global_pool", lambda: net().reset_classifier(3, "max")),
+    "global_pool 'mean'": ("global_pool", lambda: net().reset_classifier(3, "mean")),
     "global_pool 3": ("global_pool", lambda: net().reset_classifier(3, 3)),
     "classes of a new head": ("num_classes", lambda: net().reset_classifier(-1)),
     "fusion_token '3'": ("fusion_token", lambda: vim(fusion_strategy="all", fusion_token="3")),

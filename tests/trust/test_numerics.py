@@ -8,7 +8,7 @@ from fambav.engine import checkpoint
 from tests.identical import log
 from tests.trust.forked import run
 
-SHORT = "--epochs 1 --warmup-epochs 0"
+SHORT = "--epochs 1 --warmup-epochs 0 --input-size 16 --fusion-token 3"
 
 
 @pytest.mark.parametrize("precision", ["--no_amp", "--if_amp"])
