@@ -32,11 +32,13 @@ class Family(NamedTuple):
         arguments: Settings that shape the model, and the arguments of its constructor that they
             become.  A setting that another family has and this one lacks is refused.
         reducible: Whether their tokens can be fused, merged and dropped.
+        tasks: What its models can learn, modules of `fambav.tasks`.
     """
 
     models: tuple[str, ...]
     arguments: dict[str, str]
     reducible: bool = True
+    tasks: tuple[str, ...] = ("classification",)
 
 
 _ANY = {"input_size": "img_size", "drop_path": "drop_path_rate"}
@@ -77,9 +79,30 @@ FAMILIES: dict[str, Family] = {
         arguments={**_ANY, "drop": "drop_rate"},
         reducible=False,
     ),
+    "vmunet": Family(
+        models=("vmunet", "vmunet_deep", "vmunet_nano"),
+        arguments=_ANY,
+        reducible=False,
+        tasks=("segmentation",),
+    ),
+    "cvmh_unet": Family(
+        models=("cvmh_unet", "cvmh_unet_nano"),
+        arguments=_ANY,
+        reducible=False,
+        tasks=("segmentation",),
+    ),
     "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}, reducible=False),
 }
 MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in known.models)
+
+
+def models_of(task: str) -> tuple[str, ...]:
+    """Return the models of `MODELS` that can learn a task."""
+    able = (known for known in FAMILIES.values() if task in known.tasks)
+    return tuple(name for known in able for name in known.models)
+
+
+CLASSIFIERS: tuple[str, ...] = models_of("classification")
 
 
 def family_of(model: str) -> Family:

@@ -3,11 +3,14 @@
 from importlib.util import find_spec
 
 from fambav.models.backbone import Backbone, Trace
+from fambav.models.cvmh_unet import CVMHUNet
 from fambav.models.hierarchical import Hierarchical
 from fambav.models.plainmamba import PlainMamba
+from fambav.models.segmenter import Segmenter
 from fambav.models.timm_model import TimmModel
 from fambav.models.vim import Vim
 from fambav.models.vmamba import VMamba
+from fambav.models.vmunet import VMUNet
 from fambav.models.weights import (
     adapt,
     check_class_token,
@@ -18,10 +21,13 @@ from fambav.models.weights import (
 
 __all__ = [
     "Backbone",
+    "CVMHUNet",
     "Hierarchical",
     "PlainMamba",
+    "Segmenter",
     "TimmModel",
     "Trace",
+    "VMUNet",
     "VMamba",
     "Vim",
     "adapt",

@@ -23,6 +23,7 @@ from fambav.layers.hierarchy import (
     PatchMerging,
     Stage,
     drop_path_rates,
+    trunc_normal_linear,
 )
 from fambav.layers.ss2d import SS2D
 from fambav.models.entry import register
@@ -151,7 +152,7 @@ class VMamba(Hierarchical):
             for dim, own, after in zip(dims, rates, (*between, None), strict=True)
         ]
         self.layers = nn.ModuleList(stages)
-        self.apply(_init)
+        self.apply(trunc_normal_linear)
         self.classifier = nn.Sequential(
             OrderedDict[str, nn.Module](norm=nn.LayerNorm(dims[-1]), head=nn.Identity())
         )
@@ -231,14 +232,6 @@ def _halving(dim: int, out: int) -> nn.Sequential:
     """A convolution that halves the sides."""
     conv = MapConv2d(dim, out, 3, stride=2, padding=1)
     return nn.Sequential(OrderedDict[str, nn.Module]({"1": conv, "3": nn.LayerNorm(out)}))
-
-
-def _init(module: nn.Module) -> None:
-    """Draw a linear map as the published training does."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _RENAMED = (  # older names, and those of the single file
