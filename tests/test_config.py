@@ -670,7 +670,7 @@ def test_names_are_those_of_the_registries():
     from fambav import registry
     from fambav.timm_compat import timm
 
-    registered = (timm.list_models(module=module) for module in ("vim", "plainmamba"))
+    registered = (timm.list_models(module=module) for module in ("vim", "plainmamba", "vmamba"))
     assert set(registry.MODELS) == {name for names in registered for name in names}
     assert set(registry.METHODS) == set(registry.REDUCERS.names())
     assert set(registry.DATA_SETS) == set(registry.BUILDERS.names())

@@ -11,6 +11,7 @@ import fambav
 
 RANK = {
     "registry": 0,
+    "arguments": 1,
     "json_files": 1,
     "launcher": 0,
     "timm_compat": 0,

@@ -19,7 +19,7 @@ from fambav.ops import BackendError, backends, force
 from fambav.ops.dispatch import SCAN
 from fambav.reduction import Reduction, make_reducer, make_schedule, parse_schedule
 from fambav.reduction.schedule import PUBLISHED
-from fambav.registry import MODELS, STRATEGY_ALIASES, nearest
+from fambav.registry import MODELS, STRATEGY_ALIASES, family_of, nearest
 from fambav.timm_compat import timm
 
 NONE = "none"
@@ -135,11 +135,15 @@ def candidates(
     for dtype in dtypes:
         _check_dtype(dtype, device)
     named = [STRATEGY_ALIASES.get(text, text) for text in plans]
-    if model in MODELS:
+    planned = [text for text in named if text != NONE]
+    if model in MODELS and planned:
+        if not family_of(model).reducible:
+            expected = f"none with {model}, whose tokens cannot be reduced"
+            raise ValueError(f"plan is {planned[0]!r}, expected {expected}")
         with torch.device("meta"):
             info = cast(Backbone, timm.create_model(model)).info
-        for text in named:
-            if text not in (NONE, PUBLISHED):
+        for text in planned:
+            if text != PUBLISHED:
                 parse_schedule(text, info, name="plan")
     for name in (peer for peer in peers if peer not in MODELS):
         with torch.device("meta"):

@@ -133,7 +133,9 @@ class _Bench:
         self, model: str, batch: int, device: torch.device, dtype: torch.dtype, **form: Any
     ) -> None:
         torch.manual_seed(0)
-        net = cast(Backbone, timm.create_model(model, num_classes=0, **form)).to(device)
+        net = timm.create_model(model, num_classes=0, **form).to(device)
+        if not isinstance(net, Backbone):
+            raise ValueError(f"model is {model!r}, expected one whose tokens can be reduced")
         formed = "param_order" in family_of(model).arguments
         self._form = {"param_order": str(net.param_order)} if formed else {}
         self._net, self._blocks = net, list[Any](net.layers)

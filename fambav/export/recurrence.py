@@ -57,17 +57,25 @@ def scan(
     step = F.softplus(step) if softplus else step
     parts = [step, step * x, *(weight.permute(3, 0, 1, 2) for weight in (B, C))]
     step, drive, B, C = [part.flip(0) for part in parts] if reverse else parts
-    groups = B.shape[2]  # B and C are (length, batch, groups, state) now
-    each = zip(step.chunk(groups, 2), drive.chunk(groups, 2), A.chunk(groups), strict=True)
-    ys = [
-        torch.ops.fambav.recurrence(*own, B[:, :, group], C[:, :, group])
-        for group, own in enumerate(each)
-    ]
-    y: Tensor = ys[0] if groups == 1 else torch.cat(ys, dim=2)
+    y: Tensor = _of_groups(step, drive, A, B, C)
     y = y.flip(0) if reverse else y
     y = (y if D is None else y + D * x).permute(1, 2, 0)
     y = y if z is None else y * F.silu(z)
     return y.to(out_dtype), u.new_empty(0)
+
+
+def _of_groups(step: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Run the recurrence with B and C for groups of channels, (length, batch, groups, state)."""
+    run, groups = torch.ops.fambav.recurrence, B.shape[2]
+    if groups > 1 and A.shape[1] == 1:  # B and C only scale channels: one recurrence of all
+        each = step.shape[2] // groups
+        into, out = (w.expand(-1, -1, -1, each).flatten(2) for w in (B, C))
+        one = torch.ones_like(B[:, :, 0])
+        scaled: Tensor = run(step, drive * into, A, one, one) * out
+        return scaled
+    own = zip(step.chunk(groups, 2), drive.chunk(groups, 2), A.chunk(groups), strict=True)
+    ys = [run(*parts, B[:, :, n], C[:, :, n]) for n, parts in enumerate(own)]
+    return ys[0] if groups == 1 else torch.cat(ys, dim=2)
 
 
 def in_blocks(step: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fambav.arguments import whole
 from fambav.layers.hierarchy import Float32LayerNorm, MapConv2d
 from fambav.layers.mamba import A_from_log, init_A_log, init_dt_proj, upcast
 from fambav.ops import selective_scan
@@ -33,6 +34,9 @@ class SS2D(nn.Module):
         gated: Multiply by silu(z) behind the norm.
         conv_bias: Whether the convolution adds a bias.
         paths: Of `fambav.ops.scan_paths.PATHS`, in the order of the weights.
+
+    Raises:
+        ValueError: If state or the inner width is below 1.
     """
 
     def __init__(
@@ -46,7 +50,9 @@ class SS2D(nn.Module):
         paths: tuple[str, ...] = CROSS,
     ) -> None:
         super().__init__()
-        inner, rank, number = int(expand * dim), math.ceil(dim / 16), len(paths)
+        whole("state", state, least=1)
+        inner = whole("inner width of a scan", int(expand * dim), least=1)
+        rank, number = math.ceil(dim / 16), len(paths)
         self.paths, self.gated, self.splits = paths, gated, (rank, state, state)
 
         # Names, shapes and order are those of the published weights.

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from fambav.arguments import whole
 from fambav.layers.drop import Dropout
 from fambav.layers.embed import pair
 from fambav.layers.hierarchy import Blocks, Stage
@@ -38,7 +39,7 @@ class Hierarchical(TimmModel):
         directions: In how many directions a mixer scans.
         patch_embed: Maps images, (batch, height, width, in_chans), to the first map.
         layers: The stages.
-        output_fmt: How timm is told that `forward_features` returns maps of cells.
+        output_fmt: Layout of what `forward_features` returns, for timm.
         draws_whole_update: See `Backbone`.
     """
 
@@ -66,15 +67,17 @@ class Hierarchical(TimmModel):
         """Set what constructors of all models are given.
 
         Raises:
-            ValueError: If there are not as many dims as depths, one is below 1, or images are too
-                small.
+            ValueError: If there are not as many dims as depths, a number is below 1, or images are
+                too small.
         """
-        if len(dims) != len(depths) or not dims or min(*dims, *depths) < 1:
+        if not dims or len(dims) != len(depths):
             raise ValueError(
-                f"dims are {list(dims)} and depths {list(depths)}, expected positive numbers, one"
-                " of each for every stage"
+                f"dims are {list(dims)} and depths {list(depths)}, expected one of each for every"
+                " stage"
             )
-        self.dims, self.depths, self.in_chans = tuple(dims), tuple(depths), in_chans
+        self.dims = tuple(whole("a number of dims", dim, least=1) for dim in dims)
+        self.depths = tuple(whole("a number of depths", depth, least=1) for depth in depths)
+        self.in_chans = whole("in_chans", in_chans, least=1)
         self.num_features = self.head_hidden_size = self.dims[-1]
         self.img_size = pair(img_size, name="img_size")
         self.check_size(self.img_size)

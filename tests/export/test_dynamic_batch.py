@@ -18,15 +18,20 @@ from tests.export.made import weights
 from tests.trust.refusals import call, refused
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ("vim_micro", "plainmamba_micro")
+MODELS = ("vim_micro", "plainmamba_micro", "vmamba_nano")
 BATCH = ({0: Dim("batch", min=1)},)
-OFTEN = [("vim_micro", "ordered"), ("plainmamba_micro", "none")]
-PAIRS = [(name, method) for name in MODELS for method in ("none", *METHODS)]
+OFTEN = [("vim_micro", "ordered"), ("plainmamba_micro", "none"), ("vmamba_nano", "none")]
+SIZE = {"vmamba_nano": dict(img_size=32)}
+SMALL = dict(img_size=16, depth=2)
+PAIRS = [
+    *((name, method) for name in MODELS[:2] for method in ("none", *METHODS)),
+    ("vmamba_nano", "none"),
+]
 
 
 def model(name, method="none"):
     torch.manual_seed(0)
-    net = timm.create_model(name, num_classes=10, img_size=16, depth=2).eval()
+    net = timm.create_model(name, num_classes=10, **SIZE.get(name, SMALL)).eval()
     if method != "none":
         schedule = f"r:{net.grid[0]}@2" if method == "storm" else "r:3@2"
         fambav.reduce(net, method, schedule, scan="compact")  # what all models can do
@@ -43,16 +48,18 @@ def model(name, method="none"):
 def test_a_program_of_torch_takes_any_batch(name, method):
     net = model(name, method)
     with torch.no_grad():
-        program = torch.export.export(net, (torch.randn(2, 3, 16, 16),), dynamic_shapes=BATCH)
+        sides = net.img_size
+        program = torch.export.export(net, (torch.randn(2, 3, *sides),), dynamic_shapes=BATCH)
         for size in (1, 3):
-            images = torch.randn(size, 3, 16, 16)
+            images = torch.randn(size, 3, *sides)
             torch.testing.assert_close(program.module()(images), net(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, of each check of a shape
 @pytest.mark.parametrize("name", MODELS)
 def test_a_trace_is_the_same_when_torch_makes_it_again(name):
-    net, images = model(name), torch.randn(2, 3, 16, 16)
+    net = model(name)
+    images = torch.randn(2, 3, *net.img_size)
     with torch.no_grad():
         traced = torch.jit.trace(net, images, check_trace=True)
         torch.testing.assert_close(traced(images), net(images), rtol=1e-4, atol=1e-4)
@@ -74,7 +81,7 @@ print("the same")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS[:2])
 def test_it_may_be_the_first_call_of_a_process(name):
     """What is compiled at the first call must not be traced with it."""
     done = subprocess.run(

@@ -8,26 +8,36 @@ import pytest
 import torch
 
 import fambav.models  # noqa: F401  registers the models
-from fambav.models import plainmamba, vim
+from fambav.models import plainmamba, vim, vmamba
 from fambav.reduction import reduce
-from fambav.registry import BIMAMBA, CLASS_TOKENS, FUSION_METHODS, MODELS
+from fambav.registry import BIMAMBA, CLASS_TOKENS, FAMILIES, FUSION_METHODS, MODELS, family_of
 from fambav.timm_compat import timm
 
-SIZES = [name for name in MODELS if "patch16" not in name]  # the others mean the same models
+STAGED = [
+    name for name in MODELS if family_of(name) not in (FAMILIES["vim"], FAMILIES["plainmamba"])
+]
+ROWS = [name for name in MODELS if name not in STAGED and "patch16" not in name]  # others mean them
+FEWER = [name for name in MODELS if name not in STAGED or "tiny" in name or "nano" in name]
+SIZES = [*ROWS, *(name for name in STAGED if "nano" in name)]
 SMALL = dict(depth=2, img_size=64, patch_size=16, num_classes=7)
+SMALL_STAGES = dict(depths=(1, 1, 1, 1), img_size=64, num_classes=7)
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def build(name="vim_micro", **arguments):
     torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL, **arguments})
+    small = SMALL_STAGES if name in STAGED else SMALL
+    return timm.create_model(name, **{**small, **arguments})
 
 
 def test_the_list_of_names_is_what_is_registered():
     registered = set(timm.list_models("vim_*", module="vim"))
     assert set(vim.VARIANTS) == registered
-    assert set(plainmamba.VARIANTS) == set(timm.list_models(module="plainmamba"))
-    assert set(MODELS) == registered | set(plainmamba.VARIANTS)
+    for module in (plainmamba, vmamba):
+        own = set(timm.list_models(module=module.__name__.split(".")[-1]))
+        assert set(module.VARIANTS) == own
+        registered |= own
+    assert set(MODELS) == registered
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -38,7 +48,8 @@ def test_every_name_builds(name):
     assert model.pretrained_cfg["architecture"] == name
     assert model.pretrained_cfg["input_size"] == (3, *model.img_size)
     assert model.class_token == ("middle" if name.startswith("vim") else "none")
-    assert set(model.schedule.lengths) == {model.length}
+    if name not in STAGED:
+        assert set(model.schedule.lengths) == {model.length}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -131,11 +142,14 @@ def test_fusion_keeps_the_mean_over_patches_when_there_is_no_class_token():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_state_dict_round_trips_strictly(name):
-    model, other = build(name), reduce(build(name), "ordered", "r:1")
+    model, other = build(name), build(name)
+    if name in ROWS:
+        reduce(other, "ordered", "r:1")
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter)
     other.load_state_dict(model.state_dict(), strict=True)
-    reduce(other, "none")
+    if name in ROWS:
+        reduce(other, "none")
     assert torch.equal(other.eval()(IMAGES), model.eval()(IMAGES))
 
 
@@ -259,23 +273,24 @@ def test_what_images_a_name_reads_is_known_without_building_it(name):
     known = timm.models.get_pretrained_cfg(name)
     assert known.architecture == name
     assert timm.models.get_pretrained_cfg_value(name, "input_size") == (3, *model.img_size)
-    assert timm.models.get_pretrained_cfg_value(name, "pool_size") == model.info.grid
+    assert timm.models.get_pretrained_cfg_value(name, "pool_size") == model.info.stages[-1].grid
     own = {n: value for n, value in model.pretrained_cfg.items() if hasattr(known, n)}
     assert own == {n: value for n, value in known.to_dict().items() if n in own}
     assert model.get_submodule(known.classifier) is model.get_classifier()
     assert model.get_submodule(known.first_conv).in_channels == model.in_chans == 3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FEWER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_name_has_the_shapes_and_types_that_timm_expects(name, dtype):
     model = timm.create_model(name, device="meta", dtype=dtype, num_classes=7)
     images = torch.zeros(2, 3, *model.img_size, device="meta", dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
-    wide, length = model.num_features, model.info.tokens
+    wide, last = model.num_features, model.info.stages[-1]
+    whole = (2, *last.grid, wide) if name in STAGED else (2, last.tokens, wide)
     rows = model.forward_features(images)
     shapes = {
-        (2, length, wide): rows,
+        whole: rows,
         (2, wide): model.forward_head(rows, pre_logits=True),
         (2, 7): model.forward_head(rows),
     }
@@ -285,12 +300,12 @@ def test_every_name_has_the_shapes_and_types_that_timm_expects(name, dtype):
     model.reset_classifier(0)
     assert model(images).shape == (2, wide)
     model.reset_classifier(0, "")
-    assert model(images).shape == (2, length, wide)
+    assert model(images).shape == whole
     bare = timm.create_model(name, device="meta", dtype=dtype, num_classes=0, global_pool="")
-    assert bare(images).shape == (2, length, wide)
+    assert bare(images).shape == whole
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FEWER)
 def test_every_name_is_a_backbone_of_maps(name):
     model = timm.create_model(name, device="meta", features_only=True, out_indices=(1, 2, -1))
     size = model.pretrained_cfg["input_size"][1:]
@@ -303,10 +318,11 @@ def test_every_name_is_a_backbone_of_maps(name):
             s // stride - 1 <= n <= s // stride for n, s in zip(found.shape[2:], size, strict=True)
         )
     with torch.device("meta"):
-        assert len(timm.create_model(name, features_only=True)(maps[0].new_zeros(1, 3, *size))) == 3
+        every = timm.create_model(name, features_only=True)(maps[0].new_zeros(1, 3, *size))
+    assert len(every) == (4 if name in STAGED else 3)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ROWS)
 def test_learning_rates_decay_from_block_to_block(name):
     model = build(name, depth=3)
     groups = timm.optim.param_groups_layer_decay(model, 0.05, layer_decay=0.5)
@@ -318,6 +334,18 @@ def test_learning_rates_decay_from_block_to_block(name):
         assert inside == {0.5 ** (3 - layer)}
     rest = {n: value for n, value in found.items() if "layers." not in n and "head" not in n}
     assert max(rest.values()) <= 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in SIZES if name in STAGED])
+def test_learning_rates_decay_from_stage_to_stage_too(name):
+    model = build(name)
+    groups = timm.optim.param_groups_layer_decay(model, 0.05, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    each = [{scale[id(p)] for p in block.parameters()} for block in model.blocks]
+    assert each == [{0.5**depth} for depth in (4, 3, 2, 1)]
+    assert {scale[id(p)] for p in model.get_classifier().parameters()} == {1.0}
+    first = model.get_submodule(model.first_conv).weight
+    assert scale[id(first)] == 0.5**5
 
 
 @pytest.mark.parametrize(
@@ -345,7 +373,7 @@ def test_a_resized_model_is_one_of_that_size_with_fitted_weights(name, arguments
         fused.set_input_size(96)
 
 
-@pytest.mark.parametrize("name", ["vim_micro", "plainmamba_micro"])
+@pytest.mark.parametrize("name", [name for name in SIZES if name.endswith(("micro", "nano"))])
 def test_timm_loads_a_file_of_weights_and_leaves_a_head_of_other_classes_new(name, tmp_path):
     source, file = build(name), tmp_path / "weights.pth"
     torch.save({"model": source.state_dict()}, file)
@@ -354,5 +382,5 @@ def test_timm_loads_a_file_of_weights_and_leaves_a_head_of_other_classes_new(nam
     assert torch.equal(same(IMAGES), source.eval()(IMAGES))
     other = build(name, **source_of | dict(num_classes=3), img_size=(96, 64)).eval()
     assert other(torch.zeros(1, 3, 96, 64)).shape == (1, 3)
-    kept = other.layers[1].mixer.in_proj.weight
-    assert torch.equal(kept, source.layers[1].mixer.in_proj.weight)
+    kept, expected = (list(net.blocks[1].parameters()) for net in (other, source))
+    assert all(torch.equal(*pair) for pair in zip(kept, expected, strict=True))

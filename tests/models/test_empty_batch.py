@@ -36,6 +36,16 @@ def test_no_images_give_no_rows_and_gradients_of_zero(name, method):
     assert [found.shape for found in maps] == 2 * [(0, 64, *net.grid)]
 
 
+def test_no_images_give_no_maps_of_stages():
+    net = timm.create_model("vmamba_nano", num_classes=10)
+    logits = net(NONE)
+    assert logits.shape == (0, 10)
+    logits.sum().backward()
+    assert not any(p.grad.any() for p in net.parameters())
+    maps = net.forward_intermediates(NONE, intermediates_only=True)
+    assert [found.shape[2:] for found in maps] == [stage.grid for stage in net.info.stages]
+
+
 @pytest.mark.parametrize("scan", ["aligned", "masked"])
 def test_no_images_are_scanned_by_every_policy(scan):
     net = fambav.reduce(model("vim_micro", class_token="double"), "ordered", "r:3@2-4", scan=scan)

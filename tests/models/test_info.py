@@ -30,8 +30,14 @@ def test_every_name_tells_its_family_and_its_stages(name):
         info = timm.create_model(name).info
     assert name in FAMILIES[info.family].models
     assert [family_of(name)] == [f for f in FAMILIES.values() if name in f.models]
-    assert info.stage == info.stages[0]
-    assert info.tokens == info.grid[0] * info.grid[1] + len(info.cls_index)
+    if len(info.stages) == 1:
+        assert info.stage == info.stages[0]
+        assert info.tokens == info.grid[0] * info.grid[1] + len(info.cls_index)
+    else:
+        with pytest.raises(ValueError, match=rf"{info.family} has 4 stages, expected one"):
+            _ = info.tokens
+    for stage in info.stages:
+        assert stage.tokens == stage.grid[0] * stage.grid[1] + len(info.cls_index)
     with pytest.raises(AttributeError):
         info.family = "other"
 
