@@ -371,6 +371,7 @@ MALFORMED = [
     ("--no-model-ema --model-ema-decay 0.9", "expected 0.99996 with --no-model-ema"),
     ("--model timm/x --class-token head", "--class-token is 'head', expected 'middle' with --mo"),
     ("--model timm/x --fusion-strategy all", "is 'all', expected none with --model timm/x"),
+    ("--model vmunet --data-set DIGITS", "--model is 'vmunet', expected a model for classification"),
     ("--eval", "--eval has nothing to evaluate, expected --resume FILE"),
     ("--resume auto", "--resume is 'auto', expected --output_dir with it"),
     ("--resume a.pth --finetune b.pth", "--finetune is 'b.pth', expected no file beside --resume"),
@@ -670,7 +671,8 @@ def test_names_are_those_of_the_registries():
     from fambav import registry
     from fambav.timm_compat import timm
 
-    registered = (timm.list_models(module=module) for module in ("vim", "plainmamba", "vmamba"))
+    modules = ("vim", "plainmamba", "vmamba", "vmunet", "cvmh_unet")
+    registered = (timm.list_models(module=module) for module in modules)
     assert set(registry.MODELS) == {name for names in registered for name in names}
     assert set(registry.METHODS) == set(registry.REDUCERS.names())
     assert set(registry.DATA_SETS) == set(registry.BUILDERS.names())

@@ -11,7 +11,7 @@ from typing import Any
 from fambav.config.schema import OPTIONS
 from fambav.config.setting import DEFAULT, RECORD, ConfigError, Setting, When, format_value, refuse
 from fambav.config.when import FUSED, MIXING, REDUCED
-from fambav.registry import family_of
+from fambav.registry import DATA_SETS, family_of, models_of
 
 Settings = dict[str, Setting]
 
@@ -36,6 +36,7 @@ def resolve(given: Settings) -> tuple[dict[str, Any], list[str]]:
         for name, option in OPTIONS.items()
     }
     done: set[str] = set()
+    _match_model_and_data(settings)
     _apply_conditions(settings, "reduction", done)
     _choose_reduction_or_fusion(settings)
     _choose_plan_or_strategy(settings)
@@ -47,6 +48,22 @@ def resolve(given: Settings) -> tuple[dict[str, Any], list[str]]:
     _check_checkpoints(settings)
     warnings = [line for low, high in LIMITS if (line := _limit(settings, low, high))]
     return {name: setting.value for name, setting in settings.items()}, warnings
+
+
+def _match_model_and_data(settings: Settings) -> None:
+    """Refuse a model that cannot learn from the data set; one that was not given fits the other."""
+    model, data_set = settings["model"], settings["data_set"]
+    tasks, task = family_of(model.value).tasks, DATA_SETS[data_set.value]
+    fitting = [name for name, own in DATA_SETS.items() if own in tasks]
+    if task in tasks:
+        return
+    if model.level == DEFAULT:
+        settings["model"] = model._replace(value=models_of(task)[0])
+    elif data_set.level == DEFAULT and fitting:
+        settings["data_set"] = data_set._replace(value=fitting[0])
+    else:
+        expected = f"a model for {task}, as --data-set {data_set.value} needs"
+        refuse(model.label, model.value, expected)
 
 
 def _apply_conditions(settings: Settings, name: str, done: set[str]) -> None:

@@ -194,10 +194,9 @@ class CVMHUNet(Segmenter):
         read = math.prod(_read_by_bins(length, side) for length in grid)
         averaged = dim * (read + side**2) + number * dim * (side**2 + 1)
         convolved = 3 * dim * fusion.channels.conv.weight.numel()
-        products = convolved + number * dim * side**2
         return total(
             as_published(map_cost(fusion.cells, grid), (fusion.cells, grid)),
-            Cost(averaged + convolved, products, products),
+            Cost(averaged + convolved, convolved, convolved),
         )
 
     def block_cost(self, block: nn.Module, grid: tuple[int, int]) -> Cost:

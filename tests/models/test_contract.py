@@ -10,14 +10,16 @@ import torch
 import fambav.models  # noqa: F401  registers the models
 from fambav.models import plainmamba, vim, vmamba
 from fambav.reduction import reduce
-from fambav.registry import BIMAMBA, CLASS_TOKENS, FAMILIES, FUSION_METHODS, MODELS, family_of
+from fambav.registry import BIMAMBA, CLASS_TOKENS, CLASSIFIERS, FAMILIES, FUSION_METHODS, family_of
 from fambav.timm_compat import timm
 
 STAGED = [
-    name for name in MODELS if family_of(name) not in (FAMILIES["vim"], FAMILIES["plainmamba"])
+    name for name in CLASSIFIERS if family_of(name) not in (FAMILIES["vim"], FAMILIES["plainmamba"])
 ]
-ROWS = [name for name in MODELS if name not in STAGED and "patch16" not in name]  # others mean them
-FEWER = [name for name in MODELS if name not in STAGED or "tiny" in name or "nano" in name]
+ROWS = [
+    name for name in CLASSIFIERS if name not in STAGED and "patch16" not in name
+]  # others mean them
+FEWER = [name for name in CLASSIFIERS if name not in STAGED or "tiny" in name or "nano" in name]
 SIZES = [*ROWS, *(name for name in STAGED if "nano" in name)]
 SMALL = dict(depth=2, img_size=64, patch_size=16, num_classes=7)
 SMALL_STAGES = dict(depths=(1, 1, 1, 1), img_size=64, num_classes=7)
@@ -37,10 +39,10 @@ def test_the_list_of_names_is_what_is_registered():
         own = set(timm.list_models(module=module.__name__.split(".")[-1]))
         assert set(module.VARIANTS) == own
         registered |= own
-    assert set(MODELS) == registered
+    assert set(CLASSIFIERS) == registered
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_name_builds(name):
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -267,7 +269,7 @@ def test_drop_rates_act_in_training_only(rate):
     assert not torch.equal(model.train()(IMAGES), plain(IMAGES))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_what_images_a_name_reads_is_known_without_building_it(name):
     model = timm.create_model(name, device="meta")
     known = timm.models.get_pretrained_cfg(name)
