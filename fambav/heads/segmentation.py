@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -26,15 +25,15 @@ class SegmentationModel(nn.Module):
 
     def __init__(
         self,
-        backbone: Callable[[Tensor], Sequence[Tensor]],
+        backbone: Any,
         num_classes: int,
         *,
         channels: int = 512,
         auxiliary: int | None = -2,
     ) -> None:
         super().__init__()
-        self.backbone: Any = backbone
-        widths = self.backbone.feature_info.channels()
+        self.backbone = backbone
+        widths = backbone.feature_info.channels()
         self.auxiliary = auxiliary
         self.decode_head = UPerHead(widths, num_classes, channels=channels)
         self.auxiliary_head: FCNHead | None = None

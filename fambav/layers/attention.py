@@ -78,7 +78,8 @@ def dct_bases(side: int, frequencies: tuple[tuple[int, int], ...] = TOP_FREQUENC
 
     def wave(frequency: int) -> Tensor:
         u = frequency * scale
-        return (math.pi * u * place / side).cos() * ((2 if u else 1) / side) ** 0.5
+        scale_to_one: float = ((2 if u else 1) / side) ** 0.5
+        return (math.pi * u * place / side).cos() * scale_to_one
 
     return torch.stack([wave(u)[:, None] * wave(v) for u, v in frequencies]).float()
 
@@ -107,7 +108,7 @@ class FrequencyAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, (batch, dim), of a map, (batch, dim, height, width)."""
-        grid = F.adaptive_avg_pool2d(x, self.bases.shape[1:])
+        grid = F.adaptive_avg_pool2d(x, self.bases.shape[-1])
         waves = (grid[:, :, None] * self.bases).flatten(3)  # (batch, dim, frequencies, cells)
         kinds = (waves.mean(dim=3), waves.amax(dim=3), waves.amin(dim=3))
         pooled = torch.stack([kind.mean(dim=2) for kind in kinds], dim=1)  # (batch, 3, dim)
