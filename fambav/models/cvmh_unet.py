@@ -149,6 +149,7 @@ class CVMHUNet(Segmenter):
     """
 
     family = "cvmh_unet"
+    decoder = (*Segmenter.decoder, "fusions")
 
     def __init__(
         self,

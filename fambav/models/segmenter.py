@@ -115,6 +115,7 @@ class Segmenter(Hierarchical):
 
     Attributes:
         body: Name of the module that has all others in published weights; "" for none.
+        decoder: Names of the modules behind the encoder, but for the head, inside the body.
 
     Raises:
         ValueError: If a number is not one of those above.
@@ -124,6 +125,7 @@ class Segmenter(Hierarchical):
     undecayed = ("A_logs", "Ds")
     classifier_name, first_conv, final_norm = "final_conv", "patch_embed.proj", "norm"
     body: ClassVar[str] = ""
+    decoder: ClassVar[tuple[str, ...]] = ("layers_up", "final_up")
 
     def __init__(
         self,
@@ -318,8 +320,9 @@ class Segmenter(Hierarchical):
         """
         del prune_norm, prune_head
         wanted = super().prune_intermediate_layers(indices)
-        parts = self.get_submodule(self.body)
-        del parts.layers_up, parts.final_up
+        for name in self.decoder:
+            owner, _, last = f"{self._inside}{name}".rpartition(".")
+            delattr(self.get_submodule(owner), last)
         return wanted
 
     def set_grad_checkpointing(
@@ -337,6 +340,8 @@ class Segmenter(Hierarchical):
     ) -> dict[str, Any]:
         """Return patterns of the names of parameters in the order of depth.
 
+        Names without one, of the head and of what fuses maps, are the last group.
+
         Args:
             coarse: A stage is a group, not a block.  What leads to a stage belongs to its start.
         """
@@ -350,11 +355,10 @@ class Segmenter(Hierarchical):
             (rf"^{inside}layers_up\.{stage}\.upsample", (stage, *start))
             for stage in range(len(self.depths_up))
         ]
-        rest = (rf"^{inside}", (99999,))
         return {
             "stem": rf"^{inside}patch_embed",
             "blocks": [*down, (rf"^{inside}layers\.(\d+){block}", None)],
-            "decoder": [*up, (rf"^{inside}layers_up\.(\d+){block}", None), rest],
+            "decoder": [*up, (rf"^{inside}layers_up\.(\d+){block}", None)],
         }
 
     def flop_parts(self) -> HierarchicalCost:

@@ -166,7 +166,7 @@ def test_equal_maps_stay_as_they_are_and_weights_are_between_0_and_1():
     torch.manual_seed(0)
     block = MFMSBlock(16, side=14).eval()
     for p in block.parameters():
-        torch.nn.init.normal_(p)
+        torch.nn.init.normal_(p, std=0.3)
     skip, x = torch.randn(2, 2, 9, 5, 16)
     assert torch.equal(block(skip, skip), skip)
     weight = block.weights((skip + x).permute(0, 3, 1, 2))
@@ -292,10 +292,11 @@ def test_own_weights_are_taken_and_a_head_of_other_classes_is_dropped_if_wanted(
 
 def test_low_precision_is_finite_and_close():
     for kind in KINDS:
-        model, batch = small(kind).eval(), torch.randn(1, 3, 64, 64)
+        model, batch = small(kind, dims=(32, 32, 32, 48)).eval(), torch.randn(1, 3, 64, 64)
         exact = model(batch)
         with torch.autocast("cpu", torch.bfloat16):
-            near(model(batch).float(), exact, 0.1 * exact.abs().max().item())
+            error = model(batch).float() - exact
+        assert error.norm() < 0.05 * exact.norm()
         assert small(kind).bfloat16().eval()(batch.bfloat16()).isfinite().all()
 
 
