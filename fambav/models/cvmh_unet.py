@@ -203,8 +203,8 @@ class CVMHUNet(Segmenter):
     def block_cost(self, block: nn.Module, grid: tuple[int, int]) -> Cost:
         """Return the cost of a block on a map of a height and width."""
         known = cast(CVSSBlock, block)
-        parts = (known.local, known.spatial_attention, known.dwconv, known.norm, known.proj)
-        parts = (*parts, known.ffn)
+        parts: list[nn.Module] = [known.local, known.spatial_attention, known.dwconv]
+        parts += [known.norm, known.proj, known.ffn]
         counted = [(part, grid) for part in (known.ln_1, known.self_attention, *parts)]
         true = total(vss_cost(known, grid), *(map_cost(part, grid) for part in parts))
         averaged = known.ln_1.weight.numel() * (math.prod(grid) + 1)
