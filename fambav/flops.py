@@ -52,7 +52,7 @@ class Row:
     """One part of a model.
 
     Attributes:
-        part: "patches", "layer", "downsample" or "head".
+        part: "patches", "layer", "downsample", "upsample" or "head".
         layer: Number of the layer, from 1; None for the other parts.
         tokens: Tokens that the part works on; of a layer, those that its mixer sees.
         removed: Tokens removed at this layer.
@@ -251,7 +251,8 @@ def _staged(model: Hierarchical) -> Report:
     rows, number = [Row(part="patches", tokens=stages[0].tokens, own=cost.patches)], 0
     for stage, leading, blocks in zip(stages, cost.leading, cost.blocks, strict=True):
         if any(leading):
-            rows.append(Row(part="downsample", tokens=stage.tokens, own=leading))
+            part = "upsample" if stage.tokens > rows[-1].tokens else "downsample"
+            rows.append(Row(part=part, tokens=stage.tokens, own=leading))
         for own in blocks:
             number += 1
             rows.append(Row(part="layer", layer=number, tokens=stage.tokens, own=own))

@@ -119,6 +119,18 @@ FAMILIES: dict[str, Family] = {
         reducible=False,
         scan=False,
     ),
+    "vmunet": Family(
+        models=("vmunet", "vmunet_deep", "vmunet_nano"),
+        arguments=_ANY,
+        reducible=False,
+        tasks=("segmentation",),
+    ),
+    "cvmh_unet": Family(
+        models=("cvmh_unet", "cvmh_unet_nano"),
+        arguments=_ANY,
+        reducible=False,
+        tasks=("segmentation",),
+    ),
     "timm": Family(
         models=(),
         arguments={**_ANY, "drop": "drop_rate"},

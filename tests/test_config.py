@@ -378,6 +378,10 @@ MALFORMED = [
     ("--no-model-ema --model-ema-decay 0.9", "expected 0.99996 with --no-model-ema"),
     ("--model timm/x --class-token head", "--class-token is 'head', expected 'middle' with --mo"),
     ("--model timm/x --fusion-strategy all", "is 'all', expected none with --model timm/x"),
+    (
+        "--model vmunet --data-set DIGITS",
+        "--model is 'vmunet', expected a model for classification",
+    ),
     ("--eval", "--eval has nothing to evaluate, expected --resume FILE"),
     ("--resume auto", "--resume is 'auto', expected --output_dir with it"),
     ("--resume a.pth --finetune b.pth", "--finetune is 'b.pth', expected no file beside --resume"),
@@ -678,6 +682,8 @@ FILES = (
     "vssd",
     "groupmamba",
     "vim2",
+    "vmunet",
+    "cvmh_unet",
     "tsm2",
     "forecaster",
 )  # of models

@@ -54,13 +54,13 @@ def _match_model_and_data(settings: Settings) -> None:
     """Refuse a model that cannot learn from the data set; one that was not given fits the other."""
     model, data_set = settings["model"], settings["data_set"]
     tasks, task = family_of(model.value).tasks, DATA_SETS[data_set.value]
+    fitting = [name for name, own in DATA_SETS.items() if own in tasks]
     if task in tasks:
         return
     if model.level == DEFAULT:
         settings["model"] = model._replace(value=models_of(task)[0])
-    elif data_set.level == DEFAULT:
-        known = (name for name, own in DATA_SETS.items() if own in tasks)
-        settings["data_set"] = data_set._replace(value=next(known))
+    elif data_set.level == DEFAULT and fitting:
+        settings["data_set"] = data_set._replace(value=fitting[0])
     else:
         expected = f"a model for {task}, as --data-set {data_set.value} needs"
         if task != "classification":

@@ -108,13 +108,15 @@ class Stage(nn.Module):
     """Blocks at one resolution, and what leads to the next one.
 
     Args:
-        blocks: In their order.
+        blocks: In their order, or a `Blocks` that runs them in another way.
         downsample: From a map to the one of the next stage; None in the last stage.
     """
 
-    def __init__(self, blocks: Sequence[MapBlock], downsample: nn.Module | None = None) -> None:
+    def __init__(
+        self, blocks: Sequence[MapBlock] | Blocks, downsample: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.blocks = Blocks(blocks)
+        self.blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
         self.downsample = nn.Identity() if downsample is None else downsample
 
     def forward(self, x: Tensor) -> Tensor:

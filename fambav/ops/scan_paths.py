@@ -3,10 +3,15 @@
     rows     -> -> ->      columns    |  |  |       -rows and -columns are these from their ends
              -> -> ->                 v  v  v
 
+Diagonals are read from their upper ends: `diagonals`, which run down to the right, from the right
+upper corner of the map to the left lower one; `antidiagonals`, which run down to the left, from the
+right lower corner to the left upper one.
+
 Features of several paths are kept side by side, (batch, length, paths, dim), so that a scan with
 one group for each path reads them without a copy.  All gradients are permutations too: no scatter.
 
-Source: Liu et al., "VMamba", arXiv:2401.10166, 2D selective scan.
+Source: Liu et al., "VMamba", arXiv:2401.10166, 2D selective scan; Cao et al., "CVMH-UNet",
+arXiv:2410.05624, figure 3, for diagonals.
 """
 
 from __future__ import annotations
@@ -21,10 +26,22 @@ from torch import Tensor
 from fambav.ops.cross_scan import select_rows
 
 CROSS = ("rows", "columns", "-rows", "-columns")  # VMamba's, in the order of its weights
+SLANTED = ("rows", "columns", "antidiagonals", "diagonals")  # CVMH-UNet's CS2D
+
+
+def _slanted(index: Tensor, direction: int) -> Tensor:
+    """Read lines that run down to the right, direction 1, or to the left, direction -1."""
+    rows, columns = (torch.arange(side, device=index.device) for side in index.shape)
+    line = direction * rows[:, None] - columns  # equal along a line, least of the first one
+    step = line * len(rows) + rows[:, None]
+    return index.flatten()[step.flatten().argsort()]
+
 
 _READINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of a matrix of indices
     "rows": lambda index: index.flatten(),
     "columns": lambda index: index.T.flatten(),
+    "antidiagonals": lambda index: _slanted(index, -1),
+    "diagonals": lambda index: _slanted(index, 1),
 }
 PATHS = (*_READINGS, *(f"-{name}" for name in _READINGS))
 

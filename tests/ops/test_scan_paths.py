@@ -6,6 +6,7 @@ import torch
 from fambav.ops.scan_paths import (
     CROSS,
     PATHS,
+    SLANTED,
     merge_paths,
     read_paths,
     scan_paths,
@@ -22,11 +23,25 @@ def test_paths_are_rows_and_columns_and_these_from_their_ends():
     assert paths.order[0].T.tolist() == [rows, columns, rows[::-1], columns[::-1]]
     one = scan_paths((2, 3), CPU, ("-columns",))
     assert one.order[0].T.tolist() == [columns[::-1]]
-    with pytest.raises(ValueError, match="path is 'diagonal', expected one of rows, columns"):
-        scan_paths((2, 3), CPU, ("diagonal",))
+    with pytest.raises(ValueError, match="path is 'slant', expected one of rows, columns"):
+        scan_paths((2, 3), CPU, ("slant",))
 
 
-@pytest.mark.parametrize("names", [CROSS, PATHS[1:3]])
+def test_diagonals_are_read_from_their_upper_ends():
+    def cells(grid, name):  # row and column of each step
+        order = scan_paths(grid, CPU, (name,)).order[0, :, 0].tolist()
+        return " ".join(f"{cell // grid[1]}{cell % grid[1]}" for cell in order)
+
+    down_left = "33 23 32 13 22 31 03 12 21 30 02 11 20 01 10 00"
+    down_right = "03 02 13 01 12 23 00 11 22 33 10 21 32 20 31 30"
+    assert cells((4, 4), "antidiagonals") == down_left
+    assert cells((4, 4), "diagonals") == down_right
+    assert cells((4, 4), "-diagonals") == " ".join(down_right.split()[::-1])
+    assert cells((2, 3), "antidiagonals") == "12 02 11 01 10 00"
+    assert cells((3, 2), "diagonals") == "01 00 11 10 21 20"
+
+
+@pytest.mark.parametrize("names", [CROSS, SLANTED, PATHS[-1:]])
 def test_features_are_read_in_the_order_and_come_back(names):
     paths = scan_paths((3, 5), CPU, names)
     x = torch.randn(2, 15, 4, dtype=torch.float64, requires_grad=True)
