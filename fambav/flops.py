@@ -31,6 +31,7 @@ from fambav.models.flops import (
     total,
 )
 from fambav.reduction import Reduction
+from fambav.registry import family_of
 from fambav.table import Table, json_document
 
 __all__ = ["CLASSES", "CONVENTIONS", "OVERHEADS", "Cost", "Overhead", "count", "count_config"]
@@ -196,8 +197,8 @@ def count_config(config: Config) -> Report:
             known only to the data's files.
     """
     name, classes = config.model.model, config.model.num_classes
-    if name.startswith("timm/"):
-        raise ValueError(f"model is {name!r}, expected one of `fambav list models`")
+    if not family_of(name).tokens:
+        raise ValueError(f"model is {name!r}, expected one of `fambav list models` for images")
     if classes is None:
         classes = CLASSES.get(config.data.data_set)
     if classes is None:

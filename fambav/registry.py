@@ -35,10 +35,16 @@ class Family(NamedTuple):
         models: Their names.
         arguments: Settings that shape the model, and the arguments of its constructor that they
             become.  A setting that another family has and this one lacks is refused.
+        tasks: What its models can learn, modules of `fambav.tasks`.
+        tokens: Whether they are stacks of layers of image tokens, which can be reduced.
+        scan: Whether they scan sequences by our operator.
     """
 
     models: tuple[str, ...]
     arguments: dict[str, str]
+    tasks: tuple[str, ...] = ("classification",)
+    tokens: bool = True
+    scan: bool = True
 
 
 _ANY = {"input_size": "img_size", "drop_path": "drop_path_rate"}
@@ -69,9 +75,31 @@ FAMILIES: dict[str, Family] = {
         models=("plainmamba_l1", "plainmamba_l2", "plainmamba_l3", "plainmamba_micro"),
         arguments={**_ANY, "param_order": "param_order", "dt_bias_twice": "dt_bias_twice"},
     ),
-    "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}),
+    "tsm2": Family(
+        models=("tsm2",),
+        arguments={"lookback": "lookback", "drop": "drop_rate"},
+        tasks=("forecasting",),
+        tokens=False,
+    ),
+    "dlinear": Family(
+        models=("dlinear",),
+        arguments={"lookback": "lookback"},
+        tasks=("forecasting",),
+        tokens=False,
+        scan=False,
+    ),
+    "timm": Family(models=(), arguments={**_ANY, "drop": "drop_rate"}, tokens=False, scan=False),
 }
 MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in known.models)
+
+
+def models_of(task: str) -> tuple[str, ...]:
+    """Return the models of `MODELS` that can learn a task."""
+    able = (known for known in FAMILIES.values() if task in known.tasks)
+    return tuple(name for known in able for name in known.models)
+
+
+CLASSIFIERS: tuple[str, ...] = models_of("classification")
 
 
 def family_of(model: str) -> Family:
@@ -110,10 +138,13 @@ SCHEDULE_FORM = (
     r"|\d+:\d+(,\d+:\d+)*"
 )
 DEVICE_FORM = r"cpu|cuda(:\d{1,3})?"
-DATA_SETS: dict[str, str] = dict.fromkeys(  # with their tasks, modules of `fambav.tasks`
-    ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10", "IMNET", "FOLDER", "INAT", "INAT19", "FAKE"),
-    "classification",
-)
+DATA_SETS: dict[str, str] = {  # with their tasks, modules of `fambav.tasks`
+    **dict.fromkeys(
+        ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10", "IMNET", "FOLDER", "INAT", "INAT19", "FAKE"),
+        "classification",
+    ),
+    **dict.fromkeys(("WAVES", "ETTh1", "ETTh2", "ETTm1", "ETTm2", "CSV"), "forecasting"),
+}
 CLASS_TOKENS: tuple[str, ...] = ("middle", "head", "double", "none")
 BIMAMBA: tuple[str, ...] = ("v2", "v1", "none")
 PARAM_ORDERS: tuple[str, ...] = ("raster", "permuted")

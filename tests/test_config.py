@@ -671,6 +671,9 @@ print(status, [name for name in ("torch", "numpy", "timm") if name in sys.module
     assert done.stderr.count("\n") == 1
 
 
+FILES = ("vim", "plainmamba", "tsm2", "forecaster")  # of models
+
+
 def test_names_are_those_of_the_registries():
     import fambav.data
     import fambav.models
@@ -679,7 +682,7 @@ def test_names_are_those_of_the_registries():
     from fambav import registry
     from fambav.timm_compat import timm
 
-    registered = (timm.list_models(module=module) for module in ("vim", "plainmamba"))
+    registered = (timm.list_models(module=module) for module in FILES)
     assert set(registry.MODELS) == {name for names in registered for name in names}
     assert set(registry.METHODS) == set(registry.REDUCERS.names())
     assert set(registry.DATA_SETS) == set(registry.BUILDERS.names())

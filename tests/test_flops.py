@@ -14,7 +14,7 @@ from fambav.models.flops import FREE, Cost, alignment, carrying, total
 from fambav.ops import force
 from fambav.ops.flop_formulas import SCAN
 from fambav.reduction import Reducer, reduce
-from fambav.registry import METHODS, MODELS, REDUCERS
+from fambav.registry import CLASSIFIERS, METHODS, REDUCERS
 from fambav.timm_compat import timm
 
 GIGA = 1e9
@@ -174,7 +174,7 @@ def test_a_reduced_plain_mamba_costs_about_what_is_published(method, published):
     assert own / GIGA == pytest.approx(published, abs=0.05)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_torch_counts_the_same_products_of_every_model_on_the_meta_device(name):
     model = built(name, depth=2, num_classes=7).eval()
     images = torch.empty(1, 3, *model.img_size, device="meta")

@@ -19,7 +19,7 @@ from fambav.ops import BackendError, backends, force
 from fambav.ops.dispatch import SCAN
 from fambav.reduction import Reduction, make_reducer, make_schedule, parse_schedule
 from fambav.reduction.schedule import PUBLISHED
-from fambav.registry import MODELS, STRATEGY_ALIASES, nearest
+from fambav.registry import CLASSIFIERS, STRATEGY_ALIASES, nearest
 from fambav.timm_compat import timm
 
 NONE = "none"
@@ -53,7 +53,7 @@ class Candidate(NamedTuple):
     @property
     def ours(self) -> bool:
         """Whether the model is one of ours."""
-        return self.model in MODELS
+        return self.model in CLASSIFIERS
 
     @property
     def name(self) -> str:
@@ -135,13 +135,13 @@ def candidates(
     for dtype in dtypes:
         _check_dtype(dtype, device)
     named = [STRATEGY_ALIASES.get(text, text) for text in plans]
-    if model in MODELS:
+    if model in CLASSIFIERS:
         with torch.device("meta"):
             info = cast(Backbone, timm.create_model(model)).info
         for text in named:
             if text not in (NONE, PUBLISHED):
                 parse_schedule(text, info, name="plan")
-    for name in (peer for peer in peers if peer not in MODELS):
+    for name in (peer for peer in peers if peer not in CLASSIFIERS):
         with torch.device("meta"):
             _peer(name)
     launches = (EAGER, REPLAYED) if cuda_graphs else (EAGER,)

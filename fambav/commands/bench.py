@@ -11,9 +11,10 @@ from typing import Any
 
 from fambav.commands.output import check_files, show
 from fambav.commands.parser import Parser, natural, processes
-from fambav.registry import DATA_SETS, FAMILIES, METHODS, MODELS, SCAN_BACKENDS
+from fambav.registry import CLASSIFIERS, DATA_SETS, FAMILIES, METHODS, SCAN_BACKENDS
 
 VIMS = FAMILIES["vim"].models
+IMAGE_SETS = [name for name, task in DATA_SETS.items() if task == "classification"]
 DTYPES = ("float32", "bfloat16", "float16")
 PLAN = "a schedule as of --reduction-schedule, such as upper:6:9, all:7 or r:5@3-23/2, or none"
 NUMBER: dict[str, Any] = dict(type=natural, metavar="N")
@@ -29,7 +30,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "backend": dict(choices=SCAN_BACKENDS, help="the fastest by default"),
     "names": dict(nargs="+", choices=SCAN_BACKENDS, help="what to compare"),
     "vim": dict(choices=VIMS, metavar="NAME"),
-    "model": dict(choices=MODELS, metavar="NAME"),
+    "model": dict(choices=CLASSIFIERS, metavar="NAME"),
     "plan": dict(metavar="PLAN", help=PLAN),
     "plans": dict(nargs="+", metavar="PLAN", help=PLAN),
     "method": dict(choices=METHODS, help="how tokens are fused"),
@@ -48,7 +49,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     ),
     "profile": dict(SWITCH, help="report the share of every layer and of every kind of operation"),
     "cuda-graphs": dict(SWITCH, help="measure each also as a replay of a CUDA graph"),
-    "data-set": dict(choices=DATA_SETS, metavar="NAME"),
+    "data-set": dict(choices=IMAGE_SETS, metavar="NAME"),
     "data-path": dict(metavar="FOLDER"),
     "workers": dict(
         type=processes,

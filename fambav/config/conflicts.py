@@ -10,8 +10,8 @@ from typing import Any
 
 from fambav.config.schema import OPTIONS
 from fambav.config.setting import DEFAULT, RECORD, ConfigError, Setting, When, format_value, refuse
-from fambav.config.when import FUSED, MIXING, REDUCED
-from fambav.registry import FOREIGN
+from fambav.config.when import CLASSES, FUSED, MIXING, REDUCED
+from fambav.registry import DATA_SETS, family_of, models_of
 
 Settings = dict[str, Setting]
 
@@ -36,6 +36,7 @@ def resolve(given: Settings) -> tuple[dict[str, Any], list[str]]:
         for name, option in OPTIONS.items()
     }
     done: set[str] = set()
+    _match_model_and_data(settings)
     _apply_conditions(settings, "reduction", done)
     _choose_reduction_or_fusion(settings)
     _choose_plan_or_strategy(settings)
@@ -47,6 +48,24 @@ def resolve(given: Settings) -> tuple[dict[str, Any], list[str]]:
     _check_checkpoints(settings)
     warnings = [line for low, high in LIMITS if (line := _limit(settings, low, high))]
     return {name: setting.value for name, setting in settings.items()}, warnings
+
+
+def _match_model_and_data(settings: Settings) -> None:
+    """Refuse a model that cannot learn from the data set; one that was not given fits the other."""
+    model, data_set = settings["model"], settings["data_set"]
+    tasks, task = family_of(model.value).tasks, DATA_SETS[data_set.value]
+    if task in tasks:
+        return
+    if model.level == DEFAULT:
+        settings["model"] = model._replace(value=models_of(task)[0])
+    elif data_set.level == DEFAULT:
+        known = (name for name, own in DATA_SETS.items() if own in tasks)
+        settings["data_set"] = data_set._replace(value=next(known))
+    else:
+        expected = f"a model for {task}, as --data-set {data_set.value} needs"
+        if task != "classification":
+            expected = f"{' or '.join(models_of(task))} with --data-set {data_set.value}"
+        refuse(model.label, model.value, expected)
 
 
 def _apply_conditions(settings: Settings, name: str, done: set[str]) -> None:
@@ -115,7 +134,7 @@ def _choose_plan_or_strategy(settings: Settings) -> None:
     elif plan.value is not None:
         strategy = settings["fusion_strategy"] = strategy._replace(value="none")
     fused, model = strategy if plan.value is None else plan, settings["model"].value
-    if fused.value != "none" and model.startswith(FOREIGN):
+    if fused.value != "none" and not family_of(model).tokens:
         refuse(fused.label, fused.value, f"none with --model {model}")
 
 
@@ -134,7 +153,8 @@ def _complete_fusion(settings: Settings) -> None:
 
 def _check_loss(settings: Settings) -> None:
     batch, smoothing = settings["batch_size"], settings["smoothing"]
-    mixing = any(settings[name].value for name in MIXING.causes.split())
+    mixing = CLASSES.holds(settings["data_set"].value)
+    mixing = mixing and any(settings[name].value for name in MIXING.causes.split())
     if batch.value % 2 and mixing:
         expected = "an even number while mixup or cutmix is on; --mixup 0 --cutmix 0 ends that"
         refuse(batch.label, batch.value, expected)

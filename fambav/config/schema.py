@@ -52,6 +52,7 @@ class Model(Group):
     input_size: int | tuple[int, int] | None = option(
         None,
         "height and width of an image in pixels, one number for both; none = the model's own",
+        when.IMAGES,
         bounds=PIXELS,
     )
     patch_size: int | None = option(
@@ -64,7 +65,7 @@ class Model(Group):
         None, "pixels between patches; none = the model's own", when.VIM, bounds=PIXELS
     )
     num_classes: int | None = option(
-        None, "length of the output; none = the data set's", bounds=COUNT
+        None, "length of the output; none = the data set's", when.IMAGES, bounds=COUNT
     )
     class_token: str = option(
         "middle", "place of the class token", when.VIM, choices=registry.CLASS_TOKENS
@@ -85,10 +86,23 @@ class Model(Group):
         when.PLAINMAMBA,
         on=True,
     )
-    drop: float = option(0.0, "dropout after the position embedding", when.DROPOUT, bounds=RATE)
-    drop_path: float = option(
-        0.1, "stochastic depth: largest probability of dropping a block", bounds=RATE
+    drop: float = option(
+        0.0,
+        "dropout after the position embedding; of tsm2 also of its mixers",
+        when.DROPOUT,
+        bounds=RATE,
     )
+    drop_path: float = option(
+        0.1,
+        "stochastic depth: largest probability of dropping a block",
+        when.DROP_PATH,
+        otherwise=0.0,
+        bounds=RATE,
+    )
+    lookback: int = option(
+        512, "rows of a series that a forecast is made from", when.SERIES, bounds=COUNT
+    )
+    horizon: int = option(96, "rows of a series that are forecast", when.SERIES, bounds=COUNT)
     grad_checkpointing: bool = switch(
         "gradient checkpointing: recompute blocks in the backward pass to save memory",
         when.OURS,
@@ -97,7 +111,7 @@ class Model(Group):
     scan_backend: str | None = option(
         None,
         "force one implementation of the scan; none = the fastest",
-        when.OURS,
+        when.SCANNING,
         affects="speed",
         choices=registry.SCAN_BACKENDS,
     )
@@ -204,16 +218,25 @@ class Data(Group):
     """Data set and loader."""
 
     data_set: str = option(
-        "DIGITS", "data set; CIFAR is CIFAR-100, SHAPES100 is made here", choices=registry.DATA_SETS
+        "DIGITS",
+        "data set; CIFAR is CIFAR-100, SHAPES100 and WAVES are made here",
+        choices=registry.DATA_SETS,
     )
     data_path: str = option(
-        "datasets", "folder of the data set", when.STORED, affects="nothing", check=checks.filled
+        "datasets",
+        "folder of the data set; the file of CSV",
+        when.STORED,
+        affects="nothing",
+        check=checks.filled,
     )
     inat_category: str = option(
         "name", "label of an INAT image", when.INATURALIST, choices=INAT_LEVELS
     )
     data_stats: str = option(
-        "imagenet", "channel statistics to normalise by", choices=("imagenet", "own")
+        "imagenet",
+        "channel statistics to normalise by",
+        when.IMAGES,
+        choices=("imagenet", "own"),
     )
     download: bool = switch(
         "fetch the data set if it is missing", when.FETCHABLE, affects="nothing"
@@ -234,6 +257,7 @@ class Data(Group):
     eval_crop_ratio: float = option(
         0.875,
         "center crop of an image in evaluation, as a share of its side",
+        when.IMAGES,
         affects="model",
         bounds=Bounds(0, 1, above=True),
     )
@@ -244,34 +268,44 @@ class Augment(Group):
     """Augmentation of training images and targets."""
 
     color_jitter: float | None = option(
-        0.3, "colour jitter without --aa", when.NO_POLICY, otherwise=None, bounds=NOT_NEGATIVE
+        0.3,
+        "colour jitter without --aa",
+        when.IMAGES,
+        when.NO_POLICY,
+        otherwise=None,
+        bounds=NOT_NEGATIVE,
     )
     aa: str | None = option(
         "rand-m9-mstd0.5-inc1",
         "timm's policy, or none",
+        when.IMAGES,
         when.NOT_THREE,
         otherwise=None,
         check=checks.policy,
     )
-    smoothing: float = option(0.1, "label smoothing", bounds=RATE)
+    smoothing: float = option(0.1, "label smoothing", when.CLASSES, otherwise=0.0, bounds=RATE)
     train_interpolation: str = option(
         "bicubic",
         "interpolation of resized training images",
+        when.IMAGES,
         when.NOT_THREE,
         choices=("bicubic", "bilinear", "random"),
     )
     repeated_aug: bool = switch(
         "repeated augmentation: three views of an image in one epoch",
+        when.IMAGES,
         on=True,
+        otherwise=False,
         off="no-repeated-aug",
     )
     three_augment: bool = switch(
-        "DeiT III's grey, solarise or blur instead of --aa", flag="ThreeAugment"
+        "DeiT III's grey, solarise or blur instead of --aa", when.IMAGES, flag="ThreeAugment"
     )
     src: bool = switch("simple random crop, with --ThreeAugment", when.THREE)
     affine: float = option(
         0.0,
         "degrees of random rotation, with a tenth of shift and scale",
+        when.IMAGES,
         when.NOT_THREE,
         bounds=Bounds(0, 180),
     )
@@ -281,10 +315,13 @@ class Augment(Group):
         when.ON_DEVICE,
         affects="speed",
     )
-    hflip: float = option(0.5, "probability of a horizontal flip", bounds=PROBABILITY)
+    hflip: float = option(
+        0.5, "probability of a horizontal flip", when.IMAGES, otherwise=0.0, bounds=PROBABILITY
+    )
     reprob: float = option(
         0.25,
         "random erasing: probability of erasing a rectangle",
+        when.IMAGES,
         when.NOT_THREE,
         otherwise=0.0,
         bounds=PROBABILITY,
@@ -293,27 +330,33 @@ class Augment(Group):
         "pixel", "filling of the rectangle", when.ERASING, choices=("pixel", "rand", "const")
     )
     recount: int = option(1, "rectangles to erase", when.ERASING, bounds=Bounds(1, 100))
-    mixup: float = option(0.8, "alpha of mixup, 0 = off", bounds=NOT_NEGATIVE)
-    cutmix: float = option(1.0, "alpha of cutmix, 0 = off", when.NO_SPAN, bounds=NOT_NEGATIVE)
+    mixup: float = option(
+        0.8, "alpha of mixup, 0 = off", when.CLASSES, otherwise=0.0, bounds=NOT_NEGATIVE
+    )
+    cutmix: float = option(
+        1.0, "alpha of cutmix, 0 = off", when.CLASSES, when.NO_SPAN, bounds=NOT_NEGATIVE
+    )
     cutmix_minmax: tuple[float, ...] | None = option(
         None,
         "least and largest side of cutmix's rectangle, as a share of the image's",
+        when.CLASSES,
         bounds=PROBABILITY,
         length=2,
         check=checks.rising,
     )
     mixup_prob: float = option(
-        1.0, "probability of mixing a batch", when.MIXING, bounds=PROBABILITY
+        1.0, "probability of mixing a batch", when.CLASSES, when.MIXING, bounds=PROBABILITY
     )
     mixup_switch_prob: float = option(
         0.5,
         "probability of cutmix where both are on",
+        when.CLASSES,
         when.MIXING,
         when.BOTH_MIXES,
         bounds=PROBABILITY,
     )
     mixup_mode: str = option(
-        "batch", "what shares a mix", when.MIXING, choices=("batch", "pair", "elem")
+        "batch", "what shares a mix", when.CLASSES, when.MIXING, choices=("batch", "pair", "elem")
     )
 
 
@@ -326,7 +369,7 @@ class Optim(Group):
         1, "gradient accumulation: forward passes in one update", bounds=COUNT
     )
     epochs: int = option(300, "passes over the training set", bounds=COUNT)
-    bce_loss: bool = switch("binary cross-entropy (BCE)")
+    bce_loss: bool = switch("binary cross-entropy (BCE)", when.CLASSES)
     unscale_lr: bool = switch("use --lr as it is, whatever the batch")
     opt: str = option("adamw", "optimizer", choices=OPTIMIZERS)
     opt_eps: float = option(1e-8, "epsilon of Adam", when.EPSILON, bounds=POSITIVE)
@@ -389,6 +432,7 @@ class Distillation(Group):
     distillation_type: str = option(
         "none",
         "soft and hard share the loss as DeiT does, kl adds to it as R-MeeTo does",
+        when.CLASSES,
         choices=("none", "soft", "hard", "kl"),
     )
     distillation_alpha: float = option(

@@ -6,10 +6,11 @@ A flag that would change nothing is refused: a run ignores no setting.
 from __future__ import annotations
 
 from fambav.config.setting import When
-from fambav.registry import FOREIGN, family_of
+from fambav.registry import DATA_SETS, family_of
 
 IN_MEMORY = ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10")  # data sets that are held there
-NO_FILES, FETCHED, INAT = ("DIGITS", "SHAPES100", "FAKE"), ("CIFAR", "CIFAR10"), ("INAT", "INAT19")
+NO_FILES, FETCHED = ("DIGITS", "SHAPES100", "FAKE", "WAVES"), ("CIFAR", "CIFAR10")
+INAT = ("INAT", "INAT19")
 FOLDERS = ("IMNET", "FOLDER", *INAT)
 
 
@@ -19,10 +20,27 @@ def _taken(setting: str, lacking: str = "") -> When:
     return When("model", lambda name: setting in family_of(name).arguments, why)
 
 
-OURS = When("model", lambda name: not name.startswith(FOREIGN), "with --model {model}")
+OURS = When("model", lambda name: family_of(name).tokens, "with --model {model}")
+SCANNING = When("model", lambda name: family_of(name).scan, "with --model {model}")
+DROP_PATH = _taken("drop_path", ", which skips no layer")
 VIM = _taken("stride")
 PLAINMAMBA = _taken("param_order", ", which has one form")
 DROPOUT = _taken("drop", ", which has no dropout")
+SERIES = When(
+    "data_set",
+    lambda name: DATA_SETS[name] == "forecasting",
+    "with --data-set {data_set}, which is no time series",
+)
+IMAGES = When(
+    "data_set",
+    lambda name: DATA_SETS[name] != "forecasting",
+    "with --data-set {data_set}, which has no images",
+)
+CLASSES = When(
+    "data_set",
+    lambda name: DATA_SETS[name] == "classification",
+    "with --data-set {data_set}, which has no classes",
+)
 NOT_COMPILED = When("compile", lambda on: not on, "with --compile; take one of both")
 EAGER = When(
     "compile cuda_graphs",

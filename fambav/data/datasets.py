@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 
 from fambav.data import cifar, synthetic
 from fambav.data.folders import read_folder, read_inat
+from fambav.data.series import ETT, read_series
 from fambav.data.types import ArraySet, DataError, DataSet, digest
+from fambav.data.waves import waves
 from fambav.registry import BUILDERS
 from fambav.seeding import key
 
@@ -27,6 +30,8 @@ class Request:
     inat_category: str
     classes: int
     image_size: tuple[int, int]
+    lookback: int
+    horizon: int
     seed: int
 
 
@@ -37,16 +42,20 @@ def load(
     inat_category: str = "name",
     classes: int = 1000,
     image_size: int | tuple[int, int] = 224,
+    lookback: int = 512,
+    horizon: int = 96,
     seed: int = 0,
 ) -> DataSet:
     """Open a data set.
 
     Args:
         name: One of `fambav.registry.DATA_SETS`.
-        root: Folder of the data; DIGITS, SHAPES100 and FAKE need none.
+        root: Folder of the data, of CSV the file; DIGITS, SHAPES100, FAKE and WAVES need none.
         inat_category: The level of the taxonomy that is iNaturalist's label.
         classes: Number of classes of FAKE.
         image_size: Height and width of FAKE's images, in pixels.
+        lookback: Rows of a series that a forecast is made from.
+        horizon: Rows of a series that are forecast.
         seed: Seed of FAKE's images.
 
     Returns:
@@ -61,10 +70,12 @@ def load(
         inat_category=inat_category,
         classes=classes,
         image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
+        lookback=lookback,
+        horizon=horizon,
         seed=seed,
     )
     loaded: DataSet = BUILDERS[name](request)
-    if loaded.num_classes < 2:
+    if loaded.num_classes < loaded.fewest:
         by = f" by {inat_category}" if name in ("INAT", "INAT19") else ""
         raise DataError(f"num_classes of {name}{by} is {loaded.num_classes}, expected at least 2")
     return loaded
@@ -74,7 +85,7 @@ def fetch(name: str, root: str | Path) -> None:
     """Download what is missing of a data set; on one process only, while the others wait.
 
     Args:
-        name: One of `fambav.registry.DATA_SETS`; DIGITS, SHAPES100 and FAKE need nothing.
+        name: One of `fambav.registry.DATA_SETS`; DIGITS, SHAPES100, FAKE and WAVES need nothing.
         root: Folder to put it in.
 
     Raises:
@@ -82,7 +93,7 @@ def fetch(name: str, root: str | Path) -> None:
     """
     if name in cifar.LAYOUTS:
         cifar.fetch(name, Path(root))
-    elif name not in ("DIGITS", "SHAPES100", "FAKE"):
+    elif name not in ("DIGITS", "SHAPES100", "FAKE", "WAVES"):
         raise DataError(
             f"data_set is {name!r}, expected one that --download can fetch: "
             f"{', '.join(cifar.LAYOUTS)}; put {name} into {root} by hand"
@@ -136,6 +147,10 @@ def hold_out(labels: NDArray[Any], *, count: int) -> NDArray[np.bool_]:
     return chosen
 
 
+def _read_series(name: str, request: Request) -> DataSet:
+    return read_series(name, request.root, lookback=request.lookback, horizon=request.horizon)
+
+
 _BUILDERS: dict[str, Callable[[Request], DataSet]] = {
     "DIGITS": lambda _: read_digits(),
     "SHAPES100": lambda _: synthetic.shapes100(),
@@ -152,6 +167,8 @@ _BUILDERS: dict[str, Callable[[Request], DataSet]] = {
     "FAKE": lambda request: synthetic.fake(
         classes=request.classes, image_size=request.image_size, seed=request.seed
     ),
+    "WAVES": lambda request: waves(lookback=request.lookback, horizon=request.horizon),
+    **{name: partial(_read_series, name) for name in (*ETT, "CSV")},
 }
 for _name, _builder in _BUILDERS.items():
     BUILDERS.register(_name)(_builder)

@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from fambav.config import Augment, Data, policy
-from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD, Triple
+from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD, Channels
 from fambav.seeding import key
 from fambav.timm_compat import timm, torchvision
 
@@ -43,8 +43,8 @@ def train_transform(
     augment: Augment | None = None,
     *,
     input_size: int | Size,
-    mean: Triple = IMAGENET_MEAN,
-    std: Triple = IMAGENET_STD,
+    mean: Channels = IMAGENET_MEAN,
+    std: Channels = IMAGENET_STD,
 ) -> Transform:
     """Return the augmentation of training images: DeiT's, or 3-Augment.
 
@@ -75,7 +75,7 @@ def train_transform(
     return transform
 
 
-def _deit(augment: Augment, size: Size, mean: Triple, std: Triple) -> list[Any]:
+def _deit(augment: Augment, size: Size, mean: Channels, std: Channels) -> list[Any]:
     crop, *rest = _timm_steps(augment, size, mean, std)
     affine = TV.RandomAffine(
         augment.affine, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=_mode("bilinear")
@@ -86,7 +86,7 @@ def _deit(augment: Augment, size: Size, mean: Triple, std: Triple) -> list[Any]:
     return [crop, *([affine] if augment.affine else []), *rest]
 
 
-def _timm_steps(augment: Augment, size: Size, mean: Triple, std: Triple) -> list[Any]:
+def _timm_steps(augment: Augment, size: Size, mean: Channels, std: Channels) -> list[Any]:
     """Return timm's augmentation, of which a policy it would not carry out whole is refused."""
     aa = None if augment.aa in ("", "none") else augment.aa
     jitter: Any = augment.color_jitter or None  # None, which timm does not declare, is none
@@ -120,7 +120,7 @@ def _timm_steps(augment: Augment, size: Size, mean: Triple, std: Triple) -> list
     return steps
 
 
-def _three_augment(augment: Augment, size: Size, mean: Triple, std: Triple) -> list[Any]:
+def _three_augment(augment: Augment, size: Size, mean: Channels, std: Channels) -> list[Any]:
     jitter = augment.color_jitter
     if augment.src:
         shorter = size[0] if size[0] == size[1] else size
@@ -144,8 +144,8 @@ def eval_transform(
     *,
     input_size: int | Size,
     eval_crop_ratio: float = Data.eval_crop_ratio,
-    mean: Triple = IMAGENET_MEAN,
-    std: Triple = IMAGENET_STD,
+    mean: Channels = IMAGENET_MEAN,
+    std: Channels = IMAGENET_STD,
 ) -> Transform:
     """Return what evaluation does to an image.
 

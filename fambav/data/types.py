@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,9 @@ from PIL import Image
 
 from fambav.timm_compat import timm
 
-Triple = tuple[float, float, float]
-IMAGENET_MEAN: Triple = timm.data.IMAGENET_DEFAULT_MEAN
-IMAGENET_STD: Triple = timm.data.IMAGENET_DEFAULT_STD
+Channels = tuple[float, ...]  # a number for each
+IMAGENET_MEAN: Channels = timm.data.IMAGENET_DEFAULT_MEAN
+IMAGENET_STD: Channels = timm.data.IMAGENET_DEFAULT_STD
 
 
 class DataError(ValueError):
@@ -49,7 +49,7 @@ class ArraySet:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]), int(self.labels[index])
 
-    def statistics(self) -> tuple[Triple, Triple]:
+    def statistics(self) -> tuple[Channels, Channels]:
         """Return mean and standard deviation of each channel, for pixels in [0, 1]."""
         levels = np.arange(256) / 255
         means, deviations = [], []
@@ -80,22 +80,26 @@ class DataSet:
     Attributes:
         name: One of `fambav.registry.DATA_SETS`.
         train: Training samples.
-        val: Validation samples.
-        num_classes: Labels are 0 .. num_classes - 1.
+        val: Held-out samples.
+        choice: Samples by which the best epoch is chosen; None if `val` serves for both.
+        num_classes: Length of a model's output; labels are 0 .. num_classes - 1.
         class_names: Names of the classes, if known.
-        mean: The set's own mean of each channel in [0, 1], if known.
+        mean: The set's own mean of each channel, of images in [0, 1], if known.
         std: The set's own standard deviation of each channel, if known.
         notes: Sentences for the log.
         digest: sha256 of everything in it, for sets held in memory.
+        fewest: Least `num_classes` that there is something to learn with.
     """
 
+    fewest: ClassVar[int] = 2
     name: str
-    train: Samples
-    val: Samples
+    train: Any
+    val: Any
+    choice: Any = None
     num_classes: int
     class_names: tuple[str, ...] | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
     notes: tuple[str, ...] = ()
     digest: str | None = None
 
@@ -125,7 +129,21 @@ class DataSet:
             **more,
         )
 
-    def statistics(self, which: str) -> tuple[Triple, Triple]:
+    def facts(self, which: str) -> dict[str, Any]:
+        """Return what a checkpoint says of the set: plain data.
+
+        Args:
+            which: As for `statistics`.
+        """
+        mean, std = self.statistics(which)
+        return {
+            "num_classes": self.num_classes,
+            "class_names": self.class_names and list(self.class_names),
+            "mean": list(mean),
+            "std": list(std),
+        }
+
+    def statistics(self, which: str) -> tuple[Channels, Channels]:
         """Return the mean and standard deviation to normalise with.
 
         Args:

@@ -320,9 +320,10 @@ def _row(result: Result, first: Result | None) -> list[str]:
     """The cells of a run; without a `first` to compare it with, no time and no memory."""
     base = None if result is first else first
     cells = [result.name, result.model, result.reduction]
-    for name, value in result.metrics.items():
-        cells.append(_with_change(name, value, None if base is None else base.metrics[name], 2))
-    cells.append(_with_change(result.primary.name, result.ema, None, 2))
+    for metric in result.task.metrics:
+        name, known = metric.name, None if base is None else base.metrics[metric.name]
+        cells.append(_with_change(name, result.metrics[name], known, metric.digits))
+    cells.append(_with_change(result.primary.name, result.ema, None, result.primary.digits))
     if first is not None:
         whole = base is not None and result.epochs == base.epochs
         labelled = base is not None and result.memory_kind == base.memory_kind
@@ -339,5 +340,5 @@ def _row(result: Result, first: Result | None) -> list[str]:
 def _with_change(name: str, value: float | None, base: float | None, digits: int) -> str:
     if value is None:
         return "-"
-    change = "" if base is None else f" ({difference(name, value, base)})"
+    change = "" if base is None else f" ({difference(name, value, base, digits)})"
     return f"{value:.{digits}f}{change}"

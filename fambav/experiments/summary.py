@@ -70,7 +70,7 @@ def _columns(results: Results) -> list[_Column]:
         long = max((value for values in every for value in values), default=0.0) >= _HOUR
         head, size, digits = ("train h", _HOUR, 2) if long else ("train s", 1.0, 1)
         ours += [
-            *(_Column(metric.head, metric.name, (SCRATCH,)) for metric in metrics),
+            *(_Column(m.head, m.name, (SCRATCH,), digits=m.digits) for m in metrics),
             _Column(head, "seconds", (SCRATCH,), digits=digits, unit=size, costs=True),
         ]
     else:

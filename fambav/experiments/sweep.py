@@ -153,5 +153,5 @@ def _refuse_mixed(folder: Path, records: dict[str, Record], here: Record | None)
 def _line(cell: Cell, known: Record, primary: Metric) -> str:
     if known["error"] is not None:
         return f"{cell.name}: failed: {known['error']}"
-    value = f"{known['figures'][primary.name]:.2f} {primary.unit}".rstrip()
+    value = f"{known['figures'][primary.name]:.{primary.digits}f} {primary.unit}".rstrip()
     return f"{cell.name}: {value} in {known['wall_seconds']:.1f} s"

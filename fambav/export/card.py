@@ -7,7 +7,7 @@ what none of them says is "not measured".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 
@@ -16,7 +16,6 @@ from fambav.experiments import changed_settings
 from fambav.models import Backbone
 from fambav.table import Table
 from fambav.tasks import Metric, task_of
-from fambav.text import printable
 from fambav.training.inference import LoadedRun
 
 _UNKNOWN = "not measured"
@@ -25,9 +24,7 @@ _CARD = """\
 
 - model: {architecture}, {parameters:,} parameters
 - data set: {data_set}
-- images: {channels} x {height} x {width}, resized bicubically, mean {mean}, \
-standard deviation {std}
-- classes: {classes} ({names})
+{inputs}
 
 ## Loading
 
@@ -45,7 +42,7 @@ standard deviation {std}
 
 {accuracy}
 
-## Cost of an image
+## Cost of a sample
 
 {cost}
 
@@ -63,15 +60,14 @@ _LOADING = {  # of each format: the code, and what it needs
     "torch": (
         "import torch\n\n"
         "model = torch.export.load({folder!r} + '/model.pt2').module()\n"
-        "logits = model(images)  # (batch, {channels}, {height}, {width}), float32",
+        "outputs = model(inputs)  # (batch, {shape}), float32",
         "`model.pt2` is a program of PyTorch's own operations for a batch of any size; it needs"
         " PyTorch alone.",
     ),
     "onnx": (
         "import onnxruntime\n\n"
         "session = onnxruntime.InferenceSession({folder!r} + '/model.onnx')\n"
-        "(logits,) = session.run(None, {{'images': images}})"
-        "  # (batch, {channels}, {height}, {width}), float32",
+        "(outputs,) = session.run(None, {{'images': inputs}})  # (batch, {shape}), float32",
         "`model.onnx` is of standard operators (opset 18) for a batch of any size; its scans are"
         " ONNX's own loops.",
     ),
@@ -85,7 +81,7 @@ class Check(NamedTuple):
         images: How many were compared.
         kind: What they are, in words.
         difference: Largest difference of a logit, of images without a near tie.
-        agreeing: Images whose likeliest class is the same.
+        agreeing: Images whose likeliest class is the same; None where outputs are no classes.
         tolerance: Largest difference that was allowed.
         seconds: Time of the export without the comparison.
         ties: Images that differ by more because two tokens are nearly as good and rounding chooses.
@@ -94,7 +90,7 @@ class Check(NamedTuple):
     images: int
     kind: str
     difference: float
-    agreeing: int
+    agreeing: int | None
     tolerance: float
     seconds: float
     ties: int = 0
@@ -102,9 +98,11 @@ class Check(NamedTuple):
     def line(self) -> str:
         """Return it as a line of text."""
         more = f", but for {self.ties} with a near tie between tokens" if self.ties else ""
+        same = f", same top-1 on {self.agreeing} of {self.images}"
+        same = "" if self.agreeing is None else same
         return (
-            f"{self.images} {self.kind}: largest difference of a logit {self.difference:.2g}"
-            f" (at most {self.tolerance:g}){more}, same top-1 on {self.agreeing} of {self.images}"
+            f"{self.images} {self.kind}: largest difference of an output {self.difference:.2g}"
+            f" (at most {self.tolerance:g}){more}{same}"
         )
 
 
@@ -118,20 +116,13 @@ def card(run: LoadedRun, description: Mapping[str, Any], check: Check, *, folder
         folder: Name of the folder, as it is loaded.
     """
     kind, trained = description["fambav"]["format"], description["fambav"]["run"]
-    channels, height, width = run.input_size
-    size = dict(channels=channels, height=height, width=width)
     code, needs = _LOADING[kind]
-    names = [printable(name) for name in run.class_names or ()]
     text = _CARD.format(
-        **size,
         architecture=description["architecture"],
         data_set=run.config.data.data_set,
         parameters=sum(p.numel() for p in run.net.parameters()),
-        mean=", ".join(f"{value:.4g}" for value in run.mean),
-        std=", ".join(f"{value:.4g}" for value in run.std),
-        classes=run.num_classes,
-        names=", ".join([*names[:10], *["..."] * (len(names) > 10)]) or "no names",
-        code=code.format(**size, folder=folder),
+        inputs="\n".join(run.task.input_lines(cast(Any, run.net).pretrained_cfg)),
+        code=code.format(shape=", ".join(map(str, run.input_size)), folder=folder),
         needs=needs,
         plan=_plan(run),
         accuracy=_accuracy(run, trained),
@@ -164,7 +155,7 @@ def _plan(run: LoadedRun) -> str:
 def _accuracy(run: LoadedRun, trained: Mapping[str, Any]) -> str:
     def value(metric: Metric) -> str:
         known = trained[metric.name]
-        return _UNKNOWN if known is None else f"{known:.2f}{metric.suffix}"
+        return _UNKNOWN if known is None else f"{known:.{metric.digits}f}{metric.suffix}"
 
     data_set = run.config.data.data_set
     primary, *others = task_of(data_set).metrics
@@ -182,7 +173,7 @@ def _accuracy(run: LoadedRun, trained: Mapping[str, Any]) -> str:
     return Table(
         head=("", ""),
         rows=[
-            [f"{primary.label} on the held-out images of {data_set}", value(primary)],
+            [f"{primary.label} on the held-out samples of {data_set}", value(primary)],
             *([metric.label, value(metric)] for metric in others),
             *([name, "unknown" if known is None else str(known)] for name, known in about.items()),
         ],
@@ -215,7 +206,7 @@ def _metadata(run: LoadedRun, description: Mapping[str, Any]) -> str:
         "license": "apache-2.0",
         "library_name": "fambav",
         "pipeline_tag": task.hub,
-        "tags": [task.hub, "vision-mamba", "token-reduction", "fambav", "timm"],
+        "tags": [task.hub, "fambav", *task.tags],
         "datasets": [data_set],
         "metrics": [task.primary.hub],
     }

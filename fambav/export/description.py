@@ -16,7 +16,7 @@ from fambav.models import Backbone
 from fambav.tasks import task_of
 from fambav.training.inference import LoadedRun
 
-_IMAGES = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes")
+_INPUTS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes")
 
 
 def describe(run: LoadedRun, kind: str) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def describe(run: LoadedRun, kind: str) -> dict[str, Any]:
         "label_names": run.class_names,
         "pretrained_cfg": {
             "fixed_input_size": True,
-            **{name: net.pretrained_cfg[name] for name in _IMAGES},
+            **{name: net.pretrained_cfg[name] for name in _INPUTS if name in net.pretrained_cfg},
         },
         "fambav": {
             "version": fambav.__version__,
@@ -63,6 +63,7 @@ def facts(run: LoadedRun) -> dict[str, Any]:
         "class_names": run.class_names,
         "mean": list(run.mean),
         "std": list(run.std),
+        **{name: v for name, v in run.state.facts.items() if name == "variates"},
         "torch": run.state.facts.get("torch", "unknown"),
         **_changes(run),
     }

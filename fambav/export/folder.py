@@ -26,6 +26,7 @@ from fambav.export.card import Check, card
 from fambav.export.description import describe, facts
 from fambav.training import batches
 from fambav.training.inference import LoadedRun, load_run
+from fambav.training.network import layout
 from fambav.training.run_state import as_strings
 
 Run = Callable[[Tensor], Tensor]
@@ -72,7 +73,7 @@ def export(
         folder: Where to; not there yet, or empty.
         images: Held-out images to compare on, 1 or more.
         noise: Compare on noise instead, where the data set is not at hand.
-        tolerance: Largest difference of a logit, in units of the largest logit or of 1 if that is
+        tolerance: Largest difference of an output, in units of the largest one or of 1 if that is
             less.
         data_path: Where the data set is, if not where it was in training.
         dynamic_batch: Compare on batches of 1 and 3 images too, of a program that was traced; such
@@ -104,7 +105,7 @@ def export(
             inputs,
             want,
             _logits(FORMATS[kind].load(temporary), inputs, batches=others),
-            kind="images of noise" if noise else f"held-out images of {run.config.data.data_set}",
+            kind="inputs of noise" if noise else f"held-out samples of {run.config.data.data_set}",
             tolerance=tolerance,
             seconds=seconds,
         )
@@ -145,12 +146,12 @@ def _compare(
     tolerance: float,
     seconds: float,
 ) -> Check:
-    """Compare logits, (images, classes), apart from images in which rounding chooses a token.
+    """Compare outputs, (images, ...), apart from images in which rounding chooses a token.
 
     Raises:
         ValueError: If they differ by more than the tolerance on another image.
     """
-    apart = (got - want).abs().amax(dim=1)
+    apart = (got - want).abs().flatten(1).amax(dim=1)
     allowed = tolerance * max(1.0, float(want.abs().max()))
     wrong = ~(apart <= allowed)
     ties = wrong.clone()
@@ -161,7 +162,7 @@ def _compare(
         images=len(want),
         kind=kind,
         difference=float(compared.max()) if len(compared) else float("nan"),
-        agreeing=int((got.argmax(dim=1) == want.argmax(dim=1)).sum()),
+        agreeing=int((got.argmax(1) == want.argmax(1)).sum()) if want.ndim == 2 else None,
         tolerance=allowed,
         seconds=seconds,
         ties=int(ties.sum()),
@@ -186,7 +187,7 @@ def _steady(model: Run, images: Tensor, want: Tensor, allowed: float) -> Tensor:
     for _ in range(_DRAWS):
         noise = _NOISE * torch.randn(images.shape, generator=generator)
         for moved in (images + noise, images - noise):
-            steady &= (_logits(model, moved) - want).abs().amax(dim=1) <= allowed
+            steady &= (_logits(model, moved) - want).abs().flatten(1).amax(dim=1) <= allowed
     return steady
 
 
@@ -212,7 +213,7 @@ def _kept(place: Path) -> Iterator[Path]:
 def _held_out(run: LoadedRun, images: int) -> Tensor:
     """Return the first held-out images, (at most images, channels, height, width)."""
     with processes("cpu") as group:
-        data = batches.data_set(run.config, group, input_size=run.input_size[1:])
+        data = batches.data_set(run.config, group, input_size=layout(run.config).input_size)
     number = min(images, len(data.val))
     return torch.stack([run.transform(data.val[n][0]) for n in range(number)])
 
@@ -244,18 +245,8 @@ def _load_weights(folder: Path) -> Run:
 
 def _write_hf(run: LoadedRun, folder: Path) -> None:
     _write_weights(run, folder)
-    _, height, width = run.input_size
-    preprocessing = {
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 3,
-        "do_rescale": True,
-        "do_normalize": True,
-        "image_mean": list(run.mean),
-        "image_std": list(run.std),
-        "crop_pct": cast(Any, run.net).pretrained_cfg["crop_pct"],
-    }
-    _write_json(folder / "preprocessor_config.json", preprocessing)
+    known = run.task.preprocessing(cast(Any, run.net).pretrained_cfg)
+    _write_json(folder / "preprocessor_config.json", known)
 
 
 def _write_program(run: LoadedRun, folder: Path) -> None:

@@ -47,16 +47,16 @@ _RECURRENCE = f"""
 """
 
 
-def onnx_model(net: nn.Module, input_size: tuple[int, int, int]) -> Any:
+def onnx_model(net: nn.Module, input_size: tuple[int, ...]) -> Any:
     """Translate a model.
 
     Args:
         net: In evaluation mode, on the CPU, in float32.
-        input_size: Channels, height and width of an image.
+        input_size: Shape of an input, of an image channels, height and width.
 
     Returns:
-        An `onnx.ModelProto` from `images`, (batch, channels, height, width), to `logits`, (batch,
-        classes), of operators of ONNX alone.
+        An `onnx.ModelProto` from `images`, (batch, *input_size), to `logits`, (batch, classes) of
+        a classifier, of operators of ONNX alone.
 
     Raises:
         ValueError: If the model does something that ONNX has no operator for.

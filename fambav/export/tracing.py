@@ -26,12 +26,12 @@ _EXAMPLES = 2  # a batch of one would be taken for a constant
 _KEPT = ("val", "tensor_meta")  # what a saved graph needs to know of a node
 
 
-def traced(net: nn.Module, input_size: tuple[int, int, int], lowering: Lowering) -> ExportedProgram:
+def traced(net: nn.Module, input_size: tuple[int, ...], lowering: Lowering) -> ExportedProgram:
     """Trace a model.
 
     Args:
         net: In evaluation mode, on the CPU; its parameters need no gradients afterwards.
-        input_size: Channels, height and width of an image.
+        input_size: Shape of an input, of an image channels, height and width.
         lowering: What operators become in the graph, beside the matching, which becomes its
             reference.
 

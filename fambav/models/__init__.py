@@ -1,9 +1,11 @@
-"""Backbones.  Importing this package registers them with timm."""
+"""Backbones and forecasters.  Importing this package registers them with timm."""
 
 from importlib.util import find_spec
 
 from fambav.models.backbone import Backbone, Trace
+from fambav.models.forecaster import DLinear, Forecaster
 from fambav.models.plainmamba import PlainMamba
+from fambav.models.tsm2 import TSM2
 from fambav.models.vim import Vim
 from fambav.models.weights import (
     adapt,
@@ -14,7 +16,10 @@ from fambav.models.weights import (
 )
 
 __all__ = [
+    "TSM2",
     "Backbone",
+    "DLinear",
+    "Forecaster",
     "PlainMamba",
     "Trace",
     "Vim",

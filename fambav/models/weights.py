@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # a model is fitted by what is written here
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _IN_FRONT, _COUNT = "module.", "n_averaged"
 _RAW, _AVERAGED = ("model", "state_dict"), ("model_ema", "state_dict_ema")
-_HEADS = ("head", "fc", "classifier", "head_dist")  # of our models and timm's
+_HEADS = ("head", "fc", "classifier", "head_dist", "Linear_Seasonal", "Linear_Trend")
 _SHOWN = 4  # prefixes that a refusal names
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fambav.config import Config
     from fambav.table import Table
 
-Triple = tuple[float, float, float]
-Statistics = tuple[Triple, Triple]  # mean and standard deviation of the channels
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean, standard deviation of channels
+CHOICE = "val_"  # before a metric on the samples that choose the best epoch
 Loss = Callable[["Tensor", "Tensor"], "Tensor"]
 Mixing = Callable[..., "tuple[Tensor, Tensor]"]
 
@@ -36,6 +36,7 @@ class Metric(NamedTuple):
         title: Label of an axis.
         higher_is_better: Which of two values wins.
         hub: What Hugging Face calls it.
+        digits: Behind the point, where it is written for people.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Metric(NamedTuple):
     title: str
     higher_is_better: bool
     hub: str = ""
+    digits: int = 2
 
     @property
     def head(self) -> str:
@@ -59,6 +61,11 @@ class Metric(NamedTuple):
     def key(self) -> str:
         """Its key in log.txt."""
         return f"test_{self.name}"
+
+    @property
+    def choice_key(self) -> str:
+        """Its key in log.txt on the samples that choose the best epoch, where there are such."""
+        return f"test_{CHOICE}{self.name}"
 
     def gain(self, value: float, base: float) -> float:
         """Return by how much a value is better than another; negative if it is worse."""
@@ -171,11 +178,17 @@ class Task(ABC):
 
     Attributes:
         hub: What Hugging Face calls the task.
+        tags: Others of the hub.
         metrics: The primary one first, by which checkpoints, runs and plans are compared.
+        output: The setting that is the length of a model's output.
+        classes: Whether an output is a logit for each class.
     """
 
     hub: str
+    tags: tuple[str, ...] = ()
     metrics: tuple[Metric, ...]
+    output: str = "num_classes"
+    classes: bool = False
 
     @property
     def primary(self) -> Metric:
@@ -190,10 +203,14 @@ class Task(ABC):
     def best_epoch(self, history: Sequence[Mapping[str, Any]]) -> int:
         """Return the place of the best record, of equal ones the first.
 
+        Where a data set has samples for that choice, no held-out one takes part in it.
+
         Args:
             history: Records of epochs as log.txt has them, at least one.
         """
-        values = [record[self.primary.key] for record in history]
+        primary = self.primary
+        key = primary.choice_key if primary.choice_key in history[0] else primary.key
+        values = [record[key] for record in history]
         return values.index((max if self.primary.higher_is_better else min)(values))
 
     def line(self, scores: Scores) -> str:
@@ -210,6 +227,31 @@ class Task(ABC):
         """Return the last line of a run that only evaluates."""
         value, primary = scores.metrics[self.primary.name], self.primary
         return f"{primary.title} on the {scores.samples} test samples: {value:.4g}{primary.suffix}"
+
+    def input_shape(self, channels: int, size: tuple[int, int]) -> tuple[int, ...]:
+        """Return the shape of one input.
+
+        Args:
+            channels: How many means and standard deviations there are.
+            size: As a model's `pretrained_cfg` ends with it.
+        """
+        return channels, *size
+
+    def input_words(self, config: Config, size: tuple[int, int]) -> dict[str, Any]:
+        """Return how evaluation makes inputs, in the words of timm's `pretrained_cfg`."""
+        return {}
+
+    def input_lines(self, known: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return lines of a model card on inputs and outputs.
+
+        Args:
+            known: The `pretrained_cfg` of the model.
+        """
+        return ()
+
+    def preprocessing(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content of Hugging Face's preprocessor_config.json; `known` as above."""
+        return {}
 
     @abstractmethod
     def train_transform(

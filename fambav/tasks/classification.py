@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fambav.registry import TASKS
 from fambav.table import Table
 from fambav.tasks import ClassMeter, Loss, Meter, Metric, Mixing, Scores, Statistics, Task
+from fambav.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +23,8 @@ class Classification(Task):
     """Each image has one of several classes."""
 
     hub = "image-classification"
+    tags = ("vision-mamba", "token-reduction", "timm")
+    classes = True
     metrics = (
         Metric("acc1", "top-1", "%", "top-1 accuracy", higher_is_better=True, hub="accuracy"),
         Metric("acc5", "top-5", "%", "top-5 accuracy", higher_is_better=True),
@@ -39,6 +43,37 @@ class Classification(Task):
         """Return DeiT's line."""
         first = scores.metrics[self.primary.name]
         return f"Accuracy of the network on the {scores.samples} test images: {first:.1f}%"
+
+    def input_words(self, config: Config, size: tuple[int, int]) -> dict[str, Any]:
+        """Return how an image is resized and cut."""
+        from fambav import data
+
+        return data.eval_crop(size, config.data.eval_crop_ratio)
+
+    def input_lines(self, known: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return lines on images and classes."""
+        mean, std = (", ".join(f"{v:.4g}" for v in known[name]) for name in ("mean", "std"))
+        names = [printable(name) for name in known["label_names"] or ()]
+        shown = ", ".join([*names[:10], *["..."] * (len(names) > 10)]) or "no names"
+        shape = " x ".join(map(str, known["input_size"]))
+        return (
+            f"- images: {shape}, resized bicubically, mean {mean}, standard deviation {std}",
+            f"- classes: {known['num_classes']} ({shown})",
+        )
+
+    def preprocessing(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Return how an image becomes what a model reads."""
+        _, height, width = known["input_size"]
+        return {
+            "do_resize": True,
+            "size": {"height": height, "width": width},
+            "resample": 3,
+            "do_rescale": True,
+            "do_normalize": True,
+            "image_mean": list(known["mean"]),
+            "image_std": list(known["std"]),
+            "crop_pct": known["crop_pct"],
+        }
 
     def train_transform(
         self, config: Config, statistics: Statistics, input_size: tuple[int, int]

@@ -39,6 +39,8 @@ def data_set(config: Config, group: Processes, *, input_size: tuple[int, int]) -
         inat_category=settings.inat_category,
         classes=_FAKE_CLASSES if classes is None else classes,
         image_size=input_size,
+        lookback=config.model.lookback,
+        horizon=config.model.horizon,
         seed=config.run.seed,
     )
     if classes not in (None, opened.num_classes):
@@ -96,8 +98,9 @@ def eval_batches(
     *,
     input_size: tuple[int, int],
     statistics: Statistics | None = None,
+    choosing: bool = False,
 ) -> EvalBatchesLoader | DeviceEvalLoader:
-    """Return this process's share of the held-out images.
+    """Return this process's share of the held-out samples.
 
     Args:
         config: The settings.
@@ -105,15 +108,17 @@ def eval_batches(
         group: The processes.
         input_size: Height and width, in pixels.
         statistics: Mean and standard deviation of the channels, instead of those of --data-stats.
+        choosing: Take the samples that choose the best epoch instead.
     """
+    held_out = opened.choice if choosing else opened.val
     statistics = statistics or opened.statistics(config.data.data_stats)
     transform = eval_transform(config, statistics, input_size)
     share: dict[str, Any] = dict(
         batch_size=int(_EVAL_BATCH * config.optim.batch_size), rank=group.rank, world=group.world
     )
     if config.augment.gpu_augment:
-        return DeviceEvalLoader(DeviceSet(opened.val, device=group.device), transform, **share)
-    samples = _readable(config, opened.val, replacing=False)
+        return DeviceEvalLoader(DeviceSet(held_out, device=group.device), transform, **share)
+    samples = _readable(config, held_out, replacing=False)
     return data.eval_loader(samples, transform, **share, **_workers(config, group))
 
 

@@ -13,7 +13,6 @@ from fambav.engine.checkpoint import CheckpointError
 from fambav.json_files import is_plain
 from fambav.short_repr import short_repr
 
-_CHANNELS = 3
 _LARGEST = 2**63 - 1  # of whole numbers
 _MOST = 100_000  # values of an entry at one depth
 
@@ -78,8 +77,8 @@ def _is_change(value: Any) -> bool:
     )
 
 
-_is_mean = _is_list(lambda v: _is_number(v) and math.isfinite(v), length=_CHANNELS)
-_is_std = _is_list(lambda v: _is_number(v) and 0 < v < math.inf, length=_CHANNELS)
+_is_mean = _is_list(lambda v: _is_number(v) and math.isfinite(v))
+_is_std = _is_list(lambda v: _is_number(v) and 0 < v < math.inf)
 FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "config": (_is_config, "plain values by name"),
     "class_token": (_is_text, "text"),
@@ -90,8 +89,9 @@ FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "world": (_is_count(1), "a 64-bit whole number of at least 1"),
     "num_classes": (_is_count(1), "a 64-bit whole number of at least 1"),
     "class_names": (_is_list(_is_text), "names"),
-    "mean": (_is_mean, "3 finite numbers"),
-    "std": (_is_std, "3 finite numbers above 0"),
+    "mean": (_is_mean, "finite numbers"),
+    "std": (_is_std, "finite numbers above 0"),
+    "variates": (_is_list(_is_text), "names"),
     "torch": (_is_text, "text"),
     "changes": (_is_list(_is_change), "changes of settings, each with its epoch"),
 }
@@ -110,7 +110,7 @@ CHECKS = {
     "maxima": (_is_list(_is_number), "64-bit numbers"),
 }
 _OPTIONAL = {
-    *("class_token", "grid", "schedule", "teacher", "class_names"),
+    *("class_token", "grid", "schedule", "teacher", "class_names", "variates"),
     *("model_ema", "scaler", "updates", "changes"),
 }
 

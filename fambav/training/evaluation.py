@@ -16,6 +16,7 @@ from fambav.tasks import ClassMeter, Meter, Scores, Task, task_of
 from fambav.training import batches
 from fambav.training.inference import FREE, OPEN, LoadedRun
 from fambav.training.job import process_settings
+from fambav.training.network import layout
 from fambav.training.step import precision
 
 # What may differ from the settings of a run that is evaluated.
@@ -108,7 +109,7 @@ def evaluate_run(run: LoadedRun, *, by_class: bool = False, by_sample: bool = Fa
     config = run.config.replace(
         resume="", finetune="", eval=False, output_dir=None, num_classes=run.num_classes
     )
-    task, size = task_of(config.data.data_set), run.input_size[1:]
+    task, size = task_of(config.data.data_set), layout(config).input_size
     with process_settings(config), processes(config.run.device) as group:
         meter = (task.class_meter if by_class or by_sample else task.meter)(
             run.num_classes, group.device

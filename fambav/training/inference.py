@@ -19,8 +19,8 @@ from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
 from fambav.engine.run_dir import weights_file
-from fambav.models import Backbone
 from fambav.ops import check_environment
+from fambav.tasks import Task, task_of
 from fambav.training import batches
 from fambav.training.network import layout, model
 from fambav.training.run_state import RunState
@@ -77,10 +77,24 @@ class LoadedRun:
         return int(cast(Any, self.net).num_classes)
 
     @property
-    def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        channels, height, width = cast(Any, self.net).pretrained_cfg["input_size"]
-        return channels, height, width
+    def input_size(self) -> tuple[int, ...]:
+        """Shape of an input: channels, height and width of an image."""
+        return tuple(cast(Any, self.net).pretrained_cfg["input_size"])
+
+    @property
+    def task(self) -> Task:
+        """What the model has learnt."""
+        return task_of(self.config.data.data_set)
+
+    def check_classes(self) -> None:
+        """Refuse a model that does not classify images.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        if not self.task.classes:
+            name, data_set = self.config.model.model, self.config.data.data_set
+            raise ValueError(f"model is {name} of {data_set}, expected a classifier of images")
 
 
 def from_pretrained(path: str | Path, **settings: Any) -> nn.Module:
@@ -154,11 +168,12 @@ def load_run(
     used = trained.replace(**changes) if changes else trained
     laid_out = layout(used)
     size = laid_out.input_size
-    words = data.eval_crop(size, used.data.eval_crop_ratio)
+    task = task_of(used.data.data_set)
+    words = task.input_words(used, size)
     if "eval_crop_ratio" in changes and words["crop_mode"] == "squash":
         refuse("eval_crop_ratio", changes["eval_crop_ratio"], "none: images so small are not cut")
     there = state.num_classes(laid_out.weights)
-    net = _build(state, used, there=there, classes=changes.get("num_classes"))
+    net = _build(state, used, there=there, classes=changes.get(task.output))
     return _described(net, state, used, size, words)
 
 
@@ -192,6 +207,7 @@ def predict(
     files = file_paths("images", images)
     with processes(device) as group, torch.no_grad():
         run = load_run(path, config=config)
+        run.check_classes()
         names = run.class_names or [str(number) for number in range(run.num_classes)]
         net = run.net.to(group.device)
         inputs = [run.transform(data.read_image(file))[None] for file in files]
@@ -214,16 +230,17 @@ def _build(state: RunState, config: Config, *, there: int | None, classes: int |
         there: Classes that the file has, if it has a classifier.
         classes: Length of the output, with a new head if the file's differs; None for the file's.
     """
-    expected = config.model.num_classes
+    output = task_of(config.data.data_set).output
+    expected = config.flat()[output] if classes is None else None
     if there is None:
         raise CheckpointError(f"{state.path} has no head.weight, expected a classifier")
-    if classes is None and expected not in (None, there):
-        raise CheckpointError(f"num_classes is {expected}, expected {there} as {state.path} has")
+    if expected not in (None, there):
+        raise CheckpointError(f"{output} is {expected}, expected {there} as {state.path} has")
     net = model(config, num_classes=classes or there)
     state.load_into(net, head="strict" if classes is None else "drop")
     if classes not in (None, there):
         warnings.warn(
-            f"num_classes is {classes} and {state.path} has {there}: the head is new, with weights"
+            f"{output} is {classes} and {state.path} has {there}: the head is new, with weights"
             " drawn at random",
             stacklevel=4,
         )
@@ -242,11 +259,10 @@ def _described(
     names, classes = state.class_names, int(cast(Any, net).num_classes)
     names = names if names and len(names) == classes else None
     own = cast(dict[str, Any], net.pretrained_cfg)
-    channels = net.patch_embed.in_chans if isinstance(net, Backbone) else own["input_size"][0]
     own = {
         **own,
         **words,
-        "input_size": (int(channels), *size),
+        "input_size": task_of(config.data.data_set).input_shape(len(mean), size),
         "num_classes": classes,
         "mean": mean,
         "std": std,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +30,9 @@ from fambav.engine.run_dir import KEPT, weights_file
 from fambav.engine.trainer import Trainer
 from fambav.models import Backbone
 from fambav.ops import check_environment, force, set_backend
+from fambav.registry import family_of
 from fambav.seeding import seed_all
-from fambav.tasks import Scores, Statistics, Task, task_of
+from fambav.tasks import CHOICE, Scores, Statistics, Task, task_of
 from fambav.training import batches, folder, pictured, run_state
 from fambav.training.network import Layout, layout, model
 from fambav.training.run_state import RunState
@@ -113,7 +114,10 @@ def _prepared(config: Config, group: Processes) -> TrainingJob:
     for note in opened_set.notes:
         console.write(note)
     batches.warn_of_workers(config, console)
-    complete = config.replace(num_classes=opened_set.num_classes, input_size=plan.input_size)
+    own: dict[str, Any] = {task_of(config.data.data_set).output: opened_set.num_classes}
+    if "input_size" in family_of(config.model.model).arguments:
+        own["input_size"] = plan.input_size
+    complete = config.replace(**own)
     return TrainingJob(config=complete, layout=plan, data=opened_set, group=group, console=console)
 
 
@@ -165,11 +169,11 @@ class TrainingJob:
         net = self._model()
         state.load_into(net)
         held_out = self._held_out(state.statistics_for(self.config, self.data))
-        raw = self._evaluate(net, batches=held_out)
+        raw = self._evaluate(net, held_out=held_out)
         self.console.write(self.task.line(raw))
         if self.config.optim.model_ema and state.entries.get("model_ema"):
             state.load_into(net, ema=True)
-            averaged = self.task.line(self._evaluate(net, batches=held_out))
+            averaged = self.task.line(self._evaluate(net, held_out=held_out))
             self.console.write(f"EMA {averaged.removeprefix('* ')}")
         self.console.write(self.task.summary(raw))
         return raw
@@ -252,8 +256,8 @@ class TrainingJob:
             updates=loader.updates_per_epoch,
             images=images,
             epochs=config.optim.epochs,
-            evaluate=partial(self._evaluate, batches=held_out),
-            unreadable=lambda: loader.skipped() + held_out.skipped(),
+            evaluate=partial(self._evaluate, held_out=held_out),
+            unreadable=lambda: sum(b.skipped() for b in (loader, *held_out)),
             facts=facts,
             strings=run_state.as_strings(facts),
             tokens=schedule.lengths if schedule else (),
@@ -323,26 +327,47 @@ class TrainingJob:
         net.to(self.group.device)
         return net
 
-    def _evaluate(self, net: nn.Module, **given: Any) -> Scores:
-        """Evaluate a model on `batches`, read by `take`."""
-        return evaluate(
-            net,
-            **given,
-            meter=self.task.meter(self.data.num_classes, self.group.device),
-            processes=self.group,
-            precision=precision(self.config, self.group),
-        )
+    def _evaluate(
+        self,
+        net: nn.Module,
+        *,
+        held_out: Sequence[EvalBatchesLoader | DeviceEvalLoader],
+        **given: Any,
+    ) -> Scores:
+        """Evaluate a model on the held-out `batches`, read by `take`.
+
+        Metrics on samples that choose the best epoch, if there are such, follow by names of theirs.
+        """
+
+        def scores(batches: EvalBatchesLoader | DeviceEvalLoader) -> Scores:
+            return evaluate(
+                net,
+                batches,
+                **given,
+                meter=self.task.meter(self.data.num_classes, self.group.device),
+                processes=self.group,
+                precision=precision(self.config, self.group),
+            )
+
+        found, *choosing = map(scores, held_out)
+        metrics = {f"{CHOICE}{n}": v for own in choosing for n, v in own.metrics.items()}
+        return found._replace(metrics={**found.metrics, **metrics})
 
     def _held_out(
         self, statistics: Statistics | None = None
-    ) -> EvalBatchesLoader | DeviceEvalLoader:
-        return batches.eval_batches(
-            self.config,
-            self.data,
-            self.group,
-            input_size=self.layout.input_size,
-            statistics=statistics,
-        )
+    ) -> list[EvalBatchesLoader | DeviceEvalLoader]:
+        """Held-out batches, and those that choose the best epoch if the data set has such."""
+        return [
+            batches.eval_batches(
+                self.config,
+                self.data,
+                self.group,
+                input_size=self.layout.input_size,
+                statistics=statistics,
+                choosing=choosing,
+            )
+            for choosing in (False, True)[: 1 + (self.data.choice is not None)]
+        ]
 
 
 def _layers(net: nn.Module) -> Iterable[nn.Module]:

@@ -12,6 +12,7 @@ from fambav.layers.embed import pair
 from fambav.models import Backbone
 from fambav.reduction import Reduction, Schedule, fused, read_options, reduce
 from fambav.registry import FOREIGN, family_of, nearest
+from fambav.tasks import task_of
 from fambav.timm_compat import timm
 
 
@@ -19,7 +20,7 @@ class Layout(NamedTuple):
     """What a model without weights knows of itself.
 
     Attributes:
-        input_size: Height and width of an image, in pixels.
+        input_size: Height and width of an image, in pixels; of a series lookback and 1.
         reduction: What removes tokens; None for a model that has no reduction.
         weights: Names of its weights, those of a classifier among them.
     """
@@ -47,9 +48,12 @@ def model(config: Config, *, num_classes: int) -> nn.Module:
     if config.model.model.startswith(FOREIGN):
         return _foreign(config, num_classes)
     chosen, fusion = config.model, config.fusion
-    known = family_of(chosen.model).arguments
-    own = {argument: getattr(chosen, setting) for setting, argument in known.items()}
-    net: Any = timm.create_model(chosen.model, num_classes=num_classes, **own)
+    known = family_of(chosen.model)
+    own = {argument: getattr(chosen, setting) for setting, argument in known.arguments.items()}
+    own[task_of(config.data.data_set).output] = num_classes
+    net: Any = timm.create_model(chosen.model, **own)
+    if not known.tokens:
+        return cast(nn.Module, net)
     net.set_grad_checkpointing(chosen.grad_checkpointing)
     net.reduction = fused(
         net.info,

@@ -26,6 +26,7 @@ from fambav.engine.run_dir import CHECKPOINT, DESCRIPTION, WEIGHTS, weights_file
 from fambav.json_files import parse, read_object
 from fambav.models import Backbone, is_classifier, official
 from fambav.reduction import Schedule
+from fambav.short_repr import short_repr
 from fambav.training.entries import CHECKS, FACTS, check_entries
 
 # What may differ between a run and its continuation: where and how fast, not what.
@@ -37,7 +38,8 @@ _FIXED = affecting("model") | {"data_set", "inat_category", "opt", "decay_groups
 _FIXED |= {"amp", "amp_dtype"}
 _LENGTHS = {"images_per_update", "repeated_aug"}  # which an epoch's number of updates follows from
 _TEXTS = {"class_token", "torch"}  # facts that a safetensors file holds as they are, not as JSON
-_HEADS = ("head.weight", "head.fc.weight", "fc.weight")
+_CHANNELS = 3
+_HEADS = ("head.weight", "head.fc.weight", "fc.weight", "Linear_Trend.weight")
 _DESCRIPTION = {
     "fambav": {"settings": dict, "class_token": (str, type(None))},
     "label_names": (list, type(None)),
@@ -154,7 +156,15 @@ class RunState:
         return (tuple(mean), tuple(std)) if mean and std else None
 
     def _check_classes(self) -> None:
-        """Refuse names of classes, or a number of them, that are not those of the head."""
+        """Refuse classes that are not those of the head, or statistics that are not of channels."""
+        variates = self.facts.get("variates")
+        channels = _CHANNELS if variates is None else len(variates)
+        for name in ("mean", "std"):
+            if len(known := self.facts.get(name, [0] * channels)) != channels:
+                wanted = f"{channels} numbers"
+                raise CheckpointError(
+                    f"{self.path}: {name} is {short_repr(known)}, expected {wanted}"
+                )
         names = self.class_names
         counts = {
             "num_classes": self.facts.get("num_classes"),
@@ -310,7 +320,6 @@ def facts(
         world: Number of processes.
         changes: Of settings in the course of the run.
     """
-    mean, std = data.statistics(config.data.data_stats)
     return {
         "config": config.flat(),
         "class_token": config.model.class_token,
@@ -319,10 +328,7 @@ def facts(
         "images_per_update": images,
         "teacher": teacher,
         "world": world,
-        "num_classes": data.num_classes,
-        "class_names": data.class_names and list(data.class_names),
-        "mean": list(mean),
-        "std": list(std),
+        **data.facts(config.data.data_stats),
         "torch": str(torch.__version__),
         **({"changes": list(changes)} if changes else {}),
     }

@@ -141,7 +141,8 @@ def render(
     Args:
         runs: Run folders, or files of weights.
         folder: Gets the files; made if need be.
-        what: Names of `PICTURES`; all by default, without curves where a run has no log.
+        what: Names of `PICTURES`; all by default, without curves where a run has no log, and
+            without tokens where its model has none.
         source: As in `traced`.
         settings: As in `traced`.
         svg: Write figures as SVG too.
@@ -161,7 +162,8 @@ def render(
     kinds = [kind for kind in wanted if kind != "curves"]
     logs = dict(zip(names, map(read_log, runs), strict=True)) if "curves" in wanted else {}
     for run, name in zip(runs, names, strict=True):
-        images = traced(run, source, settings) if kinds else iter(())
+        drawable = kinds and (what is not None or _has_tokens(run))
+        images = traced(run, source, settings) if drawable else iter(())
         for number, (model, trace, model_name, about) in enumerate(images):
             for kind in kinds:
                 label = f"{name}/{kind}" if len(runs) > 1 else kind
@@ -221,6 +223,11 @@ def _draw(
         method, _ = compare_strategies(model)
         title = f"{name} with each strategy of {method}: {about.rpartition(', seen as')[0]}"
     return _KINDS[kind](model, trace, title=title), title
+
+
+def _has_tokens(run: Path) -> bool:
+    """Whether a run's model is a stack of layers of tokens; of a file it is not known yet."""
+    return run.is_file() or experiments.read_plan(run) is not None
 
 
 def _wanted(runs: Sequence[Path], what: Sequence[str] | None) -> list[str]:

@@ -114,7 +114,7 @@ def _of_runs(results: Sequence[Result], *, mixed: bool) -> Iterator[str]:
         return
     (first, *others), metric = results, results[0].primary
     best = _best(others, metric, _value) if others else first
-    text = f"{best.name} reaches a held-out {metric.title} of {_value(best):.2f}{metric.suffix}"
+    text = f"{best.name} reaches a held-out {metric.title} of {_shown(best)}"
     if others:
         text += f", {_difference(metric, _value(best) - _value(first))} {first.name}"
         if not mixed and best.epochs == first.epochs:
@@ -137,7 +137,7 @@ def _of_grid(grid: str, points: Sequence[Point], task: Task) -> str:
     value = best.figures[metric.name]
     among = " of the rows with reduction" if reduced else ""
     text = f"{grid}: {best.name} reaches the best {metric.title}{among}"
-    text += f", {value.text(2)}{metric.suffix}"
+    text += f", {value.text(metric.digits)}{metric.suffix}"
     for base in (point for point in known if point.baseline and point is not best):
         text += f", {_difference(metric, value.mean - base.figures[metric.name].mean)} {base.name}"
         if "seconds" in best.figures and "seconds" in base.figures:
@@ -154,17 +154,22 @@ def _value(result: Result) -> float:
     return cast(float, result.metrics[result.primary.name])  # every log has it
 
 
+def _shown(result: Result) -> str:
+    return f"{_value(result):.{result.primary.digits}f}{result.primary.suffix}"
+
+
 def _difference(metric: Metric, change: float) -> str:
     """Describe a difference: `0.52 points less than`."""
     unit = " points" if metric.unit == "%" else metric.suffix
-    if round(change, 2) == 0:
+    if round(change, metric.digits) == 0:
         return "as"
-    return f"{abs(change):.2f}{unit} {'more' if change > 0 else 'less'} than"
+    return f"{abs(change):.{metric.digits}f}{unit} {'more' if change > 0 else 'less'} than"
 
 
 def _section(name: str, folder: Path, result: Result, *, by_class: bool) -> dict[str, Any]:
     """Describe a run for the template."""
     settings = folder / "config.yaml"
+    by_class = by_class and result.task.classes
     tables = [("Accuracy by class", _classes(folder))] if by_class else []
     tables += [("Plan", plan) for plan in _plan(folder)]
     changed = _changed(config.load(settings).flat())
@@ -172,7 +177,7 @@ def _section(name: str, folder: Path, result: Result, *, by_class: bool) -> dict
     return {
         "name": name,
         "summary": f"{result.model}, reduction: {result.reduction}{share}; {result.primary.label} "
-        f"{_value(result):.2f}{result.primary.suffix} after {result.seconds:.1f} s of training, "
+        f"{_shown(result)} after {result.seconds:.1f} s of training, "
         f"{result.memory_mib:.1f} MiB {result.memory_kind}.",
         "tables": [*tables, ("Settings that are not the defaults", changed)],
         "settings": settings.read_text(encoding="utf-8"),
@@ -238,7 +243,7 @@ def _plain(value: Any) -> str:
 
 
 def _grid_table(name: str, points: Sequence[Point], task: Task) -> Table:
-    heads = {metric.name: (metric.head, 2) for metric in task.metrics} | _COLUMNS
+    heads = {metric.name: (metric.head, metric.digits) for metric in task.metrics} | _COLUMNS
     columns = {k: v for k, v in heads.items() if any(k in p.figures for p in points)}
     return Table(
         title=name,

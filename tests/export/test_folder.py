@@ -50,7 +50,9 @@ def test_a_folder_gives_back_the_model_bit_by_bit(kind, settings, tmp_path):
 
 def test_held_out_images_are_compared(run, tmp_path):
     check = export(run, "safetensors", tmp_path / "out", images=3)
-    assert check.line().startswith("3 held-out images of DIGITS: largest difference of a logit 0 ")
+    assert check.line().startswith(
+        "3 held-out samples of DIGITS: largest difference of an output 0 "
+    )
 
 
 def test_the_description_alone_is_enough_to_build_the_model(run, tmp_path):
@@ -104,7 +106,7 @@ def test_the_card_of_bare_weights_invents_nothing(tmp_path):
     weights(tmp_path / "weights.pth")
     export(tmp_path / "weights.pth", "hf", tmp_path / "out", images=1, noise=True)
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "| top-1 on the held-out images of DIGITS | not measured |" in text
+    assert "| top-1 on the held-out samples of DIGITS | not measured |" in text
     assert "model-index" not in text
     assert text.count("unknown") == 5, "seed, epoch, date, commit, hardware"
 
@@ -116,7 +118,7 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(run, tmp_path, mon
 
     broken = FORMATS["safetensors"]._replace(load=wrong)
     monkeypatch.setitem(folder.FORMATS, "safetensors", broken)
-    with pytest.raises(ValueError, match=r"differs on 2 of 2 images of noise.*nothing was kept"):
+    with pytest.raises(ValueError, match=r"differs on 2 of 2 inputs of noise.*nothing was kept"):
         export(run, "safetensors", tmp_path / "out", images=2, noise=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     export(run, "safetensors", tmp_path / "out", images=2, noise=True, tolerance=0.1)

@@ -10,10 +10,10 @@ import torch
 import fambav.models  # noqa: F401  registers the models
 from fambav.models import plainmamba, vim
 from fambav.reduction import reduce
-from fambav.registry import BIMAMBA, CLASS_TOKENS, FUSION_METHODS, MODELS
+from fambav.registry import BIMAMBA, CLASS_TOKENS, CLASSIFIERS, FUSION_METHODS
 from fambav.timm_compat import timm
 
-SIZES = [name for name in MODELS if "patch16" not in name]  # the others mean the same models
+SIZES = [name for name in CLASSIFIERS if "patch16" not in name]  # the others mean the same models
 SMALL = dict(depth=2, img_size=64, patch_size=16, num_classes=7)
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -27,10 +27,10 @@ def test_the_list_of_names_is_what_is_registered():
     registered = set(timm.list_models("vim_*", module="vim"))
     assert set(vim.VARIANTS) == registered
     assert set(plainmamba.VARIANTS) == set(timm.list_models(module="plainmamba"))
-    assert set(MODELS) == registered | set(plainmamba.VARIANTS)
+    assert set(CLASSIFIERS) == registered | set(plainmamba.VARIANTS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_name_builds(name):
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -256,7 +256,7 @@ def test_drop_rates_act_in_training_only(rate):
     assert not torch.equal(model.train()(IMAGES), plain(IMAGES))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_what_images_a_name_reads_is_known_without_building_it(name):
     model = timm.create_model(name, device="meta")
     known = timm.models.get_pretrained_cfg(name)
@@ -269,7 +269,7 @@ def test_what_images_a_name_reads_is_known_without_building_it(name):
     assert model.get_submodule(known.first_conv).in_channels == model.in_chans == 3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_name_has_the_shapes_and_types_that_timm_expects(name, dtype):
     model = timm.create_model(name, device="meta", dtype=dtype, num_classes=7)
@@ -293,7 +293,7 @@ def test_every_name_has_the_shapes_and_types_that_timm_expects(name, dtype):
     assert bare(images).shape == (2, length, wide)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_name_is_a_backbone_of_maps(name):
     model = timm.create_model(name, device="meta", features_only=True, out_indices=(1, 2, -1))
     size = model.pretrained_cfg["input_size"][1:]

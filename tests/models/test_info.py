@@ -7,7 +7,7 @@ import torch
 
 from fambav.layers import Tokens
 from fambav.models import Backbone
-from fambav.registry import CLASS_TOKENS, FAMILIES, FOREIGN, MODELS, family_of
+from fambav.registry import CLASS_TOKENS, CLASSIFIERS, FAMILIES, FOREIGN, family_of
 from fambav.timm_compat import timm
 
 SMALL = dict(depth=2, img_size=(32, 48), num_classes=7)
@@ -24,7 +24,7 @@ def build(name, **arguments):
     return timm.create_model(name, **{**SMALL, **arguments}).eval()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_name_tells_its_family_and_its_stages(name):
     with torch.device("meta"):
         info = timm.create_model(name).info

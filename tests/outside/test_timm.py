@@ -10,7 +10,7 @@ tests may fail.
 import pytest
 
 import fambav.models  # noqa: F401  registers them
-from fambav.registry import FAMILIES, MODELS
+from fambav.registry import CLASSIFIERS, FAMILIES
 from tests.outside import adapter
 
 VARIABLE = "FAMBAV_TIMM_CHECKOUT"
@@ -36,8 +36,8 @@ def cfg_device():
     return "meta"
 
 
-NAMES = dict(model_name=list(MODELS))
-MICRO = dict(model_name=[name for name in MODELS if name.endswith("micro")])
+NAMES = dict(model_name=list(CLASSIFIERS))
+MICRO = dict(model_name=[name for name in CLASSIFIERS if name.endswith("micro")])
 
 test_forward = theirs("test_model_forward", **NAMES)
 test_backward = theirs("test_model_backward", **NAMES)
