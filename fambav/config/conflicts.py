@@ -56,15 +56,16 @@ def _match_model_and_data(settings: Settings) -> None:
     tasks, task = family_of(model.value).tasks, DATA_SETS[data_set.value]
     if task in tasks:
         return
-    if model.level == DEFAULT:
-        settings["model"] = model._replace(value=models_of(task)[0])
+    able = models_of(task)
+    if model.level == DEFAULT and able:
+        settings["model"] = model._replace(value=able[0])
     elif data_set.level == DEFAULT:
         known = (name for name, own in DATA_SETS.items() if own in tasks)
         settings["data_set"] = data_set._replace(value=next(known))
     else:
         expected = f"a model for {task}, as --data-set {data_set.value} needs"
-        if task != "classification":
-            expected = f"{' or '.join(models_of(task))} with --data-set {data_set.value}"
+        if able and task != "classification":
+            expected = f"{' or '.join(able)} with --data-set {data_set.value}"
         refuse(model.label, model.value, expected)
 
 

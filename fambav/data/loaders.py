@@ -53,8 +53,8 @@ class SkipCorrupt:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Return one image in RGB and its label.
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Return one input and its target.
 
         Raises:
             SkippedError: If it is corrupt and not to be replaced.

@@ -22,13 +22,13 @@ class DataError(ValueError):
 
 
 class Samples(Protocol):
-    """Images and labels by index."""
+    """Inputs and targets by index: images and labels, or the past and the future of a series."""
 
     def __len__(self) -> int:
         """Return the number of samples."""
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Return one image in RGB and its label."""
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Return one input, such as an image in RGB, and its target, such as a label."""
 
 
 class ArraySet:
@@ -93,9 +93,9 @@ class DataSet:
 
     fewest: ClassVar[int] = 2
     name: str
-    train: Any
-    val: Any
-    choice: Any = None
+    train: Samples
+    val: Samples
+    choice: Samples | None = None
     num_classes: int
     class_names: tuple[str, ...] | None = None
     mean: Channels | None = None

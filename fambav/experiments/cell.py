@@ -77,9 +77,11 @@ def _warm_up(job: TrainingJob) -> None:
     """
     wanted, device = job.config, job.group.device
     net = model(wanted, num_classes=job.data.num_classes).to(device).train()
-    images = torch.zeros(wanted.optim.batch_size, 3, *job.layout.input_size, device=device)
+    channels = len(job.data.statistics(wanted.data.data_stats)[0])
+    shape = job.task.input_shape(channels, job.layout.input_size)
+    inputs = torch.zeros(wanted.optim.batch_size, *shape, device=device)
     with precision(wanted, job.group).autocast():
-        total = net(images).float().sum()
+        total = net(inputs).float().sum()
     total.backward()
 
 

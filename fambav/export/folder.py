@@ -26,7 +26,6 @@ from fambav.export.card import Check, card
 from fambav.export.description import describe, facts
 from fambav.training import batches
 from fambav.training.inference import LoadedRun, load_run
-from fambav.training.network import layout
 from fambav.training.run_state import as_strings
 
 Run = Callable[[Tensor], Tensor]
@@ -213,7 +212,8 @@ def _kept(place: Path) -> Iterator[Path]:
 def _held_out(run: LoadedRun, images: int) -> Tensor:
     """Return the first held-out images, (at most images, channels, height, width)."""
     with processes("cpu") as group:
-        data = batches.data_set(run.config, group, input_size=layout(run.config).input_size)
+        first, second = run.input_size[-2:]
+        data = batches.data_set(run.config, group, input_size=(first, second))
     number = min(images, len(data.val))
     return torch.stack([run.transform(data.val[n][0]) for n in range(number)])
 

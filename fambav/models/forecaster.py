@@ -104,13 +104,13 @@ def standardise(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (x - mean) / std along the last axis, and both, which undo it.
 
     Args:
-        rows: (..., length); of one number std is 0.
+        rows: (..., length), of two numbers at least.
 
     Source: RevIN, Kim et al., ICLR 2022, without its weights; the deviation is the unbiased one,
     plus 1e-5.
     """
     mean = rows.mean(dim=-1, keepdim=True)
-    std = rows.std(dim=-1, keepdim=True, correction=min(1, rows.shape[-1] - 1)) + _EPSILON
+    std = rows.std(dim=-1, keepdim=True) + _EPSILON
     return (rows - mean) / std, mean, std
 
 

@@ -86,9 +86,9 @@ class TSM2(Forecaster):
         tokens, variates = [x], [x]
         for layer in self.layers:
             layer(tokens, variates)
-        out = self.drop(self.norm(variates[-1])).flatten(2)  # (batch, variates, tokens * dim)
-        forecast: Tensor = self.head(out) * std + mean
-        return forecast
+        last = self.drop(self.norm(variates[-1])).flatten(2)  # (batch, variates, tokens * dim)
+        out: Tensor = self.head(last) * std + mean
+        return out
 
 
 class TwoNorms(nn.Module):

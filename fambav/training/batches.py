@@ -98,7 +98,7 @@ def eval_batches(
     *,
     input_size: tuple[int, int],
     statistics: Statistics | None = None,
-    choosing: bool = False,
+    samples: Samples | None = None,
 ) -> EvalBatchesLoader | DeviceEvalLoader:
     """Return this process's share of the held-out samples.
 
@@ -108,18 +108,18 @@ def eval_batches(
         group: The processes.
         input_size: Height and width, in pixels.
         statistics: Mean and standard deviation of the channels, instead of those of --data-stats.
-        choosing: Take the samples that choose the best epoch instead.
+        samples: Of the set, instead of the held-out ones.
     """
-    held_out = opened.choice if choosing else opened.val
+    samples = opened.val if samples is None else samples
     statistics = statistics or opened.statistics(config.data.data_stats)
     transform = eval_transform(config, statistics, input_size)
     share: dict[str, Any] = dict(
         batch_size=int(_EVAL_BATCH * config.optim.batch_size), rank=group.rank, world=group.world
     )
     if config.augment.gpu_augment:
-        return DeviceEvalLoader(DeviceSet(held_out, device=group.device), transform, **share)
-    samples = _readable(config, held_out, replacing=False)
-    return data.eval_loader(samples, transform, **share, **_workers(config, group))
+        return DeviceEvalLoader(DeviceSet(samples, device=group.device), transform, **share)
+    readable = _readable(config, samples, replacing=False)
+    return data.eval_loader(readable, transform, **share, **_workers(config, group))
 
 
 def eval_transform(config: Config, statistics: Any, input_size: tuple[int, int]) -> Any:

@@ -78,7 +78,7 @@ class LoadedRun:
 
     @property
     def input_size(self) -> tuple[int, ...]:
-        """Shape of an input: channels, height and width of an image."""
+        """Shape of an input: channels, height and width, or lookback and variates."""
         return tuple(cast(Any, self.net).pretrained_cfg["input_size"])
 
     @property

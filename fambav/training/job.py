@@ -364,9 +364,10 @@ class TrainingJob:
                 self.group,
                 input_size=self.layout.input_size,
                 statistics=statistics,
-                choosing=choosing,
+                samples=samples,
             )
-            for choosing in (False, True)[: 1 + (self.data.choice is not None)]
+            for samples in (self.data.val, self.data.choice)
+            if samples is not None
         ]
 
 

@@ -12,6 +12,7 @@ from fambav.cli import console
 from fambav.data import load
 from fambav.engine import checkpoint
 from fambav.engine.step import TrainStep
+from fambav.experiments import cell
 from fambav.registry import TASKS
 from fambav.tasks import task_of
 from tests.identical import assert_identical, log
@@ -157,6 +158,16 @@ def test_commands_on_images_refuse_it(finished, tmp_path, capsys):
     shutil.copytree(folder, copied)
     assert console(["show", str(copied)]) == 0
     assert [path.name for path in (copied / "pictures").iterdir()] == ["curves.png"]
+
+
+def test_a_cell_of_a_grid_has_its_figures(finished, tmp_path):
+    folder, *_ = finished
+    text = (folder / "config.yaml").read_text().replace(str(folder), str(tmp_path))
+    (tmp_path / "cell.yaml").write_text(text)
+    figures = cell.figures(tmp_path)
+    assert (figures["mse"], figures["mae"]) == tuple(
+        log(folder)[-1][f"test_{name}"] for name in ("mse", "mae")
+    )
 
 
 REFUSED = {

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fambav import experiments
 from fambav.cli import console
 from fambav.engine import checkpoint
-from fambav.registry import DATA_SETS, TASKS
+from fambav.registry import DATA_SETS, FAMILIES, TASKS
 from fambav.tasks import Meter, Metric, Task, task_of
 from tests.data.made import made_cifar10
 from tests.experiments.made import SCRATCH, written
@@ -64,6 +64,7 @@ def named():
     task_of("CIFAR10")  # its file is read once
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATA_SETS, "CIFAR10", "calibration")
+        patch.setitem(FAMILIES, "vim", FAMILIES["vim"]._replace(tasks=("calibration",)))
         yield
 
 
