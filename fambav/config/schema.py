@@ -219,7 +219,7 @@ class Data(Group):
 
     data_set: str = option(
         "DIGITS",
-        "data set; CIFAR is CIFAR-100, SHAPES100 and WAVES are made here",
+        "data set; CIFAR is CIFAR-100, SHAPES100, SHAPES-SEG and WAVES are made here",
         choices=registry.DATA_SETS,
     )
     data_path: str = option(
@@ -257,9 +257,36 @@ class Data(Group):
     eval_crop_ratio: float = option(
         0.875,
         "center crop of an image in evaluation, as a share of its side",
-        when.IMAGES,
+        when.CLASSES,
         affects="model",
         bounds=Bounds(0, 1, above=True),
+    )
+    crop_size: int | tuple[int, int] | None = option(
+        None,
+        "height and width of training crops of images with masks, and of windows in evaluation; "
+        "none = --input-size",
+        when.MASKS,
+        affects="model",
+        bounds=PIXELS,
+    )
+    window_overlap: float = option(
+        0.5,
+        "share of a window's side that the next one sees too, in evaluation",
+        when.MASKS,
+        affects="model",
+        bounds=RATE,
+    )
+    eval_scales: tuple[float, ...] = option(
+        (1.0,),
+        "factors that evaluation resizes images with masks by, and takes the mean over",
+        when.MASKS,
+        affects="model",
+        bounds=Bounds(0.1, 10),
+    )
+    eval_flip: bool = switch(
+        "take the mean over an image with a mask and its mirror image in evaluation",
+        when.MASKS,
+        affects="model",
     )
 
 
@@ -278,7 +305,7 @@ class Augment(Group):
     aa: str | None = option(
         "rand-m9-mstd0.5-inc1",
         "timm's policy, or none",
-        when.IMAGES,
+        when.CLASSES,
         when.NOT_THREE,
         otherwise=None,
         check=checks.policy,
@@ -287,25 +314,25 @@ class Augment(Group):
     train_interpolation: str = option(
         "bicubic",
         "interpolation of resized training images",
-        when.IMAGES,
+        when.CLASSES,
         when.NOT_THREE,
         choices=("bicubic", "bilinear", "random"),
     )
     repeated_aug: bool = switch(
         "repeated augmentation: three views of an image in one epoch",
-        when.IMAGES,
+        when.CLASSES,
         on=True,
         otherwise=False,
         off="no-repeated-aug",
     )
     three_augment: bool = switch(
-        "DeiT III's grey, solarise or blur instead of --aa", when.IMAGES, flag="ThreeAugment"
+        "DeiT III's grey, solarise or blur instead of --aa", when.CLASSES, flag="ThreeAugment"
     )
     src: bool = switch("simple random crop, with --ThreeAugment", when.THREE)
     affine: float = option(
         0.0,
         "degrees of random rotation, with a tenth of shift and scale",
-        when.IMAGES,
+        when.CLASSES,
         when.NOT_THREE,
         bounds=Bounds(0, 180),
     )
@@ -318,10 +345,24 @@ class Augment(Group):
     hflip: float = option(
         0.5, "probability of a horizontal flip", when.IMAGES, otherwise=0.0, bounds=PROBABILITY
     )
+    vflip: float = option(
+        0.0,
+        "probability of a vertical flip of an image with a mask",
+        when.MASKS,
+        bounds=PROBABILITY,
+    )
+    resize_range: tuple[float, ...] = option(
+        (0.5, 2.0),
+        "least and largest factor that an image with a mask is resized by, before the crop",
+        when.MASKS,
+        bounds=POSITIVE,
+        length=2,
+        check=checks.ordered,
+    )
     reprob: float = option(
         0.25,
         "random erasing: probability of erasing a rectangle",
-        when.IMAGES,
+        when.CLASSES,
         when.NOT_THREE,
         otherwise=0.0,
         bounds=PROBABILITY,
@@ -370,6 +411,12 @@ class Optim(Group):
     )
     epochs: int = option(300, "passes over the training set", bounds=COUNT)
     bce_loss: bool = switch("binary cross-entropy (BCE)", when.CLASSES)
+    mask_loss: str = option(
+        "ce",
+        "loss of masks: cross-entropy, Dice or their sum",
+        when.MASKS,
+        choices=("ce", "dice", "ce+dice"),
+    )
     unscale_lr: bool = switch("use --lr as it is, whatever the batch")
     opt: str = option("adamw", "optimizer", choices=OPTIMIZERS)
     opt_eps: float = option(1e-8, "epsilon of Adam", when.EPSILON, bounds=POSITIVE)

@@ -12,8 +12,10 @@ from fambav.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import torch
+    from PIL import Image
     from torch import Tensor
 
     from fambav.config import Config
@@ -74,6 +76,26 @@ class Classification(Task):
             "image_std": list(known["std"]),
             "crop_pct": known["crop_pct"],
         }
+
+    def answer(
+        self,
+        image: Image.Image,
+        outputs: Tensor,
+        names: Sequence[str],
+        *,
+        file: Path,
+        topk: int | None = None,
+        folder: Path | None = None,
+    ) -> list[str]:
+        """Return the likeliest classes with their probabilities, best first; 5 by default."""
+        if folder is not None:
+            raise ValueError(f"output_dir is {str(folder)!r}, expected none: classes are printed")
+        shares = outputs[0].float().softmax(dim=0)
+        best = shares.topk(min(5 if topk is None else topk, len(names)))
+        return [
+            f"  {100 * share:5.1f}%  {names[index]}"
+            for share, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
     def train_transform(
         self, config: Config, statistics: Statistics, input_size: tuple[int, int]

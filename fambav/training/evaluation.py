@@ -8,7 +8,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
-from fambav.data import DataSet, ListedImages
+from fambav.data import DataSet, ListedImages, ListedMasks
 from fambav.engine.distributed import processes
 from fambav.engine.evaluate import evaluate
 from fambav.table import Table
@@ -70,7 +70,7 @@ class Evaluation:
         rows = [
             [
                 index,
-                held_out.path(index) if isinstance(held_out, ListedImages) else None,
+                held_out.path(index) if isinstance(held_out, ListedImages | ListedMasks) else None,
                 *own.values(),
             ]
             for index, own in self.samples
@@ -111,13 +111,11 @@ def evaluate_run(run: LoadedRun, *, by_class: bool = False, by_sample: bool = Fa
     )
     task, size = task_of(config.data.data_set), layout(config).input_size
     with process_settings(config), processes(config.run.device) as group:
-        meter = (task.class_meter if by_class or by_sample else task.meter)(
-            run.num_classes, group.device
-        )
+        opened = batches.data_set(config, group, input_size=size)
+        meter = batches.meter(config, opened, group.device, by_class=by_class or by_sample)
         if meter is None:
             name = config.data.data_set
             raise NoClassesError(f"data_set is {name!r}, expected one whose task has classes")
-        opened = batches.data_set(config, group, input_size=size)
         loader = batches.eval_batches(
             config,
             opened,
@@ -132,7 +130,7 @@ def evaluate_run(run: LoadedRun, *, by_class: bool = False, by_sample: bool = Fa
                 known.extend(meter.describe(outputs, targets, names_of_classes(opened)))
 
         scores = evaluate(
-            run.net.to(group.device),
+            task.inference(config, run.net.to(group.device), size).eval(),
             loader,
             meter=meter,
             processes=group,

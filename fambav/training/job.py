@@ -32,7 +32,7 @@ from fambav.models import Backbone
 from fambav.ops import check_environment, force, set_backend
 from fambav.registry import family_of
 from fambav.seeding import seed_all
-from fambav.tasks import CHOICE, Scores, Statistics, Task, task_of
+from fambav.tasks import CHOICE, Meter, Scores, Statistics, Task, task_of
 from fambav.training import batches, folder, pictured, run_state
 from fambav.training.network import Layout, layout, model
 from fambav.training.run_state import RunState
@@ -338,13 +338,15 @@ class TrainingJob:
 
         Metrics on samples that choose the best epoch, if there are such, follow by names of theirs.
         """
+        called = self.task.inference(self.config, net, self.layout.input_size)
+        called.train(net.training)
 
-        def scores(batches: EvalBatchesLoader | DeviceEvalLoader) -> Scores:
+        def scores(part: EvalBatchesLoader | DeviceEvalLoader) -> Scores:
             return evaluate(
-                net,
-                batches,
+                called,
+                part,
                 **given,
-                meter=self.task.meter(self.data.num_classes, self.group.device),
+                meter=cast(Meter, batches.meter(self.config, self.data, self.group.device)),
                 processes=self.group,
                 precision=precision(self.config, self.group),
             )

@@ -123,7 +123,7 @@ class RunState:
         return grid and (grid[0], grid[1])
 
     def num_classes(self, own: Collection[str] = ()) -> int | None:
-        """Return the rows of the classifier; None if its weight has no name that we know.
+        """Return the rows of the classifier; if its weight has no name that we know, what is said.
 
         Args:
             own: Names of the weights of the model that the file is of, where it may have prefixes.
@@ -137,7 +137,7 @@ class RunState:
             raise CheckpointError(f"{self.path}: {error}") from error
         name = next((name for name in _HEADS if name in weights), None)
         if name is None:
-            return None
+            return self.facts.get("num_classes")
         head = weights[name]
         if head.ndim < 2 or not len(head):
             shape = tuple(head.shape)
