@@ -169,7 +169,6 @@ def _difference(metric: Metric, change: float) -> str:
 def _section(name: str, folder: Path, result: Result, *, by_class: bool) -> dict[str, Any]:
     """Describe a run for the template."""
     settings = folder / "config.yaml"
-    by_class = by_class and result.task.classes
     tables = [("Accuracy by class", _classes(folder))] if by_class else []
     tables += [("Plan", plan) for plan in _plan(folder)]
     changed = _changed(config.load(settings).flat())

@@ -1,4 +1,4 @@
-"""Segmentation: trained, killed and resumed, evaluated, predicted with and drawn, with a tiny net."""
+"""Segmentation by a tiny net: trained, killed and resumed, evaluated, predicted with, drawn."""
 
 from functools import partial
 
