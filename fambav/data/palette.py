@@ -19,6 +19,7 @@ from fambav.short_repr import short_repr
 
 Labels = NDArray[np.uint8]
 
+_LARGEST = 2**16 - 1  # index
 _UNKNOWN = 254  # in tables of labels; there are at most 254 classes
 _KEYS = ("classes", "ignore", "unknown", "images", "masks", "mask_suffix")
 _FORM = "a colour such as '#ff0000' or [255, 0, 0], or an index from 0 to 65535"
@@ -60,12 +61,12 @@ class Palette(NamedTuple):
         values = [*classes.values(), *ignore]
         codes = [_code(value) for value in values]
         coloured = not is_whole(values[0])
-        table = np.full(2**24 if coloured else 2**16, _UNKNOWN if unknown == "error" else IGNORE)
-        table = table.astype(np.uint8)
+        others = _UNKNOWN if unknown == "error" else IGNORE
+        table = np.full(2**24 if coloured else _LARGEST + 1, others, dtype=np.uint8)
         for number, (value, code) in enumerate(zip(values, codes, strict=True)):
             if is_whole(value) == coloured:
                 kind = "a colour" if coloured else "an index"
-                raise ValueError(f"{short_repr(value)} is no such, expected {kind} as the others")
+                raise ValueError(f"{short_repr(value)} is there, expected {kind} as the others are")
             if code in codes[:number]:
                 raise ValueError(f"{short_repr(value)} is there twice, expected each once")
             table[code] = number if number < len(classes) else IGNORE
@@ -79,14 +80,15 @@ class Palette(NamedTuple):
                 named by its row and column, counted from 0.
         """
         with open_image(Path(path)) as image:
-            if self.coloured:
-                pixels = np.asarray(image.convert("RGB")).astype(np.uint32)
-                codes = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
-            else:
-                codes = np.asarray(image)
-        if codes.ndim != 2 or (codes.dtype.kind not in "ub" and codes.min(initial=0) < 0):
-            raise DataError(f"{path} has several channels, expected one with the index of a class")
-        labels: Labels = self.table[np.minimum(codes, len(self.table) - 1).astype(np.uint32)]
+            mode = image.mode
+            pixels = np.asarray(image.convert("RGB") if self.coloured else image).astype(np.int32)
+        if self.coloured:
+            codes = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
+        elif pixels.ndim == 2 and mode != "F":
+            codes = np.where(pixels < 0, _LARGEST, np.minimum(pixels, _LARGEST))
+        else:
+            raise DataError(f"{path} has mode {mode}, expected one channel with indices of classes")
+        labels: Labels = self.table[codes]  # (height, width)
         unknown = labels == _UNKNOWN
         if unknown.any():
             row, column = map(int, np.argwhere(unknown)[0])
@@ -142,7 +144,7 @@ _FOLDERS = {"images": "images", "masks": "masks", "mask_suffix": ""}
 
 def _code(value: Any) -> int:
     """Return a colour as one number, or an index."""
-    if is_whole(value) and 0 <= value < 2**16:
+    if is_whole(value) and 0 <= value <= _LARGEST:
         return int(value)
     if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
         return int(value[1:], 16)
@@ -169,7 +171,7 @@ def colours() -> NDArray[np.uint8]:
 
 def palette_image(mask: Labels) -> Image.Image:
     """Return a mask, (height, width), as an image of indices with colours."""
-    image = Image.fromarray(mask, mode="P")
+    image = Image.fromarray(mask)
     image.putpalette(colours().ravel().tolist())
     return image
 

@@ -128,17 +128,18 @@ def eval_batches(
 
 def meter(
     config: Config, opened: DataSet, device: torch.device, *, by_class: bool = False
-) -> Meter | None:
-    """Return an empty meter of the task; with `by_class` None if it has no classes.
+) -> Meter:
+    """Return an empty meter of the task.
 
     Args:
         config: The settings.
         opened: The data set.
         device: Where the sums are kept.
-        by_class: Count by class.
+        by_class: Count by class, of a task that has classes.
     """
     task = task_of(config.data.data_set)
-    made = (task.class_meter if by_class else task.meter)(opened.num_classes, device)
+    by = task.class_meter(opened.num_classes, device) if by_class else None
+    made = by or task.meter(opened.num_classes, device)
     if isinstance(made, ClassMeter):
         made.unscored = opened.unscored
     return made

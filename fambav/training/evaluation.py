@@ -8,6 +8,8 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
+import torch
+
 from fambav.data import DataSet, ListedImages, ListedMasks
 from fambav.engine.distributed import processes
 from fambav.engine.evaluate import evaluate
@@ -110,12 +112,13 @@ def evaluate_run(run: LoadedRun, *, by_class: bool = False, by_sample: bool = Fa
         resume="", finetune="", eval=False, output_dir=None, num_classes=run.num_classes
     )
     task, size = task_of(config.data.data_set), layout(config).input_size
+    counted = by_class or by_sample
+    if counted and task.class_meter(run.num_classes, torch.device("cpu")) is None:
+        name = config.data.data_set
+        raise NoClassesError(f"data_set is {name!r}, expected one whose task has classes")
     with process_settings(config), processes(config.run.device) as group:
         opened = batches.data_set(config, group, input_size=size)
-        meter = batches.meter(config, opened, group.device, by_class=by_class or by_sample)
-        if meter is None:
-            name = config.data.data_set
-            raise NoClassesError(f"data_set is {name!r}, expected one whose task has classes")
+        meter = batches.meter(config, opened, group.device, by_class=counted)
         loader = batches.eval_batches(
             config,
             opened,

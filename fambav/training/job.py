@@ -32,7 +32,7 @@ from fambav.models import Backbone
 from fambav.ops import check_environment, force, set_backend
 from fambav.registry import family_of
 from fambav.seeding import seed_all
-from fambav.tasks import CHOICE, Meter, Scores, Statistics, Task, task_of
+from fambav.tasks import CHOICE, Scores, Statistics, Task, task_of
 from fambav.training import batches, folder, pictured, run_state
 from fambav.training.network import Layout, layout, model
 from fambav.training.run_state import RunState
@@ -346,7 +346,7 @@ class TrainingJob:
                 called,
                 part,
                 **given,
-                meter=cast(Meter, batches.meter(self.config, self.data, self.group.device)),
+                meter=batches.meter(self.config, self.data, self.group.device),
                 processes=self.group,
                 precision=precision(self.config, self.group),
             )

@@ -91,7 +91,7 @@ def no_palette(folder):
 
 def colours_and_indices(folder):
     (folder / "palette.yaml").write_text("classes: {a: '#000000', b: 3}\n")
-    return "palette.yaml: 3 is no such, expected a colour as the others", ""
+    return "palette.yaml: 3 is there, expected a colour as the others are", ""
 
 
 def twice(folder):
