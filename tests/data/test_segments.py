@@ -65,10 +65,6 @@ def test_masks_of_indices_in_other_folders(folder):
     assert np.array_equal(labels, np.where(want == 0, IGNORE, want - 1))
 
 
-def broken(change):
-    return pytest.param(change, id=change.__name__)
-
-
 def another_size(folder):
     save(folder / "masks" / "val" / "1.png", np.zeros((41, 60, 3)))
     return "masks/val/1.png is 60 x 41, expected 60 x 40 as", "images/val/1.jpg"
@@ -104,13 +100,10 @@ def misspelt(folder):
     return "palette.yaml has 'unknwon', expected classes, ignore, unknown", ""
 
 
-@pytest.mark.parametrize(
-    "change",
-    map(
-        broken,
-        (another_size, no_mask, no_image, no_palette, colours_and_indices, twice, misspelt),
-    ),
-)
+BROKEN = [another_size, no_mask, no_image, no_palette, colours_and_indices, twice, misspelt]
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=lambda change: change.__name__)
 def test_what_does_not_fit_is_refused_when_the_set_is_opened(folder, change):
     words = change(folder)
     with pytest.raises(DataError) as error:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fambav.models  # noqa: F401  # before timm
 from fambav.cli import console
 from fambav.config import checks
-from fambav.data import synthetic
+from fambav.data import read_image, synthetic
 from fambav.data.types import IGNORE
 from fambav.layers.sliding import SlidingWindow
 from fambav.registry import BUILDERS, FAMILIES, TASKS, Family
@@ -124,7 +124,7 @@ def test_prediction_writes_masks_and_overlays_of_images_of_any_size(finished, tm
     assert "background" in capsys.readouterr().out
     mask = np.asarray(Image.open(out / "a_mask.png"))
     assert mask.shape == (50, 75) and mask.max() < 11
-    assert Image.open(out / "a_overlay.png").size == (75, 50)
+    assert read_image(out / "a_overlay.png").size == (75, 50)
     assert console([*words, "--topk", "2", "--output-dir", str(out)]) == 2
     assert console(words) == 2
     assert "output_dir is None, expected a folder for the masks" in capsys.readouterr().err
