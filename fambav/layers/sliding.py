@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Box = tuple[int, int, int, int]
+_TILE = 2  # sides of a window in that of a tile
 
 
 class SlidingWindow(nn.Module):
@@ -58,6 +61,34 @@ class SlidingWindow(nn.Module):
         ]
         return (sum(views[1:], views[0]) / len(views)).log()
 
+    def tiles(self, size: tuple[int, int]) -> Iterator[tuple[Box, Box]]:
+        """Yield boxes of an image that need not be in memory as a whole.
+
+        Args:
+            size: Height and width of the image.
+
+        Yields:
+            The box to run, and the one in it whose logits are those of the whole image, up to
+            border effects of scales other than 1; both as top, left, bottom, right.
+        """
+        steps = [_step(side, self.overlap) for side in self.window]
+        margins = [-(-side // step) * step for side, step in zip(self.window, steps, strict=True)]
+        starts = [
+            range(0, extent, margin * _TILE) for extent, margin in zip(size, margins, strict=True)
+        ]
+        for top, left in product(*starts):
+            height, width = (margin * _TILE for margin in margins)
+            inner = (top, left, min(top + height, size[0]), min(left + width, size[1]))
+            yield (
+                (
+                    max(0, top - margins[0]),
+                    max(0, left - margins[1]),
+                    min(inner[2] + margins[0], size[0]),
+                    min(inner[3] + margins[1], size[1]),
+                ),
+                inner,
+            )
+
     def _shares(self, images: Tensor, scale: float, *, mirrored: bool) -> Tensor:
         if mirrored:
             return self._view(images.flip(-1), scale).softmax(dim=1).flip(-1)
@@ -83,8 +114,11 @@ class SlidingWindow(nn.Module):
 
 def _starts(extent: int, side: int, overlap: float) -> list[int]:
     """Return where windows of a side start along an extent that is at least as long."""
-    step = max(1, round(side * (1 - overlap)))
-    return [*range(0, extent - side, step), extent - side]
+    return [*range(0, extent - side, _step(side, overlap)), extent - side]
+
+
+def _step(side: int, overlap: float) -> int:
+    return max(1, round(side * (1 - overlap)))
 
 
 def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -287,7 +287,8 @@ class Task(ABC):
     def answer(
         self,
         image: Image.Image,
-        outputs: Tensor,
+        net: nn.Module,
+        outputs_of: Callable[[Image.Image], Tensor],
         names: Sequence[str],
         *,
         file: Path,
@@ -298,7 +299,8 @@ class Task(ABC):
 
         Args:
             image: The image, in RGB.
-            outputs: Of the model for it alone, (1, ...).
+            net: The model as `inference` returns it.
+            outputs_of: Its outputs for an image, (1, ...).
             names: Of the classes, in order.
             file: Where the image is from.
             topk: How many classes are wanted; None for the usual number.

@@ -11,12 +11,12 @@ from fambav.tasks import ClassMeter, Loss, Meter, Metric, Mixing, Scores, Statis
 from fambav.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import torch
     from PIL import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fambav.config import Config
 
@@ -80,7 +80,8 @@ class Classification(Task):
     def answer(
         self,
         image: Image.Image,
-        outputs: Tensor,
+        net: nn.Module,
+        outputs_of: Callable[[Image.Image], Tensor],
         names: Sequence[str],
         *,
         file: Path,
@@ -90,7 +91,7 @@ class Classification(Task):
         """Return the likeliest classes with their probabilities, best first; 5 by default."""
         if folder is not None:
             raise ValueError(f"output_dir is {str(folder)!r}, expected none: classes are printed")
-        shares = outputs[0].float().softmax(dim=0)
+        shares = outputs_of(image)[0].float().softmax(dim=0)
         best = shares.topk(min(5 if topk is None else topk, len(names)))
         return [
             f"  {100 * share:5.1f}%  {names[index]}"

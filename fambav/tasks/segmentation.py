@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fambav.registry import TASKS
 from fambav.table import Table
 from fambav.tasks import ClassMeter, Loss, Metric, Statistics, Task
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from PIL import Image
     from torch import Tensor, nn
 
@@ -106,7 +108,8 @@ class Segmentation(Task):
     def answer(
         self,
         image: Image.Image,
-        outputs: Tensor,
+        net: nn.Module,
+        outputs_of: Callable[[Image.Image], Tensor],
         names: Sequence[str],
         *,
         file: Path,
@@ -120,7 +123,7 @@ class Segmentation(Task):
             raise ValueError(f"topk is {topk}, expected none: a mask has one class for each pixel")
         if folder is None:
             raise ValueError("output_dir is None, expected a folder for the masks")
-        mask = outputs[0].argmax(dim=0).byte().cpu().numpy()  # (height, width)
+        mask = predicted_mask(image, net, outputs_of)
         folder.mkdir(parents=True, exist_ok=True)
         written = {"mask": palette_image(mask), "overlay": overlay(image, mask)}
         for kind, picture in written.items():
@@ -204,6 +207,32 @@ class Pixels(ClassMeter):
                 }
             )
         return described
+
+
+def predicted_mask(
+    image: Image.Image, net: nn.Module, outputs_of: Callable[[Image.Image], Tensor]
+) -> NDArray[np.uint8]:
+    """Return the likeliest class of each pixel, (height, width), tile by tile.
+
+    Memory beside image and mask is that of a tile, whatever the size of the image.
+
+    Args:
+        image: In RGB.
+        net: A `SlidingWindow`.
+        outputs_of: Its logits for an image, (1, classes, height, width).
+    """
+    import numpy as np
+
+    from fambav.layers.sliding import SlidingWindow
+
+    mask = np.empty(image.size[::-1], dtype=np.uint8)
+    for outer, inner in cast(SlidingWindow, net).tiles((image.height, image.width)):
+        top, left, bottom, right = outer
+        labels = outputs_of(image.crop((left, top, right, bottom)))[0].argmax(dim=0)
+        rows, columns = slice(inner[0], inner[2]), slice(inner[1], inner[3])
+        part = labels[inner[0] - top : inner[2] - top, inner[1] - left : inner[3] - left]
+        mask[rows, columns] = part.byte().cpu().numpy()
+    return mask
 
 
 def class_shares(counts: Tensor) -> list[tuple[float, float, float, float] | None]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import nn
 
 from fambav import data
@@ -85,6 +87,22 @@ class LoadedRun:
     def task(self) -> Task:
         """What the model has learnt."""
         return task_of(self.config.data.data_set)
+
+    def outputs_of(self, called: nn.Module, image: Image.Image, *, what: str) -> torch.Tensor:
+        """Return what the model makes of an image.
+
+        Args:
+            called: The model as its task's `inference` returns it.
+            image: In RGB.
+            what: The image, in words.
+
+        Raises:
+            NotFiniteError: If an output is not finite.
+        """
+        x = self.transform(image)[None].to(next(called.parameters()).device)
+        outputs: torch.Tensor = called(x)
+        check_logits(called, x, outputs, what)
+        return outputs
 
     def check_classes(self) -> None:
         """Refuse a model that does not classify images.
@@ -253,11 +271,16 @@ def answers(
         net = run.net.to(group.device)
         called = run.task.inference(run.config, net, (height, width)).eval()
         for file in files:
-            image = data.read_image(file)
-            x = run.transform(image)[None].to(group.device)
-            outputs = called(x)
-            check_logits(net, x, outputs, str(file))
-            yield file, run.task.answer(image, outputs, names, file=file, topk=topk, folder=folder)
+            lines = run.task.answer(
+                data.read_image(file),
+                called,
+                partial(run.outputs_of, called, what=str(file)),
+                names,
+                file=file,
+                topk=topk,
+                folder=folder,
+            )
+            yield file, lines
 
 
 def _build(state: RunState, config: Config, *, there: int | None, classes: int | None) -> nn.Module:

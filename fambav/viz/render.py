@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -19,6 +20,7 @@ from fambav.data import DataSet
 from fambav.engine.finite import check_logits
 from fambav.models import Backbone
 from fambav.registry import PICTURES, nearest
+from fambav.tasks.segmentation import predicted_mask
 from fambav.training.inference import LoadedRun, load_run
 from fambav.viz import figures, measures
 from fambav.viz.compare import compare_strategies, described
@@ -264,10 +266,7 @@ def _masks(run: LoadedRun, source: Source) -> Iterator[tuple[Figure, str]]:
     net = run.task.inference(run.config, run.net, (height, width)).eval()
     names = run.class_names or [f"class {number}" for number in range(run.num_classes)]
     for image, truth, about in source.read(run):
-        x = run.transform(image)[None]
-        logits = net(x)
-        check_logits(net, x, logits, about)
-        mask = logits[0].argmax(dim=0).byte().numpy()  # (height, width)
+        mask = predicted_mask(image, net, partial(run.outputs_of, net, what=about))
         yield masks(image, truth, mask, names, title=f"{name}: {about}"), f"{name}: {about}"
 
 

@@ -1,5 +1,6 @@
 """Segmentation by a tiny net: trained, killed and resumed, evaluated, predicted with, drawn."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,13 +12,14 @@ from torch.nn import functional as F
 
 import fambav.models  # noqa: F401  # before timm
 from fambav.cli import console
-from fambav.config import checks
-from fambav.data import read_image, synthetic
+from fambav.config import Config, checks
+from fambav.data import load, read_image, synthetic
 from fambav.data.types import IGNORE
 from fambav.layers.sliding import SlidingWindow
 from fambav.registry import BUILDERS, FAMILIES, TASKS, Family
 from fambav.tasks import segmentation, task_of
 from fambav.timm_compat import timm
+from fambav.training import batches
 from tests.identical import assert_identical, log
 from tests.made import crash_in_update, crashing, go, refused
 
@@ -208,6 +210,35 @@ def test_windows_cover_an_image_and_agree_where_the_net_is_local():
         torch.testing.assert_close(views(images).exp(), want.softmax(1))
         scaled = SlidingWindow(pointwise, window=(16, 24), scales=(0.5, 2.0))
         assert scaled(images).shape == want.shape
+
+
+@pytest.mark.parametrize("size", [(150, 41), (16, 90), (5, 7)])
+@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5])
+def test_tiles_of_an_image_give_the_mask_of_the_whole(size, overlap):
+    torch.manual_seed(0)
+    window = SlidingWindow(nn.Conv2d(3, 4, 5, padding=2), window=(16, 8), overlap=overlap)
+    pixels = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
+    seen = []
+
+    def outputs_of(image):
+        seen.append(image.size)
+        return window(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255)
+
+    with torch.no_grad():
+        whole = outputs_of(Image.fromarray(pixels))[0].argmax(0)
+        mask = segmentation.predicted_mask(Image.fromarray(pixels), window, outputs_of)
+    assert np.array_equal(mask, whole)
+    assert max(width for width, _ in seen[1:]) <= 4 * 8 * 2
+    assert max(height for _, height in seen[1:]) <= 4 * 16 * 2
+
+
+def test_classes_that_are_left_out_reach_the_meter():
+    opened = replace(load("SHAPES-SEG"), unscored=(5,))
+    config = Config.from_flat({"model": "tiny_segmenter", "data_set": "SHAPES-SEG"})
+    for by_class in (False, True):
+        assert batches.meter(config, opened, torch.device("cpu"), by_class=by_class).unscored == (
+            5,
+        )
 
 
 def test_the_shapes_of_masks_are_those_of_the_labels():
