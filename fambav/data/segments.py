@@ -247,7 +247,9 @@ def _tiles(root: Path, image: str, mask: str, names: Sequence[str]) -> list[Entr
     for form in (image, mask):
         missing = [name for name in names if not (root / form.format(name)).is_file()]
         _refuse_missing((root / form).parent, [Path(form.format(name)).name for name in missing])
-    return _checked([Entry(*(str(root / f.format(name)) for f in (image, mask))) for name in names])
+    return _checked(
+        [Entry(str(root / image.format(name)), str(root / mask.format(name))) for name in names]
+    )
 
 
 def read_ade20k(root: Path) -> DataSet:
