@@ -64,7 +64,9 @@ def named():
     task_of("CIFAR10")  # its file is read once
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATA_SETS, "CIFAR10", "calibration")
-        patch.setitem(FAMILIES, "vim", FAMILIES["vim"]._replace(tasks=("calibration",)))
+        patch.setitem(
+            FAMILIES, "vim", FAMILIES["vim"]._replace(tasks=("classification", "calibration"))
+        )
         yield
 
 
