@@ -192,8 +192,10 @@ DATA_SETS: dict[str, str] = {  # with their tasks, modules of `fambav.tasks`
         ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10", "IMNET", "FOLDER", "INAT", "INAT19", "FAKE"),
         "classification",
     ),
+    **dict.fromkeys(("SHAPES-SEG", "SEGFOLDER", "VAIHINGEN", "POTSDAM", "ADE20K"), "segmentation"),
     **dict.fromkeys(("WAVES", "ETTh1", "ETTh2", "ETTm1", "ETTm2", "CSV"), "forecasting"),
 }
+MADE = ("DIGITS", "SHAPES100", "SHAPES-SEG", "FAKE", "WAVES")  # data sets without files
 CLASS_TOKENS: tuple[str, ...] = ("middle", "head", "double", "none")
 BIMAMBA: tuple[str, ...] = ("v2", "v1", "none")
 PARAM_ORDERS: tuple[str, ...] = ("raster", "permuted")
@@ -214,6 +216,7 @@ PICTURES: dict[str, str] = {  # what `fambav show` draws
     "mean_similarity": "mean cosine of neighbours and of all pairs of tokens, over the layers",
     "layers": "tokens and operations of each layer",
     "scan": "path of the scan before and after tokens are removed",
+    "masks": "image, truth and prediction of a segmentation",
     "curves": "accuracy, loss and learning rate of all runs, over the epochs",
 }
 

@@ -271,11 +271,11 @@ def test_bench_prints_its_report_and_writes_it(capsys, tmp_path):
 def test_predict_prints_the_guesses_of_each_image(capsys, monkeypatch):
     seen = {}
 
-    def predict(checkpoint, images, **rest):
+    def answers(checkpoint, images, **rest):
         seen.update(rest, checkpoint=checkpoint, images=images)
-        return [[("cat", 0.75), ("dog", 0.25)] for _ in images]
+        return [(image, ["   75.0%  cat", "   25.0%  dog"]) for image in images]
 
-    monkeypatch.setattr("fambav.training.predict", predict)
+    monkeypatch.setattr("fambav.training.inference.answers", answers)
     assert console(["predict", "w.pth", "a.png", "b.png", "--topk", "2", "--device", "cpu"]) == 0
     assert seen == {
         "checkpoint": "w.pth",
@@ -283,6 +283,8 @@ def test_predict_prints_the_guesses_of_each_image(capsys, monkeypatch):
         "topk": 2,
         "device": "cpu",
         "config": None,
+        "settings": {},
+        "folder": None,
     }
     shown = capsys.readouterr().out.splitlines()
     assert shown == ["a.png", "   75.0%  cat", "   25.0%  dog", "b.png", *shown[1:3]]

@@ -4,10 +4,9 @@ from fambav.config.checks import policy
 from fambav.config.config import Config, load, parse
 from fambav.config.model_settings import Fusion, Model, Reduction
 from fambav.config.parsing import check_path, help_text, read_flags, read_settings, read_yaml
+from fambav.config.samples import Augment, Data
 from fambav.config.schema import (
     OPTIONS,
-    Augment,
-    Data,
     Distillation,
     Optim,
     Run,

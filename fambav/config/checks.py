@@ -75,6 +75,12 @@ def rising(pair: tuple[float, float]) -> None:
         raise ValueError("two rising numbers")
 
 
+def ordered(pair: tuple[float, float]) -> None:
+    """Refuse a pair whose second number is below the first."""
+    if pair[0] > pair[1]:
+        raise ValueError("two numbers, the second not below the first")
+
+
 def filled(path: str) -> None:
     """Refuse an empty path, and what is no path."""
     file_path(path)

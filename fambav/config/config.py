@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from fambav.config import conflicts, legacy_flags, model_settings, parsing, schema
+from fambav.config import conflicts, legacy_flags, model_settings, parsing, samples, schema
 from fambav.config.schema import GROUPS, OPTIONS
 from fambav.config.setting import COMMAND, FILE, RECORD, ConfigError, Setting, format_value
 
@@ -36,8 +36,8 @@ class Config:
     model: model_settings.Model = field(default_factory=model_settings.Model)
     fusion: model_settings.Fusion = field(default_factory=model_settings.Fusion)
     reduction: model_settings.Reduction = field(default_factory=model_settings.Reduction)
-    data: schema.Data = field(default_factory=schema.Data)
-    augment: schema.Augment = field(default_factory=schema.Augment)
+    data: samples.Data = field(default_factory=samples.Data)
+    augment: samples.Augment = field(default_factory=samples.Augment)
     optim: schema.Optim = field(default_factory=schema.Optim)
     distillation: schema.Distillation = field(default_factory=schema.Distillation)
     run: schema.Run = field(default_factory=schema.Run)

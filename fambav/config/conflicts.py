@@ -10,7 +10,7 @@ from typing import Any
 
 from fambav.config.schema import OPTIONS
 from fambav.config.setting import DEFAULT, RECORD, ConfigError, Setting, When, format_value, refuse
-from fambav.config.when import CLASSES, FUSED, MIXING, REDUCED
+from fambav.config.when import CLASSES, FUSED, MASKS, MIXING, REDUCED
 from fambav.registry import DATA_SETS, family_of, models_of
 
 Settings = dict[str, Setting]
@@ -37,6 +37,7 @@ def resolve(given: Settings) -> tuple[dict[str, Any], list[str]]:
     }
     done: set[str] = set()
     _match_model_and_data(settings)
+    _match_crop(settings)
     _apply_conditions(settings, "reduction", done)
     _choose_reduction_or_fusion(settings)
     _choose_plan_or_strategy(settings)
@@ -57,15 +58,26 @@ def _match_model_and_data(settings: Settings) -> None:
     fitting = [name for name, own in DATA_SETS.items() if own in tasks]
     if task in tasks:
         return
-    if model.level == DEFAULT:
-        settings["model"] = model._replace(value=models_of(task)[0])
+    able = models_of(task)
+    if model.level == DEFAULT and able:
+        settings["model"] = model._replace(value=able[0])
     elif data_set.level == DEFAULT and fitting:
         settings["data_set"] = data_set._replace(value=fitting[0])
     else:
         expected = f"a model for {task}, as --data-set {data_set.value} needs"
-        if task != "classification":
-            expected = f"{' or '.join(models_of(task))} with --data-set {data_set.value}"
+        if able and task != "classification":
+            expected = f"{' or '.join(able)} with --data-set {data_set.value}"
         refuse(model.label, model.value, expected)
+
+
+def _match_crop(settings: Settings) -> None:
+    """Let a model read what --crop-size cuts out."""
+    crop, size = settings["crop_size"], settings["input_size"]
+    if crop.value is None or not MASKS.holds(settings["data_set"].value):
+        return
+    if size.value not in (None, crop.value) and size.level >= crop.level:
+        refuse(size.label, size.value, f"{format_value(crop.value)} as {crop.label}")
+    settings["input_size"] = size._replace(value=crop.value, level=crop.level)
 
 
 def _apply_conditions(settings: Settings, name: str, done: set[str]) -> None:

@@ -1,8 +1,8 @@
 """Every setting of a run: its name, default, unit and range, in frozen groups.
 
-A field below, or in `model_settings`, is one setting.  Its name is the YAML key; the same name with
-hyphens or underscores is the flag; its metadata has its meaning, the conditions under which it has
-one, and what it affects.  There is no second list of settings anywhere.
+A field below, or in `model_settings` or `samples`, is one setting.  Its name is the YAML key; the
+same name with hyphens or underscores is the flag; its metadata has its meaning, the conditions
+under which it has one, and what it affects.  There is no second list of settings anywhere.
 
 Source: flag names and defaults are those of DeiT (github.com/facebookresearch/deit), Vim
 (github.com/hustvl/Vim) and Famba-V (github.com/AIoT-MLSys-Lab/Famba-V), main.py.  Differing
@@ -15,15 +15,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fambav import registry
 from fambav.config import checks, when
 from fambav.config.model_settings import Fusion, Model, Reduction
+from fambav.config.samples import Augment, Data
 from fambav.config.setting import (
     COUNT,
     NATURAL,
     NOT_NEGATIVE,
     POSITIVE,
-    PROBABILITY,
     PROCESSES,
     RATE,
     Affects,
@@ -37,154 +36,6 @@ from fambav.config.setting import (
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 OPTIMIZERS = ("adamw", "adam", "nadamw", "lamb", "lion", "sgd")
-INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data(Group):
-    """Data set and loader."""
-
-    data_set: str = option(
-        "DIGITS",
-        "data set; CIFAR is CIFAR-100, SHAPES100 and WAVES are made here",
-        choices=registry.DATA_SETS,
-    )
-    data_path: str = option(
-        "datasets",
-        "folder of the data set; the file of CSV",
-        when.STORED,
-        affects="nothing",
-        check=checks.filled,
-    )
-    inat_category: str = option(
-        "name", "label of an INAT image", when.INATURALIST, choices=INAT_LEVELS
-    )
-    data_stats: str = option(
-        "imagenet",
-        "channel statistics to normalise by",
-        when.IMAGES,
-        choices=("imagenet", "own"),
-    )
-    download: bool = switch(
-        "fetch the data set if it is missing", when.FETCHABLE, affects="nothing"
-    )
-    on_bad_image: str = option(
-        "error",
-        "skip leaves out files that are no images, 1% at most",
-        when.IMAGE_FILES,
-        affects="speed",
-        choices=("error", "skip"),
-    )
-    num_workers: int = option(
-        10, "loader processes", affects="speed", bounds=PROCESSES, flag="num_workers"
-    )
-    pin_mem: bool = switch(
-        "pinned memory for batches on a GPU", on=True, affects="speed", off="no-pin-mem"
-    )
-    eval_crop_ratio: float = option(
-        0.875,
-        "center crop of an image in evaluation, as a share of its side",
-        when.IMAGES,
-        affects="model",
-        bounds=Bounds(0, 1, above=True),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augment(Group):
-    """Augmentation of training images and targets."""
-
-    color_jitter: float | None = option(
-        0.3,
-        "colour jitter without --aa",
-        when.IMAGES,
-        when.NO_POLICY,
-        otherwise=None,
-        bounds=NOT_NEGATIVE,
-    )
-    aa: str | None = option(
-        "rand-m9-mstd0.5-inc1",
-        "timm's policy, or none",
-        when.IMAGES,
-        when.NOT_THREE,
-        otherwise=None,
-        check=checks.policy,
-    )
-    smoothing: float = option(0.1, "label smoothing", when.CLASSES, otherwise=0.0, bounds=RATE)
-    train_interpolation: str = option(
-        "bicubic",
-        "interpolation of resized training images",
-        when.IMAGES,
-        when.NOT_THREE,
-        choices=("bicubic", "bilinear", "random"),
-    )
-    repeated_aug: bool = switch(
-        "repeated augmentation: three views of an image in one epoch",
-        when.IMAGES,
-        on=True,
-        otherwise=False,
-        off="no-repeated-aug",
-    )
-    three_augment: bool = switch(
-        "DeiT III's grey, solarise or blur instead of --aa", when.IMAGES, flag="ThreeAugment"
-    )
-    src: bool = switch("simple random crop, with --ThreeAugment", when.THREE)
-    affine: float = option(
-        0.0,
-        "degrees of random rotation, with a tenth of shift and scale",
-        when.IMAGES,
-        when.NOT_THREE,
-        bounds=Bounds(0, 180),
-    )
-    gpu_augment: bool = switch(
-        "augment on the GPU, where a set held in memory then lives; same images",
-        when.RESIDENT,
-        when.ON_DEVICE,
-        affects="speed",
-    )
-    hflip: float = option(
-        0.5, "probability of a horizontal flip", when.IMAGES, otherwise=0.0, bounds=PROBABILITY
-    )
-    reprob: float = option(
-        0.25,
-        "random erasing: probability of erasing a rectangle",
-        when.IMAGES,
-        when.NOT_THREE,
-        otherwise=0.0,
-        bounds=PROBABILITY,
-    )
-    remode: str = option(
-        "pixel", "filling of the rectangle", when.ERASING, choices=("pixel", "rand", "const")
-    )
-    recount: int = option(1, "rectangles to erase", when.ERASING, bounds=Bounds(1, 100))
-    mixup: float = option(
-        0.8, "alpha of mixup, 0 = off", when.CLASSES, otherwise=0.0, bounds=NOT_NEGATIVE
-    )
-    cutmix: float = option(
-        1.0, "alpha of cutmix, 0 = off", when.CLASSES, when.NO_SPAN, bounds=NOT_NEGATIVE
-    )
-    cutmix_minmax: tuple[float, ...] | None = option(
-        None,
-        "least and largest side of cutmix's rectangle, as a share of the image's",
-        when.CLASSES,
-        bounds=PROBABILITY,
-        length=2,
-        check=checks.rising,
-    )
-    mixup_prob: float = option(
-        1.0, "probability of mixing a batch", when.CLASSES, when.MIXING, bounds=PROBABILITY
-    )
-    mixup_switch_prob: float = option(
-        0.5,
-        "probability of cutmix where both are on",
-        when.CLASSES,
-        when.MIXING,
-        when.BOTH_MIXES,
-        bounds=PROBABILITY,
-    )
-    mixup_mode: str = option(
-        "batch", "what shares a mix", when.CLASSES, when.MIXING, choices=("batch", "pair", "elem")
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +48,12 @@ class Optim(Group):
     )
     epochs: int = option(300, "passes over the training set", bounds=COUNT)
     bce_loss: bool = switch("binary cross-entropy (BCE)", when.CLASSES)
+    mask_loss: str = option(
+        "ce",
+        "loss of masks: cross-entropy, Dice or their sum",
+        when.MASKS,
+        choices=("ce", "dice", "ce+dice"),
+    )
     unscale_lr: bool = switch("use --lr as it is, whatever the batch")
     opt: str = option("adamw", "optimizer", choices=OPTIMIZERS)
     opt_eps: float = option(1e-8, "epsilon of Adam", when.EPSILON, bounds=POSITIVE)

@@ -6,12 +6,12 @@ A flag that would change nothing is refused: a run ignores no setting.
 from __future__ import annotations
 
 from fambav.config.setting import When
-from fambav.registry import DATA_SETS, family_of
+from fambav.registry import DATA_SETS, MADE, family_of
 
 IN_MEMORY = ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10")  # data sets that are held there
-NO_FILES, FETCHED = ("DIGITS", "SHAPES100", "FAKE", "WAVES"), ("CIFAR", "CIFAR10")
+FETCHED = ("CIFAR", "CIFAR10")
 INAT = ("INAT", "INAT19")
-FOLDERS = ("IMNET", "FOLDER", *INAT)
+FOLDERS = ("IMNET", "FOLDER", *INAT, "SEGFOLDER", "ADE20K")
 
 
 def _taken(setting: str, lacking: str = "") -> When:
@@ -45,7 +45,12 @@ IMAGES = When(
 CLASSES = When(
     "data_set",
     lambda name: DATA_SETS[name] == "classification",
-    "with --data-set {data_set}, which has no classes",
+    "with --data-set {data_set}, which has no classes of images",
+)
+MASKS = When(
+    "data_set",
+    lambda name: DATA_SETS[name] == "segmentation",
+    "with --data-set {data_set}, which has no masks",
 )
 NOT_COMPILED = When("compile", lambda on: not on, "with --compile; take one of both")
 EAGER = When(
@@ -74,7 +79,7 @@ IMAGE_FILES = When(
 )
 STORED = When(
     "data_set",
-    lambda name: name not in NO_FILES,
+    lambda name: name not in MADE,
     "with --data-set {data_set}, which has no files; is that the set you mean?",
 )
 FETCHABLE = When(

@@ -11,6 +11,7 @@ from fambav.data.loaders import (
     train_loader,
 )
 from fambav.data.sampling import TrainBatches, repeat_augmented
+from fambav.data.segments import ListedMasks
 from fambav.data.transforms import Mix, eval_crop, eval_transform, mixup, train_transform
 from fambav.data.types import ArraySet, DataError, DataSet, Samples
 
@@ -21,6 +22,7 @@ __all__ = [
     "DataSet",
     "EvalBatchesLoader",
     "ListedImages",
+    "ListedMasks",
     "Mix",
     "Samples",
     "SkipCorrupt",

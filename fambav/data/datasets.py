@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fambav.data import cifar, synthetic
+from fambav.data import cifar, segments, synthetic
 from fambav.data.folders import read_folder, read_inat
 from fambav.data.series import ETT, read_series
 from fambav.data.types import ArraySet, DataError, DataSet, digest
 from fambav.data.waves import waves
-from fambav.registry import BUILDERS
+from fambav.registry import BUILDERS, MADE
 from fambav.seeding import key
 
 _DIGITS_HELD_OUT = 360
@@ -50,10 +50,12 @@ def load(
 
     Args:
         name: One of `fambav.registry.DATA_SETS`.
-        root: Folder of the data, of CSV the file; DIGITS, SHAPES100, FAKE and WAVES need none.
+        root: Folder of the data, of CSV the file; DIGITS, SHAPES100, SHAPES-SEG, FAKE and WAVES
+            need none.
         inat_category: The level of the taxonomy that is iNaturalist's label.
         classes: Number of classes of FAKE.
-        image_size: Height and width of FAKE's images, in pixels.
+        image_size: Height and width of FAKE's images, and of crops of VAIHINGEN and POTSDAM, in
+            pixels.
         lookback: Rows of a series that a forecast is made from.
         horizon: Rows of a series that are forecast.
         seed: Seed of FAKE's images.
@@ -85,7 +87,7 @@ def fetch(name: str, root: str | Path) -> None:
     """Download what is missing of a data set; on one process only, while the others wait.
 
     Args:
-        name: One of `fambav.registry.DATA_SETS`; DIGITS, SHAPES100, FAKE and WAVES need nothing.
+        name: One of `fambav.registry.DATA_SETS`; those that are made need nothing.
         root: Folder to put it in.
 
     Raises:
@@ -93,7 +95,7 @@ def fetch(name: str, root: str | Path) -> None:
     """
     if name in cifar.LAYOUTS:
         cifar.fetch(name, Path(root))
-    elif name not in ("DIGITS", "SHAPES100", "FAKE", "WAVES"):
+    elif name not in MADE:
         raise DataError(
             f"data_set is {name!r}, expected one that --download can fetch: "
             f"{', '.join(cifar.LAYOUTS)}; put {name} into {root} by hand"
@@ -151,6 +153,10 @@ def _read_series(name: str, request: Request) -> DataSet:
     return read_series(name, request.root, lookback=request.lookback, horizon=request.horizon)
 
 
+def _read_masks(name: str, request: Request) -> DataSet:
+    return segments.READERS[name](request.root, request.image_size)
+
+
 _BUILDERS: dict[str, Callable[[Request], DataSet]] = {
     "DIGITS": lambda _: read_digits(),
     "SHAPES100": lambda _: synthetic.shapes100(),
@@ -167,6 +173,8 @@ _BUILDERS: dict[str, Callable[[Request], DataSet]] = {
     "FAKE": lambda request: synthetic.fake(
         classes=request.classes, image_size=request.image_size, seed=request.seed
     ),
+    "SHAPES-SEG": lambda _: synthetic.shapes_seg(),
+    **{name: partial(_read_masks, name) for name in segments.READERS},
     "WAVES": lambda request: waves(lookback=request.lookback, horizon=request.horizon),
     **{name: partial(_read_series, name) for name in (*ETT, "CSV")},
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from fambav.timm_compat import torchvision
 
 Folders = dict[str, list[str]]  # names of the images in each
 
-_EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
+EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
 _FORMATS = ("PNG", "JPEG", "JPEG2000", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # readers of Pillow
 _BROKEN = (  # what they raise on files that are not whole
     OSError,
@@ -47,6 +48,28 @@ _IMAGES = {
 _BITS, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1  # TIFF's tags, and a value of the second
 
 
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image whose format is known by the content; it is read inside the block.
+
+    Raises:
+        DataError: As `read_image`.
+    """
+    try:
+        if not path.is_file():  # opening a FIFO would wait for whoever writes into it
+            state = "no file" if path.exists() else "missing"
+            raise DataError(f"{path} is {state}, expected an image")
+        with path.open("rb") as file:
+            yield Image.open(file, formats=_FORMATS)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        formats = ", ".join(_FORMATS)
+        raise DataError(f"{path} is of no known format, expected an image in {formats}") from None
+    except _BROKEN as error:
+        raise DataError(f"{path} is damaged, expected an image ({error})") from None
+
+
 def read_image(path: str | Path) -> Image.Image:
     """Read one image as RGB, 8 bits a channel.
 
@@ -60,20 +83,8 @@ def read_image(path: str | Path) -> Image.Image:
         DataError: If the file is not an image in one of these formats, not all of one, or one of
             unknown range.
     """
-    path = Path(path)
-    try:
-        if not path.is_file():  # opening a FIFO would wait for whoever writes into it
-            state = "no file" if path.exists() else "missing"
-            raise DataError(f"{path} is {state}, expected an image")
-        with path.open("rb") as file:
-            return _rgb(Image.open(file, formats=_FORMATS), path)
-    except DataError:
-        raise
-    except UnidentifiedImageError:
-        formats = ", ".join(_FORMATS)
-        raise DataError(f"{path} is of no known format, expected an image in {formats}") from None
-    except _BROKEN as error:
-        raise DataError(f"{path} is damaged, expected an image ({error})") from None
+    with open_image(Path(path)) as image:
+        return _rgb(image, Path(path))
 
 
 def _rgb(image: Image.Image, path: Path) -> Image.Image:
@@ -194,7 +205,7 @@ def _classes(part: Path) -> dict[str, Folders]:
     if empty or not classes:
         raise DataError(
             f"{part} is incomplete: no images in {_listed(empty) or 'folders of it'}, "
-            f"expected <class>/<image>, one of {', '.join(_EXTENSIONS)}"
+            f"expected <class>/<image>, one of {', '.join(EXTENSIONS)}"
         )
     return classes
 
@@ -217,7 +228,7 @@ def _folders(top: Path, seen: dict[Path, str]) -> Folders:
         if first is not None:
             raise DataError(f"{folder} and {first} are one folder, expected two; remove the link")
         seen[real] = folder
-        images[folder] = sorted(name for name in names if name.lower().endswith(_EXTENSIONS))
+        images[folder] = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
     return {folder: images[folder] for folder in sorted(images) if images[folder]}
 
 

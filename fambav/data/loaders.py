@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
@@ -100,9 +99,9 @@ class Augmented(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, name: Key) -> tuple[Any, int]:
         epoch, position, index = name
-        image, label = self.samples[index]
+        image, target = self.samples[index]
         seed_cpu(self.seed, "augment", epoch, position)
-        return _transformed(self.transform, image, index), label
+        return _transformed(self.transform, image, target, index)
 
 
 class Transformed(Dataset[tuple[Tensor, int] | None]):
@@ -121,15 +120,21 @@ class Transformed(Dataset[tuple[Tensor, int] | None]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
         try:
-            image, label = self.samples[index]
+            image, target = self.samples[index]
         except SkippedError:
             return None
-        return _transformed(self.transform, image, index), label
+        return _transformed(self.transform, image, target, index)
 
 
-def _transformed(transform: Callable[..., Any], image: Image.Image, index: int) -> Any:
+def _transformed(
+    transform: Callable[..., Any], image: Any, target: Any, index: int
+) -> tuple[Any, Any]:
+    """Return input and target; a transform with `paired` makes both, others the input alone."""
     try:
-        return transform(image)
+        if getattr(transform, "paired", False):
+            made: tuple[Any, Any] = transform(image, target)
+            return made
+        return transform(image), target
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         kind, size = type(error).__name__, "x".join(map(str, image.size))
         raise DataError(

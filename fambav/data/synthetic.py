@@ -171,7 +171,14 @@ def _brighter(colour: Ints, rng: CounterRNG, least: int) -> Ints:
 
 
 def render(part: str, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Draw images of SHAPES100.
+    """Draw images of SHAPES100, without masks; arguments as of `render_masks`."""
+    return render_masks(part, indices, labels)[0]
+
+
+def render_masks(
+    part: str, indices: NDArray[np.int64], labels: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Draw images of SHAPES100, and the shape in each pixel.
 
     Args:
         part: "train" or "val".
@@ -179,7 +186,8 @@ def render(part: str, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> 
         labels: (count,), their classes.
 
     Returns:
-        (count, SIDE, SIDE, 3).
+        Images, (count, SIDE, SIDE, 3), and masks, (count, SIDE, SIDE): the number, from 1, of the
+        shape that covers half of the pixel, of the lower one where both do; 0 for none.
     """
     rng = CounterRNG(part, indices)
     mean = rng.uniform(*_BACKGROUND, 3)
@@ -193,25 +201,31 @@ def render(part: str, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> 
     x = span // 2 + rng.uniform(-_ASIDE, _ASIDE, 2)
     y = np.array([1, 3], dtype=np.int32) * span // 4 + rng.uniform(-_UPWARDS, _UPWARDS, 2)
     angle = rng.uniform(-_MAX_ANGLE, _MAX_ANGLE, 2)
+    masks = np.zeros(images.shape[:-1], dtype=np.uint8)
     for shape, kinds in enumerate(np.divmod(labels, len(FORMS))):
         cover = np.empty(images.shape[:-1], dtype=np.int32)
         for kind, form in enumerate(FORMS.values()):
             chosen = kinds == kind
             cover[chosen] = coverage(form, *(t[chosen, shape] for t in (x, y, size, angle)))
         images = _blend(images, cover, _brighter(mean, rng, _CONTRAST))
+        masks = np.where(2 * cover >= 1 << _FINE, kinds[:, None, None] + 1, masks).astype(np.uint8)
     grey, tint = rng.triangular(SIDE, SIDE, 1), rng.triangular(SIDE, SIDE, 3)
     images += grey * _NOISE // 256 + tint * _NOISE // 512
-    clipped: NDArray[np.uint8] = np.clip(images, 0, 255).astype(np.uint8)
-    return clipped
+    return np.clip(images, 0, 255).astype(np.uint8), masks
 
 
-def _render_part(part: str, count: int) -> ArraySet:
-    """Draw the first images of a part; every hundred in a row show each class once."""
+def _render_part(part: str, count: int) -> tuple[NDArray[Any], ...]:
+    """Draw the first images of a part; every hundred in a row show each class once.
+
+    Returns:
+        Images, masks and labels.
+    """
     indices = np.arange(count)
     labels: NDArray[Any] = indices * _LABEL_STEP % len(CLASS_NAMES)
     chunks = np.split(indices, range(_CHUNK, count, _CHUNK))
-    images = np.concatenate([render(part, chunk, labels[chunk]) for chunk in chunks])
-    return ArraySet(images, labels)
+    drawn = [render_masks(part, chunk, labels[chunk]) for chunk in chunks]
+    images, masks = (np.concatenate(arrays) for arrays in zip(*drawn, strict=True))
+    return images, masks, labels
 
 
 def shapes100(*, counts: tuple[int, int] = _COUNTS) -> DataSet:
@@ -220,7 +234,8 @@ def shapes100(*, counts: tuple[int, int] = _COUNTS) -> DataSet:
     Args:
         counts: Images to train and held out; fewer are the first of the whole set.
     """
-    train, val = _render_part("train", counts[0]), _render_part("val", counts[1])
+    parts = map(_render_part, ("train", "val"), counts)
+    train, val = (ArraySet(images, labels) for images, _, labels in parts)
     sha = digest(train, val)
     note = (
         f"SHAPES100: {len(train):,} images made to train and {len(val):,} held out, "
@@ -229,6 +244,17 @@ def shapes100(*, counts: tuple[int, int] = _COUNTS) -> DataSet:
     return DataSet.in_memory(
         "SHAPES100", train, val, class_names=CLASS_NAMES, notes=(note,), digest=sha
     )
+
+
+def shapes_seg(*, counts: tuple[int, int] = _COUNTS) -> DataSet:
+    """Generate SHAPES-SEG, held in memory: the images of SHAPES100, and the shape in each pixel.
+
+    Args:
+        counts: Images to train and held out; fewer are the first of the whole set.
+    """
+    parts = map(_render_part, ("train", "val"), counts)
+    train, val = (ArraySet(images, masks) for images, masks, _ in parts)
+    return DataSet.in_memory("SHAPES-SEG", train, val, class_names=("background", *FORMS))
 
 
 class FakeImages:

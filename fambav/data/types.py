@@ -17,6 +17,9 @@ IMAGENET_MEAN: Channels = timm.data.IMAGENET_DEFAULT_MEAN
 IMAGENET_STD: Channels = timm.data.IMAGENET_DEFAULT_STD
 
 
+IGNORE = 255  # label of pixels that neither teach nor count
+
+
 class DataError(ValueError):
     """Data that is missing, truncated or damaged, in one sentence."""
 
@@ -36,18 +39,19 @@ class ArraySet:
 
     Args:
         images: (count, height, width, 3), uint8.
-        labels: (count,), integers.
+        labels: (count,), integers, or of pixels, (count, height, width), uint8.
     """
 
     def __init__(self, images: NDArray[np.uint8], labels: NDArray[Any]) -> None:
         self.images = images
-        self.labels = labels.astype(np.int64)
+        self.labels = labels if labels.ndim > 1 else labels.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        label = self.labels[index]
+        return Image.fromarray(self.images[index]), label if label.ndim else int(label)
 
     def statistics(self) -> tuple[Channels, Channels]:
         """Return mean and standard deviation of each channel, for pixels in [0, 1]."""
@@ -88,6 +92,8 @@ class DataSet:
         std: The set's own standard deviation of each channel, if known.
         notes: Sentences for the log.
         digest: sha256 of everything in it, for sets held in memory.
+        uniform: Whether inputs of evaluation have one size, so that batches can be made of them.
+        unscored: Classes that means over classes leave out.
         fewest: Least `num_classes` that there is something to learn with.
     """
 
@@ -102,6 +108,8 @@ class DataSet:
     std: Channels | None = None
     notes: tuple[str, ...] = ()
     digest: str | None = None
+    uniform: bool = True
+    unscored: tuple[int, ...] = ()
 
     @classmethod
     def in_memory(

@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fambav.registry import DATA_SETS, TASKS
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from PIL import Image
+    from torch import Tensor, nn
 
     from fambav.config import Config
     from fambav.table import Table
@@ -139,7 +141,12 @@ class ClassMeter(Meter):
             those of the confusion matrix, row by row.
         num_classes: Number of classes.
         device: Where the sums are kept.
+
+    Attributes:
+        unscored: Classes that means over classes leave out.
     """
+
+    unscored: tuple[int, ...] = ()
 
     def __init__(self, size: int, num_classes: int, device: torch.device) -> None:
         super().__init__(size + num_classes**2, device)
@@ -182,6 +189,7 @@ class Task(ABC):
         metrics: The primary one first, by which checkpoints, runs and plans are compared.
         output: The setting that is the length of a model's output.
         classes: Whether an output is a logit for each class.
+        pictures: What `fambav show` draws of a model on an image, of `fambav.registry.PICTURES`.
     """
 
     hub: str
@@ -189,6 +197,7 @@ class Task(ABC):
     metrics: tuple[Metric, ...]
     output: str = "num_classes"
     classes: bool = False
+    pictures: tuple[str, ...] = ()
 
     @property
     def primary(self) -> Metric:
@@ -270,6 +279,37 @@ class Task(ABC):
         self, config: Config, statistics: Statistics, input_size: tuple[int, int]
     ) -> Any:
         """Return what makes a tensor of a sample in evaluation; arguments as above."""
+
+    def inference(self, config: Config, net: nn.Module, input_size: tuple[int, int]) -> nn.Module:
+        """Return the model as evaluation calls it; arguments as above."""
+        return net
+
+    def answer(
+        self,
+        image: Image.Image,
+        net: nn.Module,
+        outputs_of: Callable[[Image.Image], Tensor],
+        names: Sequence[str],
+        *,
+        file: Path,
+        topk: int | None = None,
+        folder: Path | None = None,
+    ) -> list[str]:
+        """Return lines on what a model makes of an image, and write files if it makes pictures.
+
+        Args:
+            image: The image, in RGB.
+            net: The model as `inference` returns it.
+            outputs_of: Its outputs for an image, (1, ...).
+            names: Of the classes, in order.
+            file: Where the image is from.
+            topk: How many classes are wanted; None for the usual number.
+            folder: Where files go; None for nowhere.
+
+        Raises:
+            ValueError: If one of the last two means nothing, or is needed and missing.
+        """
+        raise ValueError(f"task is {self.hub}, expected one that makes something of an image")
 
     def mixing(self, config: Config, num_classes: int) -> Mixing | None:
         """Return what makes mixed (images, targets) of (images, targets, update=); None for not."""

@@ -11,10 +11,12 @@ from fambav.tasks import ClassMeter, Loss, Meter, Metric, Mixing, Scores, Statis
 from fambav.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     import torch
-    from torch import Tensor
+    from PIL import Image
+    from torch import Tensor, nn
 
     from fambav.config import Config
 
@@ -74,6 +76,27 @@ class Classification(Task):
             "image_std": list(known["std"]),
             "crop_pct": known["crop_pct"],
         }
+
+    def answer(
+        self,
+        image: Image.Image,
+        net: nn.Module,
+        outputs_of: Callable[[Image.Image], Tensor],
+        names: Sequence[str],
+        *,
+        file: Path,
+        topk: int | None = None,
+        folder: Path | None = None,
+    ) -> list[str]:
+        """Return the likeliest classes with their probabilities, best first; 5 by default."""
+        if folder is not None:
+            raise ValueError(f"output_dir is {str(folder)!r}, expected none: classes are printed")
+        shares = outputs_of(image)[0].float().softmax(dim=0)
+        best = shares.topk(min(5 if topk is None else topk, len(names)))
+        return [
+            f"  {100 * share:5.1f}%  {names[index]}"
+            for share, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
     def train_transform(
         self, config: Config, statistics: Statistics, input_size: tuple[int, int]

@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fambav import data
 from fambav.config import Config
 from fambav.data import DataSet, EvalBatchesLoader, Samples, TrainBatchesLoader
 from fambav.data.device_augment import DeviceEvalLoader, DeviceSet, device_train_loader
 from fambav.engine.console import Console
 from fambav.engine.distributed import Processes
-from fambav.tasks import Statistics, task_of
+from fambav.tasks import ClassMeter, Meter, Statistics, task_of
 
 _REPEATS = 3  # views of an image in an epoch of repeated augmentation
 _FAKE_CLASSES = 1000  # of random images, as in ImageNet
@@ -114,12 +116,33 @@ def eval_batches(
     statistics = statistics or opened.statistics(config.data.data_stats)
     transform = eval_transform(config, statistics, input_size)
     share: dict[str, Any] = dict(
-        batch_size=int(_EVAL_BATCH * config.optim.batch_size), rank=group.rank, world=group.world
+        batch_size=int(_EVAL_BATCH * config.optim.batch_size) if opened.uniform else 1,
+        rank=group.rank,
+        world=group.world,
     )
     if config.augment.gpu_augment:
         return DeviceEvalLoader(DeviceSet(samples, device=group.device), transform, **share)
     readable = _readable(config, samples, replacing=False)
     return data.eval_loader(readable, transform, **share, **_workers(config, group))
+
+
+def meter(
+    config: Config, opened: DataSet, device: torch.device, *, by_class: bool = False
+) -> Meter:
+    """Return an empty meter of the task.
+
+    Args:
+        config: The settings.
+        opened: The data set.
+        device: Where the sums are kept.
+        by_class: Count by class, of a task that has classes.
+    """
+    task = task_of(config.data.data_set)
+    by = task.class_meter(opened.num_classes, device) if by_class else None
+    made = by or task.meter(opened.num_classes, device)
+    if isinstance(made, ClassMeter):
+        made.unscored = opened.unscored
+    return made
 
 
 def eval_transform(config: Config, statistics: Any, input_size: tuple[int, int]) -> Any:

@@ -8,7 +8,9 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
-from fambav.data import DataSet, ListedImages
+import torch
+
+from fambav.data import DataSet, ListedImages, ListedMasks
 from fambav.engine.distributed import processes
 from fambav.engine.evaluate import evaluate
 from fambav.table import Table
@@ -16,6 +18,7 @@ from fambav.tasks import ClassMeter, Meter, Scores, Task, task_of
 from fambav.training import batches
 from fambav.training.inference import FREE, OPEN, LoadedRun
 from fambav.training.job import process_settings
+from fambav.training.network import layout
 from fambav.training.step import precision
 
 # What may differ from the settings of a run that is evaluated.
@@ -70,7 +73,7 @@ class Evaluation:
         rows = [
             [
                 index,
-                held_out.path(index) if isinstance(held_out, ListedImages) else None,
+                held_out.path(index) if isinstance(held_out, ListedImages | ListedMasks) else None,
                 *own.values(),
             ]
             for index, own in self.samples
@@ -109,21 +112,19 @@ def evaluate_run(run: LoadedRun, *, by_class: bool = False, by_sample: bool = Fa
     config = run.config.replace(
         resume="", finetune="", eval=False, output_dir=None, **{run.task.output: run.num_classes}
     )
-    task = task_of(config.data.data_set)
-    height, width = run.input_size[-2:]
+    task, size = task_of(config.data.data_set), layout(config).input_size
+    counted = by_class or by_sample
+    if counted and task.class_meter(run.num_classes, torch.device("cpu")) is None:
+        name = config.data.data_set
+        raise NoClassesError(f"data_set is {name!r}, expected one whose task has classes")
     with process_settings(config), processes(config.run.device) as group:
-        meter = (task.class_meter if by_class or by_sample else task.meter)(
-            run.num_classes, group.device
-        )
-        if meter is None:
-            name = config.data.data_set
-            raise NoClassesError(f"data_set is {name!r}, expected one whose task has classes")
-        opened = batches.data_set(config, group, input_size=(height, width))
+        opened = batches.data_set(config, group, input_size=size)
+        meter = batches.meter(config, opened, group.device, by_class=counted)
         loader = batches.eval_batches(
             config,
             opened,
             group,
-            input_size=(height, width),
+            input_size=size,
             statistics=run.state.statistics_for(config, opened),
         )
         known: list[dict[str, Any]] = []
@@ -133,7 +134,7 @@ def evaluate_run(run: LoadedRun, *, by_class: bool = False, by_sample: bool = Fa
                 known.extend(meter.describe(outputs, targets, names_of_classes(opened)))
 
         scores = evaluate(
-            run.net.to(group.device),
+            task.inference(config, run.net.to(group.device), size).eval(),
             loader,
             meter=meter,
             processes=group,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import nn
 
 from fambav import data
@@ -85,6 +87,22 @@ class LoadedRun:
     def task(self) -> Task:
         """What the model has learnt."""
         return task_of(self.config.data.data_set)
+
+    def outputs_of(self, called: nn.Module, image: Image.Image, *, what: str) -> torch.Tensor:
+        """Return what the model makes of an image.
+
+        Args:
+            called: The model as its task's `inference` returns it.
+            image: In RGB.
+            what: The image, in words.
+
+        Raises:
+            NotFiniteError: If an output is not finite.
+        """
+        x = self.transform(image)[None].to(next(called.parameters()).device)
+        outputs: torch.Tensor = called(x)
+        check_logits(called, x, outputs, what)
+        return outputs
 
     def check_classes(self) -> None:
         """Refuse a model that does not classify images.
@@ -219,6 +237,50 @@ def predict(
         [(names[index], share) for share, index in zip(shares, indices, strict=True)]
         for shares, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
+
+
+def answers(
+    path: str | Path,
+    images: Sequence[str | Path],
+    *,
+    config: Config | None = None,
+    settings: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    topk: int | None = None,
+    folder: Path | None = None,
+) -> Iterator[tuple[Path, list[str]]]:
+    """Run a model on images, and yield each with the lines of its task, one after another.
+
+    Args:
+        path: A file or folder that `from_pretrained` takes.
+        images: Image files.
+        config: The model of a file that is not ours.
+        settings: Settings that differ from those of the file.
+        device: `cpu`, `cuda` or None for a GPU if there is one.
+        topk: Guesses for each image, of a classifier.
+        folder: Where pictures go, of a model that makes masks.
+
+    Raises:
+        ValueError: As `load_run`, `predict` and `fambav.tasks.Task.answer`.
+    """
+    files = file_paths("images", images)
+    with processes(device) as group, torch.no_grad():
+        run = load_run(path, settings, config=config)
+        names = run.class_names or [str(number) for number in range(run.num_classes)]
+        _, height, width = run.input_size
+        net = run.net.to(group.device)
+        called = run.task.inference(run.config, net, (height, width)).eval()
+        for file in files:
+            lines = run.task.answer(
+                data.read_image(file),
+                called,
+                partial(run.outputs_of, called, what=str(file)),
+                names,
+                file=file,
+                topk=topk,
+                folder=folder,
+            )
+            yield file, lines
 
 
 def _build(state: RunState, config: Config, *, there: int | None, classes: int | None) -> nn.Module:

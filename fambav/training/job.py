@@ -336,13 +336,15 @@ class TrainingJob:
 
         Metrics on samples that choose the best epoch, if there are such, follow by names of theirs.
         """
+        called = self.task.inference(self.config, net, self.layout.input_size)
+        called.train(net.training)
 
-        def scores(batches: EvalBatchesLoader | DeviceEvalLoader) -> Scores:
+        def scores(part: EvalBatchesLoader | DeviceEvalLoader) -> Scores:
             return evaluate(
-                net,
-                batches,
+                called,
+                part,
                 **given,
-                meter=self.task.meter(self.data.num_classes, self.group.device),
+                meter=batches.meter(self.config, self.data, self.group.device),
                 processes=self.group,
                 precision=precision(self.config, self.group),
             )

@@ -126,7 +126,7 @@ class RunState:
         return grid and (grid[0], grid[1])
 
     def num_classes(self, net: nn.Module | None = None) -> int | None:
-        """Return the rows of the classifier; None if its weight has no name that we know.
+        """Return the rows of the classifier; if its weight has no name that we know, what is said.
 
         Args:
             net: The model that the file is of, where it may be of another code.
@@ -140,7 +140,7 @@ class RunState:
             raise CheckpointError(f"{self.path}: {error}") from error
         name = next((name for name in _HEADS if name in weights), None)
         if name is None:
-            return None
+            return self.facts.get("num_classes")
         head = weights[name]
         if head.ndim < 2 or not len(head):
             shape = tuple(head.shape)

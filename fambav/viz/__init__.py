@@ -9,6 +9,7 @@ figures    tokens drawn on the image: groups, strategies, animation
 measures   what layers read and compute: similarity, mean_similarity, scan, layers
 logs       curves of training
 confusion_matrix  what the samples of each class are taken for
+masks      image, truth and prediction of a segmentation
 front      accuracy against cost over a grid: pareto
 style      sizes, type, colours and files
 render     every figure of a run, as files
@@ -21,6 +22,7 @@ from fambav.viz.confusion_matrix import confusion
 from fambav.viz.figures import animation, groups, strategies
 from fambav.viz.front import pareto
 from fambav.viz.logs import curves
+from fambav.viz.masks import masks
 from fambav.viz.measures import layers, mean_similarity, scan, similarity
 from fambav.viz.render import Picture, Source, render
 from fambav.viz.report import write_report
@@ -36,6 +38,7 @@ __all__ = [
     "curves",
     "groups",
     "layers",
+    "masks",
     "mean_similarity",
     "pareto",
     "render",

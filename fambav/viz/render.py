@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -19,10 +20,12 @@ from fambav.data import DataSet
 from fambav.engine.finite import check_logits
 from fambav.models import Backbone
 from fambav.registry import PICTURES, nearest
+from fambav.tasks.segmentation import predicted_mask
 from fambav.training.inference import LoadedRun, load_run
 from fambav.viz import figures, measures
 from fambav.viz.compare import compare_strategies, described
 from fambav.viz.logs import Record, curves
+from fambav.viz.masks import masks
 from fambav.viz.style import save
 from fambav.viz.trace import TokenTrace, trace_tokens
 
@@ -52,14 +55,14 @@ class Source:
         """Return whether there is more than one image."""
         return len(self.images or self.index) > 1
 
-    def read(self, run: LoadedRun) -> Iterator[tuple[Image.Image, str]]:
-        """Yield images, and what each is.
+    def read(self, run: LoadedRun) -> Iterator[tuple[Image.Image, Any, str]]:
+        """Yield images, the target of each or None, and what it is.
 
         Raises:
             ValueError: If there is none of that number, or it cannot be read.
         """
         if self.images:
-            yield from ((data.read_image(path), path.name) for path in self.images)
+            yield from ((data.read_image(path), None, path.name) for path in self.images)
             return
         data_set = held_out(run, self)
         for index in self.index:
@@ -68,9 +71,12 @@ class Source:
                 raise ValueError(
                     f"index is {index}, expected 0 to {last}, held-out images of {data_set.name}"
                 )
-            image, label = data_set.val[index]
-            truth = data_set.class_names[label] if data_set.class_names else f"class {label}"
-            yield image, f"{data_set.name}, held-out image {index}, labelled {truth}"
+            image, target = data_set.val[index]
+            about = f"{data_set.name}, held-out image {index}"
+            if isinstance(target, int):
+                names = data_set.class_names
+                about += f", labelled {names[target] if names else f'class {target}'}"
+            yield image, target, about
 
 
 class Picture(NamedTuple):
@@ -115,11 +121,14 @@ def traced(
         ValueError: If the weights are missing or cannot be used, or an image is not there.
         NotFiniteError: If a logit is not finite.
     """
-    run = load_run(path, settings)
+    yield from _traces(load_run(path, settings), source or Source())
+
+
+def _traces(run: LoadedRun, source: Source) -> Iterator[tuple[Backbone, TokenTrace, str, str]]:
     name, net = run.config.model.model, run.net
     if not isinstance(net, Backbone):
         raise ValueError(f"model is {name!r}, expected one whose tokens can be reduced")
-    for image, about in (source or Source()).read(run):
+    for image, _, about in source.read(run):
         trace = trace_tokens(net, run.transform(image), statistics=(run.mean, run.std))
         check_logits(net, trace.image[None], torch.from_numpy(trace.logits), about)
         seen = int(trace.logits.argmax())
@@ -142,7 +151,7 @@ def render(
         runs: Run folders, or files of weights.
         folder: Gets the files; made if need be.
         what: Names of `PICTURES`; all by default, without curves where a run has no log, and
-            without tokens where its model has none.
+            without those that there are not of a run's model and task.
         source: As in `traced`.
         settings: As in `traced`.
         svg: Write figures as SVG too.
@@ -162,14 +171,14 @@ def render(
     kinds = [kind for kind in wanted if kind != "curves"]
     logs = dict(zip(names, map(read_log, runs), strict=True)) if "curves" in wanted else {}
     for run, name in zip(runs, names, strict=True):
-        drawable = kinds and (what is not None or _has_tokens(run))
-        images = traced(run, source, settings) if drawable else iter(())
-        for number, (model, trace, model_name, about) in enumerate(images):
-            for kind in kinds:
-                label = f"{name}/{kind}" if len(runs) > 1 else kind
-                label += f"/{number}" if source.several() else ""
-                drawn, title = _draw(kind, model, trace, model_name, about)
-                yield label, _write(drawn, f"{PICTURES[kind]}: {title}", folder, label, svg=svg)
+        if not kinds:
+            continue
+        opened = load_run(run, settings)
+        own = kinds if what is not None else [k for k in kinds if k in _kinds_of(opened)]
+        for number, kind, drawn, title in _drawn(opened, own, source):
+            label = f"{name}/{kind}" if len(runs) > 1 else kind
+            label += f"/{number}" if source.several() else ""
+            yield label, _write(drawn, f"{PICTURES[kind]}: {title}", folder, label, svg=svg)
     if "curves" in wanted:
         title = f"training of {', '.join(names)}" if len(names) < 4 else f"{len(names)} runs"
         drawn = curves(logs, title=title, metric=experiments.read_primary(runs[0]))
@@ -225,9 +234,40 @@ def _draw(
     return _KINDS[kind](model, trace, title=title), title
 
 
-def _has_tokens(run: Path) -> bool:
-    """Whether a run's model is a stack of layers of tokens; of a file it is not known yet."""
-    return run.is_file() or experiments.read_plan(run) is not None
+def _kinds_of(run: LoadedRun) -> tuple[str, ...]:
+    """Return what there is to draw of a run's model."""
+    tokens = (*_KINDS, "layers") if isinstance(run.net, Backbone) and run.task.classes else ()
+    return (*tokens, *run.task.pictures)
+
+
+def _drawn(
+    run: LoadedRun, kinds: Sequence[str], source: Source
+) -> Iterator[tuple[int, str, Figure | list[Figure], str]]:
+    """Yield figures of each image: its number, the kind, the figure and its title."""
+    if "masks" in kinds:
+        for number, (drawn, title) in enumerate(_masks(run, source)):
+            yield number, "masks", drawn, title
+    tokens = [kind for kind in kinds if kind != "masks"]
+    for number, traces in enumerate(_traces(run, source) if tokens else ()):
+        for kind in tokens:
+            yield number, kind, *_draw(kind, *traces)
+
+
+@torch.no_grad()
+def _masks(run: LoadedRun, source: Source) -> Iterator[tuple[Figure, str]]:
+    """Draw images with the masks that a model gives them.
+
+    Raises:
+        ValueError: If its task has no masks.
+    """
+    name, (_, height, width) = run.config.model.model, run.input_size
+    if "masks" not in run.task.pictures:
+        raise ValueError(f"model is {name!r}, expected one whose outputs are masks")
+    net = run.task.inference(run.config, run.net, (height, width)).eval()
+    names = run.class_names or [f"class {number}" for number in range(run.num_classes)]
+    for image, truth, about in source.read(run):
+        mask = predicted_mask(image, net, partial(run.outputs_of, net, what=about))
+        yield masks(image, truth, mask, names, title=f"{name}: {about}"), f"{name}: {about}"
 
 
 def _wanted(runs: Sequence[Path], what: Sequence[str] | None) -> list[str]:

@@ -174,8 +174,8 @@ def _difference(metric: Metric, change: float) -> str:
 def _section(name: str, folder: Path, result: Result, *, by_class: bool) -> dict[str, Any]:
     """Describe a run for the template."""
     settings = folder / "config.yaml"
-    by_class = by_class and result.task.classes
-    tables = [("Accuracy by class", _classes(folder))] if by_class else []
+    classes = _classes(folder) if by_class else None
+    tables = [] if classes is None else [("Accuracy by class", classes)]
     tables += [("Plan", plan) for plan in _plan(folder)]
     changed = _changed(config.load(settings).flat())
     share = "" if result.share is None else f", {100 * result.share:.1f}% of token-layers kept"
@@ -194,12 +194,14 @@ def _section(name: str, folder: Path, result: Result, *, by_class: bool) -> dict
     }
 
 
-def _classes(folder: Path) -> Table:
-    """Evaluate a run in this process, on a GPU if there is one."""
+def _classes(folder: Path) -> Table | None:
+    """Evaluate a run in this process, on a GPU if there is one; None if its task has no classes."""
     run = load_run(folder, {"device": None, "num_workers": 0}, allowed=ALLOWED)
     try:
         found = evaluate_run(run, by_class=True)
-    except (DataError, NoClassesError) as error:
+    except NoClassesError:
+        return None
+    except DataError as error:
         return Table(head=(), rows=(), names=0, notes=[f"not measured: {error}"])
     primary, scores = found.task.primary, found.scores
     value = f"{primary.title} {scores.metrics[primary.name]:.2f}{primary.suffix}"
