@@ -192,7 +192,7 @@ DATA_SETS: dict[str, str] = {  # with their tasks, modules of `fambav.tasks`
         ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10", "IMNET", "FOLDER", "INAT", "INAT19", "FAKE"),
         "classification",
     ),
-    **dict.fromkeys(("SHAPES-SEG", "SEGFOLDER", "VAIHINGEN", "POTSDAM", "ADE20K"), "segmentation"),
+    **dict.fromkeys(("SHAPES-SEG", "SEGFOLDER", "ADE20K", "VAIHINGEN", "POTSDAM"), "segmentation"),
     **dict.fromkeys(("WAVES", "ETTh1", "ETTh2", "ETTm1", "ETTm2", "CSV"), "forecasting"),
 }
 MADE = ("DIGITS", "SHAPES100", "SHAPES-SEG", "FAKE", "WAVES")  # data sets without files
