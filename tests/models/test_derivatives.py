@@ -30,7 +30,8 @@ STAGES = dict(dims=(8, 16), depths=(1, 1), img_size=16, num_classes=5)
 
 def build(name, method):
     torch.manual_seed(0)
-    model = timm.create_model(name, **(SMALL if family_of(name).reducible else STAGES)).double().eval()
+    small = SMALL if family_of(name).reducible else STAGES
+    model = timm.create_model(name, **small).double().eval()
     if method is not None:
         fambav.reduce(model, method, "r:3@1")
     return model
