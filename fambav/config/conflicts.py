@@ -1,7 +1,8 @@
 """What settings mean beside each other: which win, which are reset, which exclude each other.
 
-A flag that would change nothing is refused: a run ignores no setting.  A setting read
-from a lower level than the one that took its meaning away has its default instead.
+A flag that would change nothing is refused: a run ignores no setting; but a value that switches
+something off is taken where there is nothing to switch off.  A setting read from a lower level than
+the one that took its meaning away has its default instead.
 """
 
 from __future__ import annotations
@@ -97,9 +98,11 @@ def _apply_conditions(settings: Settings, name: str, done: set[str]) -> None:
 
 def _reset(settings: Settings, name: str, level: int, why: str) -> None:
     """Reset a setting to its default, or refuse it if it was given at `level` or above."""
-    setting, default = settings[name], OPTIONS[name].otherwise
-    if setting.value != default and setting.level != DEFAULT and setting.level >= level:
-        refuse(setting.label, setting.value, f"{format_value(default)} {why}")
+    setting, default, off = settings[name], OPTIONS[name].otherwise, OPTIONS[name].off_value
+    given = setting.level != DEFAULT and setting.level >= level
+    if given and setting.value != default and (off is None or setting.value != off):
+        expected = format_value(default) + ("" if off is None else f" or {format_value(off)}")
+        refuse(setting.label, setting.value, f"{expected} {why}")
     settings[name] = setting._replace(value=default)
 
 

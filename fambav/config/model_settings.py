@@ -64,11 +64,13 @@ class Model(Group):
         "PlainMamba: add the step sizes' bias twice, as released weights need",
         when.PLAINMAMBA,
         on=True,
+        off_value=False,
     )
     distillation_head: bool = switch(
         "GroupMamba: a second head, which learns from a teacher; the output is their mean",
         when.TWO_HEADS,
         on=True,
+        off_value=False,
     )
     drop: float = option(
         0.0,

@@ -23,10 +23,37 @@ from fambav.ops import selective_scan
 from fambav.ops.scan_paths import CROSS, merge_paths, read_paths, scan_paths, to_cells, to_steps
 
 
-class SS2D(nn.Module):
-    """Project, convolve, scan along every path in one call, normalise, gate, project.
+class PathScans(nn.Module):
+    """Weights of selective scans along several paths, under VMamba's names.
 
     Paths have their own projections, A, D and step size.
+
+    Attributes:
+        splits: Numbers of step size, B and C of a path that the projection gives.
+        x_proj_weight: (paths, rank + 2 * state, inner).
+        A_logs: (paths * inner, state).
+        Ds: (paths * inner,).
+        dt_projs_weight: (paths, inner, rank).
+        dt_projs_bias: (paths, inner).
+    """
+
+    splits: tuple[int, int, int]
+
+    def add_scans(self, paths: int, inner: int, *, rank: int, state: int) -> None:
+        """Draw the weights, in this order, which is that of the published ones."""
+        self.splits = (rank, state, state)
+        bound = inner**-0.5
+        x_proj = torch.empty(paths, sum(self.splits), inner).uniform_(-bound, bound)
+        self.x_proj_weight = nn.Parameter(x_proj)
+        self.A_logs = init_A_log(paths * inner, state)
+        self.Ds = nn.Parameter(torch.ones(paths * inner))
+        dt_projs = [init_dt_proj(rank, inner) for _ in range(paths)]
+        self.dt_projs_weight = nn.Parameter(torch.stack([dt.weight.detach() for dt in dt_projs]))
+        self.dt_projs_bias = nn.Parameter(torch.stack([dt.bias.detach() for dt in dt_projs]))
+
+
+class SS2D(PathScans):
+    """Project, convolve, scan along every path in one call, normalise, gate, project.
 
     Args:
         dim: Width of a cell.
@@ -53,18 +80,10 @@ class SS2D(nn.Module):
         super().__init__()
         whole("state", state, least=1)
         inner = whole("inner width of a scan", int(expand * dim), least=1)
-        rank, number = math.ceil(dim / 16), len(paths)
-        self.paths, self.gated, self.splits = paths, gated, (rank, state, state)
+        self.paths, self.gated = paths, gated
 
         # Names, shapes and order are those of the published weights.
-        bound = inner**-0.5
-        x_proj = torch.empty(number, sum(self.splits), inner).uniform_(-bound, bound)
-        self.x_proj_weight = nn.Parameter(x_proj)
-        self.A_logs = init_A_log(number * inner, state)
-        self.Ds = nn.Parameter(torch.ones(number * inner))
-        dt_projs = [init_dt_proj(rank, inner) for _ in paths]
-        self.dt_projs_weight = nn.Parameter(torch.stack([dt.weight.detach() for dt in dt_projs]))
-        self.dt_projs_bias = nn.Parameter(torch.stack([dt.bias.detach() for dt in dt_projs]))
+        self.add_scans(len(paths), inner, rank=math.ceil(dim / 16), state=state)
         if not gated:
             self.out_norm = Float32LayerNorm(inner)
         self.in_proj = nn.Linear(dim, (2 if gated else 1) * inner, bias=False)
@@ -135,7 +154,7 @@ def scan_groups(mixers: Sequence[SS2D], x: Tensor) -> Tensor:
     return torch.cat([mixer.finish(own, u, z) for mixer, own, u, z in each], dim=3)
 
 
-def scan_steps(mixers: Sequence[SS2D], u: Tensor, projected: Tensor) -> Tensor:
+def scan_steps(mixers: Sequence[PathScans], u: Tensor, projected: Tensor) -> Tensor:
     """Scan along the paths of mixers of equal sizes.
 
     Args:

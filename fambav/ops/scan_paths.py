@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fambav.ops.cross_scan import select_rows
+from fambav.ops.dispatch import plain_autograd
 
 CROSS = ("rows", "columns", "-rows", "-columns")  # VMamba's, in the order of its weights
 SLANTED = ("rows", "columns", "antidiagonals", "diagonals")  # CVMH-UNet's CS2D
@@ -76,8 +77,8 @@ def scan_paths(
     for name in names:
         if name not in PATHS:
             raise ValueError(f"path is {name!r}, expected one of {', '.join(PATHS)}")
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if tracing:  # a traced tensor must not outlive the trace, nor a second trace differ from it
+    # A traced or transformed tensor must not outlive that, nor a second trace differ from it.
+    if torch.compiler.is_compiling() or plain_autograd():
         return _paths(grid, device, names)
     return _cached_paths(grid, device, names)
 
@@ -92,6 +93,8 @@ def read_paths(x: Tensor, paths: ScanPaths) -> Tensor:
     Returns:
         Step by step, (batch, length, paths, dim), contiguous.
     """
+    if plain_autograd():
+        return select_rows(x, paths.order)
     out: Tensor = _Read.apply(x, *paths)
     return out
 
@@ -106,6 +109,8 @@ def merge_paths(x: Tensor, paths: ScanPaths) -> Tensor:
     Returns:
         Row by row, (batch, length, dim).
     """
+    if plain_autograd():
+        return _pairs(x, paths.back).sum(dim=2)
     out: Tensor = _Merge.apply(x, *paths)
     return out
 
@@ -120,13 +125,18 @@ def to_steps(x: Tensor, paths: ScanPaths) -> Tensor:
     Returns:
         Step by step, shaped like x.
     """
-    out: Tensor = _Permute.apply(x, paths.there, paths.back)
-    return out
+    return _permute(x, paths.there, paths.back)
 
 
 def to_cells(x: Tensor, paths: ScanPaths) -> Tensor:
     """Undo `to_steps`."""
-    out: Tensor = _Permute.apply(x, paths.back, paths.there)
+    return _permute(x, paths.back, paths.there)
+
+
+def _permute(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    if plain_autograd():
+        return _pairs(x, index)
+    out: Tensor = _Permute.apply(x, index, inverse)
     return out
 
 

@@ -118,7 +118,7 @@ def test_training_drops_whole_channels_before_the_last_layer():
 def test_a_wrong_argument_is_refused_in_a_sentence():
     for arguments, message in (
         (((8,), 3), r"in_channels are \[8\], expected two maps or more"),
-        (((8, 16), 0), "num_classes is 0, expected a whole number of at least 1"),
+        (((8, 16), 0), "num_classes is 0, expected at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             UPerHead(*arguments)

@@ -176,10 +176,10 @@ def test_a_wrong_argument_is_refused_in_a_sentence():
         (dict(heads=(2, 4, 8)), rf"heads are \[2, 4, 8\], {widths}"),
         (dict(heads=(2, 4, 6, 7)), rf"heads are \[2, 4, 6, 7\], {widths}"),
         (dict(heads=(2, 0, 6, 5)), rf"heads are \[2, 0, 6, 5\], {widths}"),
-        (dict(state=0), "state is 0, expected a whole number of at least 1"),
+        (dict(state=0), "state is 0, expected at least 1"),
         (dict(dims=(8, 16)), r"dims are \[8, 16\] and depths \[2, 2, 2, 1\]"),
         (dict(img_size=(64, 31)), "img_size is 64 x 31, expected sides of at least 32"),
-        (dict(global_pool="token"), "global_pool is 'token', expected 'avg' or ''"),
+        (dict(global_pool="token"), "global_pool is 'token', expected one of 'avg', 'max', "),
     ):
         with pytest.raises(ValueError, match=message):
             timm.create_model("vssd_nano", **arguments)

@@ -47,13 +47,13 @@ def tiny_segmenter(num_classes=11, img_size=None, **_):
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     task_of("SHAPES-SEG")
-    tiny_segmenter.__module__ = "fambav.models.vim"  # where timm looks for other models
     timm.models.register_model(tiny_segmenter)
     family = Family(
         models=("tiny_segmenter",),
         arguments={"input_size": "img_size"},
         tasks=("segmentation",),
-        tokens=False,
+        layers=False,
+        reducible=False,
         scan=False,
     )
     small = partial(synthetic.shapes_seg, counts=(48, 20))
