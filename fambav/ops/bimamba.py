@@ -117,9 +117,7 @@ def bimamba_scan(
     Source: Zhu et al., arXiv:2401.09417, algorithm 1; Zhan et al., arXiv:2409.18962, for gaps.
     """
     _check(xz, forward, backward, out_proj)
-    if not is_number(scale):
-        raise refusal("scale", scale, "a number")
-    _check_wanted(want or ())
+    _check_options(scale, want or ())
     shape = 2, *xz.shape[:2], xz.shape[2] // 2
     gap_policy = policy_of(gap_policy, skipped, skipped_dt, shape=shape, first=xz)
     skipped = None if skipped is None or gap_policy == "none" else skipped.float()
@@ -134,7 +132,9 @@ def bimamba_scan(
     return y if want is None else (y, {name: found[name] for name in want})
 
 
-def _check_wanted(want: Collection[str]) -> None:
+def _check_options(scale: float, want: Collection[str]) -> None:
+    if not is_number(scale):
+        raise refusal("scale", scale, "a number")
     for name in want:
         if name not in RETURNED:
             raise ValueError(f"want is {name!r}, expected a known name; {nearest(name, RETURNED)}")

@@ -20,6 +20,12 @@ BACKENDS = ["cpu", "reference"]
 KERNELS = ["triton", "numba"]
 GPU = [pytest.param("cuda", marks=pytest.mark.gpu("selective_scan_cuda"))]
 FULL = dict(delta_softplus=True, return_last_state=True)
+GAPLESS = dict(gap_policy="none", return_dt=False)  # of the operator
+
+
+def of_operator(inputs):
+    """The operator's tensors: without skipped tokens."""
+    return *inputs.values(), None, None
 
 
 def small(**changes):
@@ -275,17 +281,18 @@ def test_only_the_state_may_have_a_gradient(kernels):
 def test_torchs_own_checks_of_an_operator_pass(kernels):
     inputs = scan_inputs(2, 6, 2, 4, 5, device=device_of(kernels))
     options = dict(softplus=True, reverse=True, kernels=kernels, out_dtype=torch.float32, keep=True)
+    options |= GAPLESS
     torch.use_deterministic_algorithms(False)  # what is kept may have places that nobody reads
-    torch.library.opcheck(SCAN_MODULE._forward, tuple(inputs.values()), options)
+    torch.library.opcheck(SCAN_MODULE._forward, of_operator(inputs), options)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_without_a_gradient_nothing_is_kept(kernels):
     inputs = scan_inputs(2, 8, 1, 4, 70, device=device_of(kernels))
-    options = dict(softplus=True, reverse=False, kernels=kernels, out_dtype=torch.float32)
-    *_, kept, before = SCAN_MODULE._forward(*inputs.values(), **options, keep=False)
+    options = dict(softplus=True, reverse=False, kernels=kernels, out_dtype=torch.float32) | GAPLESS
+    *_, kept, before = SCAN_MODULE._forward(*of_operator(inputs), **options, keep=False)
     assert kept.numel() == before.numel() == 0
-    *_, kept, before = SCAN_MODULE._forward(*inputs.values(), **options, keep=True)
+    *_, kept, before = SCAN_MODULE._forward(*of_operator(inputs), **options, keep=True)
     assert kept.isfinite().all()
     assert kept.numel()
     assert before.shape == inputs["u"].shape
