@@ -116,9 +116,7 @@ def bimamba_scan(
 
     Source: Zhu et al., arXiv:2401.09417, algorithm 1; Zhan et al., arXiv:2409.18962, for gaps.
     """
-    _check(xz, forward, backward, out_proj)
-    if not is_number(scale):
-        raise refusal("scale", scale, "a number")
+    _check(xz, forward, backward, out_proj, scale=scale)
     _check_wanted(want or ())
     shape = 2, *xz.shape[:2], xz.shape[2] // 2
     gap_policy = policy_of(gap_policy, skipped, skipped_dt, shape=shape, first=xz)
@@ -155,7 +153,9 @@ def _cast(direction: Direction, dtype: torch.dtype) -> Direction:
     )
 
 
-def _check(xz: Tensor, forward: Direction, backward: Direction, out_proj: Tensor | None) -> None:
+def _check(
+    xz: Tensor, forward: Direction, backward: Direction, out_proj: Tensor | None, *, scale: float
+) -> None:
     expect_tensors(xz=xz)
     if xz.dim() != 3 or xz.shape[1] < 1 or xz.shape[2] % 2:
         raise ValueError(f"xz has shape {tuple(xz.shape)}, expected (batch, length >= 1, 2 dim)")
@@ -178,6 +178,8 @@ def _check(xz: Tensor, forward: Direction, backward: Direction, out_proj: Tensor
     if out_proj is not None:
         _second_axis("out_proj", out_proj)
         expect_beside("out_proj", out_proj, (out_proj.shape[0], dim), xz)
+    if not is_number(scale):
+        raise refusal("scale", scale, "a number")
 
 
 def _second_axis(name: str, matrix: Tensor) -> int:
