@@ -52,6 +52,16 @@ MASKS = When(
     lambda name: DATA_SETS[name] == "segmentation",
     "with --data-set {data_set}, which has no masks",
 )
+HEADED = When(
+    "model data_set",
+    lambda model, name: DATA_SETS[name] == "segmentation" != family_of(model).tasks[0],
+    "with --model {model} and --data-set {data_set}: no backbone gets a head that labels pixels",
+)
+DROPPED = When(
+    "data_set",
+    lambda name: DATA_SETS[name] != "segmentation",
+    "with --data-set {data_set}, for which heads drop a tenth of their channels",
+)
 NOT_COMPILED = When("compile", lambda on: not on, "with --compile; take one of both")
 EAGER = When(
     "compile cuda_graphs",

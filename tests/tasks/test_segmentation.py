@@ -53,7 +53,8 @@ def registered():
         models=("tiny_segmenter",),
         arguments={"input_size": "img_size"},
         tasks=("segmentation",),
-        tokens=False,
+        layers=False,
+        reducible=False,
         scan=False,
     )
     small = partial(synthetic.shapes_seg, counts=(48, 20))
