@@ -101,7 +101,8 @@ def test_a_run_is_evaluated_predicted_with_drawn_and_exported(finished, tmp_path
     assert console(["show", str(folder), "--output-dir", str(tmp_path / "pictures")]) == 0
     assert (tmp_path / "pictures" / "masks.png").stat().st_size
     out = tmp_path / "exported"
-    assert console(["export", str(folder), "--format", "safetensors", "--output-dir", str(out)]) == 0
+    words = ["export", str(folder), "--format", "safetensors", "--output-dir", str(out)]
+    assert console(words) == 0
     both = [fambav.from_pretrained(path) for path in (folder, out)]
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(*(net(images) for net in both))
