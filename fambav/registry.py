@@ -176,7 +176,9 @@ METHODS: tuple[str, ...] = (
 )
 FUSION_METHODS = METHODS[:2]  # those of --fusion-method
 HOOKS: tuple[str, ...] = ("before", "between", "after")
-HEADS: tuple[str, ...] = ("upernet", "fcn")  # which label pixels on the maps of a backbone
+OWN_HEADS: tuple[str, ...] = ("upernet", "fcn")  # which label pixels on the maps of a backbone
+LIBRARY_HEADS = ("unet", "unetplusplus", "fpn", "segformer", "manet", "linknet")
+HEADS = OWN_HEADS + LIBRARY_HEADS  # the others are of segmentation-models-pytorch
 SCAN_POLICIES: tuple[str, ...] = ("compact", "aligned", "masked")
 GAP_POLICIES: tuple[str, ...] = ("bias", "cached", "hold_prev", "self", "none")
 CLASS_TOKEN_POLICIES: tuple[str, ...] = ("exact", "proportional", "middle")

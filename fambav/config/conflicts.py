@@ -88,8 +88,9 @@ def _choose_head(settings: Settings) -> None:
         return
     if head.value is None:
         head = settings["head"] = head._replace(value="upernet")
-    if head.value == "upernet" and batch.value == 1 and not settings["eval"].value:
-        refuse(batch.label, 1, "at least 2 with --head upernet, whose batch norms see image means")
+    if head.value != "fcn" and batch.value == 1 and not settings["eval"].value:
+        expected = f"at least 2 with --head {head.value}, whose batch norms see maps of one cell"
+        refuse(batch.label, 1, expected)
 
 
 def _apply_conditions(settings: Settings, name: str, done: set[str]) -> None:

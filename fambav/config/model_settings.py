@@ -90,12 +90,17 @@ class Model(Group):
     )
     head: str | None = option(
         None,
-        "what labels pixels on the maps of a backbone; none = upernet",
+        "what labels pixels on the maps of a backbone; none = upernet; all but that and fcn need "
+        "segmentation-models-pytorch",
         when.HEADED,
         choices=registry.HEADS,
     )
     head_channels: int = option(
-        512, "width of the maps inside --head", when.HEADED, bounds=Bounds(2, LARGEST)
+        512,
+        "width of the maps inside --head upernet or fcn",
+        when.HEADED,
+        when.WIDE_HEAD,
+        bounds=Bounds(2, LARGEST),
     )
     auxiliary_weight: float = option(
         0.4,

@@ -8,10 +8,12 @@ from typing import Any, Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fambav.heads.upernet import FCNHead, PixelHead, UPerHead
+from fambav.heads.library import LibraryHead
+from fambav.heads.upernet import FCNHead, UPerHead
 from fambav.layers import BackboneInfo
 from fambav.models import Hierarchical, Model, TimmModel, adapt, official
-from fambav.registry import FAMILIES
+from fambav.models.flops import Cost
+from fambav.registry import FAMILIES, HEADS, LIBRARY_HEADS
 
 MAPS = 4  # of a backbone that a head reads
 _DECODER, _AUXILIARY = "decode_head", "auxiliary_head"
@@ -29,9 +31,13 @@ class SegmentationModel(Model):
             images to a list of (batch, channels, height, width), the finest one first, which its
             `feature_info.channels()` describes.
         num_classes: Logits of a pixel.
-        head: "upernet" reads all maps, "fcn" the last one.
-        channels: Inside the head.
+        head: "upernet", "fcn", which reads the last map alone, or a name of
+            `fambav.registry.LIBRARY_HEADS`.
+        channels: Inside the first two.
         auxiliary: Map, by its index, that a second head labels while training; None for no head.
+
+    Raises:
+        ValueError: If there is no such head, or as `LibraryHead`.
 
     Source: mmsegmentation's UPerNet; the second head's loss has the weight 0.4 there.
     """
@@ -49,17 +55,20 @@ class SegmentationModel(Model):
     ) -> None:
         super().__init__()
         self.backbone: Any
-        self.backbone, self.indices, widths = _features(
-            backbone, read=MAPS if head == "upernet" else 2
-        )
+        self.backbone, self.indices, info = _features(backbone, read=2 if head == "fcn" else MAPS)
+        widths = [each["num_chs"] for each in info]
         self.head, self.auxiliary = head, auxiliary
-        self.decode_head: PixelHead
-        if head == "upernet":
+        self.decode_head: UPerHead | FCNHead | LibraryHead
+        if head in LIBRARY_HEADS:
+            name = self.backbone.pretrained_cfg["architecture"]
+            strides = [each["reduction"] for each in info]
+            self.decode_head = LibraryHead(head, name, strides=strides, num_classes=num_classes)
+        elif head == "upernet":
             self.decode_head = UPerHead(widths, num_classes, channels=channels)
         elif head == "fcn":
             self.decode_head = FCNHead(widths[-1], num_classes, channels=channels)
         else:
-            raise ValueError(f"head is {head!r}, expected 'upernet' or 'fcn'")
+            raise ValueError(f"head is {head!r}, expected one of {', '.join(HEADS)}")
         self.auxiliary_head: FCNHead | None = None
         if auxiliary is not None:
             self.auxiliary_head = FCNHead(widths[auxiliary], num_classes, channels=channels // 2)
@@ -101,7 +110,7 @@ class SegmentationModel(Model):
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters of the backbone that weight decay would pull away."""
-        listed = getattr(self.backbone, "no_weight_decay", set)()
+        listed: set[str] = getattr(self.backbone, "no_weight_decay", set)()
         return {f"backbone.{name}" for name in listed}
 
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -119,10 +128,23 @@ class SegmentationModel(Model):
         While training with a second head, a pair of such logits, the second head's behind.
         """
         maps = self.maps(images)
-        logits = _at(images, self.decode_head(maps if self.head == "upernet" else maps[-1]))
+        logits = _at(images, self.decode_head(maps[-1] if self.head == "fcn" else maps))
         if self.auxiliary_head is None or self.auxiliary is None or not self.training:
             return logits
         return logits, _at(images, self.auxiliary_head(maps[self.auxiliary]))
+
+    def head_cost(self) -> Cost:
+        """Return what the head costs an image; the auxiliary one is for training alone.
+
+        Raises:
+            ValueError: If the backbone or the head is not ours.
+        """
+        if isinstance(self.decode_head, LibraryHead) or not isinstance(self.backbone, TimmModel):
+            what = f"{type(self.backbone).__name__} with head {self.head}"
+            raise ValueError(f"model is a {what}, expected a backbone and a head of ours")
+        stages, indices = self.info.stages, cast("list[int]", self.indices)
+        grids = [stages[n if len(stages) > 1 else 0].grid for n in indices]
+        return self.decode_head.cost(grids)
 
     def pick(
         self,
@@ -192,8 +214,10 @@ class SegmentationModel(Model):
         return outer | {f"backbone.{name}": value for name, value in body.items()}
 
 
-def _features(backbone: Any, *, read: int) -> tuple[nn.Module, list[int] | None, list[int]]:
-    """Return what makes maps, which of its stages or layers do, and the width of each map.
+def _features(
+    backbone: Any, *, read: int
+) -> tuple[nn.Module, list[int] | None, list[dict[str, Any]]]:
+    """Return what makes maps, which of its stages or layers do, and timm's facts on each map.
 
     A classifier of ours makes the last `read` maps and loses what they do not need.  Where a model
     of stages does not normalise its maps itself, each gets a norm.
@@ -201,14 +225,14 @@ def _features(backbone: Any, *, read: int) -> tuple[nn.Module, list[int] | None,
     if not isinstance(backbone, TimmModel):
         # timm's getter has no weights of its own, and would put "model." into all names
         indices = getattr(backbone, "out_indices", None)
-        return getattr(backbone, "model", backbone), indices, backbone.feature_info.channels()
+        return getattr(backbone, "model", backbone), indices, backbone.feature_info.get_dicts()
     own = getattr(type(backbone), "feature_norm", None)
     if isinstance(backbone, Hierarchical) and own is Hierarchical.feature_norm:
         backbone.add_out_norms()
     depth = len(backbone.feature_info)
     quarters = sorted({max((n + 1) * depth // MAPS - 1, 0) for n in range(MAPS)})
     indices = backbone.prune_intermediate_layers(quarters[-read:], prune_norm=True)
-    return backbone, indices, [backbone.feature_info[n]["num_chs"] for n in indices]
+    return backbone, indices, [backbone.feature_info[n] for n in indices]
 
 
 def _at(images: Tensor, logits: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from fambav import training
 from fambav.cli import console
 from fambav.config import Config
 from fambav.data import synthetic
-from fambav.heads import SegmentationModel
+from fambav.heads import SegmentationModel, library
 from fambav.models import TimmModel
-from fambav.registry import BUILDERS
+from fambav.registry import BUILDERS, LIBRARY_HEADS
 from tests.identical import assert_identical, log
 from tests.made import crash_in_update, crashing, go, refused, run
 
@@ -153,7 +153,8 @@ def test_reduced_tokens_give_whole_maps_and_the_plan_can_change_after_training()
 REFUSED = {
     "--model vmunet_nano --head upernet": "--head is 'upernet', expected none with --model vmunet",
     "--model vmunet_nano --head-channels 8": "--head-channels is 8, expected 512 with --model",
-    "--model vssd_nano --head unet": "--head is 'unet', expected one of upernet, fcn",
+    "--model vssd_nano --head unett": "--head is 'unett', expected one of upernet, fcn, unet",
+    "--model vssd_nano --head unet --head-channels 8": "--head-channels is 8, expected 512",
     "--model vssd_nano --head-channels 1": "--head-channels is 1, expected at least 2",
     "--model vssd_nano --batch-size 1": "--batch-size is 1, expected at least 2 with --head",
     "--model vssd_nano --drop 0.1": "--drop is 0.1, expected 0.0 with --data-set SHAPES-SEG",
@@ -168,6 +169,26 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_settings_that_do_not_fit_are_refused(words):
     assert REFUSED[words] in refused("--data-set", "SHAPES-SEG", *words.split())
+
+
+def test_a_decoder_of_a_package_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(library, "find_spec", lambda _: None)
+    words = ["--data-set", "SHAPES-SEG", "--model", "vssd_nano", "--head", "unet"]
+    assert "head is 'unet', expected an installed one" in refused(*words)
+
+
+@pytest.mark.parametrize("head", LIBRARY_HEADS)
+def test_decoders_of_segmentation_models_pytorch_learn_and_their_weights_load(head):
+    pytest.importorskip("segmentation_models_pytorch")
+    net = built("vssd_nano", "--head", head, "--drop-path", "0")
+    outputs = net(torch.randn(2, 3, 32, 64))
+    assert [tuple(x.shape) for x in outputs] == [(2, 11, 32, 64)] * 2
+    sum(x.square().sum() for x in outputs).backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None] == []
+    net.load_state_dict(net.remap(net.state_dict()))
+    line = "head is 'unet', expected upernet or fcn on vim_micro, whose maps have strides of 4, 4"
+    with pytest.raises(ValueError, match=line):
+        built("vim_micro", "--head", "unet")
 
 
 def test_a_head_needs_masks():
