@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 
 from fambav import training
 from fambav.config import Config
+from fambav.heads import SegmentationModel
 from fambav.models import Backbone, Hierarchical
 from fambav.models.flops import (
     CONVENTIONS,
@@ -44,6 +45,10 @@ CLASSES = {
     "CIFAR10": 10,
     "IMNET": 1000,
     "FAKE": 1000,
+    "SHAPES-SEG": 11,
+    "VAIHINGEN": 6,
+    "POTSDAM": 6,
+    "ADE20K": 150,
 }
 
 
@@ -220,6 +225,8 @@ def count(model: nn.Module, reduction: Reduction | None = None) -> Report:
     Raises:
         ValueError: If the model is not one of ours.
     """
+    if isinstance(model, SegmentationModel):
+        return _headed(model)
     if isinstance(model, Hierarchical):
         return _staged(model)
     if not isinstance(model, Backbone):
@@ -242,6 +249,19 @@ def count(model: nn.Module, reduction: Reduction | None = None) -> Report:
             Row(part="head", tokens=1, own=cost.head),
         ),
         unreduced=total(cost.patches, *full, cost.head),
+    )
+
+
+def _headed(model: SegmentationModel) -> Report:
+    """Count a backbone with a head that labels pixels in the place of its own."""
+    head, body = model.head_cost(), count(model.backbone)
+    *rows, own = body.rows
+    unreduced = (a - b + c for a, b, c in zip(body.unreduced, own.own, head, strict=True))
+    return replace(
+        body,
+        num_classes=model.num_classes,
+        rows=(*rows, Row(part="head", tokens=1, own=head)),
+        unreduced=Cost(*unreduced),
     )
 
 
