@@ -152,11 +152,11 @@ def test_activations_beyond_float16_are_normalised_before_they_are_halved():
     with torch.no_grad():
         mixer.in_proj.weight.mul_(100)
         mixer.dt_bias.fill_(30.0)  # long steps of every cell, as of a run that has gone astray
-    x = torch.randn(1, 56, 56, 16)
+    x = torch.randn(1, 56, 56, 16, generator=torch.Generator().manual_seed(0))
     exact = mixer(x)
     with torch.autocast("cpu", torch.float16):
-        found = mixer(x)
-    near(found.float(), exact, 0.05 * exact.abs().max().item())
+        low = mixer(x)
+    assert (low.float() - exact).norm() < 0.05 * exact.norm()
 
 
 def test_weights_of_the_later_form_are_refused_in_a_sentence():
