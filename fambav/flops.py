@@ -168,10 +168,9 @@ class Report:
 
     def json(self) -> str:
         """Return everything as JSON, counts as whole numbers under the conventions' names."""
-        names = ("model", "input_size", "num_classes", "forecast")
-        names = (*names, "method", "scan", "counted", "start")
+        sizes = ("model", "input_size", "num_classes", "forecast")
         figures = {
-            **{name: getattr(self, name) for name in names},
+            **{n: getattr(self, n) for n in (*sizes, "method", "scan", "counted", "start")},
             "unreduced": self.unreduced.as_dict(),
             **{n: getattr(self, n).as_dict() for n in ("reduction", "alignment", "total")},
             "conventions": CONVENTIONS,

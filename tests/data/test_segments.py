@@ -101,7 +101,7 @@ def misspelt(folder):
     return "palette.yaml has 'unknwon', expected classes, ignore, unknown", ""
 
 
-BROKEN = [another_size, no_mask, no_image, no_palette, colours_and_indices, twice, misspelt]
+BROKEN = [no_mask, no_image, no_palette, colours_and_indices, twice, misspelt]
 
 
 @pytest.mark.parametrize("change", BROKEN, ids=lambda change: change.__name__)
@@ -114,16 +114,8 @@ def test_what_does_not_fit_is_refused_when_the_set_is_opened(folder, change):
 
 
 WORDS = [
-    "--model",
-    "vssd_nano",
-    "--crop-size",
-    "32",
-    "--batch-size",
-    "2",
-    "--num_workers",
-    "0",
-    "--device",
-    "cpu",
+    *("--model", "vssd_nano", "--crop-size", "32"),
+    *("--batch-size", "2", "--num_workers", "0", "--device", "cpu"),
 ]
 
 
@@ -156,6 +148,27 @@ def test_a_run_names_a_tile_that_is_missing_and_a_pixel_that_is_unknown(folder):
 def test_classes_of_a_folder_that_differ_from_the_head_are_refused(folder):
     words = [*WORDS, "--data-set", "SEGFOLDER", "--data-path", folder, "--num-classes", "3"]
     assert "num_classes is 3, expected 2, the classes of SEGFOLDER" in refused(*words)
+
+
+def damaged(folder):
+    (folder / "images" / "val" / "1.jpg").write_bytes(b"no image")
+    return "images/val/1.jpg", ""
+
+
+@pytest.mark.parametrize("change", [another_size, damaged], ids=lambda change: change.__name__)
+def test_files_are_opened_when_they_are_read_and_named_if_they_do_not_fit(folder, change):
+    words = change(folder)
+    found = load("SEGFOLDER", folder)
+    assert found.val[0][0].size == (60, 40)
+    with pytest.raises(DataError) as error:
+        found.val[1]
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_opening_a_set_opens_no_image(folder, monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    assert len(load("SEGFOLDER", folder).train) == 3
 
 
 def test_an_unknown_colour_is_named_or_ignored(folder):

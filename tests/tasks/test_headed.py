@@ -176,9 +176,9 @@ def test_a_decoder_of_a_package_that_is_not_installed_is_refused(monkeypatch):
     assert "head is 'unet', expected an installed one" in refused(*words)
 
 
+@pytest.mark.extra("segmentation_models_pytorch")
 @pytest.mark.parametrize("head", LIBRARY_HEADS)
 def test_decoders_of_segmentation_models_pytorch_learn_and_their_weights_load(head):
-    pytest.importorskip("segmentation_models_pytorch")
     net = built("vssd_nano", "--head", head, "--drop-path", "0")
     outputs = net(torch.randn(2, 3, 32, 64))
     assert [tuple(x.shape) for x in outputs] == [(2, 11, 32, 64)] * 2
