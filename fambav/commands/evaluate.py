@@ -42,19 +42,20 @@ def run(words: list[str]) -> None:
         viz.require_matplotlib()
     trained = load_run(given.run, None if foreign else settings, config=foreign, allowed=ALLOWED)
     by_class = given.per_class or picture is not None
-    found = evaluate_run(trained, by_class=by_class, by_sample=predictions is not None)
+    result = evaluate_run(trained, by_class=by_class, by_sample=predictions is not None)
     if launcher.place(os.environ).rank:  # the first process prints and writes
         return
-    print_line(found.task.line(found.scores))
-    print_line(found.task.summary(found.scores))
+    print_line(result.task.line(result.scores))
+    print_line(result.task.summary(result.scores))
     if given.per_class:
-        print(found.classes().render("text"))
+        print(result.classes().render("text"))
     if picture is not None:
         viz.save(
-            viz.confusion(found.confusion(), found.names, title=_title(trained, found)), picture
+            viz.confusion(result.confusion(), result.names, title=_title(trained, result)),
+            picture,
         )
     if predictions is not None:
-        write(predictions, found.predictions().render("csv") + "\n")
+        write(predictions, result.predictions().render("csv") + "\n")
     for file in filter(None, (picture, predictions)):
         print_line(f"written: {file}")
 
@@ -89,7 +90,7 @@ def _same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def _title(trained: LoadedRun, found: Evaluation) -> str:
-    primary = found.task.primary
-    value = f"{primary.title} {found.scores.metrics[primary.name]:.2f}{primary.suffix}"
-    return f"{trained.config.model.model} on {found.data.name}: {value}"
+def _title(trained: LoadedRun, result: Evaluation) -> str:
+    primary = result.task.primary
+    value = f"{primary.title} {result.scores.metrics[primary.name]:.2f}{primary.suffix}"
+    return f"{trained.config.model.model} on {result.data.name}: {value}"

@@ -19,7 +19,7 @@ _RUN = "tracker.json"
 _FORM = {"tracker": str, "run": str}
 
 Log = Callable[[Mapping[str, float], int], None]
-Opened = tuple[str, Log, Callable[[], None]]  # name of the run there, of an epoch, at the end
+Close = Callable[[], None]
 
 
 def check_tracker(name: str) -> None:
@@ -47,14 +47,10 @@ class Tracker:
     ) -> None:
         self._name, self._warn = name, warn
         self._log: Log | None = None
-        self._close: Callable[[], None] = lambda: None
-        opened = None
-        if name in _ADAPTERS:
-            run = _known_run(folder, name)
-            opened = self._try(_ADAPTERS[name], folder, run, settings)
+        self._close: Close = lambda: None
+        opened = self._try(_open, name, folder, settings) if name in _ADAPTERS else None
         if opened is not None:
-            run, self._log, self._close = opened
-            write_text(folder / _RUN, json.dumps({"tracker": name, "run": run}) + "\n")
+            self._log, self._close = opened
 
     def epoch(self, values: Mapping[str, float], epoch: int) -> None:
         """Send the numbers of an epoch, under their keys in log.txt."""
@@ -75,6 +71,13 @@ class Tracker:
             return None
 
 
+def _open(name: str, folder: Path, settings: Mapping[str, Any]) -> tuple[Log, Close]:
+    """Begin a run of a tracker, or go on with the one that the folder names."""
+    run, log, close = _ADAPTERS[name](folder, _known_run(folder, name), settings)
+    write_text(folder / _RUN, json.dumps({"tracker": name, "run": run}) + "\n")
+    return log, close
+
+
 def _known_run(folder: Path, tracker: str) -> str | None:
     """Return the tracker's own name of the run in a folder, None if there is none yet."""
     path = folder / _RUN
@@ -84,7 +87,7 @@ def _known_run(folder: Path, tracker: str) -> str | None:
     return str(known["run"]) if known["tracker"] == tracker else None
 
 
-def _wandb(folder: Path, run: str | None, settings: Mapping[str, Any]) -> Opened:
+def _wandb(folder: Path, run: str | None, settings: Mapping[str, Any]) -> tuple[str, Log, Close]:
     import wandb
 
     opened = wandb.init(
@@ -98,7 +101,7 @@ def _wandb(folder: Path, run: str | None, settings: Mapping[str, Any]) -> Opened
     return opened.id, lambda values, epoch: opened.log(dict(values), step=epoch), opened.finish
 
 
-def _mlflow(folder: Path, run: str | None, settings: Mapping[str, Any]) -> Opened:
+def _mlflow(folder: Path, run: str | None, settings: Mapping[str, Any]) -> tuple[str, Log, Close]:
     import mlflow
 
     opened = mlflow.start_run(run_id=run, run_name=folder.resolve().name)
@@ -108,7 +111,8 @@ def _mlflow(folder: Path, run: str | None, settings: Mapping[str, Any]) -> Opene
     return opened.info.run_id, lambda values, epoch: log(dict(values), step=epoch), mlflow.end_run
 
 
-_ADAPTERS: dict[str, Callable[[Path, str | None, Mapping[str, Any]], Opened]] = {
+# Each returns the name of the run there, what gets an epoch, and what ends the run.
+_ADAPTERS: dict[str, Callable[[Path, str | None, Mapping[str, Any]], tuple[str, Log, Close]]] = {
     "wandb": _wandb,
     "mlflow": _mlflow,
 }

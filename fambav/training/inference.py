@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ def predict(
         DataError: If an image cannot be read.
         NotFiniteError: If a logit is not finite; NotFiniteWeightsError: if a weight is not.
     """
-    whole("topk", topk, least=1)
+    whole("topk", topk, least=1, most=sys.maxsize)  # no size: there are as many as classes
     files = file_paths("images", images)
     with processes(device) as group, torch.no_grad():
         run = load_run(path, config=config)

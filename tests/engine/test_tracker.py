@@ -95,3 +95,13 @@ def test_mlflow_has_the_metrics_of_a_run_that_was_resumed(tmp_path, monkeypatch)
     assert [(metric.step, metric.value) for metric in history] == [(0, 10.0), (1, 11.0)]
     assert run.data.params == {"model": "vim_micro"}
     assert run.data.tags["mlflow.runName"] == "run"
+
+
+def test_a_damaged_name_of_a_run_is_said_and_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    (tmp_path / "tracker.json").write_text("[[[")
+    said = []
+    Tracker("wandb", tmp_path, {}, warn=said.append).epoch({"test_acc1": 1.0}, 0)
+    (line,) = said
+    assert line.startswith("warning: nothing more is sent to wandb (")
+    assert "tracker.json" in line
