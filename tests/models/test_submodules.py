@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fambav
 import fambav.models
 from fambav.timm_compat import timm
+from tests.data.made import made_cifar10
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SAID = "such mixers run as single modules"
@@ -194,8 +195,9 @@ sys.exit(fambav.cli.main(sys.argv[1:]))
 
 
 def test_a_run_records_why_its_mixers_are_not_fused(tmp_path):
-    flags = ["--data-set", "FAKE", "--input-size", "32", "--epochs", "1", "--num_workers", "0"]
-    flags += ["--batch-size", "64", "--device", "cpu", "--threads", "1"]
+    data = ["--data-set", "CIFAR10", "--data-path", str(made_cifar10(tmp_path / "data"))]
+    flags = [*data, "--input-size", "32", "--epochs", "1", "--num_workers", "0"]
+    flags += ["--batch-size", "8", "--device", "cpu", "--threads", "1"]
 
     def unfused(name, *command):
         folder = tmp_path / name

@@ -282,28 +282,42 @@ def to_whole_job(pid):
     return "SIGTERM"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ask", [to_launcher, to_whole_job])
-def test_a_launcher_that_passes_a_signal_on_ends_two_processes_at_one_step(recipe, tmp_path, ask):
-    """The interrupted and continued run of two processes equals one that nothing interrupted."""
+LAUNCHER = (
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "main.py"),
+)
+LAUNCHED = dict(
+    cwd=ROOT,
+    env={**os.environ, "OMP_NUM_THREADS": "1"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+)
+
+
+@pytest.fixture(scope="module")
+def launched(recipe, tmp_path_factory):
+    """The words of two processes, and the folder of their run that nothing interrupts."""
     # Long enough not to be over when the signal comes.
-    words = [*map(str, recipe), "--batch-size", "4", "--epochs", "6", "--num_workers", "1"]
-    folders = [tmp_path / "whole", tmp_path / "run"]
-    launcher = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        *("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "main.py", *words),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    given = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    subprocess.run([*launcher, "--output_dir", str(folders[0])], check=True, **given)
-    words = [*launcher, "--output_dir", str(folders[1])]
-    with subprocess.Popen(words, text=True, **given) as process:
+    words = [*map(str, recipe), "--batch-size", "4", "--epochs", "4", "--num_workers", "1"]
+    folder = tmp_path_factory.mktemp("whole")
+    command = [*LAUNCHER, *words, "--output_dir", str(folder)]
+    subprocess.run(command, check=True, **LAUNCHED)
+    return [*LAUNCHER, *words], folder
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("launched")
+@pytest.mark.parametrize("ask", [to_launcher, to_whole_job])
+def test_a_launcher_that_passes_a_signal_on_ends_two_processes_at_one_step(launched, tmp_path, ask):
+    """The interrupted and continued run of two processes equals one that nothing interrupted."""
+    words, whole = launched
+    words = [*words, "--output_dir", str(tmp_path / "run")]
+    with subprocess.Popen(words, text=True, **LAUNCHED) as process:
         for line in process.stdout:
             if line.startswith("Epoch: [1]"):
                 break
         name = ask(process.pid)
         rest = process.stdout.read()
     assert rest.count(f"{name}: saved after update") == 1, rest
-    resumed = [*launcher, "--output_dir", str(folders[1]), "--resume", "auto"]
-    subprocess.run(resumed, check=True, **given)
-    assert_identical(folders[1], folders[0])
+    subprocess.run([*words, "--resume", "auto"], check=True, **LAUNCHED)
+    assert_identical(tmp_path / "run", whole)
