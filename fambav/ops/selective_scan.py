@@ -459,6 +459,7 @@ def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None
 
 def _gradient(ctx: Any, grad: Any, grad_state: Any, ddt: Any, *_: Any) -> Any:
     *inputs, kept, y = ctx.saved_tensors
+    ddt = ddt if ddt is not None and ddt.numel() else None  # of an empty output
     grads = iter(_backward(grad, grad_state, kept, y, *inputs, ddt, **ctx.options))
     *first, last = (None if x is None else next(grads) for x in _learned(inputs))
     return *first, None, last, None

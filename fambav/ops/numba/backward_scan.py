@@ -28,6 +28,7 @@ from fambav.ops.numba.compilation import (
     next_task,
 )
 from fambav.ops.numba.forward_scan import (
+    AHEAD,
     BIAS,
     GAPS,
     HOLD_PREV,
@@ -43,7 +44,7 @@ from fambav.ops.numba.forward_scan import (
 )
 from fambav.ops.numba.functions import LN_2, LOG2_E, ONE, ZERO, exp2
 from fambav.ops.numba.lanes import WIDTH, broadcast, total
-from fambav.ops.numba.memory import get, number, put, read, vectors, write
+from fambav.ops.numba.memory import fetch, get, number, put, read, vectors, write
 
 MOST_BLOCKS = 8  # vectors of channels of a task
 ENOUGH_TASKS = 16  # for threads to share a small batch
@@ -52,6 +53,21 @@ ENOUGH_TASKS = 16  # for threads to share a small batch
 # input.  DX and DAGED are sums over the state.
 DELTA, SLOPE, X, DY, DX, DAGED, DECAY, DECAYED, AGED = range(9)
 ROW = 9
+
+
+@inlined
+def _ahead(tokens: Any, i: int) -> Any:
+    """Return what is needed a few steps after step i of a chunk, maybe by the next vector.
+
+    Returns:
+        The indices of u and of delta at that step, and how many channels that vector is behind.
+    """
+    seen, at, steps, _ = tokens
+    later = i + AHEAD
+    if later < steps:
+        return seen[later], at[later], 0
+    later = min(later - steps, steps - 1)
+    return seen[later], at[later], WIDTH
 
 
 @inlined
@@ -69,6 +85,10 @@ def _load_chunk(
     if softplus:
         rest = functions.softplus(rest)[0]
     for i in range(steps):
+        token, t, more = _ahead(tokens, i)
+        fetch(u, k, b, token, at_u + more)
+        fetch(delta, k, b, t, at_delta + more)
+        fetch(dy, k, b, token, channel + more)
         token, t, row = seen[i], at[i], i * ROW
         delta_t = read(delta, k, b, t, at_delta, count) + shift
         if softplus:
@@ -159,13 +179,16 @@ def _store_chunk(
     policy = gap[0]
     dD, dbias, drest = broadcast(ZERO), broadcast(ZERO), broadcast(ZERO)
     for i in range(steps):
+        token, t, more = _ahead(tokens, i)
+        fetch(du, k, b, token, channel + more)
+        fetch(ddelta, k, b, t, channel + more)
         token, t, row = seen[i], at[i], i * ROW
         u_t = read(u, k, b, token, at_u, count)
         dy_t, dx = get(work, row + DY), get(work, row + DX)
         ddelta_t = dx * u_t + get(work, row + DAGED) * LN_2
         if policy != NONE:
-            more, drest_t = _gap_gradient(work, i, place, tokens, gap, later, dskipped_dt)
-            ddelta_t, drest = ddelta_t + more, drest + drest_t
+            own, drest_t = _gap_gradient(work, i, place, tokens, gap, later, dskipped_dt)
+            ddelta_t, drest = ddelta_t + own, drest + drest_t
         if ddt.size:
             ddelta_t = ddelta_t + read(ddt, k, b, t, channel, count)
         if softplus:

@@ -27,10 +27,11 @@ from fambav.ops.numba import functions
 from fambav.ops.numba.compilation import COUNTER, floats, inlined, kernel, launch, next_task
 from fambav.ops.numba.functions import LOG2_E, ZERO, exp2
 from fambav.ops.numba.lanes import WIDTH, broadcast
-from fambav.ops.numba.memory import get, number_at, put, read, vectors, write
+from fambav.ops.numba.memory import fetch, get, number_at, put, read, vectors, write
 
 NONE, BIAS, SELF, HOLD_PREV, CACHED = range(5)
 GAPS = {"none": NONE, "bias": BIAS, "self": SELF, "hold_prev": HOLD_PREV, "cached": CACHED}
+AHEAD = 8  # steps before a token is needed that it is fetched
 ORDER = types.Array(types.int64, 3, "A")
 _NO_ORDER = np.empty((0, 0, 0), np.int64)
 
@@ -135,6 +136,10 @@ def _scan_forward_kernel(
             if kept.size and step % CHUNK == 0:
                 for n in range(state):
                     write(kept, k, b, step // CHUNK * state + n, channel, count, get(h, n))
+            token, t = token_at(walk, min(step + AHEAD, walk[1] - 1))
+            fetch(u, k, b, token, at_u)
+            fetch(delta, k, b, t, at_delta)
+            fetch(y, k, b, token, channel)
             token, t = token_at(walk, step)
             u_t = read(u, k, b, token, at_u, count)
             delta_t = read(delta, k, b, t, at_delta, count) + shift

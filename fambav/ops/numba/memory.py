@@ -130,6 +130,24 @@ def _write_part(
     return types.void(x, *[types.int64] * 5, value), _emit_write_part
 
 
+def _emit_fetch(context: Any, builder: Any, taken: Any, args: Any) -> Any:
+    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    start = builder.bitcast(_pointer(context, builder, taken.args[0], args[0], args[1:]), byte)
+    signature = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+    run = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    for offset in (0, _BYTES * WIDTH - 1):  # a vector may lie on two cache lines
+        at = builder.gep(start, [ir.Constant(ir.IntType(64), offset)], source_etype=ir.IntType(8))
+        builder.call(run, [at, number(0), number(3), number(1)])
+    return context.get_dummy_value()
+
+
+@emitted
+def fetch(typing: Any, x: Any, i: Any, j: Any, k: Any, channel: Any) -> Any:
+    """Let the cache fetch neighbouring channels of a tensor of four axes, wherever that is."""
+    del typing, i, j, k, channel
+    return types.void(x, *[types.int64] * 4), _emit_fetch
+
+
 @inlined
 def get(buffer: Any, index: int) -> Any:
     """Load a vector of a buffer; the index counts vectors."""
