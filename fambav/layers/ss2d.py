@@ -20,7 +20,8 @@ from fambav.arguments import whole
 from fambav.layers.hierarchy import Float32LayerNorm, MapConv2d
 from fambav.layers.mamba import A_from_log, init_A_log, init_dt_proj, upcast
 from fambav.ops import selective_scan
-from fambav.ops.scan_paths import CROSS, merge_paths, read_paths, scan_paths, to_cells, to_steps
+from fambav.ops.scan_order import to_steps
+from fambav.ops.scan_paths import CROSS, scan_paths
 
 
 class SS2D(nn.Module):
@@ -76,10 +77,8 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map, (batch, height, width, dim); the shape stays."""
         u, projected, z = self.project(x)
-        paths = scan_paths((x.shape[1], x.shape[2]), x.device, self.paths)
-        steps = read_paths(u.flatten(1, 2), paths)  # (batch, length, paths, inner)
-        y = scan_steps([self], steps, to_steps(projected, paths))
-        return self.finish(merge_paths(y, paths), u, z)
+        y = scan_map([self], u.flatten(1, 2), projected, (x.shape[1], x.shape[2]))
+        return self.finish(y.sum(dim=2), u, z)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Compute what is scanned.
@@ -127,30 +126,31 @@ def scan_groups(mixers: Sequence[SS2D], x: Tensor) -> Tensor:
     """
     shares = zip(mixers, x.chunk(len(mixers), dim=3), strict=True)
     us, projections, gates = zip(*(mixer.project(share) for mixer, share in shares), strict=True)
-    names = tuple(mixer.paths[0] for mixer in mixers)
-    paths = scan_paths((x.shape[1], x.shape[2]), x.device, names)
-    steps = to_steps(torch.stack(us, dim=3).flatten(1, 2), paths)  # (batch, length, paths, inner)
-    y = scan_steps(mixers, steps, to_steps(torch.cat(projections, dim=2), paths))
-    each = zip(mixers, to_cells(y, paths).unbind(2), us, gates, strict=True)
+    u, projected = torch.cat(us, dim=3).flatten(1, 2), torch.cat(projections, dim=2)
+    y = scan_map(mixers, u, projected, (x.shape[1], x.shape[2]))
+    each = zip(mixers, y.unbind(2), us, gates, strict=True)
     return torch.cat([mixer.finish(own, u, z) for mixer, own, u, z in each], dim=3)
 
 
-def scan_steps(mixers: Sequence[SS2D], u: Tensor, projected: Tensor) -> Tensor:
+def scan_map(mixers: Sequence[SS2D], u: Tensor, projected: Tensor, grid: tuple[int, int]) -> Tensor:
     """Scan along the paths of mixers of equal sizes.
 
     Args:
         mixers: Their recurrences, path by path.
-        u: Inputs step by step, (batch, length, paths, inner).
-        projected: Step size, B and C of each step, (batch, length, paths, rank + 2 * state).
+        u: Inputs of all paths, (batch, length, inner), or of each, (batch, length, paths * inner).
+        projected: Step size, B and C, (batch, length, paths, rank + 2 * state).
+        grid: Height and width; their product is the length.
 
     Returns:
-        Shaped like u, in float32 or float64.
+        (batch, length, paths, inner), in float32 or float64.
     """
-    dt, B, C = projected.split(mixers[0].splits, dim=3)  # each (batch, length, paths, its width)
+    order = scan_paths(grid, u.device, tuple(path for m in mixers for path in m.paths))
+    # The narrow projections go into the order of the steps, not the step sizes made of them.
+    dt, B, C = to_steps(projected, order).split(mixers[0].splits, dim=3)
     delta = torch.einsum("blkr,kdr->blkd", dt, _joined([m.dt_projs_weight for m in mixers]))
     y: Tensor = selective_scan(
-        u.flatten(2).mT,  # (batch, paths * inner, length)
-        delta.flatten(2).mT,
+        u.mT,
+        delta.flatten(2).mT,  # (batch, paths * inner, length)
         A_from_log(_joined([m.A_logs for m in mixers])),
         B.permute(0, 2, 3, 1),  # (batch, paths, state, length)
         C.permute(0, 2, 3, 1),
@@ -158,8 +158,10 @@ def scan_steps(mixers: Sequence[SS2D], u: Tensor, projected: Tensor) -> Tensor:
         delta_bias=upcast(_joined([m.dt_projs_bias for m in mixers])).flatten(),
         delta_softplus=True,
         out_dtype=torch.promote_types(u.dtype, torch.float32),
+        order=order,
+        order_params=False,
     )
-    out: Tensor = y.mT.unflatten(2, (u.shape[2], -1))
+    out: Tensor = y.mT.unflatten(2, (order.shape[1], -1))
     return out
 
 

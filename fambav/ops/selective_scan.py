@@ -159,8 +159,6 @@ def _checked(
     """Check shapes, dtypes and devices, and run a backend."""
     u, delta, A, B, C, D, z, delta_bias = tensors
     flags(order_params=order_params)
-    options["out_dtype"] = u.dtype if out_dtype is None else out_dtype
-    expect_dtype("out_dtype", options["out_dtype"])
     _check_u(u, A)
     (batch, dim, length), groups = u.shape, None
     walked, widths = length, (dim,)
@@ -179,6 +177,8 @@ def _checked(
     ):
         if tensor is not None:
             expect_beside(name, tensor, shape, u)
+    options["out_dtype"] = u.dtype if out_dtype is None else out_dtype
+    expect_dtype("out_dtype", options["out_dtype"])
     if order is None:
         return _pair(SELECTIVE_SCAN.pick(u, A, B, C)(*tensors, **options))
     run = ORDERED_SCAN.pick(u, A, B, C)

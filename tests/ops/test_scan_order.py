@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fambav.ops.flop_formulas  # noqa: F401  registers the formulas
 from fambav.ops import BackendError, composed, force, order_table, selective_scan
+from fambav.ops.scan_order import to_steps, to_tokens
 from tests.ops.agreement import agree, draw, results, widened
 from tests.ops.kept import some_places
 
@@ -227,6 +228,24 @@ def test_kept_places_are_a_table_of_each_sample():
     for b, places in enumerate(keep):
         alone = {n: x if x.dim() < 3 else x[b : b + 1, ..., places] for n, x in inputs.items()}
         torch.testing.assert_close(y[b : b + 1, :, places], selective_scan(**alone))
+
+
+@pytest.mark.parametrize("walk", ["all", "some", "some of each"])
+def test_tokens_are_read_in_the_order_and_come_back(walk):
+    order = table(walk, 6)
+    x = draw("x", BATCH, 6, 2, dtype=torch.float64)
+    each = draw("each", BATCH, 6, GROUPS, 2, dtype=torch.float64)
+    read, own = to_steps(x, order), to_steps(each, order)
+    back = to_tokens(own, order, 6)
+    for b, steps in enumerate(order.expand(BATCH, -1, -1)):
+        for g, places in enumerate(steps.unbind(1)):
+            assert torch.equal(read[b, :, g], x[b, places])
+            assert torch.equal(own[b, :, g], each[b, places, g])
+            assert torch.equal(back[b, places, g], each[b, places, g])
+    assert back.eq(0).all(dim=3).sum() == BATCH * GROUPS * (6 - order.shape[-2])
+    for function, given in ((to_steps, x), (to_steps, each)):
+        assert torch.autograd.gradcheck(lambda v, f=function: f(v, order), given)
+    assert torch.autograd.gradcheck(lambda v: to_tokens(v, order, 6), own.detach().requires_grad_())
 
 
 @pytest.mark.parametrize(

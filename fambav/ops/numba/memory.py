@@ -171,27 +171,24 @@ def vectors(count: int) -> Any:
 @inlined
 def read(x: Any, i: int, j: int, k: int, channel: int, count: int) -> Any:
     """Load neighbouring channels of a tensor of four axes; lanes from `count` on are 0."""
-    if x.strides[3] == _BYTES:
-        if count == WIDTH:
-            return _read_row(x, i, j, k, channel)
-        return _read_part(x, i, j, k, channel, count)
+    if count == WIDTH and x.strides[3] == _BYTES:
+        return _read_row(x, i, j, k, channel)
     return _gather(x, i, j, k, channel, count)
 
 
 @inlined
 def write(x: Any, i: int, j: int, k: int, channel: int, count: int, value: Any) -> None:
     """Store the first `count` lanes to neighbouring channels of a tensor of four axes."""
-    if x.strides[3] == _BYTES:
-        if count == WIDTH:
-            _write_row(x, i, j, k, channel, value)
-        else:
-            _write_part(x, i, j, k, channel, count, value)
+    if count == WIDTH and x.strides[3] == _BYTES:
+        _write_row(x, i, j, k, channel, value)
     else:
         _scatter(x, i, j, k, channel, count, value)
 
 
 @called
 def _gather(x: Any, i: int, j: int, k: int, channel: int, count: int) -> Any:
+    if x.strides[3] == _BYTES:
+        return _read_part(x, i, j, k, channel, count)
     value = broadcast(np.float32(0))
     for index in range(count):
         value = with_lane(value, index, x[i, j, k, channel + index])
@@ -200,5 +197,8 @@ def _gather(x: Any, i: int, j: int, k: int, channel: int, count: int) -> Any:
 
 @called
 def _scatter(x: Any, i: int, j: int, k: int, channel: int, count: int, value: Any) -> None:
+    if x.strides[3] == _BYTES:
+        _write_part(x, i, j, k, channel, count, value)
+        return
     for index in range(count):
         x[i, j, k, channel + index] = lane(value, index)
