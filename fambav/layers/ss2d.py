@@ -20,7 +20,8 @@ from fambav.arguments import whole
 from fambav.layers.hierarchy import Float32LayerNorm, MapConv2d
 from fambav.layers.mamba import A_from_log, init_A_log, init_dt_proj, upcast
 from fambav.ops import selective_scan
-from fambav.ops.scan_paths import CROSS, merge_paths, read_paths, scan_paths, to_cells, to_steps
+from fambav.ops.scan_order import to_steps
+from fambav.ops.scan_paths import CROSS, scan_paths
 
 
 class PathScans(nn.Module):
@@ -95,10 +96,9 @@ class SS2D(PathScans):
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map, (batch, height, width, dim); the shape stays."""
         u, projected, z = self.project(x)
-        paths = scan_paths((x.shape[1], x.shape[2]), x.device, self.paths)
-        steps = read_paths(u.flatten(1, 2), paths)  # (batch, length, paths, inner)
-        y = scan_steps([self], steps, to_steps(projected, paths))
-        return self.finish(merge_paths(y, paths), u, z)
+        order = scan_paths((x.shape[1], x.shape[2]), x.device, self.paths)
+        y = scan_steps([self], u.flatten(1, 2), projected, order)
+        return self.finish(y.sum(dim=2), u, z)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Compute what is scanned.
@@ -146,30 +146,36 @@ def scan_groups(mixers: Sequence[SS2D], x: Tensor) -> Tensor:
     """
     shares = zip(mixers, x.chunk(len(mixers), dim=3), strict=True)
     us, projections, gates = zip(*(mixer.project(share) for mixer, share in shares), strict=True)
-    names = tuple(mixer.paths[0] for mixer in mixers)
-    paths = scan_paths((x.shape[1], x.shape[2]), x.device, names)
-    steps = to_steps(torch.stack(us, dim=3).flatten(1, 2), paths)  # (batch, length, paths, inner)
-    y = scan_steps(mixers, steps, to_steps(torch.cat(projections, dim=2), paths))
-    each = zip(mixers, to_cells(y, paths).unbind(2), us, gates, strict=True)
+    u, projected = torch.cat(us, dim=3).flatten(1, 2), torch.cat(projections, dim=2)
+    names = tuple(path for mixer in mixers for path in mixer.paths)
+    order = scan_paths((x.shape[1], x.shape[2]), x.device, names)
+    y = scan_steps(mixers, u, projected, order)
+    each = zip(mixers, y.unbind(2), us, gates, strict=True)
     return torch.cat([mixer.finish(own, u, z) for mixer, own, u, z in each], dim=3)
 
 
-def scan_steps(mixers: Sequence[PathScans], u: Tensor, projected: Tensor) -> Tensor:
+def scan_steps(
+    mixers: Sequence[PathScans], u: Tensor, projected: Tensor, order: Tensor | None = None
+) -> Tensor:
     """Scan along the paths of mixers of equal sizes.
 
     Args:
         mixers: Their recurrences, path by path.
-        u: Inputs step by step, (batch, length, paths, inner).
-        projected: Step size, B and C of each step, (batch, length, paths, rank + 2 * state).
+        u: Inputs of each path, (batch, length, paths * inner); with an order those of all paths may
+            be one, (batch, length, inner).
+        projected: Step size, B and C, (batch, length, paths, rank + 2 * state).
+        order: In which each path visits the tokens, (length, paths); None for the given one.
 
     Returns:
-        Shaped like u, in float32 or float64.
+        (batch, length, paths, inner), in float32 or float64.
     """
+    if order is not None:  # the narrow projections are moved, not the step sizes made of them
+        projected = to_steps(projected, order)
     dt, B, C = projected.split(mixers[0].splits, dim=3)  # each (batch, length, paths, its width)
     delta = torch.einsum("blkr,kdr->blkd", dt, _joined([m.dt_projs_weight for m in mixers]))
     y: Tensor = selective_scan(
-        u.flatten(2).mT,  # (batch, paths * inner, length)
-        delta.flatten(2).mT,
+        u.mT,
+        delta.flatten(2).mT,  # (batch, paths * inner, length)
         A_from_log(_joined([m.A_logs for m in mixers])),
         B.permute(0, 2, 3, 1),  # (batch, paths, state, length)
         C.permute(0, 2, 3, 1),
@@ -177,8 +183,10 @@ def scan_steps(mixers: Sequence[PathScans], u: Tensor, projected: Tensor) -> Ten
         delta_bias=upcast(_joined([m.dt_projs_bias for m in mixers])).flatten(),
         delta_softplus=True,
         out_dtype=torch.promote_types(u.dtype, torch.float32),
+        order=order,
+        order_params=False,
     )
-    out: Tensor = y.mT.unflatten(2, (u.shape[2], -1))
+    out: Tensor = y.mT.unflatten(2, (projected.shape[2], -1))
     return out
 
 

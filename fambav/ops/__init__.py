@@ -15,6 +15,7 @@ from fambav.ops.fused_bimamba import Direction
 from fambav.ops.match import Selection, match
 from fambav.ops.nc_ssd import nc_ssd
 from fambav.ops.pool import pool
+from fambav.ops.scan_order import order_table
 from fambav.ops.selective_scan import selective_scan
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "force",
     "match",
     "nc_ssd",
+    "order_table",
     "pool",
     "selective_scan",
     "set_backend",

@@ -29,9 +29,16 @@ def _product(sizes: Iterable[int]) -> int:
 
 
 @register_flop_formula([_OPS.fused_scan, _OPS.chunked_scan])
-def _scan(u: Any, delta: Any, A: Any, *_: Any, **options: Any) -> int:
-    del delta, options
-    return SCAN * _product((*u, A[1]))
+def _scan(*tensors: Any, **options: Any) -> int:
+    del options
+    return SCAN * _states(*tensors)
+
+
+def _states(u: Any, delta: Any, A: Any, *rest: Any) -> int:
+    """Count the numbers of state and token, by an order those of its steps."""
+    del delta
+    order = rest[7] if len(rest) > 7 else None
+    return _product((u[0], u[2] if order is None else order[-2], *A))
 
 
 @register_flop_formula([_OPS.fused_scan_backward])
@@ -39,8 +46,7 @@ def _scan_backward(
     grad: Any, grad_state: Any, kept: Any, y: Any, *rest: Any, **options: Any
 ) -> int:
     del grad, grad_state, kept, y, options
-    u, _, A, *_ = rest
-    return SCAN_BACKWARD * _product((*u, A[1]))
+    return SCAN_BACKWARD * _states(*rest)
 
 
 @register_flop_formula([_OPS.chunked_scan_backward])

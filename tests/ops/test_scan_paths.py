@@ -1,4 +1,4 @@
-"""Orders in which paths read a map, and features brought into them and back."""
+"""Orders in which paths read a map."""
 
 import io
 
@@ -6,16 +6,8 @@ import pytest
 import torch
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
 
-from fambav.ops.scan_paths import (
-    CROSS,
-    PATHS,
-    SLANTED,
-    merge_paths,
-    read_paths,
-    scan_paths,
-    to_cells,
-    to_steps,
-)
+from fambav.ops.scan_order import order_table, to_steps, to_tokens
+from fambav.ops.scan_paths import PATHS, scan_paths
 
 CPU = torch.device("cpu")
 
@@ -23,16 +15,16 @@ CPU = torch.device("cpu")
 def test_paths_are_rows_and_columns_and_these_from_their_ends():
     paths = scan_paths((2, 3), CPU)
     rows, columns = [0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5]
-    assert paths.order[0].T.tolist() == [rows, columns, rows[::-1], columns[::-1]]
+    assert paths.T.tolist() == [rows, columns, rows[::-1], columns[::-1]]
     one = scan_paths((2, 3), CPU, ("-columns",))
-    assert one.order[0].T.tolist() == [columns[::-1]]
+    assert one.T.tolist() == [columns[::-1]]
     with pytest.raises(ValueError, match="path is 'slant', expected one of rows, columns"):
         scan_paths((2, 3), CPU, ("slant",))
 
 
 def test_diagonals_are_read_from_their_upper_ends():
     def cells(grid, name):  # row and column of each step
-        order = scan_paths(grid, CPU, (name,)).order[0, :, 0].tolist()
+        order = scan_paths(grid, CPU, (name,))[:, 0].tolist()
         return " ".join(f"{cell // grid[1]}{cell % grid[1]}" for cell in order)
 
     down_left = "33 23 32 13 22 31 03 12 21 30 02 11 20 01 10 00"
@@ -44,26 +36,18 @@ def test_diagonals_are_read_from_their_upper_ends():
     assert cells((3, 2), "diagonals") == "01 00 11 10 21 20"
 
 
-@pytest.mark.parametrize("names", [CROSS, SLANTED, PATHS[-1:]])
-def test_features_are_read_in_the_order_and_come_back(names):
-    paths = scan_paths((3, 5), CPU, names)
-    x = torch.randn(2, 15, 4, dtype=torch.float64, requires_grad=True)
-    each = torch.randn(2, 15, len(names), 4, dtype=torch.float64, requires_grad=True)
-    read = read_paths(x, paths)
-    for path in range(len(names)):
-        order = paths.order[0, :, path]
-        assert torch.equal(read[:, :, path], x[:, order])
-        assert torch.equal(to_steps(each, paths)[:, :, path], each[:, order, path])
-    assert torch.equal(to_cells(to_steps(each, paths), paths), each)
-    torch.testing.assert_close(merge_paths(read, paths), len(names) * x)
-    for function, given in ((read_paths, x), (merge_paths, each), (to_steps, each)):
-        assert torch.autograd.gradcheck(lambda v, f=function: f(v, paths), given)
+@pytest.mark.parametrize("grid", [(3, 5), (1, 4), (6, 6)])
+def test_all_paths_are_a_table(grid):
+    paths = scan_paths(grid, CPU, PATHS)
+    assert paths.shape == (grid[0] * grid[1], len(PATHS))
+    assert torch.equal(order_table(paths, len(paths)), paths)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_traced_paths_are_not_kept():
     def doubled(x):
-        return merge_paths(read_paths(x, scan_paths((2, 7), CPU)), scan_paths((2, 7), CPU))
+        read = to_steps(x, scan_paths((2, 7), CPU))
+        return to_tokens(read, scan_paths((2, 7), CPU), 14).sum(dim=2)
 
     x = torch.randn(1, 14, 2)
     traced = torch.compile(doubled, fullgraph=True, backend="eager")
@@ -75,10 +59,11 @@ def test_traced_paths_are_not_kept():
 
 
 def there_and_back(x):
-    """Use all four permutations, and a product that has a second derivative."""
-    paths = scan_paths((2, 3), CPU)
-    read = read_paths(x, paths)
-    return merge_paths(to_steps(to_cells(read * read[:, :, :1], paths), paths), paths)
+    """Read and write what paths share and what each has, by a product with a second derivative."""
+    order = scan_paths((2, 3), CPU)
+    read = to_steps(x, order)
+    again = to_steps(to_tokens(read * read[:, :, :1], order, 6), order)
+    return to_tokens(again, order, 6).sum(dim=2)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")  # by jvp itself
@@ -93,11 +78,12 @@ def test_paths_have_all_derivatives_at_all_times():
 
 
 def test_paths_made_under_a_transform_do_not_outlive_it():
-    torch.func.grad(lambda x: read_paths(x, scan_paths((3, 7), CPU)).sum())(torch.ones(1, 21, 2))
-    assert scan_paths((3, 7), CPU).order.sum().item() == 4 * sum(range(21))
+    torch.func.grad(lambda x: to_steps(x, scan_paths((3, 7), CPU)).sum())(torch.ones(1, 21, 2))
+    assert scan_paths((3, 7), CPU).sum().item() == 4 * sum(range(21))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are constants of a trace
 def test_a_trace_can_be_saved():
     x, file = torch.randn(1, 6, 3, requires_grad=True), io.BytesIO()
     torch.jit.save(torch.jit.trace(there_and_back, x), file)

@@ -20,12 +20,12 @@ BACKENDS = ["cpu", "reference"]
 KERNELS = ["triton", "numba"]
 GPU = [pytest.param("cuda", marks=pytest.mark.gpu("selective_scan_cuda"))]
 FULL = dict(delta_softplus=True, return_last_state=True)
-GAPLESS = dict(gap_policy="none", return_dt=False)  # of the operator
+GAPLESS = dict(gap_policy="none", return_dt=False, order_params=True)  # of the operator
 
 
 def of_operator(inputs):
-    """The operator's tensors: without skipped tokens."""
-    return *inputs.values(), None, None
+    """The operator's tensors: without skipped tokens, in their order."""
+    return *inputs.values(), None, None, None
 
 
 def small(**changes):

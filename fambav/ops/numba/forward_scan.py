@@ -4,6 +4,9 @@ The step sizes of tokens that were removed in front of a token add to its own in
 
     h[t] = exp((delta[t] + gap[t]) A) h[t-1] + delta[t] B[t] u[t]
 
+An order table says which token a group comes to at each step: it is read there by its index, and
+nothing is moved in memory.
+
 Source: the recurrence of Gu and Dao, "Mamba", arXiv:2312.00752, algorithm 2, and the recomputation
 of its section 3.3.2, here from the states kept between chunks of tokens.
 """
@@ -24,10 +27,40 @@ from fambav.ops.numba import functions
 from fambav.ops.numba.compilation import COUNTER, floats, inlined, kernel, launch, next_task
 from fambav.ops.numba.functions import LOG2_E, ZERO, exp2
 from fambav.ops.numba.lanes import WIDTH, broadcast
-from fambav.ops.numba.memory import get, number_at, put, read, vectors, write
+from fambav.ops.numba.memory import fetch, get, number_at, put, read, vectors, write
 
 NONE, BIAS, SELF, HOLD_PREV, CACHED = range(5)
 GAPS = {"none": NONE, "bias": BIAS, "self": SELF, "hold_prev": HOLD_PREV, "cached": CACHED}
+AHEAD = 8  # steps before a token is needed that it is fetched
+ORDER = types.Array(types.int64, 3, "A")
+_NO_ORDER = np.empty((0, 0, 0), np.int64)
+
+
+@inlined
+def walk_of(order: Any, length: int, b: int, group: int, reverse: bool, by_token: bool) -> Any:
+    """Return how a group walks the tokens of a sample, and in how many steps."""
+    steps = order.shape[1] if order.size else length
+    return order, steps, b if len(order) > 1 else 0, group, reverse, by_token
+
+
+@inlined
+def token_at(walk: Any, step: int) -> Any:
+    """Return the index of u and y at a step, and that of delta, B and C."""
+    order, steps, b, group, reverse, by_token = walk
+    place = steps - 1 - step if reverse else step
+    if order.size == 0:
+        return place, place
+    token = order[b, place, group]
+    return token, token if by_token else place
+
+
+@inlined
+def shared_before(u: Any, delta: Any, dim: int, first: int) -> Any:
+    """Return by how much the channels of a group lie further in front in u and in delta.
+
+    All groups may have the same channels there; `first` is the first one of the group.
+    """
+    return first if u.shape[3] < dim else 0, first if delta.shape[3] < dim else 0
 
 
 @inlined
@@ -50,7 +83,7 @@ def gap_of(
     COUNTER,
     *(floats(4), floats(4), floats(4), floats(5), floats(5), floats(4), floats(4)),
     *(floats(4), floats(4), floats(4), floats(4), floats(4), floats(4)),
-    *(types.boolean, types.boolean[::1], types.int64),
+    *(types.boolean, types.boolean[::1], types.int64, ORDER, types.boolean),
 )
 def _scan_forward_kernel(
     counter: Any,
@@ -70,9 +103,12 @@ def _scan_forward_kernel(
     softplus: bool,
     reverse: Any,
     policy: int,
+    order: Any,
+    by_token: bool,
 ) -> None:
-    directions, batch, length, dim = u.shape
+    directions, batch, length, _ = u.shape
     groups, state = B.shape[3:]
+    dim = A.shape[3]
     width = dim // groups
     blocks = -(-width // WIDTH)
     A_log2e, h = vectors(state), vectors(state)
@@ -85,6 +121,9 @@ def _scan_forward_kernel(
         channel = group * width + block * WIDTH
         count = min(WIDTH, width - block * WIDTH)
         place = (k, b, channel, count)
+        walk = walk_of(order, length, b, group, reverse[k], by_token)
+        before_u, before_delta = shared_before(u, delta, dim, group * width)
+        at_u, at_delta = channel - before_u, channel - before_delta
 
         shift = read(bias, k, 0, 0, channel, count) if bias.size else broadcast(ZERO)
         rest = functions.softplus(shift)[0] if softplus else shift
@@ -93,13 +132,17 @@ def _scan_forward_kernel(
             put(A_log2e, n, read(A, k, 0, n, channel, count) * LOG2_E)
             put(h, n, broadcast(ZERO))
 
-        for step in range(length):
+        for step in range(walk[1]):
             if kept.size and step % CHUNK == 0:
                 for n in range(state):
                     write(kept, k, b, step // CHUNK * state + n, channel, count, get(h, n))
-            t = length - 1 - step if reverse[k] else step
-            u_t = read(u, k, b, t, channel, count)
-            delta_t = read(delta, k, b, t, channel, count) + shift
+            token, t = token_at(walk, min(step + AHEAD, walk[1] - 1))
+            fetch(u, k, b, token, at_u)
+            fetch(delta, k, b, t, at_delta)
+            fetch(y, k, b, token, channel)
+            token, t = token_at(walk, step)
+            u_t = read(u, k, b, token, at_u, count)
+            delta_t = read(delta, k, b, t, at_delta, count) + shift
             if softplus:
                 delta_t = functions.softplus(delta_t)[0]
             if dt.size:
@@ -116,7 +159,7 @@ def _scan_forward_kernel(
                 h_n = decay * get(h, n) + x * number_at(B, k, b, t, group, n)
                 put(h, n, h_n)
                 out = out + h_n * number_at(C, k, b, t, group, n)
-            write(y, k, b, t, channel, count, out)
+            write(y, k, b, token, channel, count, out)
 
         for n in range(state):
             write(last, k, b, n, channel, count, get(h, n))
@@ -136,6 +179,19 @@ def per_channel(parameters: Sequence[Tensor] | None) -> Tensor | None:
     return torch.stack([x.T if x.dim() == 2 else x[None] for x in parameters])[:, None]
 
 
+def order_array(order: Tensor | None) -> Any:
+    """Return a table as the kernels take it, (batch or 1, steps, groups), or an empty one."""
+    if order is None:
+        return _NO_ORDER
+    return (order if order.dim() == 3 else order[None]).numpy()
+
+
+def _kept(y: Tensor, state: int, order: Tensor | None) -> Tensor:
+    directions, batch, length, dim = y.shape
+    steps = length if order is None else order.shape[-2]
+    return y.new_empty(numba_shape(directions, batch, steps, dim, state), dtype=torch.float32)
+
+
 def scan_forward(
     u: Tensor,
     delta: Tensor,
@@ -153,6 +209,8 @@ def scan_forward(
     skipped_dt: Tensor | None = None,
     gap_policy: str = "none",
     dt: Tensor | None = None,
+    order: Tensor | None = None,
+    order_params: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Scan along the tokens in one or two directions.
 
@@ -174,24 +232,23 @@ def scan_forward(
         skipped_dt: Their step sizes, summed, shaped like u, under "cached".
         gap_policy: How the state ages over them, see `registry.GAP_POLICIES`.
         dt: Output for the step size after bias and softplus, shaped like u, or None.
+        order, order_params: As in `selective_scan`; nothing is written where no group comes.
 
     Returns:
         The state after the last step, (directions, batch, dim, state), and the states before each
         chunk, of shape `kept_states.numba_shape`, or empty.
     """
-    directions, batch, length, dim = u.shape
+    directions, batch, _, dim = y.shape
     groups, state = B.shape[3:]
-    last = u.new_empty(directions, batch, dim, state, dtype=torch.float32)
-    shape = numba_shape(directions, batch, length, dim, state)
-    kept = u.new_empty(shape, dtype=torch.float32) if keep else None
+    last = y.new_empty(directions, batch, dim, state, dtype=torch.float32)
+    kept = _kept(y, state, order) if keep else None
     gap = None if skipped is None else skipped[..., None], skipped_dt
     launch(
         _scan_forward_kernel,
         directions * batch * groups * -(-dim // groups // WIDTH),
         (u, delta, per_channel(A), B, C, per_channel(D), per_channel(bias), *gap),
         (y, last.mT, kept, dt),
-        softplus,
-        np.array(reverse, dtype=np.bool_),
-        GAPS[gap_policy],
+        *(softplus, np.array(reverse, dtype=np.bool_), GAPS[gap_policy]),
+        *(order_array(order), order_params),
     )
     return last, last.new_empty(0) if kept is None else kept

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
@@ -76,6 +77,77 @@ def _write_row(typing: Any, x: Any, i: Any, j: Any, k: Any, channel: Any, value:
     return types.void(x, *[types.int64] * 4, value), _emit_write
 
 
+_LANES = ir.VectorType(ir.IntType(32), WIDTH)
+_MASK = ir.VectorType(ir.IntType(1), WIDTH)
+
+
+def _emit_mask(builder: Any, count: Any) -> Any:
+    """Return the mask of the lanes below `count`, an int64."""
+    number = builder.trunc(count, ir.IntType(32))
+    first = builder.insert_element(
+        ir.Constant(_LANES, ir.Undefined), number, ir.Constant(ir.IntType(32), 0)
+    )
+    limit = builder.shuffle_vector(first, first, ir.Constant(_LANES, [0] * WIDTH))
+    return builder.icmp_signed("<", ir.Constant(_LANES, list(range(WIDTH))), limit)
+
+
+def _intrinsic(builder: Any, name: str, signature: Any) -> Any:
+    """Return LLVM's masked load or store; LLVM completes the name by its types."""
+    return cgutils.get_or_insert_function(
+        builder.module, signature, f"llvm.masked.{name}.v{WIDTH}f32.p0"
+    )
+
+
+def _emit_read_part(context: Any, builder: Any, taken: Any, args: Any) -> Any:
+    pointer = _pointer(context, builder, taken.args[0], args[0], args[1:-1])
+    row, align = VECTOR.as_pointer(), ir.IntType(32)
+    load = _intrinsic(builder, "load", ir.FunctionType(VECTOR, [row, align, _MASK, VECTOR]))
+    zero = ir.Constant(VECTOR, [0.0] * WIDTH)
+    mask = _emit_mask(builder, args[-1])
+    return builder.call(load, [builder.bitcast(pointer, row), align(_BYTES), mask, zero])
+
+
+def _emit_write_part(context: Any, builder: Any, taken: Any, args: Any) -> Any:
+    pointer = _pointer(context, builder, taken.args[0], args[0], args[1:-2])
+    row, align, nothing = VECTOR.as_pointer(), ir.IntType(32), ir.VoidType()
+    store = _intrinsic(builder, "store", ir.FunctionType(nothing, [VECTOR, row, align, _MASK]))
+    mask = _emit_mask(builder, args[-2])
+    builder.call(store, [args[-1], builder.bitcast(pointer, row), align(_BYTES), mask])
+    return context.get_dummy_value()
+
+
+@emitted
+def _read_part(typing: Any, x: Any, i: Any, j: Any, k: Any, channel: Any, count: Any) -> Any:
+    del typing, i, j, k, channel, count
+    return LANES(x, *[types.int64] * 5), _emit_read_part
+
+
+@emitted
+def _write_part(
+    typing: Any, x: Any, i: Any, j: Any, k: Any, channel: Any, count: Any, value: Any
+) -> Any:
+    del typing, i, j, k, channel, count
+    return types.void(x, *[types.int64] * 5, value), _emit_write_part
+
+
+def _emit_fetch(context: Any, builder: Any, taken: Any, args: Any) -> Any:
+    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    start = builder.bitcast(_pointer(context, builder, taken.args[0], args[0], args[1:]), byte)
+    signature = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+    run = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    for offset in (0, _BYTES * WIDTH - 1):  # a vector may lie on two cache lines
+        at = builder.gep(start, [ir.Constant(ir.IntType(64), offset)], source_etype=ir.IntType(8))
+        builder.call(run, [at, number(0), number(3), number(1)])
+    return context.get_dummy_value()
+
+
+@emitted
+def fetch(typing: Any, x: Any, i: Any, j: Any, k: Any, channel: Any) -> Any:
+    """Let the cache fetch neighbouring channels of a tensor of four axes, wherever that is."""
+    del typing, i, j, k, channel
+    return types.void(x, *[types.int64] * 4), _emit_fetch
+
+
 @inlined
 def get(buffer: Any, index: int) -> Any:
     """Load a vector of a buffer; the index counts vectors."""
@@ -115,6 +187,8 @@ def write(x: Any, i: int, j: int, k: int, channel: int, count: int, value: Any) 
 
 @called
 def _gather(x: Any, i: int, j: int, k: int, channel: int, count: int) -> Any:
+    if x.strides[3] == _BYTES:
+        return _read_part(x, i, j, k, channel, count)
     value = broadcast(np.float32(0))
     for index in range(count):
         value = with_lane(value, index, x[i, j, k, channel + index])
@@ -123,5 +197,8 @@ def _gather(x: Any, i: int, j: int, k: int, channel: int, count: int) -> Any:
 
 @called
 def _scatter(x: Any, i: int, j: int, k: int, channel: int, count: int, value: Any) -> None:
+    if x.strides[3] == _BYTES:
+        _write_part(x, i, j, k, channel, count, value)
+        return
     for index in range(count):
         x[i, j, k, channel + index] = lane(value, index)
