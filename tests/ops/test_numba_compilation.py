@@ -22,6 +22,13 @@ def threads(request):
     torch.set_num_threads(1)
 
 
+@pytest.fixture(params=["team", "python"])
+def runtime(request, monkeypatch):
+    if request.param == "python":  # as in a fork, and where torch has no OpenMP
+        monkeypatch.setattr(compilation, "_openmp", lambda: None)
+    return request.param
+
+
 def gated(seed=0):
     """Run a small kernel; return what it wrote and what PyTorch says."""
     y, z = torch.randn(2, 3, 65, 40, generator=torch.Generator().manual_seed(seed)).unbind()
@@ -51,6 +58,7 @@ def test_every_task_is_done_once_by_no_more_threads_than_pytorch_uses(threads, t
     assert len(workers) <= min(threads, tasks)
 
 
+@pytest.mark.usefixtures("runtime")
 def test_other_threads_do_take_part():
     torch.set_num_threads(2)
     meeting = threading.Barrier(2, timeout=60)
@@ -61,7 +69,21 @@ def test_other_threads_do_take_part():
     assert not meeting.broken
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_an_error_in_any_thread_is_raised(threads):
+    meeting = threading.Barrier(threads, timeout=60)
+
+    def function(counter):
+        with_error = meeting.wait() == 1
+        if with_error:
+            raise MemoryError("no buffer")
+
+    with pytest.raises(MemoryError, match="no buffer"):
+        compilation.launch(function, 2, (), ())
+
+
+@pytest.mark.usefixtures("threads", "runtime")
 def test_kernels_may_be_started_from_several_threads_at_once():
     found = {}
 
