@@ -4,18 +4,15 @@ A kernel is compiled for one signature when its module is imported.  Its machine
 the folder of the source or, if that is not writable, in the user's cache.
 
 A kernel takes tasks from a counter, without the GIL, in as many threads as PyTorch uses.  They are
-PyTorch's own OpenMP threads: between its products these spin for milliseconds on the cores that
-other threads would need.  A forked process does not inherit them and starts Python threads, as does
-one without OpenMP.  They are never numba's: depending on its threading layer, numba aborts a forked
-process or one that launches two kernels concurrently.
+PyTorch's own, see `team`; a forked process does not inherit these and starts Python threads, as
+does one without OpenMP.  They are never numba's: depending on its threading layer, numba aborts a
+forked process or one that launches two kernels concurrently.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
-import itertools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,11 +25,13 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 from torch import Tensor
 
 from fambav.ops import kept_states
 from fambav.ops.kernels import PROCESS
+from fambav.ops.numba.team import openmp, run_in_team
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -50,8 +49,6 @@ _SOURCES = digest(*sorted(Path(__file__).parent.glob("*.py")), Path(kept_states.
 _NOTHING = np.empty((0, 0, 0, 0), np.float32)
 
 COUNTER = types.int64[::1]
-
-_MEMBER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # what a thread of an OpenMP team calls
 
 
 def floats(axes: int) -> Any:
@@ -125,60 +122,29 @@ def launch(
     written = [None if x is None else x.detach().float() for x in outputs]
     read = [None if x is None else x.detach().float() for x in inputs]
     arrays = [_NOTHING if x is None else x.numpy() for x in (*read, *written)]
-    _run(lambda: function(counter, *arrays, *options), tasks)
+    arguments = counter, *arrays, *options
+    threads = torch.get_num_threads()
+    if min(threads, tasks) < 2:
+        function(*arguments)
+    elif isinstance(function, Dispatcher) and os.getpid() == PROCESS and (team := openmp()):
+        run_in_team(team, function, threads, arguments)
+    else:
+        _run_in_python(function, threads, tasks, arguments)
     for output, array in zip(outputs, written, strict=True):
         if output is not None and array is not None and output.dtype != array.dtype:
             output.copy_(array)
 
 
-def _run(function: Callable[[], None], tasks: int) -> None:
-    """Call a function in each of as many threads as PyTorch uses, but no more than tasks."""
-    threads = torch.get_num_threads()
-    if min(threads, tasks) < 2:
-        function()
-    elif os.getpid() == PROCESS and (parallel := _openmp()) is not None:
-        _run_in_team(parallel, function, threads, min(threads, tasks))
-    else:
-        others = _others(os.getpid(), threads - 1)
-        running = [others.submit(function) for _ in range(min(threads, tasks) - 1)]
-        function()
-        for run in running:
-            if not run.cancel():  # a thread that has not started yet would get no task
-                run.result()
-
-
-def _run_in_team(
-    parallel: Callable[..., None], function: Callable[[], None], threads: int, calls: int
+def _run_in_python(
+    function: Callable[..., None], threads: int, tasks: int, arguments: tuple[Any, ...]
 ) -> None:
-    """Call a function in OpenMP's threads; all take part, since a smaller team ends the others."""
-    members, errors = itertools.count(), list[BaseException]()
-
-    def member(_: Any) -> None:
-        try:
-            if next(members) < calls:
-                function()
-        except BaseException as error:  # noqa: BLE001  C cannot raise it
-            errors.append(error)
-
-    parallel(_MEMBER(member), None, threads, 0)
-    if errors:
-        raise errors[0]
-
-
-@functools.cache
-def _openmp() -> Callable[..., None] | None:
-    """Return the function that runs another in a team of PyTorch's OpenMP threads, or None.
-
-    It is that of GNU's runtime, which LLVM's and Intel's offer too.
-    """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # also looks in what the library loads
-    except (OSError, AttributeError):
-        return None
-    parallel.argtypes = (_MEMBER, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    parallel.restype = None
-    return cast(Callable[..., None], parallel)
+    """Call a function in Python threads, of which one is the present one."""
+    others = _others(os.getpid(), threads - 1)
+    running = [others.submit(function, *arguments) for _ in range(min(threads, tasks) - 1)]
+    function(*arguments)
+    for run in running:
+        if not run.cancel():  # a thread that has not started yet would get no task
+            run.result()
 
 
 @functools.cache
