@@ -20,7 +20,7 @@ from torch.library import custom_op
 
 from fambav.ops.derivatives import refuse
 from fambav.ops.kernels import NUMBA, KernelSet, kernel_set
-from fambav.ops.products import product
+from fambav.ops.products import choose
 from fambav.ops.scratch import scratch
 
 REVERSE = (False, True)  # of the directions
@@ -215,7 +215,7 @@ def _forward(
         **dict(SCORES[score], score=scores) if score else {},
     )
     if out_proj is not None:
-        out = product(out, out_proj)
+        out = choose(out, out_proj)(out, out_proj)
     return out, projected, total, kept, scores, kept.new_empty(0) if delta is None else delta
 
 
@@ -266,9 +266,9 @@ def _backward(
     if out_proj is None:
         mixer.run.gate_backward(grad, total, z, dy, dz, scale=scale)
     else:
-        gated = scratch("gated", total.shape, total)
-        mixer.run.gate_backward(product(grad, out_proj.mT), total, z, dy, dz, gated, scale=scale)
-        dout_proj = [product(grad.flatten(0, 1).mT, gated.flatten(0, 1).mT)]
+        gated, multiply = scratch("gated", total.shape, total), choose(total, out_proj)
+        mixer.run.gate_backward(multiply(grad, out_proj.mT), total, z, dy, dz, gated, scale=scale)
+        dout_proj = [multiply(grad.flatten(0, 1).mT, gated.flatten(0, 1).mT)]
 
     u = mixer.convolved(x)
     B, C, dt = mixer.parts(projected)

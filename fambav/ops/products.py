@@ -17,48 +17,51 @@ from torch import Tensor
 
 from fambav.ops import dispatch
 
-LEAST = 2**15  # elements of a weight: below, a call costs more than it saves at small batches
+_ARGUMENTS = ["X", "W", "B", "attr", "scalars", "algorithm"]  # that we know what to give for
+LEAST, LEAST_TOKENS = 2**15, 64  # weights and tokens: below, a call costs more than it saves
 
 
 @functools.cache
-def _onednn() -> Callable[..., Tensor] | None:
+def _onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
     """Return oneDNN's product as PyTorch calls it for compiled models, if it is faster; or None."""
-    processor = getattr(torch.cpu, "get_capabilities", dict)()
+    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     known = processor.get("cpu_name", "").startswith("AMD") and processor.get("avx512_f", False)
     if not (known and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return None
-    x = torch.arange(6.0).view(2, 3)
-    try:
-        run: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
-        agrees = torch.equal(run(x, x, None, "none", [], ""), F.linear(x, x))
-    except (AttributeError, RuntimeError):  # it is not a public one
+    packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # it is not a public one
+    run: Any = getattr(packet, "default", None)
+    if run is None or [argument.name for argument in run._schema.arguments] != _ARGUMENTS:
         return None
-    return run if agrees else None
+    return lambda x, weight: run(x, weight, None, "none", [], "")
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x @ weight.T without a gradient, whose kernel is chosen by the weight alone.
+def choose(x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what multiplies x and weight, and their gradients; a batch of any size has the same.
 
     Args:
-        x: (..., in).
+        x: (..., tokens, in).
         weight: (out, in), of the same dtype.
 
     Returns:
-        (..., out).
+        A function like `F.linear`; it may be without a gradient.
     """
-    plain = weight.device.type != "cpu" or weight.dtype != torch.float32
-    if plain or weight.numel() < LEAST or not torch.backends.mkldnn.enabled or not x.numel():
-        return F.linear(x, weight)
-    run = _onednn()
-    return F.linear(x, weight) if run is None else run(x, weight, None, "none", [], "")
+    if (
+        (weight.device.type, weight.dtype) != ("cpu", torch.float32)
+        or weight.numel() < LEAST
+        or x.shape[-2] < LEAST_TOKENS
+        or not torch.backends.mkldnn.enabled
+        or not x.numel()
+    ):
+        return F.linear
+    return _onednn() or F.linear
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return x @ weight.T, differentiable as often as PyTorch's own.
 
     Args:
-        x: As in `product`.
-        weight: Likewise; autocast applies.
+        x: As in `choose`.
+        weight: Likewise, but of any dtype; autocast applies.
 
     Returns:
         (..., out).
@@ -72,27 +75,28 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         or dispatch.plain_autograd()
     ):
         return F.linear(x, weight)
+    multiply = choose(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        out: Tensor = _Linear.apply(x, weight)
+        out: Tensor = F.linear(x, weight) if multiply is F.linear else _Linear.apply(x, weight)
         return out
-    return product(x, weight)
+    return multiply(x, weight)
 
 
 class _Linear(torch.autograd.Function):
-    """`product` with gradients."""
+    """The product of `choose`, with gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """Return x @ weight.T."""
         ctx.save_for_backward(x, weight)
-        return product(x, weight)
+        return choose(x, weight)(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of x and weight."""
         x, weight = ctx.saved_tensors
-        run = F.linear if torch.is_grad_enabled() else product  # for a second derivative
-        dx = run(grad, weight.mT) if ctx.needs_input_grad[0] else None
+        multiply = F.linear if torch.is_grad_enabled() else choose(x, weight)  # may be taken twice
+        dx = multiply(grad, weight.mT) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None
-        return dx, run(grad.flatten(0, -2).mT, x.flatten(0, -2).mT)
+        return dx, multiply(grad.flatten(0, -2).mT, x.flatten(0, -2).mT)

@@ -25,7 +25,7 @@ def threads(request):
 @pytest.fixture(params=["team", "python"])
 def runtime(request, monkeypatch):
     if request.param == "python":  # as in a fork, and where torch has no OpenMP
-        monkeypatch.setattr(compilation, "_openmp", lambda: None)
+        monkeypatch.setattr(compilation, "openmp", lambda: None)
     return request.param
 
 
@@ -58,7 +58,6 @@ def test_every_task_is_done_once_by_no_more_threads_than_pytorch_uses(threads, t
     assert len(workers) <= min(threads, tasks)
 
 
-@pytest.mark.usefixtures("runtime")
 def test_other_threads_do_take_part():
     torch.set_num_threads(2)
     meeting = threading.Barrier(2, timeout=60)
@@ -69,18 +68,42 @@ def test_other_threads_do_take_part():
     assert not meeting.broken
 
 
-@pytest.mark.usefixtures("runtime")
 @pytest.mark.parametrize("threads", [2], indirect=True)
 def test_an_error_in_any_thread_is_raised(threads):
     meeting = threading.Barrier(threads, timeout=60)
 
     def function(counter):
-        with_error = meeting.wait() == 1
-        if with_error:
+        if meeting.wait() == 1:
             raise MemoryError("no buffer")
 
     with pytest.raises(MemoryError, match="no buffer"):
         compilation.launch(function, 2, (), ())
+
+
+@compilation.kernel(compilation.COUNTER, compilation.floats(4), numba.boolean, numba.float32)
+def _count(counter, out, fails, factor):
+    while True:
+        task = compilation.next_task(counter)
+        if task >= out.size:
+            break
+        if fails:
+            raise MemoryError
+        out[task, 0, 0, 0] += factor * (task + 1)
+
+
+@pytest.mark.parametrize("tasks", [2, 1000])
+@pytest.mark.usefixtures("threads", "runtime")
+def test_a_kernel_does_every_task_once_whoever_runs_it(tasks):
+    out = torch.zeros(tasks, 1, 1, 2)[..., :1]
+    compilation.launch(_count, tasks, (), (out,), False, 0.5)
+    assert out.flatten().tolist() == [0.5 * (n + 1) for n in range(tasks)]
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+@pytest.mark.usefixtures("threads", "runtime")
+def test_a_kernel_that_fails_in_a_thread_raises():
+    with pytest.raises(MemoryError):
+        compilation.launch(_count, 2, (), (torch.zeros(2, 1, 1, 1),), True, 1.0)
 
 
 @pytest.mark.usefixtures("threads", "runtime")

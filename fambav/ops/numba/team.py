@@ -64,7 +64,8 @@ def run_in_team(
 def _words(kind: Any, x: Any) -> Iterator[int]:
     """Yield an argument as numba lays it out in memory, in words of 8 bytes."""
     if isinstance(kind, types.Array):
-        yield from (0, 0, x.size, x.itemsize, x.ctypes.data, *x.shape, *x.strides)
+        address = x.__array_interface__["data"][0]  # faster than by `x.ctypes`
+        yield from (0, 0, x.size, x.itemsize, address, *x.shape, *x.strides)
     elif kind == types.float32:
         yield int(np.float32(x).view(np.int32))
     else:
