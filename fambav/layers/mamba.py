@@ -26,6 +26,7 @@ from fambav.ops import Direction, bimamba_scan
 from fambav.ops.bimamba import RETURNED, ScanInputs, scan_inputs, token_score
 from fambav.ops.dispatch import without_autocast
 from fambav.ops.fused_bimamba import SCORES
+from fambav.ops.products import linear
 from fambav.ops.scan_aligned import aligned_scan, count_skipped, estimate_skipped_dt
 from fambav.registry import BIMAMBA
 
@@ -138,7 +139,7 @@ class Mamba(nn.Module):
             Shaped like hidden; with `tokens` also the wanted intermediates, of which scores, B and
             C have no gradient.
         """
-        xz = self.in_proj(hidden)  # (batch, length, 2 * inner)
+        xz = self._projected(hidden)  # (batch, length, 2 * inner)
         if (replaced := self.unfused) is not None:
             self._warn(replaced)
         elif self.bimamba_type == "v2" and want <= _FUSED and len(want & SCORES.keys()) < 2:
@@ -202,6 +203,13 @@ class Mamba(nn.Module):
             if reason is not None:
                 return name, reason
         return (self._called[0], _WATCHED) if _all_watched() else None
+
+    def _projected(self, hidden: Tensor) -> Tensor:
+        """Apply `in_proj`, by its weight alone where calling the module does no more."""
+        if not_plain(self.in_proj) is None and not _all_watched():
+            return linear(hidden, self.in_proj.weight)
+        out: Tensor = self.in_proj(hidden)
+        return out
 
     def _warn(self, unfused: tuple[str, str]) -> None:
         """Warn once for all mixers of a model that they are not fused."""

@@ -98,6 +98,15 @@ def _bimamba_backward(
     return 2 * (inner + out) + dt_proj + 3 * conv + SCAN_BACKWARD * steps
 
 
+def _linear(x: Any, weight: Any, *_: Any, **options: Any) -> int:
+    del options
+    return 2 * _product((*x, weight[0]))
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # see `products`
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_linear)
+
+
 @register_flop_formula(_OPS.add_rms_norm)
 def _norm(hidden: Any, *_: Any, **options: Any) -> int:
     """Count the sum, the square and its sum, and both factors."""

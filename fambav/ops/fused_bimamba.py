@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fambav.ops.derivatives import refuse
-from fambav.ops.kernels import KernelSet, kernel_set
+from fambav.ops.kernels import NUMBA, KernelSet, kernel_set
+from fambav.ops.products import choose
+from fambav.ops.scratch import scratch
 
 REVERSE = (False, True)  # of the directions
 ROW = 16  # the width of the projection is a multiple of it, so that B and C are aligned
@@ -149,13 +151,15 @@ class _Mixer(NamedTuple):
 
     def convolved(self, x: Tensor) -> Tensor:
         """Return u, (2, batch, length, dim)."""
-        u = x.new_empty(2, *x.shape)
+        u = scratch("u", (2, *x.shape), x)
         self.run.conv_forward(x, *self.conv, u, silu=True, reverse=REVERSE)
         return u
 
     def delta(self, dt: Tensor, like: Tensor) -> Tensor:
         """Return delta before bias and softplus, shaped like u."""
-        return torch.bmm(dt, self.dt_proj).view_as(like)
+        delta = scratch("delta", like.shape, like)
+        torch.bmm(dt, self.dt_proj, out=delta.flatten(1, 2))
+        return delta
 
 
 def _row(rank: int, state: int) -> int:
@@ -192,14 +196,17 @@ def _forward(
     u = mixer.convolved(x)  # (2, batch, length, dim)
     projected = torch.bmm(u.flatten(1, 2), mixer.x_proj.mT).unflatten(1, x.shape[:2])
     B, C, dt = mixer.parts(projected)  # of (2, batch, length, row)
-    y = torch.empty_like(u)
-    inputs = u, mixer.delta(dt, u), mixer.A, B, C, *mixer.channels
+    raw = mixer.delta(dt, u)
+    # Numba's kernels read an element before they write it: delta becomes y, and that becomes out.
+    in_place = kernels == NUMBA.name
+    y = raw if in_place else torch.empty_like(u)
+    inputs = u, raw, mixer.A, B, C, *mixer.channels
     delta = torch.empty_like(u, dtype=torch.float32) if return_dt else None
     _, kept = mixer.run.scan_forward(
         *inputs, y, softplus=True, reverse=REVERSE, keep=keep,
         skipped=skipped, skipped_dt=skipped_dt, gap_policy=gap_policy, dt=delta,
     )  # fmt: skip
-    out = x.new_empty(x.shape)
+    out = y[0] if in_place and out_proj is not None else x.new_empty(x.shape)
     total = x.new_empty(x.shape if keep else 0)
     scores = kept.new_empty(u.shape[:3] if score else 0)
     mixer.run.gate_forward(
@@ -208,7 +215,7 @@ def _forward(
         **dict(SCORES[score], score=scores) if score else {},
     )
     if out_proj is not None:
-        out = torch.matmul(out, out_proj.mT)
+        out = choose(out, out_proj)(out, out_proj)
     return out, projected, total, kept, scores, kept.new_empty(0) if delta is None else delta
 
 
@@ -255,19 +262,26 @@ def _backward(
     mixer = _Mixer.of(tuple(parameters), kernels)
     dxz = torch.empty_like(xz)
     (x, z), (dx, dz) = xz.chunk(2, dim=-1), dxz.chunk(2, dim=-1)
-    dy, dout_proj = torch.empty_like(total), []
+    dy, dout_proj = scratch("dy", total.shape, total), []
     if out_proj is None:
         mixer.run.gate_backward(grad, total, z, dy, dz, scale=scale)
     else:
-        gated = torch.empty_like(total)
-        mixer.run.gate_backward(grad @ out_proj, total, z, dy, dz, gated, scale=scale)
-        dout_proj = [grad.flatten(0, 1).mT @ gated.flatten(0, 1)]
+        gated, multiply = scratch("gated", total.shape, total), choose(total, out_proj)
+        mixer.run.gate_backward(multiply(grad, out_proj.mT), total, z, dy, dz, gated, scale=scale)
+        dout_proj = [multiply(grad.flatten(0, 1).mT, gated.flatten(0, 1).mT)]
 
     u = mixer.convolved(x)
     B, C, dt = mixer.parts(projected)
-    du, ddelta, dprojected = torch.empty_like(u), torch.empty_like(u), torch.zeros_like(projected)
+    delta, du, dprojected = (
+        mixer.delta(dt, u),
+        scratch("du", u.shape, u),
+        torch.zeros_like(projected),
+    )
+    ddelta = (
+        delta if kernels == NUMBA.name else torch.empty_like(u)
+    )  # in place, as the forward pass
     dB, dC, ddt = mixer.parts(dprojected)
-    inputs = u, mixer.delta(dt, u), mixer.A, B, C, *mixer.channels
+    inputs = u, delta, mixer.A, B, C, *mixer.channels
     outputs = du, ddelta, dB, dC
     dskipped_dt = [] if skipped_dt is None else [skipped_dt.new_empty(u.shape)]
     dA, dD, dt_bias = mixer.run.scan_backward(

@@ -21,6 +21,8 @@ from torch import Tensor
 from fambav.ops import kept_states
 from fambav.ops.dispatch import BackendError
 
+PROCESS = os.getpid()  # that imported this module, whose forks do not inherit its threads
+
 
 class KernelSet(NamedTuple):
     """A package of our kernels.

@@ -22,6 +22,13 @@ def threads(request):
     torch.set_num_threads(1)
 
 
+@pytest.fixture(params=["team", "python"])
+def runtime(request, monkeypatch):
+    if request.param == "python":  # as in a fork, and where torch has no OpenMP
+        monkeypatch.setattr(compilation, "openmp", lambda: None)
+    return request.param
+
+
 def gated(seed=0):
     """Run a small kernel; return what it wrote and what PyTorch says."""
     y, z = torch.randn(2, 3, 65, 40, generator=torch.Generator().manual_seed(seed)).unbind()
@@ -61,7 +68,45 @@ def test_other_threads_do_take_part():
     assert not meeting.broken
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_an_error_in_any_thread_is_raised(threads):
+    meeting = threading.Barrier(threads, timeout=60)
+
+    def function(counter):
+        if meeting.wait() == 1:
+            raise MemoryError("no buffer")
+
+    with pytest.raises(MemoryError, match="no buffer"):
+        compilation.launch(function, 2, (), ())
+
+
+@compilation.kernel(compilation.COUNTER, compilation.floats(4), numba.boolean, numba.float32)
+def _count(counter, out, fails, factor):
+    while True:
+        task = compilation.next_task(counter)
+        if task >= out.size:
+            break
+        if fails:
+            raise MemoryError
+        out[task, 0, 0, 0] += factor * (task + 1)
+
+
+@pytest.mark.parametrize("tasks", [2, 1000])
+@pytest.mark.usefixtures("threads", "runtime")
+def test_a_kernel_does_every_task_once_whoever_runs_it(tasks):
+    out = torch.zeros(tasks, 1, 1, 2)[..., :1]
+    compilation.launch(_count, tasks, (), (out,), False, 0.5)
+    assert out.flatten().tolist() == [0.5 * (n + 1) for n in range(tasks)]
+
+
+@pytest.mark.parametrize("threads", [2], indirect=True)
+@pytest.mark.usefixtures("threads", "runtime")
+def test_a_kernel_that_fails_in_a_thread_raises():
+    with pytest.raises(MemoryError):
+        compilation.launch(_count, 2, (), (torch.zeros(2, 1, 1, 1),), True, 1.0)
+
+
+@pytest.mark.usefixtures("threads", "runtime")
 def test_kernels_may_be_started_from_several_threads_at_once():
     found = {}
 

@@ -4,8 +4,9 @@ A kernel is compiled for one signature when its module is imported.  Its machine
 the folder of the source or, if that is not writable, in the user's cache.
 
 A kernel takes tasks from a counter, without the GIL, in as many threads as PyTorch uses.  They are
-Python threads, not numba's: depending on its threading layer, numba aborts a forked process or one
-that launches two kernels concurrently.
+PyTorch's own, see `team`; a forked process does not inherit these and starts Python threads, as
+does one without OpenMP.  They are never numba's: depending on its threading layer, numba aborts a
+forked process or one that launches two kernels concurrently.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 from torch import Tensor
 
 from fambav.ops import kept_states
+from fambav.ops.kernels import PROCESS
+from fambav.ops.numba.team import openmp, run_in_team
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -118,19 +122,29 @@ def launch(
     written = [None if x is None else x.detach().float() for x in outputs]
     read = [None if x is None else x.detach().float() for x in inputs]
     arrays = [_NOTHING if x is None else x.numpy() for x in (*read, *written)]
+    arguments = counter, *arrays, *options
     threads = torch.get_num_threads()
-    running = []
-    if threads > 1:
-        others = _others(os.getpid(), threads - 1)
-        for _ in range(min(threads, tasks) - 1):
-            running.append(others.submit(function, counter, *arrays, *options))
-    function(counter, *arrays, *options)
-    for run in running:
-        if not run.cancel():  # a thread that has not started yet would get no task
-            run.result()
+    if min(threads, tasks) < 2:
+        function(*arguments)
+    elif isinstance(function, Dispatcher) and os.getpid() == PROCESS and (team := openmp()):
+        run_in_team(team, function, threads, arguments)
+    else:
+        _run_in_python(function, threads, tasks, arguments)
     for output, array in zip(outputs, written, strict=True):
         if output is not None and array is not None and output.dtype != array.dtype:
             output.copy_(array)
+
+
+def _run_in_python(
+    function: Callable[..., None], threads: int, tasks: int, arguments: tuple[Any, ...]
+) -> None:
+    """Call a function in Python threads, of which one is the present one."""
+    others = _others(os.getpid(), threads - 1)
+    running = [others.submit(function, *arguments) for _ in range(min(threads, tasks) - 1)]
+    function(*arguments)
+    for run in running:
+        if not run.cancel():  # a thread that has not started yet would get no task
+            run.result()
 
 
 @functools.cache
