@@ -14,7 +14,7 @@ A program loops from the last token to the first, for one block of channels of a
 direction.  Each chunk is first scanned forwards from the state that the forward kernel kept, and
 the state before every second token is stored to scratch in global memory, where one chunk of all
 resident programs fits in the L2 cache.  Then it goes back pair by pair, recomputing states and
-decays of two tokens in registers.
+decays of two tokens in registers; u, delta and dy of the next pair are loaded meanwhile.
 
 Sums over channels cross threads, each of which owns one channel and its whole state.  As a product
 with a row of ones they are transposed once through shared memory and then summed by threads that
@@ -51,18 +51,19 @@ from fambav.ops.triton.scan_forward import (
     as_floats,
     directions_back,
     each_way,
+    fetch,
     index_type,
     of_channels,
-    of_token,
+    only_if,
     put_token,
     rows_of_gaps,
     state_form,
     step_size,
+    upcast,
     variant,
 )
 from fambav.ops.triton.scan_steps import (
     channel_sum,
-    only_if,
     pair_again,
     retreat,
     through_gap,
@@ -71,6 +72,7 @@ from fambav.ops.triton.scan_steps import (
 from fambav.ops.triton.variant import Variant
 
 STEPS = 2  # tokens of a pair; must divide CHUNK
+SUMMED, SUM_WARPS = 1024, 4  # elements and warps of a program that sums over blocks
 
 # Registers per thread (maxnreg) by itemsize: enough for two tokens without spilling.  The compiler
 # alone takes 240; with 168 the occupancy is twelve warps per multiprocessor, with 192 ten.  On
@@ -157,6 +159,9 @@ def _scan_backward_kernel(
     kept += (row * ((length - 1) // CHUNK) * PARTS * dim + channel) * PART + number
 
     chunks = tl.cdiv(length, CHUNK)
+    rows = (u_rows, delta_rows, dy_rows)
+    last = (length - 1) // STEPS * STEPS
+    ahead = fetch(rows, last, length, step, (channel,), (here,), STEPS)
     for i in range(chunks):
         start = (chunks - 1 - i) * CHUNK
         pairs = tl.cdiv(tl.minimum(length - start, CHUNK), STEPS)
@@ -170,17 +175,19 @@ def _scan_backward_kernel(
         )  # fmt: skip
         for j in range(pairs):
             pair = pairs - 1 - j
+            token = start + pair * STEPS
+            now = ahead
+            ahead = fetch(rows, token - STEPS, length, step, (channel,), (here,), STEPS)
             states, shares, deltas, ageds, slopes = pair_again(
-                scratch, pair, own, start, length, step, u_rows, delta_rows, B_rows, gaps,
+                now, scratch, pair, own, start, length, step, delta_rows, B_rows, gaps,
                 decay, shift, channel, here, STEPS, SOFTPLUS, GAP, PART, STATE,
             )  # fmt: skip
-            token = start + pair * STEPS
             for s in tl.static_range(STEPS - 1, -1, -1):
                 real = token + s < length  # else its gradient is 0
                 here_now = only_if(real, here)
                 t = tl.minimum(token + s, length - 1) * step
-                u_t = of_token(u_rows, t, channel, here)
-                dy_t = of_token(dy_rows, t, channel, here_now)
+                u_t = upcast(now[s * 3])
+                dy_t = tl.where(real, upcast(now[s * 3 + 2]), 0.0)
                 g, rate_sum, products, x_sum, decay_sum = retreat(
                     g, rate_sum, dy_t, deltas[s], ageds[s], u_t,
                     shares[s * PARTS : (s + 1) * PARTS],
@@ -234,6 +241,7 @@ def scan_backward(  # noqa: D417  as in scan_forward
     gap_policy: str = "none",
     ddt: Tensor | None = None,
     dskipped_dt: Tensor | None = None,
+    partial: bool = False,
     block: int | None = None,
     warps: int | None = None,
     chunk: int = CHUNK,
@@ -252,10 +260,12 @@ def scan_backward(  # noqa: D417  as in scan_forward
         ddt: Gradient of the step size after bias and softplus, shaped like u, or None.
         dskipped_dt: Output for the gradient of skipped_dt, shaped like u, float32; needed under
             "cached".
+        partial: Leave the sums over the batch to the caller.
         block, warps, chunk: As in the forward pass; chunk is a multiple of 2.
 
     Returns:
-        dA, (directions, dim, state), dD and dbias, (directions, dim), or None; all float32.
+        dA, (directions, dim, state), dD and dbias, (directions, dim), or None; all float32.  With
+        `partial` the batch is the second axis.
     """
     form = _form(B.shape[4], block or LANES, chunk, softplus=softplus, gap=gap_policy)
     tokens = dy, u, delta, B, C, du, ddelta
@@ -267,10 +277,61 @@ def scan_backward(  # noqa: D417  as in scan_forward
     _launch(tokens, states, given, parts, reverse, form, warps or 1)
     if dskipped_dt is not None and far is not None and far is not dskipped_dt:
         dskipped_dt.copy_(far)
-    for output, total in zip((dB, dC), dBC.sum(dim=0).unbind(dim=-2), strict=True):
-        output.copy_(total[..., : form["STATE"]])
+    _sum_blocks(dBC, dB, dC)
+    if partial:
+        return dA, dD, dbias
     dD, dbias = (None if part is None else part.sum(dim=1) for part in (dD, dbias))
     return dA.sum(dim=1), dD, dbias
+
+
+@triton.jit(do_not_specialize=["blocks", "rows", "batch", "length"])
+def _sum_blocks_kernel(
+    parts, dB, dC, blocks, rows, batch, length, groups,
+    dB_direction, dB_batch, dB_token, dB_group, dB_state,
+    dC_direction, dC_batch, dC_token, dC_group, dC_state,
+    STATE: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    column = tl.arange(0, 2 * PADDED)[None, :]
+    inside = (row < rows) & (column >= 0)
+    place = parts + row * (2 * PADDED) + column
+    total = tl.zeros([TOKENS, 2 * PADDED], tl.float32)
+    for _ in range(blocks):
+        total += tl.load(place, mask=inside, other=0.0)
+        place += rows.to(tl.int64) * (2 * PADDED)
+    group, token = row % groups, row // groups % length
+    image = row // groups // length % batch
+    direction = row // groups // length // batch
+    number = column % PADDED
+    of_B = inside & (column < STATE)
+    of_C = inside & (column >= PADDED) & (number < STATE)
+    dB += direction * dB_direction + image * dB_batch + token * dB_token + group * dB_group
+    dC += direction * dC_direction + image * dC_batch + token * dC_token + group * dC_group
+    tl.store(dB + number * dB_state, total, mask=of_B)
+    tl.store(dC + number * dC_state, total, mask=of_C)
+
+
+def _sum_blocks(parts: Tensor, dB: Tensor, dC: Tensor) -> None:
+    """Sum the parts of blocks of channels, in the order of the blocks, into dB and dC.
+
+    Args:
+        parts: (blocks, directions, batch, length, groups, 2, padded state).
+        dB: Output, as of `scan_backward`.
+        dC: Likewise.
+    """
+    blocks, directions, batch, length, groups, _, padded = parts.shape
+    rows, form = directions * batch * length * groups, _sum_form(dB.shape[4], padded)
+    with on_device(parts):
+        _sum_blocks_kernel[(triton.cdiv(rows, form["TOKENS"]),)](
+            parts, dB, dC, blocks, rows, batch, length, groups, *dB.stride(), *dC.stride(),
+            **form, num_warps=SUM_WARPS, **OPTIONS,
+        )  # fmt: skip
+
+
+def _sum_form(state: int, padded: int) -> dict[str, int]:
+    return dict(STATE=state, PADDED=padded, TOKENS=max(SUMMED // (2 * padded), 1))
 
 
 def _form(
@@ -348,6 +409,16 @@ def registers(dtype: torch.dtype, state: int, gap: str = "none") -> int | None:
 
 def variants() -> Iterator[Variant]:
     """Yield the usual specializations: channels and state contiguous."""
+    for dtype in POINTERS:
+        form = _sum_form(16, 16)
+        numbers = [name for name in _sum_blocks_kernel.arg_names if name not in form]
+        types = dict.fromkeys(numbers, "i32") | dict(parts="*fp32", dB=POINTERS[dtype])
+        types |= dict(dC=POINTERS[dtype])
+        ones = ("groups", "dB_state", "dC_state")
+        rows = ("_direction", "_batch", "_token", "_group")
+        aligned = ("parts", "dB", "dC", *(name for name in numbers if name.endswith(rows)))
+        name = f"sum_blocks {POINTERS[dtype][1:]} N16"
+        yield Variant(name, _sum_blocks_kernel, types, form, SUM_WARPS, aligned, ones)
     for dtype, state in product(POINTERS, (1, 8, 16)):
         form = _form(state, LANES) | dict(INDEX=tl.int32, dlast=None, ddt=None, dskipped_dt=None)
         form |= NO_GAP
