@@ -21,6 +21,7 @@ from torch.library import custom_op
 
 from fambav.ops import mixer_parameters
 from fambav.ops.derivatives import refuse
+from fambav.ops.kept_states import kept_dtype
 from fambav.ops.kernels import KernelSet, kernel_set
 from fambav.ops.mixer_parameters import Parts, row_width
 
@@ -174,7 +175,7 @@ class _Mixer(NamedTuple):
 def _product(a: Tensor, b: Tensor, slices: int) -> Tensor:
     """Multiply transposed tokens by tokens; (2, slices, of a, of b), to be summed over slices."""
     a, b = (x.reshape(2 * slices, -1, x.shape[-1]) for x in (a, b))
-    return torch.bmm(a.mT, b).unflatten(0, (2, slices))
+    return torch.bmm(a.mT, b).view(2, slices, a.shape[2], b.shape[2])
 
 
 @custom_op(
@@ -213,10 +214,12 @@ def _forward(
     _, kept = mixer.run.scan_forward(
         *inputs, y, softplus=True, reverse=REVERSE, keep=keep,
         skipped=skipped, skipped_dt=skipped_dt, gap_policy=gap_policy, dt=delta,
+        **{"states_dtype": kept_dtype(xz.dtype)} if kernels == "triton" else {},
     )  # fmt: skip
     out = x.new_empty(x.shape)
     total = x.new_empty(x.shape if keep else 0)
-    scores = kept.new_empty(u.shape[:3] if score else 0)
+    single = partial(xz.new_empty, dtype=torch.float32)
+    scores = single(u.shape[:3] if score else 0)
     mixer.run.gate_forward(
         *(y, z, out, total if keep else None),
         scale=scale,
@@ -224,7 +227,7 @@ def _forward(
     )
     if mixer.out_proj is not None:
         out = torch.matmul(out, mixer.out_proj.mT)
-    return out, projected, total, kept, scores, kept.new_empty(0) if delta is None else delta
+    return out, projected, total, kept, scores, single(0) if delta is None else delta
 
 
 @_forward.register_fake
@@ -233,11 +236,12 @@ def _forward_shapes(xz: Tensor, *rest: Any, **options: Any) -> Any:
     dim, out_proj, keep = width // 2, rest[14], options["keep"]
     single = partial(xz.new_empty, dtype=torch.float32)
     shape = kernel_set(options["kernels"]).kept_shape(2, batch, length, dim, state)
+    states = kept_dtype(xz.dtype) if options["kernels"] == "triton" else torch.float32
     return (
         xz.new_empty(batch, length, dim if out_proj is None else out_proj.shape[0]),
         xz.new_empty(2, batch, length, row_width(rank, state)),
         xz.new_empty((batch, length, dim) if keep else 0),
-        single(shape if keep else 0),
+        xz.new_empty(shape if keep else 0, dtype=states),
         single((2, batch, length) if options["score"] else 0),
         single((2, batch, length, dim) if options["return_dt"] else 0),
     )
@@ -301,7 +305,7 @@ def _backward(
     conv, scans = ((t if sums else t.unsqueeze(1) for t in ts) for ts in (conv, (dt_bias, dA, dD)))
     finish = getattr(mixer.run, "finish_gradients", mixer_parameters.finish_gradients)
     both = finish(
-        Parts(*conv, x_proj, dt_proj, *scans),
+        Parts._make((*conv, x_proj, dt_proj, *scans)),
         mixer.A if log_A else None,
         rank=mixer.rank,
         dtypes=_dtypes(parameters),

@@ -5,8 +5,9 @@
     choose          a program ranks the even tokens of one sample by counting larger scores; a kept
                     token moves forward by the number of merged ones before it
 
-Scores are float32 products summed in the same order for every pair, so equal tokens give equal
-scores.  NaN becomes infinity, which ranks first, as in torch.sort.
+Scores are products, exact in float32, summed in the same order for every pair, so equal tokens
+give equal scores; those of 16-bit tokens are summed by tensor cores.  NaN becomes infinity, which
+ranks first, as in torch.sort.
 """
 
 from __future__ import annotations
@@ -105,9 +106,10 @@ def _best_partner_kernel(
             channel = first + tl.arange(0, CHANNELS)
             inside = (channel < dim)[None, :]
             at = channel.to(tl.int64)[None, :] * x_channel
-            a = tl.load(even_x + at, mask=is_even[:, None] & inside, other=0.0).to(tl.float32)
-            b = tl.load(odd_x + at, mask=is_odd[:, None] & inside, other=0.0).to(tl.float32)
+            a = tl.load(even_x + at, mask=is_even[:, None] & inside, other=0.0)
+            b = tl.load(odd_x + at, mask=is_odd[:, None] & inside, other=0.0)
             score = tl.dot(a, tl.trans(b), score, input_precision="ieee")
+            a, b = a.to(tl.float32), b.to(tl.float32)
             even_squares += tl.sum(a * a, axis=1)
             odd_squares += tl.sum(b * b, axis=1)
         score = score * _scale(even_squares)[:, None] * _scale(odd_squares)[None, :]

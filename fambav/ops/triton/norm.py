@@ -224,10 +224,13 @@ def variants() -> Iterator[Variant]:
     """Yield the usual specializations: the models' widths and float32 totals."""
     for dtype in POINTERS:
         for dim in (64, 192, 384, 768):
-            for left_out in ((), ("factor",), ("residual", "factor")):
+            for left_out in (("factor",), ("residual", "factor")):
                 yield _variant(_norm_forward_kernel, dtype, dim, left_out)
-            for left_out in ((), ("factor",), ("grad_total", "factor"), ("dresidual", "factor")):
+            for left_out in (("factor",), ("grad_total", "factor"), ("dresidual", "factor")):
                 yield _variant(_norm_backward_kernel, dtype, dim, left_out)
+            if dtype != torch.float16:
+                for kernel in (_norm_forward_kernel, _norm_backward_kernel):
+                    yield _variant(kernel, dtype, dim, ())
 
 
 def _variant(kernel: Any, dtype: torch.dtype, dim: int, left_out: tuple[str, ...]) -> Variant:
@@ -236,7 +239,15 @@ def _variant(kernel: Any, dtype: torch.dtype, dim: int, left_out: tuple[str, ...
     arguments = [name for name in kernel.arg_names if name not in constants]
     types = {name: "fp32" if name == "eps" else "i32" for name in arguments}
     narrow = ("hidden", "normed", "grad_normed", "dhidden")
-    upcast = ("residual", "weight", "total", "scale", "factor", "grad_total", "dresidual")
+    upcast: tuple[str, ...] = (
+        "residual",
+        "weight",
+        "total",
+        "scale",
+        "factor",
+        "grad_total",
+        "dresidual",
+    )
     upcast += ("partial",)
     types |= {name: POINTERS[dtype] for name in arguments if name in narrow}
     types |= {name: "*fp32" for name in arguments if name in upcast}

@@ -205,8 +205,8 @@ def variants() -> Iterator[Variant]:
         absent = dict(out_proj=None, out_packed=None) if dtype == torch.float32 else {}
         yield _variant(f"pack {name}", _pack_kernel, form | absent, dict.fromkeys(low, pointer))
         form = dict(WIDTH=4, STATE=16, ROW=48, PARTS=PARTS, COLUMNS=COLUMNS)
-        low = ("x_proj", "dt_proj")
-        yield _variant(f"finish {name}", _finish_kernel, form, dict.fromkeys(low, pointer))
+        parts = dict.fromkeys(("x_proj", "dt_proj"), pointer)
+        yield _variant(f"finish {name}", _finish_kernel, form, parts)
 
 
 def _variant(name: str, kernel: Any, form: dict[str, Any], low: dict[str, str]) -> Variant:

@@ -14,12 +14,19 @@ A program loops from the last token to the first, for one block of channels of a
 direction.  Each chunk is first scanned forwards from the state that the forward kernel kept, and
 the state before every second token is stored to scratch in global memory, where one chunk of all
 resident programs fits in the L2 cache.  Then it goes back pair by pair, recomputing states and
-decays of two tokens in registers; u, delta and dy of the next pair are loaded meanwhile.
+decays of two tokens in registers; u and delta of the next pair are loaded meanwhile, dy at its
+start, as more would spill.
 
 Sums over channels cross threads, each of which owns one channel and its whole state.  As a product
 with a row of ones they are transposed once through shared memory and then summed by threads that
 own columns; warp shuffles would take five steps per element.  Partial sums of blocks are added in
 the order of the blocks, those of dA, dD and dbias in the order of the samples.
+
+Scratch is of all programs, not of those that run: 50 MB for Vim-Ti at batch 128, 0.8 GB at 768
+channels and batch 1024.  A grid of resident programs, each with a loop around all of the above,
+would save a predicted 0.2 ms of a step of 28 and costs registers, of which none are left.  Partial
+sums of B and C stay in float32, since a dozen rounded to bfloat16 would add to the error of a sum;
+they are added and stored in place by a kernel of their own.
 
 Issue slots per 32 state-steps in SASS (sm_90, Triton 3.7) at state 16 with softplus, bias and D,
 both loops together: 34.6 in bfloat16 and 30.2 in float32.
@@ -45,6 +52,7 @@ from fambav.ops.triton.scan_forward import (
     AUDITED,
     LANES,
     LOG2_E,
+    MEASURED,
     NO_GAP,
     SIZES,
     absent,
@@ -77,7 +85,7 @@ SUMMED, SUM_WARPS = 1024, 4  # elements and warps of a program that sums over bl
 # Registers per thread (maxnreg) by itemsize: enough for two tokens without spilling.  The compiler
 # alone takes 240; with 168 the occupancy is twelve warps per multiprocessor, with 192 ten.  On
 # sm_90 184 (eleven warps) would do for float32, but spills on sm_80.
-REGISTERS = {2: 168, 4: 192}
+REGISTERS = {2: 176, 4: 192}
 GAP_REGISTERS = {2: 184, 4: 200}  # the same where the state ages over gaps: eleven and ten warps
 
 
@@ -159,7 +167,7 @@ def _scan_backward_kernel(
     kept += (row * ((length - 1) // CHUNK) * PARTS * dim + channel) * PART + number
 
     chunks = tl.cdiv(length, CHUNK)
-    rows = (u_rows, delta_rows, dy_rows)
+    rows = (u_rows, delta_rows)
     last = (length - 1) // STEPS * STEPS
     ahead = fetch(rows, last, length, step, (channel,), (here,), STEPS)
     for i in range(chunks):
@@ -168,7 +176,7 @@ def _scan_backward_kernel(
         h = ()
         for p in tl.static_range(PARTS):
             part = ((chunks - 2 - i) * PARTS + p).to(tl.int64) * PART * dim
-            h = h + (tl.load(kept + part, mask=only_if(start > 0, here), other=0.0),)
+            h = h + (upcast(tl.load(kept + part, mask=only_if(start > 0, here), other=0.0)),)
         walk(
             h, scratch, own, start, pairs, step, u_rows, delta_rows, B_rows, gaps,
             decay, shift, channel, here, STEPS, SOFTPLUS, GAP, PART, STATE,
@@ -176,7 +184,7 @@ def _scan_backward_kernel(
         for j in range(pairs):
             pair = pairs - 1 - j
             token = start + pair * STEPS
-            now = ahead
+            now, dys = ahead, fetch((dy_rows,), token, length, step, (channel,), (here,), STEPS)
             ahead = fetch(rows, token - STEPS, length, step, (channel,), (here,), STEPS)
             states, shares, deltas, ageds, slopes = pair_again(
                 now, scratch, pair, own, start, length, step, delta_rows, B_rows, gaps,
@@ -186,8 +194,7 @@ def _scan_backward_kernel(
                 real = token + s < length  # else its gradient is 0
                 here_now = only_if(real, here)
                 t = tl.minimum(token + s, length - 1) * step
-                u_t = upcast(now[s * 3])
-                dy_t = tl.where(real, upcast(now[s * 3 + 2]), 0.0)
+                u_t, dy_t = upcast(now[s * 2]), tl.where(real, upcast(dys[s]), 0.0)
                 g, rate_sum, products, x_sum, decay_sum = retreat(
                     g, rate_sum, dy_t, deltas[s], ageds[s], u_t,
                     shares[s * PARTS : (s + 1) * PARTS],
@@ -251,7 +258,7 @@ def scan_backward(  # noqa: D417  as in scan_forward
     Args:
         dy: Gradient of y, (directions, batch, length, dim), any strides.
         dlast: Gradient of the last state, (directions, batch, dim, state), float32, or None.
-        kept: The states that the forward pass kept.
+        kept: The states that the forward pass kept, float32 or bfloat16.
         u, delta, A, B, C, D, bias, softplus, reverse, gaps: As in `scan_forward`.
         du: Output for the gradient of u, shaped like u, any strides and float dtype.
         ddelta: Output for the gradient of delta before bias and softplus, shaped like u, likewise.
@@ -408,18 +415,18 @@ def registers(dtype: torch.dtype, state: int, gap: str = "none") -> int | None:
 
 
 def variants() -> Iterator[Variant]:
-    """Yield the usual specializations: channels and state contiguous."""
+    """Yield the specializations of the models: channels and state contiguous, state 1 and 16."""
     for dtype in POINTERS:
-        form = _sum_form(16, 16)
+        form: dict[str, Any] = _sum_form(16, 16)
         numbers = [name for name in _sum_blocks_kernel.arg_names if name not in form]
-        types = dict.fromkeys(numbers, "i32") | dict(parts="*fp32", dB=POINTERS[dtype])
-        types |= dict(dC=POINTERS[dtype])
+        types = dict.fromkeys(numbers, "i32") | {"parts": "*fp32"}
+        types |= dict.fromkeys(("dB", "dC"), POINTERS[dtype])
         ones = ("groups", "dB_state", "dC_state")
         rows = ("_direction", "_batch", "_token", "_group")
         aligned = ("parts", "dB", "dC", *(name for name in numbers if name.endswith(rows)))
-        name = f"sum_blocks {POINTERS[dtype][1:]} N16"
-        yield Variant(name, _sum_blocks_kernel, types, form, SUM_WARPS, aligned, ones)
-    for dtype, state in product(POINTERS, (1, 8, 16)):
+        what = f"sum_blocks {POINTERS[dtype][1:]} N16"
+        yield Variant(what, _sum_blocks_kernel, types, form, SUM_WARPS, aligned, ones)
+    for dtype, state in (*product(MEASURED, (1,)), *product(POINTERS, (16,))):
         form = _form(state, LANES) | dict(INDEX=tl.int32, dlast=None, ddt=None, dskipped_dt=None)
         form |= NO_GAP
         what = f"{POINTERS[dtype][1:]} N{state} BD{LANES}"

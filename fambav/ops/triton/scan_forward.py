@@ -26,7 +26,7 @@ Issue slots per 32 state-steps in SASS (sm_90, Triton 3.7) at state 16 with soft
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fambav.ops.kept_states import TRITON_CHUNK as CHUNK
-from fambav.ops.kept_states import state_parts, triton_shape
+from fambav.ops.kept_states import kept_dtype, state_parts, triton_shape
 from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.variant import Variant
 
@@ -44,9 +44,15 @@ LANES = 32  # threads of a warp, each of which owns one channel of a tensor
 STEPS = 2  # tokens of a pass; must divide CHUNK
 ENOUGH_PROGRAMS = 1024  # eight warps per multiprocessor of a large GPU
 
+# Registers per thread (maxnreg) with two channels each and 16 states: the compiler alone stops at
+# 128 and spills 16 bytes on sm_80.  With 144 fourteen warps fit into a multiprocessor, with 168
+# twelve, as many as a step of Vim-Ti at batch 128 has.
+REGISTERS, GAP_REGISTERS = 144, 168
+
 SIZES = ("length", "size", "groups", "blocks", "images", "reverse")  # not specialized on
 
 GAPS = ("bias", "self", "hold_prev", "cached")  # that age the state
+MEASURED = (torch.float32, torch.bfloat16)  # in which models train
 AUDITED = ((torch.float32, GAPS[0]), (torch.bfloat16, GAPS[0]))  # the default one
 NO_GAP: dict[str, Any] = dict(skipped=None, skipped_dt=None)
 
@@ -366,6 +372,7 @@ def scan_forward(  # noqa: D417  several in a line
     skipped_dt: Tensor | None = None,
     gap_policy: str = "none",
     dt: Tensor | None = None,
+    states_dtype: torch.dtype = torch.float32,
     block: int | None = None,
     warps: int | None = None,
     chunk: int = CHUNK,
@@ -385,17 +392,18 @@ def scan_forward(  # noqa: D417  several in a line
         skipped_dt: Their step sizes, summed, shaped like u, under "cached"; fastest if contiguous.
         gap_policy: How the state ages over them, see `registry.GAP_POLICIES`.
         dt: Output for the step size after softplus, shaped like u, contiguous float32, or None.
+        states_dtype: Of the kept states.
         block, warps, chunk: Channels and warps of a program; tokens between kept states.
 
     Returns:
-        The state after the last step, (directions, batch, dim, state), and the kept states, of
-        `kept_states.triton_shape`, or an empty tensor; both float32.
+        The state after the last step, (directions, batch, dim, state), float32, and the kept states
+        of `kept_states.triton_shape`, or an empty tensor.
     """
     directions, batch, length, dim = u.shape
     groups, state = B.shape[3:]
     last = u.new_empty(directions, batch, dim, state, dtype=torch.float32)
     shape = triton_shape(directions, batch, length, dim, state, chunk=chunk) if keep else (0,)
-    kept = u.new_empty(shape, dtype=torch.float32)
+    kept = u.new_empty(shape, dtype=states_dtype)
     warps = warps or 1
     block = block or fast_block(batch * directions * groups, dim // groups, state)
     blocks = triton.cdiv(dim // groups, block)
@@ -406,7 +414,8 @@ def scan_forward(  # noqa: D417  several in a line
             *as_floats(skipped, skipped_dt), y, last, kept, dt,
             length, dim // groups, groups, blocks, batch, directions_back(reverse),
             *u.stride(), *delta.stride(), *B.stride(), *C.stride(), *y.stride(),
-            **form, INDEX=index_type(length, u, delta, B, C, y), num_warps=warps, **OPTIONS,
+            **form, INDEX=index_type(length, u, delta, B, C, y), num_warps=warps,
+            maxnreg=_registers(form), **OPTIONS,
         )  # fmt: skip
     return last, kept
 
@@ -427,6 +436,12 @@ def _form(
     rows = max(block // (LANES * warps), 1)
     form = state_form(state) | dict(CHUNK=chunk, STEPS=STEPS, BLOCK=block // rows, ROWS=rows)
     return form | dict(SOFTPLUS=softplus, GAP=gap, KEEP=keep)
+
+
+def _registers(form: Mapping[str, Any]) -> int | None:
+    """Return the limit of registers per thread (maxnreg), or None for no limit."""
+    wide = form["ROWS"] > 1 and form["STATE"] == 16
+    return (REGISTERS if form["GAP"] == "none" else GAP_REGISTERS) if wide else None
 
 
 def as_floats(*tensors: Tensor | None) -> Iterator[Tensor | None]:
@@ -475,18 +490,25 @@ def index_type(length: int, *tensors: Tensor) -> Any:
 
 
 def variants() -> Iterator[Variant]:
-    """Yield the usual specializations: channels and state contiguous."""
-    for dtype, state, rows, keep in product(POINTERS, (1, 8, 16), (1, 2), (True, False)):
+    """Yield the specializations of the models: channels and state contiguous, state 1 and 16."""
+    cases = [*product(POINTERS, (16,), (1, 2), (True,))]
+    cases += [
+        *product(MEASURED, (1,), (1, 2), (True,)),
+        *product(MEASURED, (16,), (1, 2), (False,)),
+    ]
+    for dtype, state, rows, keep in cases:
         form = _form(state, LANES * rows, 1, keep=keep) | dict(INDEX=tl.int32, **NO_GAP, dt=None)
         what = f"{POINTERS[dtype][1:]} N{state} BD{LANES * rows}{' keep' if keep else ''}"
         work = (LANES * rows * state * STEPS,)
-        yield variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
+        made = variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
+        yield made._replace(registers=_registers(form))
     for dtype, gap in AUDITED:
         form = _form(16, 2 * LANES, 1, gap=gap, keep=True) | dict(INDEX=tl.int32)
         form |= absent(gap) | (dict(dt=None) if gap != "cached" else {})
         what = f"{POINTERS[dtype][1:]} N16 BD{2 * LANES} keep {gap}"
         work = (2 * LANES * 16 * STEPS,)
-        yield variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
+        made = variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
+        yield made._replace(registers=_registers(form))
 
 
 def absent(gap: str) -> dict[str, None]:
@@ -501,7 +523,7 @@ def variant(
     tokens = ("u", "delta", "B", "C", "y", "dy", "du", "ddelta")  # the gaps are float32
     numbers_of = [name for name in kernel.arg_names if name not in form]
     strided = [name for name in numbers_of if name.rpartition("_")[0] in tokens]
-    types = dict.fromkeys(numbers_of, "*fp32")
+    types = dict.fromkeys(numbers_of, "*fp32") | {"kept": POINTERS[kept_dtype(dtype)]}
     types |= {name: POINTERS[dtype] for name in numbers_of if name in tokens}
     types |= dict.fromkeys((*strided, *SIZES), "i32")
     ones = tuple(name for name in strided if name.endswith(("_channel", "_state")))

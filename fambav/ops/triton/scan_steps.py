@@ -106,8 +106,8 @@ def pair_again(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Recompute the forward pass of a pair of the chunk at `start`.
 
-    `loaded` are u, delta and dy of each of its tokens.  A token after the end has step size 0; in
-    its place stands the last one.
+    `loaded` are u and delta of each of its tokens.  A token after the end has step size 0; in its
+    place stands the last one.
 
     Returns:
         The states before each token and after the last one, the decay at each token, the step
@@ -126,9 +126,9 @@ def pair_again(
     for s in tl.static_range(STEPS):
         real = token + s < length
         t = tl.minimum(token + s, length - 1) * step
-        delta_t, slope = step_size(upcast(loaded[s * 3 + 1]), shift, SOFTPLUS)
+        delta_t, slope = step_size(upcast(loaded[s * 2 + 1]), shift, SOFTPLUS)
         delta_t = tl.where(real, delta_t, 0.0)
-        x = delta_t * upcast(loaded[s * 3])
+        x = delta_t * upcast(loaded[s * 2])
         aged = _aged(
             delta_t, delta_rows, gaps, tl.minimum(token + s, length - 1), step,
             shift, channel, here, SOFTPLUS, GAP,
