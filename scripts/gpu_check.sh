@@ -3,8 +3,8 @@
 #
 #   bash scripts/gpu_check.sh [--more] [--only STEP] [--dry] [FOLDER]
 #
-# FOLDER (default output/gpu_check) receives a JSON file after every step (tests: a JUnit XML file) and a line
-# for each in steps.jsonl, so that an early stop loses nothing.  --more runs the second part, of lower priority; --only
+# FOLDER (default output/gpu_check) receives a JSON file after every step (tests: a JUnit XML file, and a line
+# of JSON after each test) and a line for each in steps.jsonl, so that an early stop loses nothing.  --more runs the second part, of lower priority; --only
 # runs one step of either; --dry runs each step on a CPU, with tiny sizes and Triton's interpreter.
 # Needs a CUDA build of torch, the packages of pyproject.toml and pytest in $PYTHON (default python3);
 # installs nothing.

@@ -1,10 +1,12 @@
 """One thread, NaN in memory that nobody wrote, Triton interpreted, what a machine cannot run."""
 
+import json
 import os
 import platform
 import shutil
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +56,25 @@ def pytest_collection_modifyitems(items):
             found = item.get_closest_marker(mark)
             if found and (reason := refuses(*found.args)):
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: {reason}"))
+
+
+def pytest_configure(config):
+    if path := config.getoption("xmlpath", None):
+        config.pluginmanager.register(Rows(Path(path).with_suffix(".jsonl")))
+
+
+class Rows:
+    """Writes a line for each test as it ends; a file of results comes at the end of all."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or not report.passed:
+            row = dict(test=report.nodeid, outcome=report.outcome, seconds=report.duration)
+            row |= dict(report.user_properties)
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter):

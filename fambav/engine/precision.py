@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -21,16 +22,21 @@ def determinism_settings(
         threads: Of this process, at least 1; None for as many as torch takes.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    filled: Any = torch.utils.deterministic
     threads_before = torch.get_num_threads()
+    fills = filled.fill_uninitialized_memory
     torch.set_float32_matmul_precision(matmul_precision)
     torch.set_num_threads(threads_before if threads is None else threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(mode=deterministic)
+        # No result depends on memory that nobody wrote, which the tests prove by filling it.
+        filled.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
+        filled.fill_uninitialized_memory = fills
         torch.set_float32_matmul_precision(before[1])
         torch.set_num_threads(threads_before)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooked
 from torch.utils.checkpoint import checkpoint
 
 from fambav.layers.drop import DropPath
@@ -80,9 +81,17 @@ class AddNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the normalised sum in x's dtype, and the sum, both shaped like x."""
-        normed, residual = add_rms_norm(x, residual, self.weight, eps=self.eps)
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the normalised sum in x's dtype, and the sum, both shaped like x.
+
+        Args:
+            x: (batch, ..., dim).
+            residual: Shaped like x, or None for zeros.
+            factor: Of each sample of x, (batch,), or None for 1.
+        """
+        normed, residual = add_rms_norm(x, residual, self.weight, eps=self.eps, factor=factor)
         return normed, residual
 
 
@@ -111,16 +120,21 @@ class ResidualBlock(nn.Module):
         """
         tokens = hooks.before(tokens)
         # Outside of the part that is computed twice, so that randomness is drawn once.
-        tokens = tokens._replace(x=self.drop_path(tokens.x))
+        factor = None
+        if type(self.norm) is AddNorm and _is_plain(self.drop_path):
+            factor = cast(DropPath, self.drop_path).factor(tokens.x)
+        else:
+            tokens = tokens._replace(x=self.drop_path(tokens.x))
+        mix = partial(self._mix, hooks, factor)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            mix = partial(self._mix, hooks)
             tokens = checkpoint(mix, tokens, use_reentrant=False, preserve_rng_state=False)
         else:
-            tokens = self._mix(hooks, tokens)
+            tokens = mix(tokens)
         return hooks.after(tokens)
 
-    def _mix(self, hooks: Hooks, tokens: Tokens) -> Tokens:
-        x, residual = self.norm(tokens.x, tokens.residual)
+    def _mix(self, hooks: Hooks, factor: Tensor | None, tokens: Tokens) -> Tokens:
+        factors = [] if factor is None else [factor]
+        x, residual = self.norm(tokens.x, tokens.residual, *factors)
         tokens = hooks.between(tokens._replace(x=x, residual=residual))
         if not hooks.with_tokens:
             x = self.mixer(tokens.x)
@@ -128,6 +142,12 @@ class ResidualBlock(nn.Module):
             return tokens._replace(x=x, intermediates=found)
         x, found = self.mixer(tokens.x, tokens, want=hooks.want, gap_policy=hooks.gap_policy)
         return tokens._replace(x=zero_masked(x, tokens.keep_index), intermediates=found)
+
+
+def _is_plain(drop_path: nn.Module) -> bool:
+    """Whether a drop path is ours and nothing watches its calls."""
+    watched = drop_path._forward_hooks or drop_path._forward_pre_hooks or drop_path._backward_hooks
+    return type(drop_path) is DropPath and not (watched or hooked._has_any_global_hook())
 
 
 class Block(ResidualBlock):

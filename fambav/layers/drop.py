@@ -86,6 +86,13 @@ class DropPath(_Drop):
     Source: Huang et al., "Deep Networks with Stochastic Depth", arXiv:1603.09382.
     """
 
+    def factor(self, x: Tensor) -> Tensor | None:
+        """Draw what each sample of x is multiplied by, (len(x),), float32; None for 1."""
+        if not (self.training and self.rate):
+            return None
+        keep = 1 - self.rate
+        return (uniform(x) < keep) / keep
+
     def forward(self, x: Tensor) -> Tensor:
         """Drop samples of x, (batch, length, dim) or (batch, height, width, dim)."""
         return x * self.mask(x, *[1] * (x.ndim - 1)) if self.training and self.rate else x

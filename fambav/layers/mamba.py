@@ -163,16 +163,17 @@ class Mamba(nn.Module):
         self, xz: Tensor, tokens: Tokens | None, want: frozenset[str], gap_policy: str | None
     ) -> Tensor | tuple[Tensor, Intermediates]:
         """Do the rest of `forward` in one operation."""
-        forward, backward = self._directions()
+        forward, backward = self._directions(log_A=True)
         weights = forward, backward, self.out_proj.weight
         scale = 0.5 if self.halved else 1.0
         if tokens is None:
-            return bimamba_scan(xz, *weights, scale=scale)
+            return bimamba_scan(xz, *weights, scale=scale, log_A=True)
         policy = gap_policy or "none"
         out, made = bimamba_scan(
             *(xz, *weights, *self._gaps(tokens, policy)),
             scale=scale,
             gap_policy=policy,
+            log_A=True,
             want=want & RETURNED,
         )
         # (2, batch, length, ...) -> (batch, 2, length, ...), for a score with an axis of 1 behind
@@ -245,13 +246,14 @@ class Mamba(nn.Module):
             recurrences.append((A_from_log(A_log), upcast(D), None))
         return inputs, recurrences
 
-    def _directions(self) -> tuple[Direction, ...]:
+    def _directions(self, *, log_A: bool = False) -> tuple[Direction, ...]:
         """Return the parameters of each direction that has its own."""
-        forward = _direction(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        rate = upcast if log_A else A_from_log
+        forward = _direction(self.conv1d, self.x_proj, self.dt_proj, rate(self.A_log), self.D)
         if self.bimamba_type != "v2":
             return (forward,)
-        backward = _direction(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-        return forward, backward
+        parts = self.conv1d_b, self.x_proj_b, self.dt_proj_b, rate(self.A_b_log), self.D_b
+        return forward, _direction(*parts)
 
     def _gate(self, z: Tensor) -> Tensor:
         return F.silu(z) * 0.5 if self.halved else F.silu(z)
@@ -299,15 +301,15 @@ def _order(hidden: Tensor, directions: int) -> Tensor:
 
 
 def _direction(
-    conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor
+    conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A: Tensor, D: Tensor
 ) -> Direction:
     return Direction(
-        conv_weight=conv.weight[:, 0],  # (inner, 1, kernel) -> (inner, kernel)
+        conv_weight=conv.weight.squeeze(1),  # (inner, 1, kernel) -> (inner, kernel)
         conv_bias=cast(Tensor, conv.bias),
         x_proj=x_proj.weight,
         dt_proj=dt_proj.weight,
         dt_bias=upcast(dt_proj.bias),
-        A=A_from_log(A_log),
+        A=A,
         D=upcast(D),
     )
 

@@ -30,6 +30,7 @@ def add_rms_norm(
     *,
     eps: float = 1e-5,
     residual_dtype: torch.dtype = torch.float32,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add `hidden` to the residual stream and normalise the sum over its last axis.
 
@@ -39,6 +40,8 @@ def add_rms_norm(
         weight: Scale, (dim,).
         eps: Added to the mean square, greater than 0.
         residual_dtype: Of the sum, at least; inputs of a wider dtype widen it.
+        factor: Of each sample of hidden in the sum, (len(hidden),), without a gradient, such as
+            that of stochastic depth; None for 1.
 
     Returns:
         normed, in hidden's dtype, and the new residual.  Both are shaped like hidden; the mean
@@ -58,6 +61,8 @@ def add_rms_norm(
     expect_beside("weight", weight, hidden.shape[-1:], hidden)
     if residual is not None:
         expect_beside("residual", residual, hidden.shape, hidden)
+    if factor is not None:
+        expect_beside("factor", factor, hidden.shape[:1], hidden)
     expect_dtype("residual_dtype", residual_dtype)
     if not is_number(eps) or not 0 < eps < math.inf:
         raise refusal("eps", eps, "a number greater than 0")
@@ -65,27 +70,43 @@ def add_rms_norm(
     dtype = torch.promote_types(hidden.dtype, residual_dtype)
     if residual is not None:
         dtype = torch.promote_types(dtype, residual.dtype)
-    normed, total = run(hidden, residual, weight, eps=eps, dtype=dtype)
+    normed, total = run(hidden, residual, weight, factor, eps=eps, dtype=dtype)
     return normed, total
 
 
-def _add(hidden: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _add(
+    hidden: Tensor, residual: Tensor | None, factor: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if factor is not None:
+        hidden = hidden * factor.to(hidden.dtype).view(-1, *[1] * (hidden.dim() - 1))
     return hidden.to(dtype) if residual is None else residual.to(dtype) + hidden.to(dtype)
 
 
 def _reference(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, dtype: torch.dtype
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    factor: Tensor | None,
+    *,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    total = _add(hidden, residual, dtype)
+    total = _add(hidden, residual, factor, dtype)
     x = total.to(torch.promote_types(dtype, torch.float32))
     scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
     return (x * scale * weight.to(x.dtype)).to(hidden.dtype), total
 
 
 def _cpu(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, dtype: torch.dtype
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    factor: Tensor | None,
+    *,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    total = _add(hidden, residual, dtype)
+    total = _add(hidden, residual, factor, dtype)
     normed: Tensor = _Norm.apply(total, weight, eps, hidden.dtype)
     return normed, total
 
@@ -124,9 +145,16 @@ def _unsupported(hidden: Tensor, residual: Tensor | None, weight: Tensor) -> str
 
 
 def _fused(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, dtype: torch.dtype
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    factor: Tensor | None,
+    *,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    normed, total, _ = _forward(hidden, residual, weight, eps=eps, dtype=dtype)
+    factor = None if factor is None else factor.float().contiguous()
+    normed, total, _ = _forward(hidden, residual, weight, factor, eps=eps, dtype=dtype)
     return normed, total
 
 
@@ -139,17 +167,24 @@ def _rows(x: Tensor) -> Tensor:
 @custom_op(
     "fambav::add_rms_norm",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor? residual, Tensor weight, *, float eps, ScalarType dtype)"
+    schema="(Tensor hidden, Tensor? residual, Tensor weight, Tensor? factor, *, float eps,"
+    " ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def _forward(
-    hidden: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, dtype: torch.dtype
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    factor: Tensor | None,
+    *,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return normed, the new residual, and the scale of each row, (rows,)."""
     normed, total = hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape, dtype=dtype)
     inputs = _rows(hidden), None if residual is None else _rows(residual), weight
     outputs = _rows(normed), _rows(total)
-    scale: Tensor = TRITON.load().add_rms_norm_forward(*inputs, *outputs, eps=eps)
+    scale: Tensor = TRITON.load().add_rms_norm_forward(*inputs, *outputs, eps=eps, factor=factor)
     return normed, total, scale
 
 
@@ -164,7 +199,7 @@ def _forward_shapes(hidden: Tensor, *_: Any, eps: float, dtype: torch.dtype) -> 
     "fambav::add_rms_norm_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor? grad_total, Tensor total, Tensor weight, Tensor scale,"
-    " *, ScalarType? dtype) -> Tensor[]",
+    " Tensor? factor, *, ScalarType? dtype) -> Tensor[]",
 )
 def _backward(
     grad: Tensor,
@@ -172,6 +207,7 @@ def _backward(
     total: Tensor,
     weight: Tensor,
     scale: Tensor,
+    factor: Tensor | None,
     *,
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
@@ -182,30 +218,36 @@ def _backward(
     inputs = _rows(grad), None if grad_total is None else _rows(grad_total), _rows(total)
     outputs = [_rows(x) for x in grads]
     run = TRITON.load().add_rms_norm_backward
-    dweight = run(*inputs, weight, scale, outputs[0], outputs[1] if dtype is not None else None)
-    return [torch.empty_like(weight).copy_(dweight), *grads]
+    dresidual = outputs[1] if dtype is not None else None
+    dweight = run(*inputs, weight, scale, outputs[0], dresidual, factor=factor)
+    return [dweight.to(weight.dtype), *grads]
 
 
 @_backward.register_fake
 def _backward_shapes(
-    grad: Tensor, grad_total: Any, total: Any, weight: Tensor, scale: Any, *, dtype: Any
+    grad: Tensor, grad_total: Any, total: Any, weight: Tensor, *_: Any, dtype: Any
 ) -> list[Tensor]:
-    del grad_total, total, scale
-    grads = [torch.empty_like(weight), grad.new_empty(grad.shape)]
+    del grad_total, total
+    grads = [weight.new_empty(weight.shape), grad.new_empty(grad.shape)]
     return grads if dtype is None else [*grads, grad.new_empty(grad.shape, dtype=dtype)]
 
 
 def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    hidden, residual, weight = inputs
+    hidden, residual, weight, factor = inputs
     normed, total, scale = output
-    del hidden, normed, keyword_only_inputs
-    ctx.save_for_backward(total, weight, scale)
+    del hidden, keyword_only_inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, weight, scale, factor)
     ctx.dtype = None if residual is None else residual.dtype
+    ctx.normed_dtype = normed.dtype
 
 
-def _gradient(ctx: Any, grad: Tensor, grad_total: Tensor, _: Any) -> Any:
-    dweight, dhidden, *rest = _backward(grad, grad_total, *ctx.saved_tensors, dtype=ctx.dtype)
-    return dhidden, rest[0] if rest else None, dweight
+def _gradient(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: Any) -> Any:
+    saved = ctx.saved_tensors  # read once, as checkpointing requires
+    if grad is None:
+        grad = saved[0].new_zeros(saved[0].shape, dtype=ctx.normed_dtype)
+    dweight, dhidden, *rest = _backward(grad, grad_total, *saved, dtype=ctx.dtype)
+    return dhidden, rest[0] if rest else None, dweight, None
 
 
 _forward.register_autograd(_gradient, setup_context=_setup)

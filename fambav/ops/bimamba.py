@@ -52,6 +52,7 @@ def bimamba_scan(
     *,
     scale: float = ...,
     gap_policy: str = ...,
+    log_A: bool = ...,
 ) -> Tensor: ...
 
 
@@ -66,6 +67,7 @@ def bimamba_scan(
     *,
     scale: float = ...,
     gap_policy: str = ...,
+    log_A: bool = ...,
     want: Collection[str],
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -80,6 +82,7 @@ def bimamba_scan(
     *,
     scale: float = 1.0,
     gap_policy: str = "bias",
+    log_A: bool = False,
     want: Collection[str] | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Convolve, scan in both directions, add, gate and project.
@@ -98,6 +101,7 @@ def bimamba_scan(
         scale: Factor of the sum; 0.5 takes the mean of both directions.
         gap_policy: The step size of a removed token, see `estimate_skipped_dt`; "cached" goes with
             `skipped_dt`, all others with `skipped`.
+        log_A: Whether A of each direction is given as the logarithm of its negative.
         want: What to return beside the result, float32, or float64 if xz is, but for B and C:
             gated       sum over channels of max(0, y silu(z)), (2, batch, length)
             ungated     the same of max(0, y)
@@ -123,12 +127,10 @@ def bimamba_scan(
     skipped = None if skipped is None or gap_policy == "none" else skipped.float()
     if autocasts(xz):
         xz = xz.to(torch.get_autocast_dtype(xz.device.type))
-    forward, backward = (_cast(direction, xz.dtype) for direction in (forward, backward))
-    out_proj = None if out_proj is None else out_proj.to(xz.dtype)
     run = BIMAMBA_SCAN.pick(xz, *forward, *backward)
     tensors = xz, forward, backward, out_proj, skipped, skipped_dt
     with without_autocast(xz):
-        y, found = run(*tensors, scale=scale, gap_policy=gap_policy, want=want or ())
+        y, found = run(*tensors, scale=scale, gap_policy=gap_policy, log_A=log_A, want=want or ())
     return y if want is None else (y, {name: found[name] for name in want})
 
 
@@ -231,9 +233,13 @@ def _reference(
     *,
     scale: float,
     gap_policy: str,
+    log_A: bool,
     want: Collection[str],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     x, z = xz.chunk(2, dim=-1)
+    forward, backward = (_cast(d, xz.dtype) for d in (forward, backward))
+    if log_A:
+        forward, backward = (d._replace(A=-d.A.exp()) for d in (forward, backward))
     each: list[tuple[Tensor, ...]] = []  # y, delta, B, C of a direction
     for end, d in enumerate((forward, backward)):
         reverse = bool(end)
@@ -254,7 +260,7 @@ def _reference(
     found = {name: torch.stack(both) for name, both in pairs if name in want}
     found |= {name: token_score(torch.stack(ys), z, name) for name in SCORES if name in want}
     out = (ys[0] + ys[1]) * (scale * F.silu(z))
-    return out if out_proj is None else F.linear(out, out_proj), found
+    return out if out_proj is None else F.linear(out, out_proj.to(out.dtype)), found
 
 
 BIMAMBA_SCAN = Table(

@@ -10,21 +10,27 @@ the gate, B and C are kept anyway, and delta is written where it is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from fambav.ops import mixer_parameters
 from fambav.ops.derivatives import refuse
+from fambav.ops.kept_states import kept_dtype
 from fambav.ops.kernels import NUMBA, KernelSet, kernel_set
+from fambav.ops.mixer_parameters import Parts, row_width
 from fambav.ops.products import choose
 from fambav.ops.scratch import scratch
 
 REVERSE = (False, True)  # of the directions
-ROW = 16  # the width of the projection is a multiple of it, so that B and C are aligned
+# Products that sum over all tokens are split over the batch, as few of their large results would
+# not fill a GPU: 16 slices of 128 images with 384 channels and a row of 48 are 96 of its programs.
+SLICES = {"triton": 16, "numba": 1}
 # Scores of a token: what is summed over its channels, y silu(z) or y, and whether above 0 alone.
 SCORES = {
     "gated": dict(gated=True, clipped=True),
@@ -43,7 +49,7 @@ class Direction(NamedTuple):
         x_proj: Maps a token to dt, B and C, (rank + 2 state, dim).
         dt_proj: Maps dt to delta, (dim, rank).
         dt_bias: Added to delta before softplus, (dim,).
-        A: Decay rate, (dim, state), real.
+        A: Decay rate, (dim, state), real; with `log_A` the logarithm of its negative.
         D: Skip weight, (dim,).
     """
 
@@ -62,7 +68,7 @@ _INPUTS = (
     )
     + ", Tensor? out_proj, Tensor? skipped, Tensor? skipped_dt"
 )
-_OPTIONS = "*, float scale, str gap_policy, str kernels"
+_OPTIONS = "*, float scale, str gap_policy, bool log_A, str kernels"
 
 
 def fused_bimamba(
@@ -73,6 +79,7 @@ def fused_bimamba(
     *rest: Tensor | None,
     scale: float,
     gap_policy: str,
+    log_A: bool,
     want: Collection[str],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run `bimamba_scan` with one set of kernels.
@@ -85,6 +92,7 @@ def fused_bimamba(
         rest: out_proj, skipped and skipped_dt, likewise.
         scale: Likewise.
         gap_policy: How the state ages; "none" without a gap.
+        log_A: As in `bimamba_scan`.
         want: As in `bimamba_scan`.
 
     Returns:
@@ -93,7 +101,7 @@ def fused_bimamba(
     tensors = (xz, *forward, *backward, *rest)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     score = next((name for name in SCORES if name in want), None)
-    options = dict(scale=scale, gap_policy=gap_policy, kernels=kernels.name, keep=keep)
+    options = dict(scale=scale, gap_policy=gap_policy, log_A=log_A, kernels=kernels.name, keep=keep)
     out, projected, _, _, scores, delta = _forward(
         *tensors, **options, score=score, return_dt="delta" in want
     )
@@ -109,10 +117,11 @@ class _Mixer(NamedTuple):
         run: The kernels.
         state, rank: Widths of B and C, and of dt.
         conv: Weights and biases of the convolutions.
-        x_proj: (2, row, dim), whose rows are B, C, dt and zero padding to a multiple of `ROW`.
-        dt_proj: (2, rank, dim).
-        A: (dim, state) of each direction.
+        x_proj: (2, row, dim), whose rows are B, C, dt and zero padding to a multiple of 16.
+        dt_proj: (2, dim, row - 2 state), zeros behind the rank.
+        A: (2, dim, state).
         channels: D and the bias of delta, (dim,) of each direction.
+        out_proj: (out, dim), in the dtype of the tokens, or None.
     """
 
     run: Any
@@ -121,33 +130,38 @@ class _Mixer(NamedTuple):
     conv: tuple[list[Tensor], list[Tensor]]
     x_proj: Tensor
     dt_proj: Tensor
-    A: list[Tensor]
+    A: Tensor
     channels: tuple[list[Tensor], list[Tensor]]
+    out_proj: Tensor | None
 
     @classmethod
-    def of(cls, parameters: tuple[Tensor, ...], kernels: str) -> _Mixer:
+    def of(
+        cls,
+        parameters: tuple[Tensor, ...],
+        out_proj: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        log_A: bool,
+        kernels: str,
+    ) -> _Mixer:
         ends = zip(parameters[:7], parameters[7:], strict=True)
         conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D = (list(pair) for pair in ends)
-        (dim, rank), state = dt_proj[0].shape, A[0].shape[1]
-        rows = x_proj[0].new_zeros(2, _row(rank, state), dim)
-        for row, weight in zip(rows, x_proj, strict=True):
-            torch.cat((weight[rank:], weight[:rank]), out=row[: len(weight)])
+        run = kernel_set(kernels).load()
+        pack = getattr(run, "pack_parameters", mixer_parameters.pack_parameters)
+        packed = pack(x_proj, dt_proj, A, out_proj, dtype=dtype, log_A=log_A)
         return cls(
-            run=kernel_set(kernels).load(),
-            state=state,
-            rank=rank,
+            run=run,
+            state=A[0].shape[1],
+            rank=dt_proj[0].shape[1],
             conv=(conv_weight, conv_bias),
-            x_proj=rows,
-            dt_proj=torch.stack(dt_proj).mT,
-            A=[x.contiguous() for x in A],
+            **packed._asdict(),
             channels=([x.contiguous() for x in D], [x.contiguous() for x in dt_bias]),
         )
 
     def parts(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """View B and C, (2, batch, length, 1, state), and dt, (2, batch length, rank)."""
-        n, dt = self.state, slice(2 * self.state, 2 * self.state + self.rank)
-        rows = projected.unsqueeze(3)
-        return rows[..., :n], rows[..., n : 2 * n], projected.flatten(1, 2)[..., dt]
+        """View B and C, (2, batch, length, 1, state), and dt, (2, batch length, row - 2 state)."""
+        n, rows = self.state, projected.unsqueeze(3)
+        return rows[..., :n], rows[..., n : 2 * n], projected.flatten(1, 2)[..., 2 * n :]
 
     def convolved(self, x: Tensor) -> Tensor:
         """Return u, (2, batch, length, dim)."""
@@ -158,13 +172,14 @@ class _Mixer(NamedTuple):
     def delta(self, dt: Tensor, like: Tensor) -> Tensor:
         """Return delta before bias and softplus, shaped like u."""
         delta = scratch("delta", like.shape, like)
-        torch.bmm(dt, self.dt_proj, out=delta.flatten(1, 2))
+        torch.bmm(dt, self.dt_proj.mT, out=delta.flatten(1, 2))
         return delta
 
 
-def _row(rank: int, state: int) -> int:
-    """Return the padded width of the projection."""
-    return -(-(rank + 2 * state) // ROW) * ROW
+def _product(a: Tensor, b: Tensor, slices: int) -> Tensor:
+    """Multiply transposed tokens by tokens; (2, slices, of a, of b), to be summed over slices."""
+    a, b = (x.reshape(2 * slices, -1, x.shape[-1]) for x in (a, b))
+    return torch.bmm(a.mT, b).view(2, slices, a.shape[2], b.shape[2])
 
 
 @custom_op(
@@ -178,6 +193,7 @@ def _forward(
     *rest: Any,
     scale: float,
     gap_policy: str,
+    log_A: bool,
     kernels: str,
     keep: bool,
     score: str | None,
@@ -191,7 +207,7 @@ def _forward(
         is not is empty.
     """
     *parameters, out_proj, skipped, skipped_dt = rest
-    mixer = _Mixer.of(tuple(parameters), kernels)
+    mixer = _Mixer.of(tuple(parameters), out_proj, xz.dtype, log_A=log_A, kernels=kernels)
     x, z = xz.chunk(2, dim=-1)  # (batch, length, dim)
     u = mixer.convolved(x)  # (2, batch, length, dim)
     projected = torch.bmm(u.flatten(1, 2), mixer.x_proj.mT).unflatten(1, x.shape[:2])
@@ -205,18 +221,20 @@ def _forward(
     _, kept = mixer.run.scan_forward(
         *inputs, y, softplus=True, reverse=REVERSE, keep=keep,
         skipped=skipped, skipped_dt=skipped_dt, gap_policy=gap_policy, dt=delta,
+        **{"states_dtype": kept_dtype(xz.dtype)} if kernels == "triton" else {},
     )  # fmt: skip
     out = y[0] if in_place and out_proj is not None else x.new_empty(x.shape)
     total = x.new_empty(x.shape if keep else 0)
-    scores = kept.new_empty(u.shape[:3] if score else 0)
+    single = partial(xz.new_empty, dtype=torch.float32)
+    scores = single(u.shape[:3] if score else 0)
     mixer.run.gate_forward(
         *(y, z, out, total if keep else None),
         scale=scale,
         **dict(SCORES[score], score=scores) if score else {},
     )
-    if out_proj is not None:
-        out = choose(out, out_proj)(out, out_proj)
-    return out, projected, total, kept, scores, kept.new_empty(0) if delta is None else delta
+    if mixer.out_proj is not None:
+        out = choose(out, mixer.out_proj)(out, mixer.out_proj)
+    return out, projected, total, kept, scores, single(0) if delta is None else delta
 
 
 @_forward.register_fake
@@ -225,11 +243,12 @@ def _forward_shapes(xz: Tensor, *rest: Any, **options: Any) -> Any:
     dim, out_proj, keep = width // 2, rest[14], options["keep"]
     single = partial(xz.new_empty, dtype=torch.float32)
     shape = kernel_set(options["kernels"]).kept_shape(2, batch, length, dim, state)
+    states = kept_dtype(xz.dtype) if options["kernels"] == "triton" else torch.float32
     return (
         xz.new_empty(batch, length, dim if out_proj is None else out_proj.shape[0]),
-        xz.new_empty(2, batch, length, _row(rank, state)),
+        xz.new_empty(2, batch, length, row_width(rank, state)),
         xz.new_empty((batch, length, dim) if keep else 0),
-        single(shape if keep else 0),
+        xz.new_empty(shape if keep else 0, dtype=states),
         single((2, batch, length) if options["score"] else 0),
         single((2, batch, length, dim) if options["return_dt"] else 0),
     )
@@ -250,75 +269,80 @@ def _backward(
     *rest: Any,
     scale: float,
     gap_policy: str,
+    log_A: bool,
     kernels: str,
 ) -> list[Tensor]:
-    """Return the gradients of xz, each parameter of both directions, out_proj and skipped_dt.
-
-    The last two only if they are given.
+    """Return the gradients of xz, each parameter of both directions; out_proj, skipped_dt if given.
 
     Both directions are in one tensor, (2, *shape), since an operator must not return slices of one.
     """
     *parameters, out_proj, skipped, skipped_dt, dsteps = rest
-    mixer = _Mixer.of(tuple(parameters), kernels)
+    mixer = _Mixer.of(tuple(parameters), out_proj, xz.dtype, log_A=log_A, kernels=kernels)
     dxz = torch.empty_like(xz)
     (x, z), (dx, dz) = xz.chunk(2, dim=-1), dxz.chunk(2, dim=-1)
     dy, dout_proj = scratch("dy", total.shape, total), []
-    if out_proj is None:
+    if out_proj is None or mixer.out_proj is None:
         mixer.run.gate_backward(grad, total, z, dy, dz, scale=scale)
     else:
-        gated, multiply = scratch("gated", total.shape, total), choose(total, out_proj)
-        mixer.run.gate_backward(multiply(grad, out_proj.mT), total, z, dy, dz, gated, scale=scale)
-        dout_proj = [multiply(grad.flatten(0, 1).mT, gated.flatten(0, 1).mT)]
+        gated, multiply = scratch("gated", total.shape, total), choose(total, mixer.out_proj)
+        inner = multiply(grad, mixer.out_proj.mT)
+        mixer.run.gate_backward(inner, total, z, dy, dz, gated, scale=scale)
+        product = multiply(grad.flatten(0, 1).mT, gated.flatten(0, 1).mT)
+        dout_proj = [product.to(out_proj.dtype, memory_format=torch.contiguous_format)]
 
     u = mixer.convolved(x)
     B, C, dt = mixer.parts(projected)
-    delta, du, dprojected = (
-        mixer.delta(dt, u),
-        scratch("du", u.shape, u),
-        torch.zeros_like(projected),
-    )
-    ddelta = (
-        delta if kernels == NUMBA.name else torch.empty_like(u)
-    )  # in place, as the forward pass
+    delta, du = mixer.delta(dt, u), scratch("du", u.shape, u)
+    ddelta = delta if kernels == NUMBA.name else torch.empty_like(u)  # in place, as before
+    dprojected = torch.empty_like(projected)
     dB, dC, ddt = mixer.parts(dprojected)
     inputs = u, delta, mixer.A, B, C, *mixer.channels
-    outputs = du, ddelta, dB, dC
     dskipped_dt = [] if skipped_dt is None else [skipped_dt.new_empty(u.shape)]
+    sums: dict[str, Any] = {"partial": True} if kernels == "triton" else {}
     dA, dD, dt_bias = mixer.run.scan_backward(
-        dy.expand_as(u), None, kept, *inputs, *outputs, softplus=True, reverse=REVERSE,
+        dy.expand_as(u), None, kept, *inputs, du, ddelta, dB, dC, softplus=True, reverse=REVERSE,
         skipped=skipped, skipped_dt=skipped_dt, gap_policy=gap_policy,
-        ddt=dsteps, dskipped_dt=next(iter(dskipped_dt), None),
+        ddt=dsteps, dskipped_dt=next(iter(dskipped_dt), None), **sums,
     )  # fmt: skip
-    ddelta = ddelta.flatten(1, 2)  # (2, batch length, dim)
-    ddt.copy_(torch.bmm(ddelta, mixer.dt_proj.mT))
-    dt_proj = torch.bmm(ddelta.mT, dt)
-    rows = dprojected.flatten(1, 2)
-    BC, x_proj, _ = torch.bmm(rows.mT, u.flatten(1, 2)).split(
-        (2 * mixer.state, mixer.rank, rows.shape[2] - 2 * mixer.state - mixer.rank), dim=1
-    )
-    x_proj = torch.cat((x_proj, BC), dim=1)
+    ddelta, rows = ddelta.flatten(1, 2), dprojected.flatten(1, 2)  # (2, batch length, ...)
+    torch.bmm(ddelta, mixer.dt_proj, out=ddt)  # zeros behind the rank
+    slices = gcd(len(xz), SLICES[kernels])
+    dt_proj, x_proj = _product(ddelta, dt, slices), _product(rows, u.flatten(1, 2), slices)
     du.flatten(1, 2).baddbmm_(rows, mixer.x_proj)
-    conv = mixer.run.conv_backward(du, x, *mixer.conv, dx, silu=True, reverse=REVERSE)
-    both = (*conv, x_proj, dt_proj, dt_bias, dA, dD)
-    return [dxz, *(g.contiguous() for g in both), *dout_proj, *dskipped_dt]
+    conv = mixer.run.conv_backward(du, x, *mixer.conv, dx, silu=True, reverse=REVERSE, **sums)
+    conv, scans = ((t if sums else t.unsqueeze(1) for t in ts) for ts in (conv, (dt_bias, dA, dD)))
+    finish = getattr(mixer.run, "finish_gradients", mixer_parameters.finish_gradients)
+    both = finish(
+        Parts._make((*conv, x_proj, dt_proj, *scans)),
+        mixer.A if log_A else None,
+        rank=mixer.rank,
+        dtypes=_dtypes(parameters),
+    )
+    return [dxz, *both, *dout_proj, *dskipped_dt]
+
+
+def _dtypes(parameters: Sequence[Tensor]) -> list[torch.dtype]:
+    """Return those of the gradients of each parameter of both directions."""
+    pairs = zip(parameters[:7], parameters[7:14], strict=True)
+    return [torch.promote_types(a.dtype, b.dtype) for a, b in pairs]
 
 
 @_backward.register_fake
 def _backward_shapes(grad: Any, projected: Any, total: Any, kept: Any, *rest: Any, **_: Any) -> Any:
     del grad, projected, total, kept
     xz, *parameters, out_proj, _, skipped_dt, _ = rest
-    grads = [torch.empty_like(xz)]
-    for name, parameter in zip(Direction._fields, parameters, strict=False):
-        dtype = xz.dtype if name in ("x_proj", "dt_proj") else torch.float32
-        grads.append(xz.new_empty(2, *parameter.shape, dtype=dtype))
-    grads += [] if out_proj is None else [torch.empty_like(out_proj)]
+    pairs = zip(parameters[:7], _dtypes(parameters), strict=True)
+    grads = [torch.empty_like(xz), *(xz.new_empty(2, *p.shape, dtype=dtype) for p, dtype in pairs)]
+    grads += [] if out_proj is None else [out_proj.new_empty(out_proj.shape)]
     return grads if skipped_dt is None else [*grads, skipped_dt.new_empty(skipped_dt.shape)]
 
 
 def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:4], *inputs)
-    ctx.options = {name: keyword_only_inputs[name] for name in ("scale", "gap_policy", "kernels")}
+    ctx.options = {
+        name: keyword_only_inputs[name] for name in ("scale", "gap_policy", "log_A", "kernels")
+    }
     ctx.shape = output[0].shape
 
 

@@ -6,6 +6,8 @@ compiler cannot be imported.
 
 from __future__ import annotations
 
+import torch
+
 TRITON_CHUNK = 16  # tokens from one kept state to the next
 NUMBA_CHUNK = 32
 
@@ -15,6 +17,15 @@ def state_parts(state: int) -> tuple[int, int]:
     padded = 1 << (state - 1).bit_length()
     width = min(padded, 4)
     return width, padded // width
+
+
+def kept_dtype(tokens: torch.dtype) -> torch.dtype:
+    """Return the dtype of what Triton's kernels keep in a mixer of these tokens.
+
+    The backward pass recomputes a chunk from a kept state, whose rounding to bfloat16 is that of
+    u, B and C; the range of float16 is not that of a state.
+    """
+    return torch.bfloat16 if tokens == torch.bfloat16 else torch.float32
 
 
 def triton_shape(

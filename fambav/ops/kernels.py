@@ -49,7 +49,8 @@ class KernelSet(NamedTuple):
         """Import the kernels.
 
         Raises:
-            BackendError: If that fails.
+            BackendError: If that fails, with the reason: a compiler that is installed and broken
+                is not passed over in silence for a slower backend.
         """
         if not self.installed:
             raise BackendError(f"{self.name} is not installed; {self.hint}")

@@ -20,9 +20,11 @@ from fambav.ops import (
 )
 from fambav.ops.kernels import KernelSet
 from fambav.ops.scan_aligned import aligned_scan
+from fambav.ops.scan_order import order_table
 from tests.ops.agreement import device_of, draw
 
 LENGTH, DIM, STATE, RANK = 5, 4, 3, 2
+ORDER = order_table(torch.arange(LENGTH).flip(0)[:, None], LENGTH)
 HERE = [(op, name) for op, name, reason in backends() if reason is None and name != "cuda"]
 
 
@@ -50,6 +52,11 @@ def aligned(p, u, delta, B, C):
     return aligned_scan(u, delta, p.A, B, C, p.D, **gaps)[0]
 
 
+def ordered(p, u, delta, B, C):
+    order = ORDER.to(u.device)
+    return selective_scan(u.mT, delta.mT, p.A, B.mT, C.mT, p.D, delta_softplus=True, order=order)
+
+
 def mixer(p, xz):
     one = Direction(p.taps, p.D, p.x_proj, p.dt_proj, p.D, p.A, p.D)
     return bimamba_scan(xz, one, one, p.out_proj)
@@ -67,6 +74,7 @@ def pooled(p, x, residual):
 OPERATIONS = {
     "selective_scan": ((DIM, DIM, STATE, STATE), scan),
     "aligned_scan": ((DIM, DIM, STATE, STATE), aligned),
+    "ordered_scan": ((DIM, DIM, STATE, STATE), ordered),
     "causal_conv1d": ((DIM,), lambda p, x: causal_conv1d(x.mT, p.taps, p.D, "silu")),
     "bimamba_scan": ((2 * DIM,), mixer),
     "add_rms_norm": ((DIM, DIM), lambda p, x, residual: add_rms_norm(x, residual, p.weight)),

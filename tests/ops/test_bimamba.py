@@ -21,6 +21,8 @@ from tests.ops.agreement import (
 )
 
 KERNELS = ["triton", "numba"]
+# Of bfloat16; Triton's interpreter cuts its digits off, also those of the weights.
+LOW = 0.03 if torch.cuda.is_available() else 0.06
 DIM, RANK, STATE, WIDTH = 8, 3, 4, 4
 SHAPES = Direction(
     *((DIM, WIDTH), (DIM,), (RANK + 2 * STATE, DIM), (DIM, RANK), (DIM,), (DIM, STATE), (DIM,))
@@ -150,7 +152,7 @@ def test_gaps_in_bfloat16_are_within_its_rounding_of_the_float64_reference():
     low = dict(tensors, xz=tensors["xz"].detach().bfloat16().requires_grad_())
     got = everything(low, "triton", "bias", ("gated",))
     for name, exact in everything(widened(low), "reference", "bias", ("gated",)).items():
-        assert (got[name].double() - exact).norm() < 0.04 * exact.norm(), name
+        assert (got[name].double() - exact).norm() < LOW * exact.norm(), name
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -204,6 +206,19 @@ def test_nothing_is_filled_with_zeros_for_tensors_that_have_no_gradient(kernels)
     assert not [shape for shape in filled if len(shape) > 2]
 
 
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+def test_decay_rates_may_be_given_by_their_logarithm(backend):
+    tensors = inputs(5, device=device_of(backend))
+    ends = [Direction(*(tensors[f"{n}_{end}"] for n in Direction._fields)) for end in ("f", "b")]
+    want = results(tensors, backend)
+    with force(backend):
+        y = bimamba_scan(tensors["xz"], *ends, tensors["out_proj"], log_A=True)
+    weight = draw("grad", *y.shape).detach().bfloat16().to(y)
+    grads = torch.autograd.grad(y, list(tensors.values()), weight)
+    got = {"output": y.detach()} | dict(zip(tensors, grads, strict=True))
+    agree(got, {name: x.cpu().double() for name, x in want.items()}, torch.float32)
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_last_projection_can_be_left_out(kernels):
     tensors = inputs(5, out=0, device=device_of(kernels))
@@ -235,7 +250,7 @@ def test_autocast_makes_tokens_low_and_leaves_the_scan_alone():
     assert all(got[n].dtype == torch.float32 for n in tensors)
     for name, want in results(tensors, "triton").items():
         error = (got[name].double() - want.double()).norm()
-        assert error < 0.03 * want.double().norm(), name
+        assert error < LOW * want.double().norm(), name
 
 
 def test_swapping_directions_is_flipping_the_sequence():
@@ -252,7 +267,7 @@ def test_torchs_own_checks_of_the_operator_pass(kernels):
     tensors = inputs(5, device=device_of(kernels))
     for end in ("f", "b"):
         tensors[f"A_{end}"] = (-tensors[f"A_{end}"].exp()).detach().requires_grad_()
-    options = dict(scale=0.5, gap_policy="cached", kernels=kernels, keep=True)
+    options = dict(scale=0.5, gap_policy="cached", log_A=False, kernels=kernels, keep=True)
     options |= dict(score="gated", return_dt=True)
     given = *tensors.values(), None, draw("gap", 2, 2, 5, DIM, device=device_of(kernels))
     torch.use_deterministic_algorithms(False)  # what is kept may have places that nobody reads

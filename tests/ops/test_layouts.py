@@ -16,9 +16,11 @@ from fambav.ops import (
     selective_scan,
 )
 from fambav.ops.scan_aligned import aligned_scan
+from fambav.ops.scan_order import order_table
 from tests.ops.agreement import device_of, draw, results
 
 BATCH, LENGTH, DIM, STATE, RANK, WIDTH = 2, 5, 4, 3, 2, 3
+ORDER = order_table(torch.tensor([[4, 0], [2, 1], [0, 3]]), LENGTH)  # each group skips two tokens
 TOLERANCE = 1e-4  # a wrong stride is off by the size of a number, or gives NaN
 PARAMETERS = (
     *((DIM, WIDTH), (DIM,), (RANK + 2 * STATE, DIM), (DIM, RANK)),
@@ -75,6 +77,14 @@ OPERATIONS = {
         lambda **given: aligned_scan(
             **given, skipped=torch.ones_like(given["u"][..., 0]), delta_softplus=True
         )[0],
+    ),
+    "ordered_scan": (
+        dict.fromkeys(("u", "delta"), (BATCH, DIM, LENGTH))
+        | dict.fromkeys("BC", (BATCH, 2, STATE, LENGTH))
+        | dict(A=(DIM, STATE), D=(DIM,), delta_bias=(DIM,)),
+        lambda **given: selective_scan(
+            **given, delta_softplus=True, order=ORDER.to(given["u"].device)
+        ),
     ),
     "bimamba_scan": (
         dict(xz=(BATCH, LENGTH, 2 * DIM), out_proj=(3, DIM))

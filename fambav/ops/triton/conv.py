@@ -316,6 +316,7 @@ def conv_backward(
     *,
     silu: bool,
     reverse: Sequence[bool],
+    partial: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of the weights and biases; write that of x.
 
@@ -327,10 +328,11 @@ def conv_backward(
         dx: Output for the gradient of x, (batch, length, dim), any strides.
         silu: Whether silu was applied.
         reverse: Of each direction.
+        partial: Leave the parts that make up both gradients to the caller to sum.
 
     Returns:
         dweight, (directions, dim, width), and dbias, (directions, dim), or None; both float32.  The
-        order of the sums depends on shapes alone.
+        order of the sums depends on shapes alone.  With `partial` parts are the second axis.
     """
     directions, _, _, dim = du.shape
     width = weight[0].shape[1]
@@ -338,15 +340,16 @@ def conv_backward(
     stretch, rows = _stretches(x.shape, form)
     taps = [w.contiguous() for w in weight]
     shifts = [None] if bias is None else [b.contiguous() for b in bias]
-    partial = x.new_empty(directions, rows, dim * (width + 1), dtype=torch.float32)
+    parts = x.new_empty(directions, rows, dim * (width + 1), dtype=torch.float32)
     with on_device(x):
         _conv_backward_kernel[(rows * triton.cdiv(dim, form["BLOCK"]),)](
-            du, x, taps[0], taps[-1], shifts[0], shifts[-1], dx, partial, *x.shape[1:], stretch,
-            *du.stride(), *x.stride(), *dx.stride(), *partial.stride()[:2],
+            du, x, taps[0], taps[-1], shifts[0], shifts[-1], dx, parts, *x.shape[1:], stretch,
+            *du.stride(), *x.stride(), *dx.stride(), *parts.stride()[:2],
             **form, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
-    dweight, dbias = partial.sum(dim=1).split([dim * width, dim], dim=1)
-    return dweight.unflatten(1, (dim, width)), None if bias is None else dbias
+    sums = parts if partial else parts.sum(dim=1)
+    dweight, dbias = sums.split([dim * width, dim], dim=-1)
+    return dweight.unflatten(-1, (dim, width)), None if bias is None else dbias
 
 
 def _form(

@@ -1,6 +1,6 @@
 """Addition to the residual stream and RMS normalisation, as Triton kernels.
 
-    total = residual + hidden
+    total = residual + factor of the sample * hidden
     normed = total / sqrt(mean(total^2) + eps) * weight
 
 A program holds a few whole rows in registers, so that each is loaded once.  In the backward pass it
@@ -31,15 +31,23 @@ def _rows(tensor, row, stride, column):
     return tensor + row[:, None] * stride + column[None, :]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _of_sample(factor, row, rows, length) -> tl.tensor:
+    """Load the factor of each row's sample, a column."""
+    return tl.load(factor + row // length, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit(do_not_specialize=["rows", "length"])
 def _norm_forward_kernel(
     hidden,
     residual,
     weight,
+    factor,
     normed,
     total,
     scale,
     rows,
+    length,
     dim,
     eps,
     hidden_row,
@@ -53,6 +61,8 @@ def _norm_forward_kernel(
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < dim)[None, :]
     value = tl.load(_rows(hidden, row, hidden_row, column), mask=inside, other=0.0).to(tl.float32)
+    if factor is not None:
+        value *= _of_sample(factor, row, rows, length)
     if residual is not None:
         before = tl.load(_rows(residual, row, residual_row, column), mask=inside, other=0.0)
         value += before.to(tl.float32)
@@ -66,17 +76,19 @@ def _norm_forward_kernel(
     tl.store(_rows(normed, row, normed_row, column), value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "stretch"])
+@triton.jit(do_not_specialize=["rows", "length", "stretch"])
 def _norm_backward_kernel(
     grad_normed,
     grad_total,
     total,
     weight,
     scale,
+    factor,
     dhidden,
     dresidual,
     partial,
     rows,
+    length,
     dim,
     stretch,
     grad_normed_row,
@@ -107,9 +119,11 @@ def _norm_backward_kernel(
         if grad_total is not None:
             more = tl.load(_rows(grad_total, row, grad_total_row, column), mask=inside, other=0.0)
             pull += more.to(tl.float32)
-        tl.store(_rows(dhidden, row, dhidden_row, column), pull, mask=inside)
         if dresidual is not None:
             tl.store(_rows(dresidual, row, dresidual_row, column), pull, mask=inside)
+        if factor is not None:
+            pull *= _of_sample(factor, row, rows, length)
+        tl.store(_rows(dhidden, row, dhidden_row, column), pull, mask=inside)
     place = partial + tl.program_id(0).to(tl.int64) * dim + column
     tl.store(place, tl.sum(grown, axis=0), mask=exists)
 
@@ -122,6 +136,7 @@ def add_rms_norm_forward(
     total: Tensor,
     *,
     eps: float,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Add to the residual stream and normalise the sum.
 
@@ -132,6 +147,7 @@ def add_rms_norm_forward(
         normed: Output for the result, (rows, dim).
         total: Output for the sum, (rows, dim), which is rounded to its dtype before the norm.
         eps: Added to the mean square.
+        factor: Of hidden, (samples,), each of which has the same number of rows; None for 1.
 
     Returns:
         The scale of each row, (rows,), float32.
@@ -143,7 +159,8 @@ def add_rms_norm_forward(
     strides = [0 if t is None else t.stride(0) for t in tensors]
     with on_device(hidden):
         _norm_forward_kernel[(triton.cdiv(rows, form["ROWS"]),)](
-            hidden, residual, weight.contiguous(), normed, total, scale, rows, dim, eps, *strides,
+            hidden, residual, weight.contiguous(), factor, normed, total, scale,
+            rows, _length(rows, factor), dim, eps, *strides,
             **form, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return scale
@@ -157,6 +174,8 @@ def add_rms_norm_backward(
     scale: Tensor,
     dhidden: Tensor,
     dresidual: Tensor | None,
+    *,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient of the weight; write that of the sum to both of its terms.
 
@@ -169,6 +188,7 @@ def add_rms_norm_backward(
         scale: As the forward pass returned it.
         dhidden: Output for the gradient of hidden, (rows, dim).
         dresidual: Output for that of the residual, (rows, dim), or None.
+        factor: As in the forward pass.
 
     Returns:
         dweight, (dim,), float32; the order of its sum depends on shapes alone.
@@ -182,10 +202,16 @@ def add_rms_norm_backward(
     strides = [0 if t is None else t.stride(0) for t in tensors]
     with on_device(total):
         _norm_backward_kernel[(programs,)](
-            grad_normed, grad_total, total, weight.contiguous(), scale, dhidden, dresidual,
-            partial, rows, dim, stretch, *strides, **form, num_warps=warps, **OPTIONS,
+            grad_normed, grad_total, total, weight.contiguous(), scale, factor, dhidden, dresidual,
+            partial, rows, _length(rows, factor), dim, stretch, *strides,
+            **form, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return partial.sum(dim=0)
+
+
+def _length(rows: int, factor: Tensor | None) -> int:
+    """Return the rows of a sample."""
+    return rows if factor is None else rows // len(factor)
 
 
 def _form(dim: int) -> tuple[dict[str, Any], int]:
@@ -198,10 +224,13 @@ def variants() -> Iterator[Variant]:
     """Yield the usual specializations: the models' widths and float32 totals."""
     for dtype in POINTERS:
         for dim in (64, 192, 384, 768):
-            for left_out in ((), ("residual",)):
+            for left_out in (("factor",), ("residual", "factor")):
                 yield _variant(_norm_forward_kernel, dtype, dim, left_out)
-            for left_out in ((), ("grad_total",), ("dresidual",)):
+            for left_out in (("factor",), ("grad_total", "factor"), ("dresidual", "factor")):
                 yield _variant(_norm_backward_kernel, dtype, dim, left_out)
+            if dtype != torch.float16:
+                for kernel in (_norm_forward_kernel, _norm_backward_kernel):
+                    yield _variant(kernel, dtype, dim, ())
 
 
 def _variant(kernel: Any, dtype: torch.dtype, dim: int, left_out: tuple[str, ...]) -> Variant:
@@ -210,16 +239,26 @@ def _variant(kernel: Any, dtype: torch.dtype, dim: int, left_out: tuple[str, ...
     arguments = [name for name in kernel.arg_names if name not in constants]
     types = {name: "fp32" if name == "eps" else "i32" for name in arguments}
     narrow = ("hidden", "normed", "grad_normed", "dhidden")
-    upcast = ("residual", "weight", "total", "scale", "grad_total", "dresidual", "partial")
+    upcast: tuple[str, ...] = (
+        "residual",
+        "weight",
+        "total",
+        "scale",
+        "factor",
+        "grad_total",
+        "dresidual",
+    )
+    upcast += ("partial",)
     types |= {name: POINTERS[dtype] for name in arguments if name in narrow}
     types |= {name: "*fp32" for name in arguments if name in upcast}
-    what = "".join(f"no {name} " for name in left_out)
+    what = "".join(f"no {name} " for name in left_out if name != "factor")
+    what += "" if "factor" in left_out else "factor "
     return Variant(
         name=f"{kernel.__name__.strip('_')} {what}{POINTERS[dtype][1:]} BD{form['BLOCK']}",
         kernel=kernel,
         types=types,
         constants=constants,
         warps=warps,
-        aligned=tuple(n for n in arguments if n not in ("rows", "stretch", "eps")),
+        aligned=tuple(n for n in arguments if n not in ("rows", "length", "stretch", "eps")),
         loop_work=(form["ROWS"] * form["BLOCK"],) if "stretch" in arguments else (),
     )

@@ -14,12 +14,19 @@ A program loops from the last token to the first, for one block of channels of a
 direction.  Each chunk is first scanned forwards from the state that the forward kernel kept, and
 the state before every second token is stored to scratch in global memory, where one chunk of all
 resident programs fits in the L2 cache.  Then it goes back pair by pair, recomputing states and
-decays of two tokens in registers.
+decays of two tokens in registers; u and delta of the next pair are loaded meanwhile, dy at its
+start, as more would spill.
 
 Sums over channels cross threads, each of which owns one channel and its whole state.  As a product
 with a row of ones they are transposed once through shared memory and then summed by threads that
 own columns; warp shuffles would take five steps per element.  Partial sums of blocks are added in
 the order of the blocks, those of dA, dD and dbias in the order of the samples.
+
+Scratch is of all programs, not of those that run: 50 MB for Vim-Ti at batch 128, 0.8 GB at 768
+channels and batch 1024.  A grid of resident programs, each with a loop around all of the above,
+would save a predicted 0.2 ms of a step of 28 and costs registers, of which none are left.  Partial
+sums of B and C stay in float32, since a dozen rounded to bfloat16 would add to the error of a sum;
+they are added and stored in place by a kernel of their own.
 
 Issue slots per 32 state-steps in SASS (sm_90, Triton 3.7) at state 16 with softplus, bias and D,
 both loops together: 34.6 in bfloat16 and 30.2 in float32.
@@ -45,24 +52,26 @@ from fambav.ops.triton.scan_forward import (
     AUDITED,
     LANES,
     LOG2_E,
+    MEASURED,
     NO_GAP,
     SIZES,
     absent,
     as_floats,
     directions_back,
     each_way,
+    fetch,
     index_type,
     of_channels,
-    of_token,
+    only_if,
     put_token,
     rows_of_gaps,
     state_form,
     step_size,
+    upcast,
     variant,
 )
 from fambav.ops.triton.scan_steps import (
     channel_sum,
-    only_if,
     pair_again,
     retreat,
     through_gap,
@@ -71,11 +80,12 @@ from fambav.ops.triton.scan_steps import (
 from fambav.ops.triton.variant import Variant
 
 STEPS = 2  # tokens of a pair; must divide CHUNK
+SUMMED, SUM_WARPS = 1024, 4  # elements and warps of a program that sums over blocks
 
 # Registers per thread (maxnreg) by itemsize: enough for two tokens without spilling.  The compiler
 # alone takes 240; with 168 the occupancy is twelve warps per multiprocessor, with 192 ten.  On
 # sm_90 184 (eleven warps) would do for float32, but spills on sm_80.
-REGISTERS = {2: 168, 4: 192}
+REGISTERS = {2: 176, 4: 192}
 GAP_REGISTERS = {2: 184, 4: 200}  # the same where the state ages over gaps: eleven and ten warps
 
 
@@ -157,30 +167,34 @@ def _scan_backward_kernel(
     kept += (row * ((length - 1) // CHUNK) * PARTS * dim + channel) * PART + number
 
     chunks = tl.cdiv(length, CHUNK)
+    rows = (u_rows, delta_rows)
+    last = (length - 1) // STEPS * STEPS
+    ahead = fetch(rows, last, length, step, (channel,), (here,), STEPS)
     for i in range(chunks):
         start = (chunks - 1 - i) * CHUNK
         pairs = tl.cdiv(tl.minimum(length - start, CHUNK), STEPS)
         h = ()
         for p in tl.static_range(PARTS):
             part = ((chunks - 2 - i) * PARTS + p).to(tl.int64) * PART * dim
-            h = h + (tl.load(kept + part, mask=only_if(start > 0, here), other=0.0),)
+            h = h + (upcast(tl.load(kept + part, mask=only_if(start > 0, here), other=0.0)),)
         walk(
             h, scratch, own, start, pairs, step, u_rows, delta_rows, B_rows, gaps,
             decay, shift, channel, here, STEPS, SOFTPLUS, GAP, PART, STATE,
         )  # fmt: skip
         for j in range(pairs):
             pair = pairs - 1 - j
+            token = start + pair * STEPS
+            now, dys = ahead, fetch((dy_rows,), token, length, step, (channel,), (here,), STEPS)
+            ahead = fetch(rows, token - STEPS, length, step, (channel,), (here,), STEPS)
             states, shares, deltas, ageds, slopes = pair_again(
-                scratch, pair, own, start, length, step, u_rows, delta_rows, B_rows, gaps,
+                now, scratch, pair, own, start, length, step, delta_rows, B_rows, gaps,
                 decay, shift, channel, here, STEPS, SOFTPLUS, GAP, PART, STATE,
             )  # fmt: skip
-            token = start + pair * STEPS
             for s in tl.static_range(STEPS - 1, -1, -1):
                 real = token + s < length  # else its gradient is 0
                 here_now = only_if(real, here)
                 t = tl.minimum(token + s, length - 1) * step
-                u_t = of_token(u_rows, t, channel, here)
-                dy_t = of_token(dy_rows, t, channel, here_now)
+                u_t, dy_t = upcast(now[s * 2]), tl.where(real, upcast(dys[s]), 0.0)
                 g, rate_sum, products, x_sum, decay_sum = retreat(
                     g, rate_sum, dy_t, deltas[s], ageds[s], u_t,
                     shares[s * PARTS : (s + 1) * PARTS],
@@ -234,6 +248,7 @@ def scan_backward(  # noqa: D417  as in scan_forward
     gap_policy: str = "none",
     ddt: Tensor | None = None,
     dskipped_dt: Tensor | None = None,
+    partial: bool = False,
     block: int | None = None,
     warps: int | None = None,
     chunk: int = CHUNK,
@@ -243,7 +258,7 @@ def scan_backward(  # noqa: D417  as in scan_forward
     Args:
         dy: Gradient of y, (directions, batch, length, dim), any strides.
         dlast: Gradient of the last state, (directions, batch, dim, state), float32, or None.
-        kept: The states that the forward pass kept.
+        kept: The states that the forward pass kept, float32 or bfloat16.
         u, delta, A, B, C, D, bias, softplus, reverse, gaps: As in `scan_forward`.
         du: Output for the gradient of u, shaped like u, any strides and float dtype.
         ddelta: Output for the gradient of delta before bias and softplus, shaped like u, likewise.
@@ -252,10 +267,12 @@ def scan_backward(  # noqa: D417  as in scan_forward
         ddt: Gradient of the step size after bias and softplus, shaped like u, or None.
         dskipped_dt: Output for the gradient of skipped_dt, shaped like u, float32; needed under
             "cached".
+        partial: Leave the sums over the batch to the caller.
         block, warps, chunk: As in the forward pass; chunk is a multiple of 2.
 
     Returns:
-        dA, (directions, dim, state), dD and dbias, (directions, dim), or None; all float32.
+        dA, (directions, dim, state), dD and dbias, (directions, dim), or None; all float32.  With
+        `partial` the batch is the second axis.
     """
     form = _form(B.shape[4], block or LANES, chunk, softplus=softplus, gap=gap_policy)
     tokens = dy, u, delta, B, C, du, ddelta
@@ -267,10 +284,61 @@ def scan_backward(  # noqa: D417  as in scan_forward
     _launch(tokens, states, given, parts, reverse, form, warps or 1)
     if dskipped_dt is not None and far is not None and far is not dskipped_dt:
         dskipped_dt.copy_(far)
-    for output, total in zip((dB, dC), dBC.sum(dim=0).unbind(dim=-2), strict=True):
-        output.copy_(total[..., : form["STATE"]])
+    _sum_blocks(dBC, dB, dC)
+    if partial:
+        return dA, dD, dbias
     dD, dbias = (None if part is None else part.sum(dim=1) for part in (dD, dbias))
     return dA.sum(dim=1), dD, dbias
+
+
+@triton.jit(do_not_specialize=["blocks", "rows", "batch", "length"])
+def _sum_blocks_kernel(
+    parts, dB, dC, blocks, rows, batch, length, groups,
+    dB_direction, dB_batch, dB_token, dB_group, dB_state,
+    dC_direction, dC_batch, dC_token, dC_group, dC_state,
+    STATE: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    column = tl.arange(0, 2 * PADDED)[None, :]
+    inside = (row < rows) & (column >= 0)
+    place = parts + row * (2 * PADDED) + column
+    total = tl.zeros([TOKENS, 2 * PADDED], tl.float32)
+    for _ in range(blocks):
+        total += tl.load(place, mask=inside, other=0.0)
+        place += rows.to(tl.int64) * (2 * PADDED)
+    group, token = row % groups, row // groups % length
+    image = row // groups // length % batch
+    direction = row // groups // length // batch
+    number = column % PADDED
+    of_B = inside & (column < STATE)
+    of_C = inside & (column >= PADDED) & (number < STATE)
+    dB += direction * dB_direction + image * dB_batch + token * dB_token + group * dB_group
+    dC += direction * dC_direction + image * dC_batch + token * dC_token + group * dC_group
+    tl.store(dB + number * dB_state, total, mask=of_B)
+    tl.store(dC + number * dC_state, total, mask=of_C)
+
+
+def _sum_blocks(parts: Tensor, dB: Tensor, dC: Tensor) -> None:
+    """Sum the parts of blocks of channels, in the order of the blocks, into dB and dC.
+
+    Args:
+        parts: (blocks, directions, batch, length, groups, 2, padded state).
+        dB: Output, as of `scan_backward`.
+        dC: Likewise.
+    """
+    blocks, directions, batch, length, groups, _, padded = parts.shape
+    rows, form = directions * batch * length * groups, _sum_form(dB.shape[4], padded)
+    with on_device(parts):
+        _sum_blocks_kernel[(triton.cdiv(rows, form["TOKENS"]),)](
+            parts, dB, dC, blocks, rows, batch, length, groups, *dB.stride(), *dC.stride(),
+            **form, num_warps=SUM_WARPS, **OPTIONS,
+        )  # fmt: skip
+
+
+def _sum_form(state: int, padded: int) -> dict[str, int]:
+    return dict(STATE=state, PADDED=padded, TOKENS=max(SUMMED // (2 * padded), 1))
 
 
 def _form(
@@ -347,8 +415,18 @@ def registers(dtype: torch.dtype, state: int, gap: str = "none") -> int | None:
 
 
 def variants() -> Iterator[Variant]:
-    """Yield the usual specializations: channels and state contiguous."""
-    for dtype, state in product(POINTERS, (1, 8, 16)):
+    """Yield the specializations of the models: channels and state contiguous, state 1 and 16."""
+    for dtype in POINTERS:
+        form: dict[str, Any] = _sum_form(16, 16)
+        numbers = [name for name in _sum_blocks_kernel.arg_names if name not in form]
+        types = dict.fromkeys(numbers, "i32") | {"parts": "*fp32"}
+        types |= dict.fromkeys(("dB", "dC"), POINTERS[dtype])
+        ones = ("groups", "dB_state", "dC_state")
+        rows = ("_direction", "_batch", "_token", "_group")
+        aligned = ("parts", "dB", "dC", *(name for name in numbers if name.endswith(rows)))
+        what = f"sum_blocks {POINTERS[dtype][1:]} N16"
+        yield Variant(what, _sum_blocks_kernel, types, form, SUM_WARPS, aligned, ones)
+    for dtype, state in (*product(MEASURED, (1,)), *product(POINTERS, (16,))):
         form = _form(state, LANES) | dict(INDEX=tl.int32, dlast=None, ddt=None, dskipped_dt=None)
         form |= NO_GAP
         what = f"{POINTERS[dtype][1:]} N{state} BD{LANES}"

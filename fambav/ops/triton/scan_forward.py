@@ -11,6 +11,10 @@ the thread, softplus is computed once per delta, and B and C of the token, which
 are loaded as short vectors.  The state is therefore one tensor (channels, PART) per PART elements,
 since the compiler gives a thread as many neighbours of a row as a 16-byte load brings.
 
+A pass takes two tokens.  Their u and delta were loaded in the pass before, since one warp of each
+program has nothing else to do while it waits; B and C, which the programs of a sample share, are
+loaded at its start.
+
 The state is kept for the backward pass every CHUNK tokens: the scratch of one chunk, over all
 programs resident on an H200, is 26 MB and fits in its L2 cache; that of 32 tokens would not.
 
@@ -22,7 +26,7 @@ Issue slots per 32 state-steps in SASS (sm_90, Triton 3.7) at state 16 with soft
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -32,22 +36,38 @@ import triton.language as tl
 from torch import Tensor
 
 from fambav.ops.kept_states import TRITON_CHUNK as CHUNK
-from fambav.ops.kept_states import state_parts, triton_shape
+from fambav.ops.kept_states import kept_dtype, state_parts, triton_shape
 from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.variant import Variant
 
 LANES = 32  # threads of a warp, each of which owns one channel of a tensor
+STEPS = 2  # tokens of a pass; must divide CHUNK
 ENOUGH_PROGRAMS = 1024  # eight warps per multiprocessor of a large GPU
+
+# Registers per thread (maxnreg) with two channels each and 16 states: the compiler alone stops at
+# 128 and spills 16 bytes on sm_80.  With 144 fourteen warps fit into a multiprocessor, with 168
+# twelve, as many as a step of Vim-Ti at batch 128 has.
+REGISTERS, GAP_REGISTERS = 144, 168
 
 SIZES = ("length", "size", "groups", "blocks", "images", "reverse")  # not specialized on
 
 GAPS = ("bias", "self", "hold_prev", "cached")  # that age the state
+MEASURED = (torch.float32, torch.bfloat16)  # in which models train
 AUDITED = ((torch.float32, GAPS[0]), (torch.bfloat16, GAPS[0]))  # the default one
 NO_GAP: dict[str, Any] = dict(skipped=None, skipped_dt=None)
 
 LOG2_E = tl.constexpr(1.4426950216293335)  # rounded to float32
 LOG2_E_REST = tl.constexpr(1.9259629911266175e-08)  # its rounding error
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def only_if(condition, mask) -> tl.tensor:
+    """Return the mask where the scalar condition holds, else an empty one.
+
+    In the interpreter of Triton 3.9, `&` of a block and a scalar is not a mask yet.
+    """
+    return (mask & condition) != 0
 
 
 @triton.jit
@@ -156,6 +176,46 @@ def of_token(rows, t, channel, here) -> tl.tensor:
 
 
 @triton.jit
+def _raw(rows, t, channel, here) -> tl.tensor:
+    """Load the channels of the token t in their own dtype, which takes fewer registers."""
+    at = rows[0] + t * rows[1] + channel.to(tl.int64) * rows[2]
+    return tl.load(at, mask=here, other=0.0)
+
+
+@triton.jit
+def fetch(rows, first, length, step, channels, heres, STEPS: tl.constexpr) -> tuple[Any, ...]:
+    """Load the channels of some tensors at STEPS tokens; past the ends the nearest token's.
+
+    Returns:
+        For each token, for each tensor of `rows`, one of each row of channels.
+    """
+    loaded = ()
+    for i in tl.static_range(STEPS):
+        t = tl.minimum(tl.maximum(first + i, 0), length - 1) * step
+        for k in tl.static_range(len(rows)):
+            for r in tl.static_range(len(channels)):
+                loaded = loaded + (_raw(rows[k], t, channels[r], heres[r]),)
+    return loaded
+
+
+@triton.jit
+def _parts_of(
+    rows, first, length, step,
+    STEPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    STATE: tl.constexpr,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Load B or C at STEPS tokens, all parts of each."""
+    loaded = ()
+    for i in tl.static_range(STEPS):
+        t = tl.minimum(first + i, length - 1) * step
+        for p in tl.static_range(PARTS):
+            loaded = loaded + (token_part(rows, t, p, PART, STATE),)
+    return loaded
+
+
+@triton.jit
 def put_token(rows, t, channel, here, value) -> None:
     """Store the channels of the token t in the dtype of the rows."""
     at = rows[0] + t * rows[1] + channel.to(tl.int64) * rows[2]
@@ -182,6 +242,7 @@ def _scan_forward_kernel(
     PART: tl.constexpr,
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -238,41 +299,49 @@ def _scan_forward_kernel(
     if dt is not None:
         dt += (row * length + first) * dim
 
+    rows = (u_rows, delta_rows)
+    ahead = fetch(rows, 0, length, step, channels, heres, STEPS)
     for start in range(0, length, CHUNK):
-        for s in range(start, tl.minimum(start + CHUNK, length)):
-            t = s * step
-            B_t = ()
-            C_t = ()
-            for p in tl.static_range(PARTS):
-                B_t = B_t + (token_part(B_rows, t, p, PART, STATE),)
-                C_t = C_t + (token_part(C_rows, t, p, PART, STATE),)
-            grown = ()
-            befores = ()
-            for r in tl.static_range(ROWS):
-                u_t = of_token(u_rows, t, channels[r], heres[r])
-                delta_t = of_token(delta_rows, t, channels[r], heres[r])
-                delta_t, _ = step_size(delta_t, shifts[r], SOFTPLUS)
-                if dt is not None:
-                    at = dt + t * dim.to(tl.int64) + channels[r]
-                    tl.store(at, delta_t, mask=heres[r])
-                x = delta_t * u_t
-                aged = delta_t
-                if GAP != "none":
-                    rest = delta_t
-                    if GAP == "bias" or GAP == "hold_prev":
-                        rest = rests[r]
-                    aged += gap_of(delta_t, rest, gap_rows, row, dim, t, channels[r], heres[r], GAP)
-                    befores = befores + (delta_t,)
-                y_t = tl.zeros([BLOCK, PART], tl.float32)
-                for p in tl.static_range(PARTS):
-                    h_p = tl.exp2(aged * decays[r * PARTS + p]) * h[r * PARTS + p] + x * B_t[p]
-                    y_t += h_p * C_t[p]
-                    grown = grown + (h_p,)
-                y_t = tl.sum(y_t, axis=1, keep_dims=True) + skips[r] * u_t
-                put_token(y_rows, t, channels[r], heres[r], y_t)
-            h = grown
-            if GAP == "hold_prev":
-                rests = befores
+        for s in range(start, tl.minimum(start + CHUNK, length), STEPS):
+            now = ahead
+            B_t = _parts_of(B_rows, s, length, step, STEPS, PARTS, PART, STATE)
+            C_t = _parts_of(C_rows, s, length, step, STEPS, PARTS, PART, STATE)
+            ahead = fetch(rows, s + STEPS, length, step, channels, heres, STEPS)
+            for i in tl.static_range(STEPS):
+                real = s + i < length  # else the state stays
+                t = tl.minimum(s + i, length - 1) * step
+                grown = ()
+                befores = ()
+                for r in tl.static_range(ROWS):
+                    here = only_if(real, heres[r])
+                    u_t = upcast(now[2 * i * ROWS + r])
+                    delta_t, _ = step_size(upcast(now[(2 * i + 1) * ROWS + r]), shifts[r], SOFTPLUS)
+                    delta_t = tl.where(real, delta_t, 0.0)
+                    if dt is not None:
+                        at = dt + t * dim.to(tl.int64) + channels[r]
+                        tl.store(at, delta_t, mask=here)
+                    x = delta_t * u_t
+                    aged = delta_t
+                    if GAP != "none":
+                        rest = delta_t
+                        if GAP == "bias" or GAP == "hold_prev":
+                            rest = rests[r]
+                        gap = gap_of(
+                            delta_t, rest, gap_rows, row, dim, t, channels[r], heres[r], GAP
+                        )
+                        aged += tl.where(real, gap, 0.0)
+                        befores = befores + (delta_t,)
+                    y_t = tl.zeros([BLOCK, PART], tl.float32)
+                    for p in tl.static_range(PARTS):
+                        decay = tl.exp2(aged * decays[r * PARTS + p])
+                        h_p = decay * h[r * PARTS + p] + x * B_t[i * PARTS + p]
+                        y_t += h_p * C_t[i * PARTS + p]
+                        grown = grown + (h_p,)
+                    y_t = tl.sum(y_t, axis=1, keep_dims=True) + skips[r] * u_t
+                    put_token(y_rows, t, channels[r], here, y_t)
+                h = grown
+                if GAP == "hold_prev":
+                    rests = befores
         if KEEP and start + CHUNK < length:
             for r in tl.static_range(ROWS):
                 for p in tl.static_range(PARTS):
@@ -303,6 +372,7 @@ def scan_forward(  # noqa: D417  several in a line
     skipped_dt: Tensor | None = None,
     gap_policy: str = "none",
     dt: Tensor | None = None,
+    states_dtype: torch.dtype = torch.float32,
     block: int | None = None,
     warps: int | None = None,
     chunk: int = CHUNK,
@@ -322,17 +392,18 @@ def scan_forward(  # noqa: D417  several in a line
         skipped_dt: Their step sizes, summed, shaped like u, under "cached"; fastest if contiguous.
         gap_policy: How the state ages over them, see `registry.GAP_POLICIES`.
         dt: Output for the step size after softplus, shaped like u, contiguous float32, or None.
+        states_dtype: Of the kept states.
         block, warps, chunk: Channels and warps of a program; tokens between kept states.
 
     Returns:
-        The state after the last step, (directions, batch, dim, state), and the kept states, of
-        `kept_states.triton_shape`, or an empty tensor; both float32.
+        The state after the last step, (directions, batch, dim, state), float32, and the kept states
+        of `kept_states.triton_shape`, or an empty tensor.
     """
     directions, batch, length, dim = u.shape
     groups, state = B.shape[3:]
     last = u.new_empty(directions, batch, dim, state, dtype=torch.float32)
     shape = triton_shape(directions, batch, length, dim, state, chunk=chunk) if keep else (0,)
-    kept = u.new_empty(shape, dtype=torch.float32)
+    kept = u.new_empty(shape, dtype=states_dtype)
     warps = warps or 1
     block = block or fast_block(batch * directions * groups, dim // groups, state)
     blocks = triton.cdiv(dim // groups, block)
@@ -343,7 +414,8 @@ def scan_forward(  # noqa: D417  several in a line
             *as_floats(skipped, skipped_dt), y, last, kept, dt,
             length, dim // groups, groups, blocks, batch, directions_back(reverse),
             *u.stride(), *delta.stride(), *B.stride(), *C.stride(), *y.stride(),
-            **form, INDEX=index_type(length, u, delta, B, C, y), num_warps=warps, **OPTIONS,
+            **form, INDEX=index_type(length, u, delta, B, C, y), num_warps=warps,
+            maxnreg=_registers(form), **OPTIONS,
         )  # fmt: skip
     return last, kept
 
@@ -359,9 +431,17 @@ def _form(
     keep: bool,
 ) -> dict[str, Any]:
     """Return the constants of a specialization, without the type of its offsets."""
+    if chunk % STEPS:
+        raise ValueError(f"chunk is {chunk}, expected a multiple of {STEPS}")
     rows = max(block // (LANES * warps), 1)
-    form = state_form(state) | dict(CHUNK=chunk, BLOCK=block // rows, ROWS=rows)
+    form = state_form(state) | dict(CHUNK=chunk, STEPS=STEPS, BLOCK=block // rows, ROWS=rows)
     return form | dict(SOFTPLUS=softplus, GAP=gap, KEEP=keep)
+
+
+def _registers(form: Mapping[str, Any]) -> int | None:
+    """Return the limit of registers per thread (maxnreg), or None for no limit."""
+    wide = form["ROWS"] > 1 and form["STATE"] == 16
+    return (REGISTERS if form["GAP"] == "none" else GAP_REGISTERS) if wide else None
 
 
 def as_floats(*tensors: Tensor | None) -> Iterator[Tensor | None]:
@@ -410,18 +490,25 @@ def index_type(length: int, *tensors: Tensor) -> Any:
 
 
 def variants() -> Iterator[Variant]:
-    """Yield the usual specializations: channels and state contiguous."""
-    for dtype, state, rows, keep in product(POINTERS, (1, 8, 16), (1, 2), (True, False)):
+    """Yield the specializations of the models: channels and state contiguous, state 1 and 16."""
+    cases = [*product(POINTERS, (16,), (1, 2), (True,))]
+    cases += [
+        *product(MEASURED, (1,), (1, 2), (True,)),
+        *product(MEASURED, (16,), (1, 2), (False,)),
+    ]
+    for dtype, state, rows, keep in cases:
         form = _form(state, LANES * rows, 1, keep=keep) | dict(INDEX=tl.int32, **NO_GAP, dt=None)
         what = f"{POINTERS[dtype][1:]} N{state} BD{LANES * rows}{' keep' if keep else ''}"
-        work = (LANES * rows * state,)
-        yield variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
+        work = (LANES * rows * state * STEPS,)
+        made = variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
+        yield made._replace(registers=_registers(form))
     for dtype, gap in AUDITED:
         form = _form(16, 2 * LANES, 1, gap=gap, keep=True) | dict(INDEX=tl.int32)
         form |= absent(gap) | (dict(dt=None) if gap != "cached" else {})
         what = f"{POINTERS[dtype][1:]} N16 BD{2 * LANES} keep {gap}"
-        work = (2 * LANES * 16,)
-        yield variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
+        work = (2 * LANES * 16 * STEPS,)
+        made = variant(f"scan_forward {what}", _scan_forward_kernel, dtype, form, work)
+        yield made._replace(registers=_registers(form))
 
 
 def absent(gap: str) -> dict[str, None]:
@@ -436,7 +523,7 @@ def variant(
     tokens = ("u", "delta", "B", "C", "y", "dy", "du", "ddelta")  # the gaps are float32
     numbers_of = [name for name in kernel.arg_names if name not in form]
     strided = [name for name in numbers_of if name.rpartition("_")[0] in tokens]
-    types = dict.fromkeys(numbers_of, "*fp32")
+    types = dict.fromkeys(numbers_of, "*fp32") | {"kept": POINTERS[kept_dtype(dtype)]}
     types |= {name: POINTERS[dtype] for name in numbers_of if name in tokens}
     types |= dict.fromkeys((*strided, *SIZES), "i32")
     ones = tuple(name for name in strided if name.endswith(("_channel", "_state")))

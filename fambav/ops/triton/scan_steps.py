@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fambav.ops.triton.scan_forward import LN_2, gap_of, of_token, step_size, token_part
+from fambav.ops.triton.scan_forward import LN_2, gap_of, of_token, step_size, token_part, upcast
 
 
 @triton.jit
@@ -27,15 +27,6 @@ def channel_sum(parts, LEVELS: tl.constexpr) -> tl.tensor:
         parts = joined
     ones = tl.full([1, parts[0].shape[0]], 1.0, tl.float32)
     return tl.dot(ones, parts[0], input_precision="ieee")
-
-
-@triton.jit
-def only_if(condition, mask) -> tl.tensor:
-    """Return the mask where the scalar condition holds, else an empty one.
-
-    In the interpreter of Triton 3.9, `&` of a block and a scalar is not a mask yet.
-    """
-    return (mask & condition) != 0
 
 
 @triton.jit
@@ -105,7 +96,7 @@ def walk(
 
 @triton.jit
 def pair_again(
-    scratch, pair, own, start, length, step, u_rows, delta_rows, B_rows, gaps,
+    loaded, scratch, pair, own, start, length, step, delta_rows, B_rows, gaps,
     decay, shift, channel, here,
     STEPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -115,7 +106,8 @@ def pair_again(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Recompute the forward pass of a pair of the chunk at `start`.
 
-    A token after the end has step size 0; in its place the last one is loaded.
+    `loaded` are u and delta of each of its tokens.  A token after the end has step size 0; in its
+    place stands the last one.
 
     Returns:
         The states before each token and after the last one, the decay at each token, the step
@@ -134,9 +126,9 @@ def pair_again(
     for s in tl.static_range(STEPS):
         real = token + s < length
         t = tl.minimum(token + s, length - 1) * step
-        delta_t, slope = step_size(of_token(delta_rows, t, channel, here), shift, SOFTPLUS)
+        delta_t, slope = step_size(upcast(loaded[s * 2 + 1]), shift, SOFTPLUS)
         delta_t = tl.where(real, delta_t, 0.0)
-        x = delta_t * of_token(u_rows, t, channel, here)
+        x = delta_t * upcast(loaded[s * 2])
         aged = _aged(
             delta_t, delta_rows, gaps, tl.minimum(token + s, length - 1), step,
             shift, channel, here, SOFTPLUS, GAP,

@@ -1,0 +1,134 @@
+"""Parameters of a bidirectional mixer as its kernels take them, and the gradients back.
+
+What is here is made of PyTorch's own operations; `fambav.ops.triton.parameters` does the same in
+one kernel each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROW = 16  # the width of the projection is a multiple of it, so that B, C and dt are aligned
+
+
+class Packed(NamedTuple):
+    """Parameters that matrix products and scans read, both directions in one tensor.
+
+    Attributes:
+        x_proj: (2, row, dim), whose rows are B, C, dt and zeros, in the dtype of the tokens.
+        dt_proj: (2, dim, row - 2 state), zeros behind the rank, likewise.
+        A: Decay rates, (2, dim, state), float32.
+        out_proj: (out, dim), in the dtype of the tokens; None for none.
+    """
+
+    x_proj: Tensor
+    dt_proj: Tensor
+    A: Tensor
+    out_proj: Tensor | None
+
+
+class Parts(NamedTuple):
+    """Gradients of both directions that are not summed yet: each (2, parts, ...).
+
+    Attributes:
+        conv_weight: (2, parts, dim, width).
+        conv_bias: (2, parts, dim).
+        x_proj: (2, parts, row, dim), whose rows are as packed.
+        dt_proj: (2, parts, dim, row - 2 state), likewise.
+        dt_bias: (2, parts, dim).
+        A: (2, parts, dim, state).
+        D: (2, parts, dim).
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+
+
+def row_width(rank: int, state: int) -> int:
+    """Return the padded width of the projection."""
+    return -(-(rank + 2 * state) // ROW) * ROW
+
+
+def empty_packed(
+    x_proj: Sequence[Tensor], A: Sequence[Tensor], out_proj: Tensor | None, dtype: torch.dtype
+) -> Packed:
+    """Return memory for packed parameters; without a copy of out_proj where it needs none."""
+    (width, dim), state = x_proj[0].shape, A[0].shape[1]
+    row = row_width(width - 2 * state, state)
+    new = x_proj[0].new_empty
+    if out_proj is not None and (out_proj.dtype != dtype or not out_proj.is_contiguous()):
+        out_proj = new(out_proj.shape, dtype=dtype)
+    return Packed(
+        x_proj=new(2, row, dim, dtype=dtype),
+        dt_proj=new(2, dim, row - 2 * state, dtype=dtype),
+        A=new(2, dim, state, dtype=torch.float32),
+        out_proj=out_proj,
+    )
+
+
+def pack_parameters(
+    x_proj: Sequence[Tensor],
+    dt_proj: Sequence[Tensor],
+    A: Sequence[Tensor],
+    out_proj: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    log_A: bool,
+) -> Packed:
+    """Reorder, pad and cast.
+
+    Args:
+        x_proj: (rank + 2 state, dim) of each direction, rows dt, B and C.
+        dt_proj: (dim, rank) of each direction.
+        A: (dim, state) of each direction.
+        out_proj: (out, dim), or None.
+        dtype: Of the tokens.
+        log_A: Whether A is the logarithm of its negative.
+    """
+    packed, rank = empty_packed(x_proj, A, out_proj, dtype), dt_proj[0].shape[1]
+    for end in (0, 1):
+        used = len(x_proj[end])
+        packed.x_proj[end, : used - rank] = x_proj[end][rank:]
+        packed.x_proj[end, used - rank : used] = x_proj[end][:rank]
+        packed.x_proj[end, used:] = 0
+        packed.dt_proj[end, :, :rank] = dt_proj[end]
+        packed.dt_proj[end, :, rank:] = 0
+        packed.A[end] = -A[end].exp() if log_A else A[end]
+    if out_proj is not None and packed.out_proj is not None and packed.out_proj is not out_proj:
+        packed.out_proj.copy_(out_proj)
+    return packed
+
+
+def finish_gradients(
+    parts: Parts, A: Tensor | None, *, rank: int, dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """Sum parts, and give them the order and the dtypes of the parameters.
+
+    Args:
+        parts: The gradients.
+        A: Decay rates, (2, dim, state), if A was given as the logarithm of its negative, else None.
+        rank: Width of dt.
+        dtypes: Of the results.
+
+    Returns:
+        The gradients of the parameters in the order of `Parts`, each (2, *shape), contiguous.
+    """
+    sums = [part[:, 0] if part.shape[1] == 1 else part.float().sum(dim=1) for part in parts]
+    found = Parts(*sums)
+    state = found.A.shape[2]
+    B_C, dt = found.x_proj[:, : 2 * state], found.x_proj[:, 2 * state : 2 * state + rank]
+    found = found._replace(
+        x_proj=torch.cat((dt, B_C), dim=1),
+        dt_proj=found.dt_proj[..., :rank],
+        A=found.A if A is None else found.A * A,
+    )
+    return [x.to(dtype).contiguous() for x, dtype in zip(found, dtypes, strict=True)]
