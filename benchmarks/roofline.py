@@ -49,7 +49,7 @@ TABLE = Path(__file__).with_name("aot.json")
 WARP = 32  # lanes
 SCHEDULERS = 4  # of a multiprocessor, each of which issues one warp instruction per cycle
 SFU_LANES = 16  # special function units of a multiprocessor: exponentials and logarithms
-FP32 = 4  # bytes of an element of the residual stream and of the state
+FP32 = 4  # bytes of an element of the residual stream
 ADAMW = 28  # bytes per weight: read and write weight and both moments, read the gradient
 POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 COUNTED = ("scan_forward", "scan_backward")  # kernels with counted instructions
@@ -117,7 +117,7 @@ def kernel_work(s: Shape) -> dict[str, Work]:
     residual = s.tokens * s.dim * FP32
     steps = 2 * channels * s.state
     BC = 2 * s.tokens * 2 * s.state * s.itemsize
-    kept = FP32 * math.prod(triton_shape(2, s.batch, s.length, s.inner, s.state))
+    kept = min(FP32, s.itemsize) * math.prod(triton_shape(2, s.batch, s.length, s.inner, s.state))
     scale = s.tokens * FP32
     return {
         "scan_forward": Work(6 * inner + BC + kept, steps + 4 * channels, steps),

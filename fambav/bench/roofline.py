@@ -244,7 +244,7 @@ def mixer_bytes(
     """
     column = batch * length * itemsize  # one element of every token
     channels, BC, dt = column * inner, 2 * column * 2 * state, 2 * column * rank
-    states = min(itemsize, 4) if kernels == "triton" else 4
+    states = min(itemsize, 4) if kernels == "triton" else 4  # bytes of an element
     states *= math.prod(kernel_set(kernels).kept_shape(2, batch, length, inner, state))
     # scan, conv, gate; then x_proj, dt_proj and out_proj
     forward = (6 + 3 + 5) * channels + BC + (2 + 2 + 1) * channels + (dt + BC) + dt + column * dim

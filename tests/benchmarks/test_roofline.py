@@ -55,7 +55,7 @@ def test_a_scan_reads_and_writes_each_tensor_once():
     tokens, inner = 3 * 70, 16
     one = tokens * inner * 2
     BC = 2 * tokens * 2 * 4 * 2
-    kept = 2 * 3 * 4 * inner * 4 * 4  # a float32 state every 16 tokens of 70 but at the end
+    kept = 2 * 3 * 4 * inner * 4 * 2  # a bfloat16 state every 16 tokens of 70 but at the end
     found = kernel_work(SHAPE)
     assert found["scan_forward"].bytes == 6 * one + BC + kept
     assert found["scan_backward"].bytes == 9 * one + 2 * BC + kept
@@ -76,7 +76,7 @@ def test_the_bytes_inside_the_fused_mixer_are_those_of_its_kernels_and_products(
     ways = ("forward", "backward")
     ahead, back = (sum(found[f"{n}_{w}"].bytes for n in ("scan", "conv", "gate")) for w in ways)
     back += found["conv_forward"].bytes + sum(made[name].bytes for name in often) - once
-    kept = 3 * 70 * 16 * 2 + 2 * 3 * 4 * 16 * 4 * 4  # the sum; a float32 state every 16 tokens
+    kept = 3 * 70 * 16 * 2 + 2 * 3 * 4 * 16 * 4 * 2  # the sum; a bfloat16 state every 16 tokens
     want = dict(forward=ahead + once - (0 if keep else kept), backward=back)
     assert mixer_bytes(**SHAPE._asdict(), keep=keep) == pytest.approx(want)
 
