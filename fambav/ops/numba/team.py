@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,23 +53,23 @@ def run_in_team(
     Raises:
         MemoryError: If it fails, which is for want of memory for its buffers.
     """
-    signature = function.signatures[0]
-    words = [0, *(w for pair in zip(signature, arguments, strict=True) for w in _words(*pair))]
-    packed = np.array(words, np.int64)
+    words = [0]
+    for is_float, x in zip(_floats(function), arguments, strict=True):
+        if type(x) is np.ndarray:
+            address = x.__array_interface__["data"][0]  # faster than by `x.ctypes`
+            words += (0, 0, x.size, x.itemsize, address, *x.shape, *x.strides)
+        else:
+            words.append(int(np.float32(x).view(np.int32)) if is_float else int(x))
+    packed = np.array(words, np.int64)  # as numba lays arguments out, in words of 8 bytes
     parallel(_entry(function)[0], packed.ctypes.data, threads, 0)
     if packed[0]:
         raise MemoryError(f"{function.py_func.__name__} fails, expected memory for its buffers")
 
 
-def _words(kind: Any, x: Any) -> Iterator[int]:
-    """Yield an argument as numba lays it out in memory, in words of 8 bytes."""
-    if isinstance(kind, types.Array):
-        address = x.__array_interface__["data"][0]  # faster than by `x.ctypes`
-        yield from (0, 0, x.size, x.itemsize, address, *x.shape, *x.strides)
-    elif kind == types.float32:
-        yield int(np.float32(x).view(np.int32))
-    else:
-        yield int(x)
+@functools.cache
+def _floats(function: Any) -> tuple[bool, ...]:
+    """Return which arguments of a kernel are single floats."""
+    return tuple(kind == types.float32 for kind in function.signatures[0])
 
 
 @global_compiler_lock
