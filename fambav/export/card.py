@@ -13,7 +13,6 @@ import yaml
 
 from fambav import flops
 from fambav.experiments import changed_settings
-from fambav.models import Backbone
 from fambav.table import Table
 from fambav.tasks import Metric, task_of
 from fambav.training.inference import LoadedRun
@@ -134,12 +133,12 @@ def card(run: LoadedRun, description: Mapping[str, Any], check: Check, *, folder
 
 
 def _plan(run: LoadedRun) -> str:
-    net = run.net
-    if not isinstance(net, Backbone):
+    reduction = getattr(run.net, "reduction", None)
+    if reduction is None:
         return "The model has no plan of tokens."
-    schedule = net.schedule
+    schedule = reduction.schedule
     whole = schedule.start * len(schedule.lengths)
-    name = getattr(net.reduction.method, "name", type(net.reduction.method).__name__)
+    name = getattr(reduction.method, "name", type(reduction.method).__name__)
     how = f"Method: {name}." if schedule.removed else "No token is removed."
     pairs = zip(schedule.counts, schedule.lengths, strict=True)
     return Table(

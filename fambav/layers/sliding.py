@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Box = tuple[int, int, int, int]
-_TILE = 2  # sides of a window in that of a tile
+_TILE = 2**22  # pixels of a tile with its margins, where that is two windows a side or more
 _TOGETHER = 2**18  # pixels of windows that the model reads at once; one window at least
 
 
@@ -74,11 +75,10 @@ class SlidingWindow(nn.Module):
         """
         steps = [_step(side, self.overlap) for side in self.window]
         margins = [-(-side // step) * step for side, step in zip(self.window, steps, strict=True)]
-        starts = [
-            range(0, extent, margin * _TILE) for extent, margin in zip(size, margins, strict=True)
-        ]
-        for top, left in product(*starts):
-            height, width = (margin * _TILE for margin in margins)
+        # Margins run twice, so tiles are as large as memory allows.
+        across = max(2, math.isqrt(_TILE // math.prod(margins)) - 2)
+        height, width = (margin * across for margin in margins)
+        for top, left in product(range(0, size[0], height), range(0, size[1], width)):
             inner = (top, left, min(top + height, size[0]), min(left + width, size[1]))
             yield (
                 (

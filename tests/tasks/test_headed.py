@@ -11,10 +11,14 @@ import fambav
 from fambav import training
 from fambav.cli import console
 from fambav.config import Config
-from fambav.data import synthetic
+from fambav.data import load, synthetic
+from fambav.engine import checkpoint
+from fambav.export.description import describe
 from fambav.heads import SegmentationModel, library
 from fambav.models import TimmModel
 from fambav.registry import BUILDERS, LIBRARY_HEADS
+from fambav.training import run_state
+from fambav.training.inference import load_run
 from tests.identical import assert_identical, log
 from tests.made import crash_in_update, crashing, go, refused, run
 
@@ -148,6 +152,23 @@ def test_reduced_tokens_give_whole_maps_and_the_plan_can_change_after_training()
     last = net.maps(images)[-1].flatten(2)  # (batch, dim, patches)
     kept = net.reduction.schedule.lengths[-1]
     assert all(len(cells.unique(dim=1).T) <= kept for cells in last)
+
+
+def test_a_file_of_a_reduced_backbone_says_its_plan_and_gives_the_same_logits(tmp_path):
+    flat = {"model": "vim_micro", "data_set": "SHAPES-SEG", "head_channels": 8, "num_classes": 11}
+    fusion = {"fusion_strategy": "upper", "fusion_layer": 3, "fusion_token": 9}
+    config, found = Config.from_flat({**flat, **fusion, "input_size": 32}), load("SHAPES-SEG")
+    torch.manual_seed(0)
+    net = training.model(config, num_classes=11).eval()
+    facts = run_state.facts(config, found, net.reduction.schedule, images=4, grid=(8, 8))
+    checkpoint.save(tmp_path / "a.pth", {"model": net.state_dict(), **facts})
+    loaded = load_run(tmp_path / "a.pth")
+    plan = describe(loaded, "safetensors")["fambav"]["plan"]
+    assert list(plan["counts"]) == list(net.reduction.schedule.counts) and sum(plan["counts"]) == 36
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.net(images), net(images))
+    plain = load_run(tmp_path / "a.pth", {"fusion_strategy": "none"})
+    assert not torch.equal(plain.net(images), net(images))
 
 
 REFUSED = {

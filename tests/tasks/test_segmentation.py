@@ -216,7 +216,8 @@ def test_windows_cover_an_image_and_agree_where_the_net_is_local():
 
 @pytest.mark.parametrize("size", [(150, 41), (16, 90), (5, 7)])
 @pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5])
-def test_tiles_of_an_image_give_the_mask_of_the_whole(size, overlap):
+def test_tiles_of_an_image_give_the_mask_of_the_whole(size, overlap, monkeypatch):
+    monkeypatch.setattr(sliding, "_TILE", 0)  # two windows a side
     torch.manual_seed(0)
     window = SlidingWindow(nn.Conv2d(3, 4, 5, padding=2), window=(16, 8), overlap=overlap)
     pixels = np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8)
@@ -234,8 +235,9 @@ def test_tiles_of_an_image_give_the_mask_of_the_whole(size, overlap):
     assert max(height for _, height in seen[1:]) <= 4 * 16 * 2
 
 
-def test_one_tile_is_in_memory_at_a_time_and_few_windows_are_read_at_once():
-    shapes, alive = [], []
+def test_one_tile_is_in_memory_at_a_time_and_few_windows_are_read_at_once(monkeypatch):
+    monkeypatch.setattr(sliding, "_TILE", 2**18)
+    shapes, alive, pixels = [], [], []
     known = nn.Conv2d(3, 4, 1)
 
     class Counting(nn.Module):
@@ -249,13 +251,15 @@ def test_one_tile_is_in_memory_at_a_time_and_few_windows_are_read_at_once():
     def outputs_of(image):
         alive.append(sum(reference() is not None for reference in references))
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+        pixels.append(image.width * image.height)
         logits = window(x)
         references.append(weakref.ref(logits))
         return logits
 
     with torch.no_grad():
         mask = segmentation.predicted_mask(Image.new("RGB", (1500, 700)), window, outputs_of)
-    assert mask.shape == (700, 1500) and len(alive) == 6 * 6
+    assert mask.shape == (700, 1500) and len(alive) == 4 * 4
+    assert max(pixels) <= 2**18
     assert max(alive) == 0  # logits of the tile before are gone
     assert {shape[2:] for shape in shapes} == {(64, 128)}
     assert max(shape[0] for shape in shapes) == 2**18 // (64 * 128)
