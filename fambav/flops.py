@@ -1,4 +1,4 @@
-"""What an image costs, by arithmetic on sizes: no weights, no forward pass.
+"""What an image or a forecast costs, by arithmetic on sizes: no weights, no forward pass.
 
     config or model -> parts -> a cost for each part in three conventions -> table, JSON, Markdown
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -18,7 +18,8 @@ from torch import nn
 
 from fambav import training
 from fambav.config import Config
-from fambav.models import Backbone, Hierarchical
+from fambav.heads import SegmentationModel
+from fambav.models import Backbone, Forecaster, Hierarchical
 from fambav.models.flops import (
     CONVENTIONS,
     FREE,
@@ -31,7 +32,7 @@ from fambav.models.flops import (
     total,
 )
 from fambav.reduction import Reduction
-from fambav.registry import family_of
+from fambav.registry import DATA_SETS, FOREIGN
 from fambav.table import Table, json_document
 
 __all__ = ["CLASSES", "CONVENTIONS", "OVERHEADS", "Cost", "Overhead", "count", "count_config"]
@@ -44,7 +45,12 @@ CLASSES = {
     "CIFAR10": 10,
     "IMNET": 1000,
     "FAKE": 1000,
+    "SHAPES-SEG": 11,
+    "VAIHINGEN": 6,
+    "POTSDAM": 6,
+    "ADE20K": 150,
 }
+VARIATES = {"WAVES": 3, "ETTh1": 7, "ETTh2": 7, "ETTm1": 7, "ETTm2": 7}  # of series, likewise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +78,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one image costs.
+    """What one image costs, or one forecast.
 
     Attributes:
         model: Name of the model.
-        input_size: Height and width of an image, in pixels.
+        input_size: Height and width of an image, in pixels; or lookback and variates of a forecast.
         num_classes: Length of the output.
+        forecast: Whether that is a forecast.
         method: Name of the method of reduction; None if no tokens are removed.
         scan: The scan policy; None if no tokens are removed.
         counted: Whether the method has a formula in `OVERHEADS`; without one it counts nothing.
@@ -89,6 +96,7 @@ class Report:
     model: str
     input_size: tuple[int, int]
     num_classes: int
+    forecast: bool = False
     method: str | None
     scan: str | None
     counted: bool = True
@@ -138,7 +146,8 @@ class Report:
                 ("share left", "", "", *_shares(self.total, self.unreduced)),
                 ("spent on reduction", "", "", *_shares(spent, self.total)),
             ]
-        note = f"in {unit} operations for one image; a line of several layers is their sum"
+        what = "forecast" if self.forecast else "image"
+        note = f"in {unit} operations for one {what}; a line of several layers is their sum"
         if not self.counted:
             note += f"; what choosing costs {self.method} is not known, and not counted"
         return Table(
@@ -152,16 +161,16 @@ class Report:
     def _title(self) -> str:
         (height, width), removed = self.input_size, sum(row.removed for row in self.rows)
         how = f"{self.method} removes {removed}, {self.scan} scan" if self.method else "none go"
-        return (
-            f"{self.model}, {height} x {width} pixels, {self.num_classes} classes: "
-            f"{self.start} tokens, {how}"
-        )
+        sizes = f"{height} x {width} pixels, {self.num_classes} classes"
+        if self.forecast:
+            sizes = f"{height} rows of {width} variates, {self.num_classes} rows ahead"
+        return f"{self.model}, {sizes}: {self.start} tokens, {how}"
 
     def json(self) -> str:
         """Return everything as JSON, counts as whole numbers under the conventions' names."""
-        names = ("model", "input_size", "num_classes", "method", "scan", "counted", "start")
+        sizes = ("model", "input_size", "num_classes", "forecast")
         figures = {
-            **{name: getattr(self, name) for name in names},
+            **{n: getattr(self, n) for n in (*sizes, "method", "scan", "counted", "start")},
             "unreduced": self.unreduced.as_dict(),
             **{n: getattr(self, n).as_dict() for n in ("reduction", "alignment", "total")},
             "conventions": CONVENTIONS,
@@ -187,45 +196,63 @@ def _shares(part: Cost, whole: Cost) -> tuple[str, ...]:
 
 
 def count_config(config: Config) -> Report:
-    """Count what an image costs the model of a configuration, without reading its data.
+    """Count what an image costs the model of a configuration, or a forecast, without its data.
 
     Args:
         config: The settings; without `num_classes` the head has the classes of the data set.
 
     Raises:
-        ValueError: If the model is not one of ours, cannot be built, or the number of classes is
-            known only to the data's files.
+        ValueError: If the model is not one of ours, cannot be built, or the number of classes or
+            variates is known only to the data's files.
     """
-    name, classes = config.model.model, config.model.num_classes
-    if not family_of(name).layers:
-        raise ValueError(f"model is {name!r}, expected one of `fambav list models` for images")
-    if classes is None:
-        classes = CLASSES.get(config.data.data_set)
+    name, data_set, classes = config.model.model, config.data.data_set, config.model.num_classes
+    forecast = DATA_SETS[data_set] == "forecasting"
+    if name.startswith(FOREIGN):
+        raise ValueError(f"model is {name!r}, expected one of `fambav list models`")
+    if forecast:
+        classes = config.model.horizon
+        if data_set not in VARIATES:
+            known = ", ".join(VARIATES)
+            raise ValueError(f"data_set is {data_set!r}, expected one of known variates: {known}")
+    elif classes is None:
+        classes = CLASSES.get(data_set)
     if classes is None:
         raise ValueError(
-            f"num_classes is None, expected a number with data_set {config.data.data_set}, whose"
+            f"num_classes is None, expected a number with data_set {data_set}, whose"
             " classes only its files tell"
         )
     with torch.device("meta"):
-        return count(training.model(config, num_classes=classes))
+        model = training.model(config, num_classes=classes)
+    if isinstance(model, Forecaster):
+        model.pretrained_cfg["input_size"] = (model.lookback, VARIATES[data_set])
+    return count(model)
 
 
 def count(model: nn.Module, reduction: Reduction | None = None) -> Report:
-    """Count what an image costs a model at the lengths of its schedule.
+    """Count what an image costs a model at the lengths of its schedule, or what a forecast does.
 
     Args:
-        model: One of ours; weights may be on the meta device.
+        model: One of ours; weights may be on the meta device.  The `pretrained_cfg` of a forecaster
+            has the number of variates.
         reduction: Instead of the model's own.
 
     Raises:
         ValueError: If the model is not one of ours.
     """
+    if isinstance(model, SegmentationModel):
+        return _headed(model)
     if isinstance(model, Hierarchical):
         return _staged(model)
+    if isinstance(model, Forecaster):
+        return _forecast(model)
     if not isinstance(model, Backbone):
         raise ValueError(f"model is a {type(model).__name__}, expected one of `fambav list models`")
+    return _reduced(model, reduction or model.reduction)
+
+
+def _reduced(model: Backbone, reduction: Reduction) -> Report:
+    """Count a model of one sequence of tokens."""
     cost, info, cells = model.flop_parts(), model.info, math.prod(model.info.grid)
-    reduction = reduction or model.reduction
     name = reduction.name if reduction.schedule.removed else None
     full = [layer(info.tokens, cells) for layer in cost.layers]
     return Report(
@@ -242,6 +269,41 @@ def count(model: nn.Module, reduction: Reduction | None = None) -> Report:
             Row(part="head", tokens=1, own=cost.head),
         ),
         unreduced=total(cost.patches, *full, cost.head),
+    )
+
+
+def _headed(model: SegmentationModel) -> Report:
+    """Count a backbone with a head that labels pixels in the place of its own."""
+    head, body = model.head_cost(), count(model.backbone)
+    *rows, own = body.rows
+    unreduced = (a - b + c for a, b, c in zip(body.unreduced, own.own, head, strict=True))
+    return replace(
+        body,
+        num_classes=model.num_classes,
+        rows=(*rows, Row(part="head", tokens=1, own=head)),
+        unreduced=Cost(*unreduced),
+    )
+
+
+def _forecast(model: Forecaster) -> Report:
+    """Count a forecast."""
+    rows, variates = [], int(model.pretrained_cfg["input_size"][1])
+    cost = model.flop_parts(variates)
+    if any(cost.patches):
+        rows.append(Row(part="patches", tokens=cost.tokens, own=cost.patches))
+    for number, own in enumerate(cost.layers, start=1):
+        rows.append(Row(part="layer", layer=number, tokens=cost.tokens, own=own))
+    rows.append(Row(part="head", tokens=variates, own=cost.head))
+    return Report(
+        model=type(model).__name__,
+        input_size=(model.lookback, variates),
+        num_classes=model.horizon,
+        forecast=True,
+        method=None,
+        scan=None,
+        start=cost.tokens,
+        rows=tuple(rows),
+        unreduced=total(*(row.own for row in rows)),
     )
 
 

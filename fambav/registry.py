@@ -35,7 +35,8 @@ class Family(NamedTuple):
         models: Their names.
         arguments: Settings that shape the model, and the arguments of its constructor that they
             become.  A setting that another family has and this one lacks is refused.
-        tasks: What they can learn, modules of `fambav.tasks`.
+        tasks: What they can learn, modules of `fambav.tasks`: first what they do by themselves,
+            then what they do with a head of `HEADS` on their maps.
         layers: Whether they are stacks of layers over an image, which are computed again to save
             memory, looked into and counted.
         reducible: Whether the tokens of these layers can be fused, merged and dropped.
@@ -44,7 +45,7 @@ class Family(NamedTuple):
 
     models: tuple[str, ...]
     arguments: dict[str, str]
-    tasks: tuple[str, ...] = ("classification",)
+    tasks: tuple[str, ...] = ("classification", "segmentation")
     layers: bool = True
     reducible: bool = True
     scan: bool = True
@@ -143,8 +144,8 @@ MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in 
 
 
 def models_of(task: str) -> tuple[str, ...]:
-    """Return the models of `MODELS` that can learn a task."""
-    able = (known for known in FAMILIES.values() if task in known.tasks)
+    """Return the models of `MODELS` that do a task by themselves."""
+    able = (known for known in FAMILIES.values() if task == known.tasks[0])
     return tuple(name for known in able for name in known.models)
 
 
@@ -175,6 +176,9 @@ METHODS: tuple[str, ...] = (
 )
 FUSION_METHODS = METHODS[:2]  # those of --fusion-method
 HOOKS: tuple[str, ...] = ("before", "between", "after")
+OWN_HEADS: tuple[str, ...] = ("upernet", "fcn")  # which label pixels on the maps of a backbone
+LIBRARY_HEADS = ("unet", "unetplusplus", "fpn", "segformer", "manet", "linknet")
+HEADS = OWN_HEADS + LIBRARY_HEADS  # the others are of segmentation-models-pytorch
 SCAN_POLICIES: tuple[str, ...] = ("compact", "aligned", "masked")
 GAP_POLICIES: tuple[str, ...] = ("bias", "cached", "hold_prev", "self", "none")
 CLASS_TOKEN_POLICIES: tuple[str, ...] = ("exact", "proportional", "middle")
@@ -192,7 +196,7 @@ DATA_SETS: dict[str, str] = {  # with their tasks, modules of `fambav.tasks`
         ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10", "IMNET", "FOLDER", "INAT", "INAT19", "FAKE"),
         "classification",
     ),
-    **dict.fromkeys(("SHAPES-SEG", "SEGFOLDER", "VAIHINGEN", "POTSDAM", "ADE20K"), "segmentation"),
+    **dict.fromkeys(("SHAPES-SEG", "SEGFOLDER", "ADE20K", "VAIHINGEN", "POTSDAM"), "segmentation"),
     **dict.fromkeys(("WAVES", "ETTh1", "ETTh2", "ETTm1", "ETTm2", "CSV"), "forecasting"),
 }
 MADE = ("DIGITS", "SHAPES100", "SHAPES-SEG", "FAKE", "WAVES")  # data sets without files

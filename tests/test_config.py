@@ -357,19 +357,19 @@ MALFORMED = [
     ("--data-path x", "with --data-set DIGITS, which has no files; is that the set you mean?"),
     ("--data-set IMNET --download", "--download is on, expected off with --data-set IMNET"),
     ("--inat-category order", "--inat-category is 'order', expected 'name' with --data-set DIGITS"),
-    ("--color-jitter 0.4", "expected none with --aa rand-m9-mstd0.5-inc1; --aa none leaves"),
+    ("--color-jitter 0.4", "expected none or 0.0 with --aa rand-m9-mstd0.5-inc1; --aa none leaves"),
     ("--src", "--src is on, expected off without --ThreeAugment"),
     ("--ThreeAugment --aa v0", "--aa is 'v0', expected none with --ThreeAugment"),
     ("--ThreeAugment --reprob 0.25", "--reprob is 0.25, expected 0.0 with --ThreeAugment"),
     ("--ThreeAugment --affine 5", "--affine is 5.0, expected 0.0 with --ThreeAugment"),
     ("--data-set INAT --download", "expected off with --data-set INAT, which is not fetched"),
     ("--reprob 0 --recount 2", "--recount is 2, expected 1 with --reprob 0"),
-    ("--cutmix-minmax 0.2 0.8 --cutmix 0.5", "--cutmix is 0.5, expected 1.0 with --cutmix-minm"),
-    ("--mixup 0 --cutmix 0 --mixup-prob 0.5", "is 0.5, expected 1.0 with --mixup 0 --cutmix 0"),
+    ("--cutmix-minmax 0.2 0.8 --cutmix 0.5", "--cutmix is 0.5, expected 1.0 or 0.0 with --cut"),
+    ("--mixup 0 --cutmix 0 --mixup-prob 0.5", "is 0.5, expected 1.0 or 0.0 with --mixup 0"),
     ("--mixup 0 --mixup-switch-prob 0.4", "with only one of --mixup and --cutmix"),
     ("--batch-size 5", "--batch-size is 5, expected an even number while mixup or cutmix is on"),
     ("--bce-loss", "--smoothing is 0.1, expected 0 with --bce-loss"),
-    ("--momentum 0.8", "--momentum is 0.8, expected 0.9 with --opt adamw"),
+    ("--momentum 0.8", "--momentum is 0.8, expected 0.9 or 0.0 with --opt adamw"),
     ("--opt sgd --opt-eps 1e-6", "--opt-eps is 1e-06, expected 1e-08 with --opt sgd"),
     ("--warmup-epochs 0 --warmup-lr 1e-5", "--warmup-lr is 1e-05, expected 1e-06 with"),
     ("--compile --cuda-graphs", "--cuda-graphs is on, expected off with --compile; take one of"),
@@ -437,7 +437,7 @@ BAD_YAML = [
     ("config: x.yaml", "'config' is not a setting"),
     ("model:\n  name: vim_tiny", "model is {'name': 'vim_tiny'}, expected a text"),
     ("bi_merge: true", "bi_merge is on, expected off"),
-    ("mixup: 0\ncutmix: 0\nmixup_prob: 0.5", "mixup_prob is 0.5, expected 1.0 with --mixup 0"),
+    ("mixup: 0\ncutmix: 0\nmixup_prob: 0.5", "mixup_prob is 0.5, expected 1.0 or 0.0 with"),
     ("dist_eval: false", "dist_eval is off, expected on"),
     ("- lr", "is a list, expected lines such as `lr: 0.001`"),
     ("lr", "is a str, expected lines such as `lr: 0.001`"),
@@ -615,7 +615,8 @@ def test_a_setting_says_what_it_affects():
     assert affecting("speed") == CONTINUED
     groups = vars(Config())
     built = {name for key in ("model", "fusion", "reduction") for name in vars(groups[key])}
-    assert affecting("model") == built - CONTINUED | {"eval_crop_ratio"}
+    shown = {"eval_crop_ratio", "crop_size", "window_overlap", "eval_scales", "eval_flip"}
+    assert affecting("model") == built - CONTINUED | shown
     assert affecting("nothing", "speed", "result", "model") == OPTIONS.keys()
 
 
@@ -715,7 +716,8 @@ def test_every_setting_is_read_by_the_builder():
     for path in (path for folder in folders for path in folder.glob("*.py")):
         tree = ast.parse(path.read_text())
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert set(OPTIONS) - read - {"sched"} == set(), "sched has one value"
+    kept = {"sched": "has one value", "crop_size": "becomes input_size"}
+    assert set(OPTIONS) - read == set(kept)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -735,3 +737,27 @@ def test_a_setting_of_the_optimizer_reaches_it_or_is_refused(name):
             groups = optim.groups(torch.nn.Linear(2, 2), weight_decay=0.1)
             made = optim.optimizer(groups, name=name, lr=0.1, **{setting: value})
             assert made.defaults[setting] == value
+
+
+OFF_WHERE_IT_IS_NOT = [  # flags, and what has no meaning there and is switched off all the same
+    ("--data-set WAVES", "--mixup 0 --cutmix 0 --mixup-prob 0 --smoothing 0 --reprob 0 --aa none"),
+    ("--data-set WAVES", "--hflip 0 --color-jitter 0 --no-repeated-aug --eval-crop-ratio 1"),
+    ("--data-set SHAPES-SEG", "--mixup 0 --cutmix 0 --mixup-switch-prob 0 --eval-crop-ratio 1"),
+    ("--data-set DIGITS", "--window-overlap 0 --resize-range 1 1 --vflip 0 --eval-scales 1"),
+    ("--cutmix-minmax 0.2 0.8", "--cutmix 0"),
+    ("--model vim_micro", "--no-distillation-head --no-dt-bias-twice"),
+    ("--no-model-ema --opt adamw", "--no-model-ema-warmup --momentum 0"),
+]
+
+
+@pytest.mark.parametrize(("where", "off"), OFF_WHERE_IT_IS_NOT)
+def test_what_is_not_there_may_be_switched_off(where, off):
+    assert parse([*where.split(), *off.split()]) == parse(where.split())
+
+
+@pytest.mark.parametrize("flag", ["mixup", "cutmix", "mixup-prob", "smoothing", "window-overlap"])
+def test_what_is_not_there_may_not_be_switched_on(flag):
+    with pytest.raises(
+        ConfigError, match=rf"--{flag} is 0\.7, expected .*0\.0 with --data-set WAVES"
+    ):
+        parse(["--data-set", "WAVES", f"--{flag}", "0.7"])

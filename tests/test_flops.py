@@ -14,7 +14,15 @@ from fambav.models.flops import FREE, Cost, alignment, carrying, total
 from fambav.ops import force
 from fambav.ops.flop_formulas import SCAN
 from fambav.reduction import Reducer, reduce
-from fambav.registry import CLASSIFIERS, METHODS, REDUCERS, family_of
+from fambav.registry import (
+    CLASSIFIERS,
+    DATA_SETS,
+    FAMILIES,
+    METHODS,
+    REDUCERS,
+    family_of,
+    models_of,
+)
 from fambav.timm_compat import timm
 
 GIGA = 1e9
@@ -174,11 +182,14 @@ def test_a_reduced_plain_mamba_costs_about_what_is_published(method, published):
     assert own / GIGA == pytest.approx(published, abs=0.05)
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", [*CLASSIFIERS, *models_of("segmentation")])
 def test_torch_counts_the_same_products_of_every_model_on_the_meta_device(name):
     deep = {"depth": 2} if family_of(name).reducible else {"depths": (1, 1, 1, 2)}
-    if "segmentation" in family_of(name).tasks:  # torch counts no product over a width of one
+    # Torch counts no product over a width of one, as step sizes of narrow maps are.
+    if family_of(name).tasks == ("segmentation",):
         deep["dims"] = (32, 64, 96, 128)
+    elif family_of(name) is FAMILIES["groupmamba"]:  # whose mixers have a quarter of the width
+        deep["dims"] = (128, 192, 256, 320)
     model = built(name, **deep, num_classes=7).eval()
     images = torch.empty(1, 3, *model.img_size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -186,6 +197,31 @@ def test_torch_counts_the_same_products_of_every_model_on_the_meta_device(name):
     found = counter.get_flop_counts()["Global"].items()
     products = sum(n for op, n in found if str(op).split(".")[-1] in LINEAR)
     assert products == 2 * flops.count(model).total.multiply_adds
+
+
+@pytest.mark.parametrize("name", models_of("forecasting"))
+def test_torch_counts_the_same_products_of_a_forecast(name):
+    flags = ["--model", name, "--data-set", "ETTh1", "--lookback", "64", "--horizon", "24"]
+    report = flops.count_config(config.parse(flags))
+    assert (report.input_size, report.num_classes, report.forecast) == ((64, 7), 24, True)
+    title, *_ = report.table().render("text").splitlines()
+    assert "64 rows of 7 variates, 24 rows ahead: " in title
+    with torch.device("meta"):
+        model = timm.create_model(name, lookback=64, horizon=24).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 64, 7, device="meta"))
+    found = counter.get_flop_counts()["Global"].items()
+    products = sum(n for op, n in found if str(op).split(".")[-1] in LINEAR)
+    assert products == 2 * report.total.multiply_adds
+    assert flops.count(model).total.multiply_adds < report.total.multiply_adds, "of one variate"
+
+
+def test_a_series_of_unknown_variates_is_refused():
+    run = config.parse(["--model", "dlinear", "--data-set", "CSV", "--data-path", "x.csv"])
+    with pytest.raises(
+        ValueError, match="data_set is 'CSV', expected one of known variates: WAVES"
+    ):
+        flops.count_config(run)
 
 
 @pytest.mark.parametrize("schedule", [None, "list:0,20"])
@@ -386,10 +422,20 @@ def test_json_has_every_number():
 
 @pytest.mark.parametrize(
     ("name", "classes"),
-    [("DIGITS", 10), ("SHAPES100", 100), ("CIFAR", 100), ("CIFAR10", 10), ("IMNET", 1000)],
+    [
+        ("SHAPES-SEG", 11),
+        ("POTSDAM", 6),
+        ("ADE20K", 150),
+        ("DIGITS", 10),
+        ("SHAPES100", 100),
+        ("CIFAR", 100),
+        ("CIFAR10", 10),
+        ("IMNET", 1000),
+    ],
 )
 def test_the_head_has_the_classes_of_the_data_set(name, classes):
-    flags = ["--model", "vim_micro", "--data-set", name]
+    model = "vim_micro" if DATA_SETS[name] == "classification" else "vmunet_nano"
+    flags = ["--model", model, "--data-set", name]
     assert flops.count_config(config.parse(flags)).num_classes == classes
     given = flops.count_config(config.parse([*flags, "--num-classes", "3"]))
     assert given.num_classes == 3

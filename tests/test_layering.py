@@ -25,7 +25,7 @@ RANK = {
     "layers": 2,
     "reduction": 3,
     "models": 4,
-    "heads": 4,
+    "heads": 5,
     "config": 5,
     "data": 6,
     "tasks": 7,

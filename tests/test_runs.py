@@ -200,7 +200,7 @@ class Scripted:
     def __init__(self, *accuracies):
         self.accuracies = iter([accuracy for a in accuracies for accuracy in (a, a + 1)])
 
-    def __call__(self, net, **given):
+    def __call__(self, net, batches, **given):
         return Scores({"loss": 1.0, "acc1": next(self.accuracies), "acc5": 50.0}, 37)
 
 

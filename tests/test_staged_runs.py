@@ -1,5 +1,7 @@
 """Models of stages through the command line: they train, resume, evaluate, predict and export."""
 
+from functools import partial
+
 import pytest
 import torch
 from PIL import Image
@@ -14,25 +16,23 @@ from fambav.timm_compat import timm
 from tests.data.made import made_cifar
 from tests.export.made import weights
 from tests.identical import lasting, log, same
-from tests.test_reduced_runs import RUN, Stop, stop_in_update
-from tests.test_runs import go, refused
+from tests.made import crash_in_update, crashing, go, refused
+from tests.test_reduced_runs import RUN
 
 NAMES = ("vmamba_nano", "vssd_nano", "groupmamba_nano", "vim2_nano")
 LOWERING = {torch.ops.fambav.recurrence.default: in_blocks}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_goes_on_to_the_last_bit_and_its_file_classifies(name, tmp_path, monkeypatch):
+def test_a_run_goes_on_to_the_last_bit_and_its_file_classifies(name, tmp_path):
     made_cifar(tmp_path, train=24, test=13)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     flags = [*RUN, "--model", name, "--data-set", "CIFAR", "--data-path", str(tmp_path)]
     flags += ["--grad-checkpointing", "--log-activations", "--drop", "0.1"]
     found = go(*flags, "--output_dir", whole)
     assert found.status == 0, found.err
-    with monkeypatch.context() as patch:
-        stop_in_update(patch, 4)
-        with pytest.raises(Stop):
-            go(*flags, "--output_dir", broken)
+    with crashing(partial(crash_in_update, update=4)):
+        go(*flags, "--output_dir", broken)
     again = go(*flags, "--output_dir", broken, "--resume", "auto")
     assert again.status == 0, again.err
     assert lasting(log(broken)) == lasting(log(whole))

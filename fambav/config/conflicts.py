@@ -1,7 +1,8 @@
 """What settings mean beside each other: which win, which are reset, which exclude each other.
 
-A flag that would change nothing is refused: a run ignores no setting.  A setting read
-from a lower level than the one that took its meaning away has its default instead.
+A flag that would change nothing is refused: a run ignores no setting; but a value that switches
+something off is taken where there is nothing to switch off.  A setting read from a lower level than
+the one that took its meaning away has its default instead.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from fambav.config.schema import OPTIONS
 from fambav.config.setting import DEFAULT, RECORD, ConfigError, Setting, When, format_value, refuse
-from fambav.config.when import CLASSES, FUSED, MASKS, MIXING, REDUCED
+from fambav.config.when import CLASSES, FUSED, HEADED, MASKS, MIXING, REDUCED
 from fambav.registry import DATA_SETS, family_of, models_of
 
 Settings = dict[str, Setting]
@@ -38,6 +39,7 @@ def resolve(given: Settings) -> tuple[dict[str, Any], list[str]]:
     done: set[str] = set()
     _match_model_and_data(settings)
     _match_crop(settings)
+    _choose_head(settings)
     _apply_conditions(settings, "reduction", done)
     _choose_reduction_or_fusion(settings)
     _choose_plan_or_strategy(settings)
@@ -55,15 +57,15 @@ def _match_model_and_data(settings: Settings) -> None:
     """Refuse a model that cannot learn from the data set; one that was not given fits the other."""
     model, data_set = settings["model"], settings["data_set"]
     tasks, task = family_of(model.value).tasks, DATA_SETS[data_set.value]
-    fitting = [name for name, own in DATA_SETS.items() if own in tasks]
-    if task in tasks:
+    fitting = [name for name, own in DATA_SETS.items() if own == tasks[0]]
+    if task == tasks[0] or (task in tasks and DEFAULT not in (model.level, data_set.level)):
         return
     able = models_of(task)
     if model.level == DEFAULT and able:
         settings["model"] = model._replace(value=able[0])
     elif data_set.level == DEFAULT and fitting:
         settings["data_set"] = data_set._replace(value=fitting[0])
-    else:
+    elif task not in tasks:
         expected = f"a model for {task}, as --data-set {data_set.value} needs"
         if able and task != "classification":
             expected = f"{' or '.join(able)} with --data-set {data_set.value}"
@@ -78,6 +80,18 @@ def _match_crop(settings: Settings) -> None:
     if size.value not in (None, crop.value) and size.level >= crop.level:
         refuse(size.label, size.value, f"{format_value(crop.value)} as {crop.label}")
     settings["input_size"] = size._replace(value=crop.value, level=crop.level)
+
+
+def _choose_head(settings: Settings) -> None:
+    """Give a backbone its head; one that pools each image needs two images for its batch norm."""
+    head, batch = settings["head"], settings["batch_size"]
+    if not HEADED.holds(settings["model"].value, settings["data_set"].value):
+        return
+    if head.value is None:
+        head = settings["head"] = head._replace(value="upernet")
+    if head.value != "fcn" and batch.value == 1 and not settings["eval"].value:
+        expected = f"at least 2 with --head {head.value}, whose batch norms see maps of one cell"
+        refuse(batch.label, 1, expected)
 
 
 def _apply_conditions(settings: Settings, name: str, done: set[str]) -> None:
@@ -97,9 +111,11 @@ def _apply_conditions(settings: Settings, name: str, done: set[str]) -> None:
 
 def _reset(settings: Settings, name: str, level: int, why: str) -> None:
     """Reset a setting to its default, or refuse it if it was given at `level` or above."""
-    setting, default = settings[name], OPTIONS[name].otherwise
-    if setting.value != default and setting.level != DEFAULT and setting.level >= level:
-        refuse(setting.label, setting.value, f"{format_value(default)} {why}")
+    setting, default, off = settings[name], OPTIONS[name].otherwise, OPTIONS[name].off_value
+    given = setting.level != DEFAULT and setting.level >= level
+    if given and setting.value != default and (off is None or setting.value != off):
+        expected = format_value(default) + ("" if off is None else f" or {format_value(off)}")
+        refuse(setting.label, setting.value, f"{expected} {why}")
     settings[name] = setting._replace(value=default)
 
 

@@ -9,10 +9,13 @@ from fambav import registry
 from fambav.config import checks, when
 from fambav.config.setting import (
     COUNT,
+    LARGEST,
     NATURAL,
+    NOT_NEGATIVE,
     PIXELS,
     RATE,
     Affects,
+    Bounds,
     Group,
     option,
     switch,
@@ -64,16 +67,20 @@ class Model(Group):
         "PlainMamba: add the step sizes' bias twice, as released weights need",
         when.PLAINMAMBA,
         on=True,
+        off_value=False,
     )
     distillation_head: bool = switch(
         "GroupMamba: a second head, which learns from a teacher; the output is their mean",
         when.TWO_HEADS,
+        when.CLASSES,
         on=True,
+        off_value=False,
     )
     drop: float = option(
         0.0,
         "dropout after the position embedding, before the head, or of tsm2's mixers too",
         when.DROPOUT,
+        when.DROPPED,
         bounds=RATE,
     )
     drop_path: float = option(
@@ -82,6 +89,27 @@ class Model(Group):
         when.DROP_PATH,
         otherwise=0.0,
         bounds=RATE,
+    )
+    head: str | None = option(
+        None,
+        "what labels pixels on the maps of a backbone; none = upernet; all but that and fcn need "
+        "segmentation-models-pytorch",
+        when.HEADED,
+        choices=registry.HEADS,
+    )
+    head_channels: int = option(
+        512,
+        "width of the maps inside --head upernet or fcn",
+        when.HEADED,
+        when.WIDE_HEAD,
+        bounds=Bounds(2, LARGEST),
+    )
+    auxiliary_weight: float = option(
+        0.4,
+        "weight of the loss of a second head, which labels pixels on the last map but one while "
+        "training; 0 = no such head",
+        when.HEADED,
+        bounds=NOT_NEGATIVE,
     )
     lookback: int = option(
         512, "rows of a series that a forecast is made from", when.SERIES, bounds=COUNT

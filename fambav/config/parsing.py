@@ -40,6 +40,7 @@ CONFIG = Option(
     check=file_path,
 )
 _COLUMN = 37  # where the help explains
+_WIDTH = 100  # of a line of the help
 _REASON = 200  # characters of a reason that is not ours
 
 
@@ -267,6 +268,8 @@ def _entry(option: Option, text: str) -> list[str]:
         head += {int: " N", float: " X", tuple: " X X"}.get(option.kind, " TEXT")
         head += " [N]" if option.pair else ""
     lines = _wrapped(text, " " * _COLUMN)
+    if len(head) > _WIDTH:
+        return [*_wrapped(head.replace(",", ", ").strip(), "  "), *lines]
     if len(head) >= _COLUMN:
         return [head, *lines]
     return [head.ljust(_COLUMN) + lines[0].strip(), *lines[1:]]
@@ -274,5 +277,5 @@ def _entry(option: Option, text: str) -> list[str]:
 
 def _wrapped(text: str, indent: str) -> list[str]:
     return textwrap.wrap(
-        text, 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        text, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )

@@ -67,6 +67,7 @@ class Data(Group):
         0.875,
         "center crop of an image in evaluation, as a share of its side",
         when.CLASSES,
+        off_value=1.0,
         affects="model",
         bounds=Bounds(0, 1, above=True),
     )
@@ -82,6 +83,7 @@ class Data(Group):
         0.5,
         "share of a window's side that the next one sees too, in evaluation",
         when.MASKS,
+        off_value=0.0,
         affects="model",
         bounds=RATE,
     )
@@ -109,6 +111,7 @@ class Augment(Group):
         when.IMAGES,
         when.NO_POLICY,
         otherwise=None,
+        off_value=0.0,
         bounds=NOT_NEGATIVE,
     )
     aa: str | None = option(
@@ -164,6 +167,7 @@ class Augment(Group):
         (0.5, 2.0),
         "least and largest factor that an image with a mask is resized by, before the crop",
         when.MASKS,
+        off_value=(1.0, 1.0),
         bounds=POSITIVE,
         length=2,
         check=checks.ordered,
@@ -184,7 +188,12 @@ class Augment(Group):
         0.8, "alpha of mixup, 0 = off", when.CLASSES, otherwise=0.0, bounds=NOT_NEGATIVE
     )
     cutmix: float = option(
-        1.0, "alpha of cutmix, 0 = off", when.CLASSES, when.NO_SPAN, bounds=NOT_NEGATIVE
+        1.0,
+        "alpha of cutmix, 0 = off",
+        when.CLASSES,
+        when.NO_SPAN,
+        off_value=0.0,
+        bounds=NOT_NEGATIVE,
     )
     cutmix_minmax: tuple[float, ...] | None = option(
         None,
@@ -195,7 +204,12 @@ class Augment(Group):
         check=checks.rising,
     )
     mixup_prob: float = option(
-        1.0, "probability of mixing a batch", when.CLASSES, when.MIXING, bounds=PROBABILITY
+        1.0,
+        "probability of mixing a batch",
+        when.CLASSES,
+        when.MIXING,
+        off_value=0.0,
+        bounds=PROBABILITY,
     )
     mixup_switch_prob: float = option(
         0.5,
@@ -203,6 +217,7 @@ class Augment(Group):
         when.CLASSES,
         when.MIXING,
         when.BOTH_MIXES,
+        off_value=0.0,
         bounds=PROBABILITY,
     )
     mixup_mode: str = option(

@@ -61,7 +61,7 @@ class Optim(Group):
         None, "betas of Adam; none = the optimizer's own", when.BETAS, bounds=RATE, length=2
     )
     clip_grad: float | None = option(None, "gradient clipping: largest norm", bounds=POSITIVE)
-    momentum: float = option(0.9, "momentum of sgd", when.SGD, bounds=RATE)
+    momentum: float = option(0.9, "momentum of sgd", when.SGD, off_value=0.0, bounds=RATE)
     weight_decay: float = option(0.05, "weight decay", bounds=NOT_NEGATIVE)
     decay_groups: str = option(
         "default",
@@ -109,6 +109,7 @@ class Optim(Group):
         "smaller decay of the EMA in the first updates",
         when.AVERAGED,
         on=True,
+        off_value=False,
         off="no-model-ema-warmup",
     )
 

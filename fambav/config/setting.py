@@ -89,6 +89,7 @@ class Option(NamedTuple):
     affects: Affects | None = None  # None: as its group
     when: tuple[When, ...] = ()
     otherwise: Any = None  # its value where `when` does not hold: the default, unless it is given
+    off_value: Any = None  # one that changes nothing even there, and so is taken there too
     choices: tuple[str, ...] = ()  # names it may take; empty for any
     registry: Registry[Any] | None = None  # where users may have added further names
     aliases: dict[str, str] = {}  # noqa: RUF012  other spellings of those names, never changed

@@ -6,7 +6,7 @@ A flag that would change nothing is refused: a run ignores no setting.
 from __future__ import annotations
 
 from fambav.config.setting import When
-from fambav.registry import DATA_SETS, MADE, family_of
+from fambav.registry import DATA_SETS, LIBRARY_HEADS, MADE, family_of
 
 IN_MEMORY = ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10")  # data sets that are held there
 FETCHED = ("CIFAR", "CIFAR10")
@@ -51,6 +51,21 @@ MASKS = When(
     "data_set",
     lambda name: DATA_SETS[name] == "segmentation",
     "with --data-set {data_set}, which has no masks",
+)
+HEADED = When(
+    "model data_set",
+    lambda model, name: DATA_SETS[name] == "segmentation" != family_of(model).tasks[0],
+    "with --model {model} and --data-set {data_set}: no backbone gets a head that labels pixels",
+)
+WIDE_HEAD = When(
+    "head",
+    lambda name: name not in LIBRARY_HEADS,
+    "with --head {head}, which has widths of its own",
+)
+DROPPED = When(
+    "data_set",
+    lambda name: DATA_SETS[name] != "segmentation",
+    "with --data-set {data_set}, for which heads drop a tenth of their channels",
 )
 NOT_COMPILED = When("compile", lambda on: not on, "with --compile; take one of both")
 EAGER = When(

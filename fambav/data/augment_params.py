@@ -195,6 +195,8 @@ class ProxySamples:
         return self._count
 
     def __getitem__(self, index: int) -> tuple[ProxyImage, int]:
+        if not 0 <= index < self._count:
+            raise IndexError(f"index is {index}, expected one below {self._count}")
         return ProxyImage((self._width, self._height)), index
 
 

@@ -84,13 +84,6 @@ def _size(path: str) -> tuple[int, int]:
         return image.size
 
 
-def _checked(entries: list[Entry]) -> list[Entry]:
-    """Return entries whose images and masks are there and of one size each, by their heads."""
-    for entry in entries:
-        _check_sizes(entry.image, _size(entry.image), entry.mask, _size(entry.mask))
-    return entries
-
-
 def _windows(entries: Sequence[Entry], side: tuple[int, int]) -> Iterator[Entry]:
     """Yield windows of a height and a width that cover each image; the last ones overlap."""
     for entry in entries:
@@ -108,14 +101,15 @@ def read_masks(root: Path) -> DataSet:
     `fambav.data.palette.read_palette` reads, and may name other folders, such as those of GID-15.
 
     Raises:
-        DataError: If a folder, a file or a mask is missing, or a mask has another size.
+        DataError: If a folder, a file or a mask is missing.  No image is opened: one that cannot be
+            read, or whose mask has another size, is refused when it is read.
     """
     palette, names = read_palette(root / "palette.yaml")
     parts = [
         _matched(root / names["images"] / part, root / names["masks"] / part, names["mask_suffix"])
         for part in ("train", "val")
     ]
-    train, val = (ListedMasks(_checked(part), palette) for part in parts)
+    train, val = (ListedMasks(part, palette) for part in parts)
     return _data_set("SEGFOLDER", train, val)
 
 
@@ -222,7 +216,8 @@ def read_isprs(name: str, root: Path, *, crop: tuple[int, int]) -> DataSet:
         crop: Height and width of a training crop, in pixels.
 
     Raises:
-        DataError: If a tile of a split is missing, or a mask has another size than its image.
+        DataError: If a tile of a split is missing, or a training tile cannot be read: the size of
+            each is needed to cut it.  Masks are compared with their images when they are read.
 
     Source: the 2-D semantic labelling contest of ISPRS; the splits are those of CVMH-UNet and, for
     Potsdam, of the contest without tile 7_10, whose labels are wrong.
@@ -247,9 +242,7 @@ def _tiles(root: Path, image: str, mask: str, names: Sequence[str]) -> list[Entr
     for form in (image, mask):
         missing = [name for name in names if not (root / form.format(name)).is_file()]
         _refuse_missing((root / form).parent, [Path(form.format(name)).name for name in missing])
-    return _checked(
-        [Entry(str(root / image.format(name)), str(root / mask.format(name))) for name in names]
-    )
+    return [Entry(str(root / image.format(name)), str(root / mask.format(name))) for name in names]
 
 
 def read_ade20k(root: Path) -> DataSet:
@@ -268,9 +261,7 @@ def read_ade20k(root: Path) -> DataSet:
     root = inner if inner.is_dir() else root
     palette = Palette.of({name: n for n, name in enumerate(_ade_names(root), start=1)}, ignore=[0])
     train, val = (
-        ListedMasks(
-            _checked(_matched(root / "images" / part, root / "annotations" / part, "")), palette
-        )
+        ListedMasks(_matched(root / "images" / part, root / "annotations" / part, ""), palette)
         for part in ("training", "validation")
     )
     return _data_set("ADE20K", train, val)

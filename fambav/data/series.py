@@ -69,6 +69,8 @@ class Windows:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the past, (lookback, variates), and the future, (horizon, variates)."""
+        if not 0 <= index < len(self):  # without it a loop over windows would never end
+            raise IndexError(f"index is {index}, expected one below {len(self)}")
         border = index + self.lookback
         return self.values[index:border], self.values[border : border + self.horizon]
 

@@ -278,6 +278,8 @@ class FakeImages:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"index is {index}, expected one below {self.count}")
         generator = torch.Generator().manual_seed(key(self.seed, "fake", self.part, index))
         pixels = torch.randint(256, (*self.image_size, 3), generator=generator, dtype=torch.uint8)
         return Image.fromarray(pixels.numpy()), index % self.classes

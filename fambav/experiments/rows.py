@@ -32,7 +32,7 @@ class Row:
         settings: What differs from the row without reduction, by the names of settings.
         file: The YAML file that it is read from instead of the grid's base.
         paper: What a paper reports of it, metrics by name, and COSTS, which are seconds of
-            training and peak memory in the paper's own unit; None where it has none.
+            training and peak memory in the paper's own unit; None without any.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Row:
     labels: tuple[str, ...]
     settings: dict[str, Any]
     file: Path | None = None
-    paper: dict[str, float | None] | None = None
+    paper: dict[str, float] | None = None
 
 
 def read_rows(path: Path, given: Any, *, names: int, taken: Sequence[str]) -> list[Row]:
@@ -120,14 +120,14 @@ def _labels(given: Any) -> tuple[str, ...] | None:
     return None
 
 
-def _paper(label: str, given: Any) -> dict[str, float | None] | None:
+def _paper(label: str, given: Any) -> dict[str, float] | None:
     if given is None:
         return None
     if not isinstance(given, dict) or not given:
         example = f"{{{next(iter(all_metrics()))}: 70.5, time: '4:08:40'}}"
         refuse(label, given, f"figures such as {example}")
     known = (*all_metrics(), "time", "memory")
-    figures: dict[str, float | None] = dict.fromkeys((*all_metrics(), *COSTS))
+    figures = dict[str, float]()
     for key, value in given.items():
         if key not in known:
             raise ConfigError(

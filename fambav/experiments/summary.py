@@ -121,7 +121,7 @@ def _paper_columns(grid: Grid, *, mixed: bool) -> dict[str, str]:
     return {
         name: f"{what} {labels.get(name, name)}"
         for name in (*all_metrics(), *COSTS)
-        if any(row.paper and row.paper[name] is not None for row in grid.rows)
+        if any(row.paper and name in row.paper for row in grid.rows)
         and not (mixed and name in COSTS)
     }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fambav.arguments import whole
 from fambav.layers.drop import Dropout
+from fambav.models.flops import Cost, map_cost, total
 
 POOLED = (1, 2, 3, 6)  # sides of the grids of the pyramid
 
@@ -120,6 +121,19 @@ class UPerHead(PixelHead):
         outputs = [resized(x, outputs[0]) for x in (*outputs, laterals[-1])]
         return self.classify(self.fpn_bottleneck(torch.cat(outputs, dim=1)))
 
+    def cost(self, grids: Sequence[tuple[int, int]]) -> Cost:
+        """Return the cost of `forward` on maps of these heights and widths; resizing is free."""
+        *finer, coarsest = grids
+        pyramid = zip(self.psp_modules, POOLED, strict=True)
+        return total(
+            *(map_cost(module, (side, side)) for module, side in pyramid),
+            map_cost(self.bottleneck, coarsest),
+            *(map_cost(*each) for each in zip(self.lateral_convs, finer, strict=True)),
+            *(map_cost(*each) for each in zip(self.fpn_convs, finer, strict=True)),
+            map_cost(self.fpn_bottleneck, grids[0]),
+            map_cost(self.conv_seg, grids[0]),
+        )
+
 
 class FCNHead(PixelHead):
     """Logits of one map: a convolution of 3 x 3 and the last layer.
@@ -142,6 +156,10 @@ class FCNHead(PixelHead):
         for conv in self.convs:
             x = conv(x)
         return self.classify(x)
+
+    def cost(self, grids: Sequence[tuple[int, int]]) -> Cost:
+        """Return the cost of `forward` on the last of maps of these heights and widths."""
+        return total(map_cost(self.convs, grids[-1]), map_cost(self.conv_seg, grids[-1]))
 
 
 def resized(x: Tensor, like: Tensor) -> Tensor:

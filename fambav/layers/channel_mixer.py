@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fambav.layers.hierarchy import Float32LayerNorm
-from fambav.layers.mamba import A_from_log, init_A_log, init_dt_proj, upcast
-from fambav.ops import causal_conv1d, selective_scan
+from fambav.layers.ss2d import PathScans, scan_steps
+from fambav.ops import causal_conv1d
 
 STEP = 16  # channels of a step
 DIRECTIONS = 2  # from the first channels to the last, and back
 
 
-class ChannelMixer(nn.Module):
+class ChannelMixer(PathScans):
     """Project each cell, scan along its channels both ways in one call, normalise, gate, project.
 
     The directions have their own convolution, projections, A, D and step size.
@@ -53,20 +53,13 @@ class ChannelMixer(nn.Module):
                 f"width of a channel mixer is {width}, expected a multiple of {STEP}, the channels"
                 " of a step"
             )
-        inner, rank = DIRECTIONS * STEP, math.ceil(STEP / 16)  # as SS2D, of its own width
-        self.gated, self.splits = gated, (rank, state, state)
+        self.gated = gated
 
         self.in_proj = nn.Linear(dim, (2 if gated else 1) * width, bias=False)
         bound = kernel**-0.5  # of torch's depthwise convolutions
-        self.conv_weight = nn.Parameter(torch.empty(inner, kernel).uniform_(-bound, bound))
-        bound = STEP**-0.5
-        x_proj = torch.empty(DIRECTIONS, sum(self.splits), STEP).uniform_(-bound, bound)
-        self.x_proj_weight = nn.Parameter(x_proj)
-        dt_projs = [init_dt_proj(rank, STEP) for _ in range(DIRECTIONS)]
-        self.dt_projs_weight = nn.Parameter(torch.stack([dt.weight.detach() for dt in dt_projs]))
-        self.dt_projs_bias = nn.Parameter(torch.stack([dt.bias.detach() for dt in dt_projs]))
-        self.A_logs = init_A_log(inner, state)
-        self.Ds = nn.Parameter(torch.ones(inner))
+        conv = torch.empty(DIRECTIONS * STEP, kernel)
+        self.conv_weight = nn.Parameter(conv.uniform_(-bound, bound))
+        self.add_scans(DIRECTIONS, STEP, rank=math.ceil(STEP / 16), state=state)
         self.out_norm = Float32LayerNorm(width)
         self.out_proj = nn.Linear(width, dim, bias=False)
 
@@ -77,32 +70,19 @@ class ChannelMixer(nn.Module):
         if self.gated:
             x, z = x.chunk(2, dim=-1)
         steps = x.flatten(0, 2).unflatten(1, (-1, STEP))  # (cells, steps, STEP)
-        y = self._scan(torch.cat((steps, steps.flip(1)), dim=2))  # (cells, steps, 2 * STEP)
-        forward, backward = y.chunk(DIRECTIONS, dim=2)
+        y = self._scan(torch.cat((steps, steps.flip(1)), dim=2))
+        forward, backward = y.unbind(2)  # each (cells, steps, STEP)
         y = (forward + backward.flip(1)).reshape(x.shape)
         y = self.out_norm(y).to(x.dtype)
         out: Tensor = self.out_proj(y if z is None else y * F.silu(z))
         return out
 
     def _scan(self, x: Tensor) -> Tensor:
-        """Convolve and scan both directions, (cells, steps, 2 * STEP), in float32 or float64.
+        """Convolve and scan both directions, (cells, steps, 2 * STEP), each in its own order.
 
-        Each is in its own order.
+        Returns:
+            (cells, steps, 2, STEP), in float32 or float64.
         """
         u = causal_conv1d(x.mT, self.conv_weight, None, "silu").mT
-        own = u.unflatten(2, (DIRECTIONS, STEP))
-        projected = torch.einsum("csnd,nrd->csnr", own, self.x_proj_weight)
-        dt, B, C = projected.split(self.splits, dim=3)  # each (cells, steps, 2, its width)
-        delta = torch.einsum("csnr,ndr->csnd", dt, self.dt_projs_weight)
-        y: Tensor = selective_scan(
-            u.mT,  # (cells, 2 * STEP, steps)
-            delta.flatten(2).mT,
-            A_from_log(self.A_logs),
-            B.permute(0, 2, 3, 1),  # (cells, 2, state, steps)
-            C.permute(0, 2, 3, 1),
-            upcast(self.Ds),
-            delta_bias=upcast(self.dt_projs_bias).flatten(),
-            delta_softplus=True,
-            out_dtype=torch.promote_types(u.dtype, torch.float32),
-        )
-        return y.mT
+        u = u.unflatten(2, (DIRECTIONS, STEP))
+        return scan_steps([self], u, torch.einsum("csnd,nrd->csnr", u, self.x_proj_weight))

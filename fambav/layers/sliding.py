@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 Box = tuple[int, int, int, int]
 _TILE = 2  # sides of a window in that of a tile
+_TOGETHER = 2**18  # pixels of windows that the model reads at once; one window at least
 
 
 class SlidingWindow(nn.Module):
@@ -101,14 +102,21 @@ class SlidingWindow(nn.Module):
             images = F.pad(images, (0, max(0, wide - width), 0, max(0, tall - height)))
         rows = _starts(images.shape[2], tall, self.overlap)
         columns = _starts(images.shape[3], wide, self.overlap)
+        places = [
+            (..., slice(top, top + tall), slice(left, left + wide))
+            for top, left in product(rows, columns)
+        ]
         total, seen = torch.zeros(()), images.new_zeros(images.shape[2:])
-        for top, left in product(rows, columns):
-            place = (..., slice(top, top + tall), slice(left, left + wide))
-            logits = _resized(self.net(_resized(images[place], self.window)), (tall, wide))
+        several = max(1, _TOGETHER // (len(images) * self.window[0] * self.window[1]))
+        for first in range(0, len(places), several):
+            some = places[first : first + several]
+            inputs = torch.cat([_resized(images[place], self.window) for place in some])
+            logits = _resized(self.net(inputs), (tall, wide))
             if not total.ndim:
-                total = logits.new_zeros(*logits.shape[:2], *images.shape[2:])
-            total[place] += logits
-            seen[place] += 1
+                total = logits.new_zeros(len(images), logits.shape[1], *images.shape[2:])
+            for place, part in zip(some, logits.split(len(images)), strict=True):
+                total[place] += part
+                seen[place] += 1
         return total.div_(seen)[..., :height, :width]
 
 

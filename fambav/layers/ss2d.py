@@ -24,10 +24,37 @@ from fambav.ops.scan_order import to_steps
 from fambav.ops.scan_paths import CROSS, scan_paths
 
 
-class SS2D(nn.Module):
-    """Project, convolve, scan along every path in one call, normalise, gate, project.
+class PathScans(nn.Module):
+    """Weights of selective scans along several paths, under VMamba's names.
 
     Paths have their own projections, A, D and step size.
+
+    Attributes:
+        splits: Numbers of step size, B and C of a path that the projection gives.
+        x_proj_weight: (paths, rank + 2 * state, inner).
+        A_logs: (paths * inner, state).
+        Ds: (paths * inner,).
+        dt_projs_weight: (paths, inner, rank).
+        dt_projs_bias: (paths, inner).
+    """
+
+    splits: tuple[int, int, int]
+
+    def add_scans(self, paths: int, inner: int, *, rank: int, state: int) -> None:
+        """Draw the weights, in this order, which is that of the published ones."""
+        self.splits = (rank, state, state)
+        bound = inner**-0.5
+        x_proj = torch.empty(paths, sum(self.splits), inner).uniform_(-bound, bound)
+        self.x_proj_weight = nn.Parameter(x_proj)
+        self.A_logs = init_A_log(paths * inner, state)
+        self.Ds = nn.Parameter(torch.ones(paths * inner))
+        dt_projs = [init_dt_proj(rank, inner) for _ in range(paths)]
+        self.dt_projs_weight = nn.Parameter(torch.stack([dt.weight.detach() for dt in dt_projs]))
+        self.dt_projs_bias = nn.Parameter(torch.stack([dt.bias.detach() for dt in dt_projs]))
+
+
+class SS2D(PathScans):
+    """Project, convolve, scan along every path in one call, normalise, gate, project.
 
     Args:
         dim: Width of a cell.
@@ -54,18 +81,10 @@ class SS2D(nn.Module):
         super().__init__()
         whole("state", state, least=1)
         inner = whole("inner width of a scan", int(expand * dim), least=1)
-        rank, number = math.ceil(dim / 16), len(paths)
-        self.paths, self.gated, self.splits = paths, gated, (rank, state, state)
+        self.paths, self.gated = paths, gated
 
         # Names, shapes and order are those of the published weights.
-        bound = inner**-0.5
-        x_proj = torch.empty(number, sum(self.splits), inner).uniform_(-bound, bound)
-        self.x_proj_weight = nn.Parameter(x_proj)
-        self.A_logs = init_A_log(number * inner, state)
-        self.Ds = nn.Parameter(torch.ones(number * inner))
-        dt_projs = [init_dt_proj(rank, inner) for _ in paths]
-        self.dt_projs_weight = nn.Parameter(torch.stack([dt.weight.detach() for dt in dt_projs]))
-        self.dt_projs_bias = nn.Parameter(torch.stack([dt.bias.detach() for dt in dt_projs]))
+        self.add_scans(len(paths), inner, rank=math.ceil(dim / 16), state=state)
         if not gated:
             self.out_norm = Float32LayerNorm(inner)
         self.in_proj = nn.Linear(dim, (2 if gated else 1) * inner, bias=False)
@@ -77,7 +96,9 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map, (batch, height, width, dim); the shape stays."""
         u, projected, z = self.project(x)
-        y = scan_map([self], u.flatten(1, 2), projected, (x.shape[1], x.shape[2]))
+        order = scan_paths((x.shape[1], x.shape[2]), x.device, self.paths)
+        one = u.flatten(1, 2).unsqueeze(2)  # (batch, length, 1, inner), which every path reads
+        y = scan_steps([self], one, to_steps(projected, order), order)
         return self.finish(y.sum(dim=2), u, z)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -126,31 +147,35 @@ def scan_groups(mixers: Sequence[SS2D], x: Tensor) -> Tensor:
     """
     shares = zip(mixers, x.chunk(len(mixers), dim=3), strict=True)
     us, projections, gates = zip(*(mixer.project(share) for mixer, share in shares), strict=True)
-    u, projected = torch.cat(us, dim=3).flatten(1, 2), torch.cat(projections, dim=2)
-    y = scan_map(mixers, u, projected, (x.shape[1], x.shape[2]))
-    each = zip(mixers, y.unbind(2), us, gates, strict=True)
-    return torch.cat([mixer.finish(own, u, z) for mixer, own, u, z in each], dim=3)
+    names = tuple(mixer.paths[0] for mixer in mixers)
+    order = scan_paths((x.shape[1], x.shape[2]), x.device, names)
+    each = torch.stack(us, dim=3).flatten(1, 2)  # (batch, length, paths, inner)
+    y = scan_steps(mixers, each, to_steps(torch.cat(projections, dim=2), order), order)
+    results = zip(mixers, y.unbind(2), us, gates, strict=True)
+    return torch.cat([mixer.finish(own, u, z) for mixer, own, u, z in results], dim=3)
 
 
-def scan_map(mixers: Sequence[SS2D], u: Tensor, projected: Tensor, grid: tuple[int, int]) -> Tensor:
+def scan_steps(
+    mixers: Sequence[PathScans], u: Tensor, projected: Tensor, order: Tensor | None = None
+) -> Tensor:
     """Scan along the paths of mixers of equal sizes.
 
     Args:
         mixers: Their recurrences, path by path.
-        u: Inputs of all paths, (batch, length, inner), or of each, (batch, length, paths * inner).
-        projected: Step size, B and C, (batch, length, paths, rank + 2 * state).
-        grid: Height and width; their product is the length.
+        u: Inputs, (batch, length, paths, inner), step by step without an order; with one by token,
+            and 1 in place of paths if all read the same.
+        projected: Step size, B and C of each step, (batch, length, paths, rank + 2 * state).
+        order: Token of each step, (length, paths), as from `scan_paths`.  Narrow projections are
+            cheaper to bring into it than the step sizes made of them.
 
     Returns:
-        (batch, length, paths, inner), in float32 or float64.
+        (batch, length, paths, inner), in the order of u, in float32 or float64.
     """
-    order = scan_paths(grid, u.device, tuple(path for m in mixers for path in m.paths))
-    # The narrow projections go into the order of the steps, not the step sizes made of them.
-    dt, B, C = to_steps(projected, order).split(mixers[0].splits, dim=3)
+    dt, B, C = projected.split(mixers[0].splits, dim=3)  # each (batch, length, paths, its width)
     delta = torch.einsum("blkr,kdr->blkd", dt, _joined([m.dt_projs_weight for m in mixers]))
     y: Tensor = selective_scan(
-        u.mT,
-        delta.flatten(2).mT,  # (batch, paths * inner, length)
+        u.flatten(2).mT,  # (batch, paths * inner or inner, length)
+        delta.flatten(2).mT,
         A_from_log(_joined([m.A_logs for m in mixers])),
         B.permute(0, 2, 3, 1),  # (batch, paths, state, length)
         C.permute(0, 2, 3, 1),
@@ -161,7 +186,7 @@ def scan_map(mixers: Sequence[SS2D], u: Tensor, projected: Tensor, grid: tuple[i
         order=order,
         order_params=False,
     )
-    out: Tensor = y.mT.unflatten(2, (order.shape[1], -1))
+    out: Tensor = y.mT.unflatten(2, (projected.shape[2], -1))
     return out
 
 

@@ -10,7 +10,8 @@ multiply-adds     products and convolutions of all directions, and nothing else:
 
 Norms, activations, sums of streams and position embeddings count nowhere, nor do biases; but the
 first two conventions add, in hierarchical models, 5 for each number that is normalised over its
-token, 2 over the batch, and 1 for each that is pooled (VMamba), as their counters do.  VSSD's
+token, 2 over the batch, and 1 for each that is pooled (not in GroupMamba's literature), as their
+counters do.  Forecasts are counted as Vim's layers are, each mixer by itself.  VSSD's
 counts, in literature, one head where several share a factor of a product; the other two count all.
 
 A reduction adds, where L tokens of width D come in and r of them are removed:
@@ -82,6 +83,11 @@ class Cost(NamedTuple):
 FREE = Cost()
 
 
+def times(number: int, cost: Cost) -> Cost:
+    """Multiply a cost."""
+    return Cost(*(number * each for each in cost))
+
+
 def total(*costs: Cost) -> Cost:
     """Add costs, convention by convention."""
     return Cost(*map(sum, zip(*costs, strict=True))) if costs else FREE
@@ -119,6 +125,22 @@ class HierarchicalCost(NamedTuple):
     patches: Cost
     leading: tuple[Cost, ...]
     blocks: tuple[tuple[Cost, ...], ...]
+    head: Cost
+
+
+class ForecasterCost(NamedTuple):
+    """The cost of a forecast of some variates.
+
+    Attributes:
+        tokens: Tokens of all variates together; of a model without any, the variates.
+        patches: Cost of the embedding.
+        layers: Cost of each layer.
+        head: Cost of what makes the forecast.
+    """
+
+    tokens: int
+    patches: Cost
+    layers: tuple[Cost, ...]
     head: Cost
 
 
@@ -210,7 +232,8 @@ def nc_ssd_cost(length: int, inner: int, state: int, heads: int) -> Cost:
 def group_mamba_cost(mixer: GroupMambaMixer, grid: tuple[int, int]) -> Cost:
     """Return the cost of a mixer of GroupMamba, whose norm runs twice and whose affinity once.
 
-    Products of cells with each other's numbers, three for each number, count nowhere.
+    Papers do not count the mean that the affinity is computed from.  Products of cells with each
+    other's numbers, three for each number, count nowhere.
 
     Args:
         mixer: Weights may be on the meta device.
@@ -218,7 +241,8 @@ def group_mamba_cost(mixer: GroupMambaMixer, grid: tuple[int, int]) -> Cost:
     """
     affinity = (map_cost(part, (1, 1)) for part in (mixer.fc1, mixer.fc2))
     rest = (map_cost(part, grid) for part in (mixer.norm, mixer.norm, mixer.proj))
-    return total(*affinity, *rest, *(ss2d_cost(each, grid) for each in mixer.mixers))
+    mean = Cost(0, math.prod(grid) * mixer.fc1.in_features)
+    return total(mean, *affinity, *rest, *(ss2d_cost(each, grid) for each in mixer.mixers))
 
 
 def map_cost(module: nn.Module, grid: tuple[int, int]) -> Cost:

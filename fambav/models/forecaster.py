@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fambav.arguments import whole
 from fambav.models.entry import named
+from fambav.models.flops import FREE, Cost, ForecasterCost
 from fambav.models.model import Model
 from fambav.timm_compat import timm
 
@@ -60,6 +61,10 @@ class Forecaster(Model):
     @abstractmethod
     def forecast(self, rows: Tensor) -> Tensor:
         """Continue each variate: (batch, variates, lookback) -> (batch, variates, horizon)."""
+
+    @abstractmethod
+    def flop_parts(self, variates: int) -> ForecasterCost:
+        """Return what a forecast of so many variates costs; weights may be on the meta device."""
 
 
 def register(model: type[Forecaster], name: str) -> Callable[..., nn.Module]:
@@ -145,6 +150,11 @@ class DLinear(Forecaster):
         trend = F.avg_pool1d(padded, self.kernel, stride=1)
         out: Tensor = self.Linear_Seasonal(rows - trend) + self.Linear_Trend(trend)
         return out
+
+    def flop_parts(self, variates: int) -> ForecasterCost:
+        """Count both linear maps; the moving average is no product."""
+        both = variates * 2 * self.lookback * self.horizon
+        return ForecasterCost(variates, FREE, (), Cost.of_products(both))
 
 
 dlinear = register(DLinear, "dlinear")

@@ -318,11 +318,11 @@ class GroupMamba(Hierarchical):
 
     def head_cost(self, grid: tuple[int, int]) -> Cost:
         """Return the cost of what follows the last stage; papers do not count the mean."""
-        del grid
-        one = 1, 1
+        one, mean = (1, 1), math.prod(grid) * self.num_features
         block = cast(ClassBlock, self.post_network[0])
         parts = (block.norm1, block.norm2, block.mlp, self.get_submodule(self.final_norm))
         return total(
+            Cost(0, mean),
             group_mamba_cost(block.attn, one),
             *(map_cost(part, one) for part in parts),
             *(map_cost(self.get_submodule(name), one) for name in self.classifier_names),

@@ -22,7 +22,7 @@ class Model(nn.Module):
 
     classifier_name: ClassVar[str] = "head"
     undecayed: ClassVar[tuple[str, ...]] = ()
-    draws_whole_update: ClassVar[bool] = True
+    draws_whole_update: bool = True
     num_classes: int
     pretrained_cfg: dict[str, Any]
 

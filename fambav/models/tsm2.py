@@ -8,14 +8,15 @@ the paper prints no sizes; every choice that it leaves open stands in a table of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from fambav.layers import Dropout, Mamba
+from fambav.models.flops import Cost, ForecasterCost, mamba_cost, times, total
 from fambav.models.forecaster import Forecaster, register, standardise
 
 
@@ -87,6 +88,26 @@ class TSM2(Forecaster):
         last = self.drop(self.norm(variates[-1])).flatten(2)  # (batch, variates, tokens * dim)
         out: Tensor = self.head(last) * std + mean
         return out
+
+    def flop_parts(self, variates: int) -> ForecasterCost:
+        """Count the embedding, every scan along time and across variates, and the head."""
+        (length, dim), known = self.pos_embed.shape, cast(Iterable[Layer], self.layers)
+        tokens = variates * length
+        return ForecasterCost(
+            tokens=tokens,
+            patches=Cost.of_products(tokens * self.patch * dim),
+            layers=tuple(
+                total(
+                    times(variates, mamba_cost(layer.token_mixer, dim, length, length)),
+                    *(
+                        times(length, mamba_cost(cast(Mamba, mixer), dim, variates, variates))
+                        for mixer in layer.variate_mixers
+                    ),
+                )
+                for layer in known
+            ),
+            head=Cost.of_products(tokens * dim * self.horizon),
+        )
 
 
 class TwoNorms(nn.Module):

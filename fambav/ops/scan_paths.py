@@ -22,6 +22,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fambav.ops.dispatch import plain_autograd
+
 CROSS = ("rows", "columns", "-rows", "-columns")  # VMamba's, in the order of its weights
 SLANTED = ("rows", "columns", "antidiagonals", "diagonals")  # CVMH-UNet's CS2D
 
@@ -62,8 +64,8 @@ def scan_paths(
     for name in names:
         if name not in PATHS:
             raise ValueError(f"path is {name!r}, expected one of {', '.join(PATHS)}")
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if tracing:  # a traced tensor must not outlive the trace, nor a second trace differ from it
+    # A traced or transformed tensor must not outlive that, nor a second trace differ from it.
+    if torch.compiler.is_compiling() or plain_autograd():
         return _paths(grid, device, names)
     return _cached_paths(grid, device, names)
 

@@ -27,7 +27,8 @@ class Segmentation(Task):
     """Each pixel has one of several classes, or none.
 
     A model returns logits, (batch, classes, height, width), of any size; they are resized
-    bilinearly to the labels', (batch, height, width), int64.
+    bilinearly to the labels', (batch, height, width), int64.  While training it may return those of
+    an auxiliary head too, whose loss has the weight of --auxiliary-weight.
     """
 
     hub = "image-segmentation"
@@ -69,12 +70,19 @@ class Segmentation(Task):
         )
 
     def loss(self, config: Config, *, mixed: bool) -> Loss:
-        """Return cross-entropy, Dice or their sum, by --mask-loss."""
+        """Return cross-entropy, Dice or their sum, by --mask-loss, of each head."""
         parts = [_LOSSES[name] for name in config.optim.mask_loss.split("+")]
+        second = config.model.auxiliary_weight
 
-        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        def of_head(logits: Tensor, labels: Tensor) -> Tensor:
             resized = at_size(logits, labels)
             return sum((part(resized, labels) for part in parts[1:]), parts[0](resized, labels))
+
+        def loss(outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+            if not isinstance(outputs, tuple):
+                return of_head(outputs, labels)
+            logits, auxiliary = outputs
+            return of_head(logits, labels) + second * of_head(auxiliary, labels)
 
         return loss
 

@@ -105,6 +105,16 @@ class LoadedRun:
         check_logits(called, x, outputs, what)
         return outputs
 
+    def check_images(self) -> None:
+        """Refuse a model of anything but images.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        if len(self.input_size) != 3:
+            name, data_set = self.config.model.model, self.config.data.data_set
+            raise ValueError(f"model is {name} of {data_set}, expected one that reads images")
+
     def check_classes(self) -> None:
         """Refuse a model that does not classify images.
 
@@ -267,6 +277,7 @@ def answers(
     files = file_paths("images", images)
     with processes(device) as group, torch.no_grad():
         run = load_run(path, settings, config=config)
+        run.check_images()
         names = run.class_names or [str(number) for number in range(run.num_classes)]
         _, height, width = run.input_size
         net = run.net.to(group.device)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fambav.config import Config
+from fambav.heads import MAPS, SegmentationModel
 from fambav.layers.embed import pair
 from fambav.models import Backbone, TimmModel
 from fambav.reduction import Reduction, Schedule, fused, read_options, reduce
@@ -50,7 +51,7 @@ def model(config: Config, *, num_classes: int) -> nn.Module:
     chosen, fusion = config.model, config.fusion
     known = family_of(chosen.model)
     own = {argument: getattr(chosen, setting) for setting, argument in known.arguments.items()}
-    own[task_of(config.data.data_set).output] = num_classes
+    own[task_of(config.data.data_set).output] = num_classes if chosen.head is None else 0
     net: Any = timm.create_model(chosen.model, **own)
     if not known.layers:
         return cast(nn.Module, net)
@@ -66,7 +67,19 @@ def model(config: Config, *, num_classes: int) -> nn.Module:
         )
     if config.reduction.reduction != "none":
         _reduce(net, config)
-    return cast(nn.Module, net)
+    return cast(nn.Module, net) if chosen.head is None else _headed(config, net, num_classes)
+
+
+def _headed(config: Config, backbone: nn.Module, num_classes: int) -> SegmentationModel:
+    """Put a head that labels pixels, and one that helps to train it, on a backbone."""
+    chosen = config.model
+    return SegmentationModel(
+        backbone,
+        num_classes,
+        head=cast(str, chosen.head),
+        channels=chosen.head_channels,
+        auxiliary=-2 if chosen.auxiliary_weight else None,
+    )
 
 
 def _reduce(net: nn.Module, config: Config) -> None:
@@ -95,7 +108,7 @@ def layout(config: Config) -> Layout:
         return Layout(net.img_size, getattr(net, "reduction", None), net)
     height, width = net.pretrained_cfg["input_size"][-2:]  # type: ignore[index]  # timm sets it
     size = config.model.input_size or (int(height), int(width))
-    return Layout(pair(size, name="input_size"), None, net)
+    return Layout(pair(size, name="input_size"), getattr(net, "reduction", None), net)
 
 
 def reduction(config: Config) -> Reduction:
@@ -135,8 +148,14 @@ def _foreign(config: Config, num_classes: int) -> nn.Module:
         "drop_rate": chosen.drop or None,
         "drop_path_rate": chosen.drop_path or None,
     }
+    if chosen.head is not None:
+        arguments = {n: v for n, v in arguments.items() if n in ("img_size", "drop_path_rate")}
+        arguments |= {"features_only": True, "out_indices": MAPS}
     try:
         net: nn.Module = timm.create_model(name, **arguments)
-    except TypeError as error:
-        raise ValueError(f"model is {chosen.model!r}, which cannot be built so: {error}") from error
-    return net
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model is {chosen.model!r}, which cannot be built so: {reason}"
+        ) from error
+    return net if chosen.head is None else _headed(config, net, num_classes)

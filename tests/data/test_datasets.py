@@ -11,13 +11,22 @@ from PIL import Image
 from fambav.data import DataError, DataSet, fetch, load, read_image
 from fambav.data.datasets import hold_out
 from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD
-from fambav.registry import BUILDERS, DATA_SETS
+from fambav.registry import BUILDERS, DATA_SETS, MADE
 from fambav.timm_compat import torchvision
 from tests.data.made import made_folder
 
 
 def test_every_listed_name_has_a_builder():
     assert BUILDERS.names() == list(DATA_SETS)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_loop_over_a_made_set_ends(name):
+    data = load(name, classes=2, image_size=(8, 8), lookback=8, horizon=8)
+    for part in (data.train, data.val):
+        part[len(part) - 1]
+        with pytest.raises(IndexError):
+            part[len(part)]
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

@@ -11,6 +11,7 @@ from fambav.data.masks import EvalMasks, TrainMasks
 from fambav.data.palette import Palette, overlay, palette_image
 from fambav.data.segments import LAYOUTS
 from fambav.data.types import IGNORE
+from tests.made import go, refused
 
 STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SIX = [(255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0)]
@@ -100,7 +101,7 @@ def misspelt(folder):
     return "palette.yaml has 'unknwon', expected classes, ignore, unknown", ""
 
 
-BROKEN = [another_size, no_mask, no_image, no_palette, colours_and_indices, twice, misspelt]
+BROKEN = [no_mask, no_image, no_palette, colours_and_indices, twice, misspelt]
 
 
 @pytest.mark.parametrize("change", BROKEN, ids=lambda change: change.__name__)
@@ -110,6 +111,64 @@ def test_what_does_not_fit_is_refused_when_the_set_is_opened(folder, change):
         load("SEGFOLDER", folder)
     assert all(word in str(error.value) for word in words)
     assert "\n" not in str(error.value)
+
+
+WORDS = [
+    *("--model", "vssd_nano", "--crop-size", "32"),
+    *("--batch-size", "2", "--num_workers", "0", "--device", "cpu"),
+]
+
+
+@pytest.mark.parametrize("change", BROKEN, ids=lambda change: change.__name__)
+def test_a_run_refuses_it_in_one_line_before_it_writes(folder, change):
+    message, _ = change(folder)
+    out = folder / "out"
+    words = [*WORDS, "--data-set", "SEGFOLDER", "--data-path", folder, "--output_dir", out]
+    assert message in refused(*words)
+    assert not out.exists()
+
+
+def test_a_run_names_a_tile_that_is_missing_and_a_pixel_that_is_unknown(folder):
+    out = ("--output_dir", folder / "out")
+    write_isprs(folder / "isprs", "POTSDAM", eroded=False)
+    (folder / "isprs" / "5_Labels_all" / "top_potsdam_6_9_label.tif").unlink()
+    words = [*WORDS, "--data-set", "POTSDAM", "--data-path", folder / "isprs", *out]
+    assert "5_Labels_all lacks 1, expected each: top_potsdam_6_9_label.tif" in refused(*words)
+    assert not out[1].exists()
+    pixels = np.zeros((40, 60, 3))
+    pixels[7, 30] = (1, 2, 3)
+    for number in range(3):
+        save(folder / "masks" / "train" / f"{number}.png", pixels)
+    words = [*WORDS, "--head-channels", "8", "--data-set", "SEGFOLDER", "--data-path", folder, *out]
+    found = go(*words)
+    assert found.status == 5 and found.err.count("\n") == 1
+    assert "png: row 7, column 30 is #010203, expected a colour of the palette" in found.err
+
+
+def test_classes_of_a_folder_that_differ_from_the_head_are_refused(folder):
+    words = [*WORDS, "--data-set", "SEGFOLDER", "--data-path", folder, "--num-classes", "3"]
+    assert "num_classes is 3, expected 2, the classes of SEGFOLDER" in refused(*words)
+
+
+def damaged(folder):
+    (folder / "images" / "val" / "1.jpg").write_bytes(b"no image")
+    return "images/val/1.jpg", ""
+
+
+@pytest.mark.parametrize("change", [another_size, damaged], ids=lambda change: change.__name__)
+def test_files_are_opened_when_they_are_read_and_named_if_they_do_not_fit(folder, change):
+    words = change(folder)
+    found = load("SEGFOLDER", folder)
+    assert found.val[0][0].size == (60, 40)
+    with pytest.raises(DataError) as error:
+        found.val[1]
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_opening_a_set_opens_no_image(folder, monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    assert len(load("SEGFOLDER", folder).train) == 3
 
 
 def test_an_unknown_colour_is_named_or_ignored(folder):

@@ -348,9 +348,9 @@ def test_every_shipped_grid_compares_rows_of_one_recipe(name):
 def test_rows_of_the_papers_tables_have_its_figures(name):
     read = experiments.read_grid(grids()[name])
     assert not read.differences
-    assert all(None not in row.paper.values() for row in (read.rows[0], *read.rows[1::2]))
     small = [76.9, 93.6, 27976.0, 16439.0]
-    assert list(read.rows[0].paper) == ["acc1", "acc5", "seconds", "memory"]
+    columns = {tuple(row.paper) for row in (read.rows[0], *read.rows[1::2])}
+    assert columns == {("acc1", "acc5", "seconds", "memory")}
     assert list(read.rows[0].paper.values()) == (
         small if "small" in name else [70.1, 90.6, 16382.0, 8302.0]
     )
@@ -433,7 +433,7 @@ def cells_of(name):
         ),
         ("seeds:", "vary: lr\nseeds:", "vary is 'lr', expected a list of settings such as [lr]"),
         ("70.5", "high", "paper: acc1 is 'high', expected a number"),
-        ("acc1: 70.5", "top: 70.5", "paper: 'top' is no figure; known: acc1, acc5, time, memory"),
+        ("acc1: 70.5", "top: 70.5", "paper: 'top' is no figure; known: acc1, acc5, miou, "),
         ('"4:08:40"', "4:08:40", "paper: time is 14920, expected hours, minutes and seconds in"),
         ('"4:08:40"', '"4:61:40"', "paper: time is '4:61:40', expected hours"),
         ('paper: {source: "a paper, table 1"}\n', "", "paper is missing, expected {source: ...}"),

@@ -13,7 +13,7 @@ from torch.export import Dim
 import fambav
 import fambav.models
 from fambav import cli
-from fambav.registry import METHODS
+from fambav.registry import METHODS, family_of
 from tests.export.made import weights
 from tests.trust.refusals import call, refused
 
@@ -23,10 +23,9 @@ BATCH = ({0: Dim("batch", min=1)},)
 OFTEN = [("vim_micro", "ordered"), *((name, "none") for name in MODELS[1:])]
 SIZE = {name: dict(img_size=32) for name in MODELS[2:]}
 SMALL = dict(img_size=16, depth=2)
-PAIRS = [
-    *((name, method) for name in MODELS[:2] for method in ("none", *METHODS)),
-    *((name, "none") for name in MODELS[2:]),
-]
+REDUCED = [name for name in MODELS if family_of(name).reducible]
+PAIRS = [(name, "none") for name in MODELS] + [(n, method) for n in REDUCED for method in METHODS]
+TRACED = [pair for pair in PAIRS if pair[1] in ("none", "famba-v")]
 
 
 def model(name, method="none"):
@@ -56,8 +55,7 @@ def test_a_program_of_torch_takes_any_batch(name, method):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, of each check of a shape
-@pytest.mark.parametrize("method", ["none", "famba-v"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "method"), TRACED)
 def test_a_trace_is_the_same_when_torch_makes_it_again(name, method):
     net = model(name, method)
     images = torch.randn(2, 3, *net.img_size)

@@ -35,8 +35,8 @@ def test_long_steps_forget_and_do_not_overflow():
     torch.testing.assert_close(got, delta * u * (B * C).sum(1, keepdim=True), rtol=1e-4, atol=0.1)
 
 
-def test_weights_in_groups_are_refused():
+def test_weights_in_other_groups_are_refused():
     u, delta, A, B, C, *rest = inputs(5)
     options = dict(softplus=True, reverse=False, out_dtype=torch.float32)
-    with pytest.raises(ValueError, match="B has groups"):
+    with pytest.raises(ValueError, match="C has no tokens or other groups, expected"):
         scan(u, delta, A, B[:, None].repeat(1, 2, 1, 1), C[:, None], *rest, **options)

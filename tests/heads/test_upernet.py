@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fambav.models  # noqa: F401  registers the models
+from fambav import flops
+from fambav.config import Config
 from fambav.heads import FCNHead, SegmentationModel, UPerHead
 from fambav.timm_compat import timm
 
@@ -118,7 +121,32 @@ def test_training_drops_whole_channels_before_the_last_layer():
 def test_a_wrong_argument_is_refused_in_a_sentence():
     for arguments, message in (
         (((8,), 3), r"in_channels are \[8\], expected two maps or more"),
-        (((8, 16), 0), "num_classes is 0, expected a whole number of at least 1"),
+        (((8, 16), 0), "num_classes is 0, expected at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             UPerHead(*arguments)
+
+
+@pytest.mark.parametrize(("name", "published"), [("vmamba_tiny_s1l8", 949)])
+def test_operations_are_the_published_ones(name, published):
+    """As the authors' table has them, at 512 x 2048 pixels."""
+    config = Config.from_flat(
+        {"model": name, "data_set": "ADE20K", "crop_size": [512, 2048], "auxiliary_weight": 0}
+    )
+    report = flops.count_config(config)
+    assert report.total.literature / 1e9 == pytest.approx(published, rel=2e-3)
+    assert report.num_classes == 150
+    classifier = flops.count_config(Config.from_flat({"model": name, "input_size": [512, 2048]}))
+    assert report.rows[:-1] == classifier.rows[:-1]
+
+
+def test_a_head_costs_the_products_that_it_makes():
+    head, grids = UPerHead((4, 6, 8, 10), 5, channels=7), ((8, 12), (4, 6), (2, 3), (1, 2))
+    maps = [torch.randn(1, c, *side) for c, side in zip((4, 6, 8, 10), grids, strict=True)]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        head.eval()(maps)
+    assert 2 * head.cost(grids).multiply_adds == counter.get_total_flops()
+    fcn = FCNHead(6, 5, channels=7)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fcn.eval()(maps[1])
+    assert 2 * fcn.cost(grids[:2]).multiply_adds == counter.get_total_flops()

@@ -7,6 +7,7 @@ from torch.func import functional_call, grad, jvp, vmap
 import fambav
 import fambav.models
 from fambav.ops import BackendError
+from fambav.registry import family_of
 from fambav.timm_compat import timm
 
 pytestmark = [
@@ -19,15 +20,18 @@ CASES = [
     ("vim_micro", "prune-aligned"),
     ("plainmamba_micro", None),
     ("plainmamba_micro", "famba-v"),
+    ("vmamba_nano", None),
 ]
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
 SMALL = dict(depth=2, img_size=16, patch_size=4, num_classes=5)
+STAGES = dict(dims=(8, 16), depths=(1, 1), img_size=16, num_classes=5)
 
 
 def build(name, method):
     torch.manual_seed(0)
-    model = timm.create_model(name, **SMALL).double().eval()
+    small = SMALL if family_of(name).reducible else STAGES
+    model = timm.create_model(name, **small).double().eval()
     if method is not None:
         fambav.reduce(model, method, "r:3@1")
     return model

@@ -240,12 +240,12 @@ def test_a_wrong_argument_is_refused_in_a_sentence():
     for arguments, message in (
         (dict(form="v3"), "form is 'v3', expected 'v2' or 'vanilla'"),
         (dict(dims=(8, 16)), r"dims are \[8, 16\] and depths \[2, 2, 2, 1\]"),
-        (dict(depths=(1, 0, 1, 1)), "a number of depths is 0, expected a whole number of at"),
+        (dict(depths=(1, 0, 1, 1)), "depths is 0, expected at least 1"),
         (dict(in_chans=0), "in_chans is 0"),
         (dict(state=0), "state is 0"),
         (dict(ssm_ratio=0.0), "inner width of a scan is 0"),
         (dict(img_size=(64, 31)), "img_size is 64 x 31, expected sides of at least 32"),
-        (dict(global_pool="token"), "global_pool is 'token', expected 'avg' or ''"),
+        (dict(global_pool="token"), "global_pool is 'token', expected one of 'avg', 'max', "),
         (dict(num_classes=-1), "num_classes is -1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -152,11 +152,11 @@ def test_activations_beyond_float16_are_normalised_before_they_are_halved():
     with torch.no_grad():
         mixer.in_proj.weight.mul_(100)
         mixer.dt_bias.fill_(30.0)  # long steps of every cell, as of a run that has gone astray
-    x = torch.randn(1, 56, 56, 16)
+    x = torch.randn(1, 56, 56, 16, generator=torch.Generator().manual_seed(0))
     exact = mixer(x)
     with torch.autocast("cpu", torch.float16):
-        found = mixer(x)
-    near(found.float(), exact, 0.05 * exact.abs().max().item())
+        low = mixer(x)
+    assert (low.float() - exact).norm() < 0.05 * exact.norm()
 
 
 def test_weights_of_the_later_form_are_refused_in_a_sentence():
@@ -176,10 +176,10 @@ def test_a_wrong_argument_is_refused_in_a_sentence():
         (dict(heads=(2, 4, 8)), rf"heads are \[2, 4, 8\], {widths}"),
         (dict(heads=(2, 4, 6, 7)), rf"heads are \[2, 4, 6, 7\], {widths}"),
         (dict(heads=(2, 0, 6, 5)), rf"heads are \[2, 0, 6, 5\], {widths}"),
-        (dict(state=0), "state is 0, expected a whole number of at least 1"),
+        (dict(state=0), "state is 0, expected at least 1"),
         (dict(dims=(8, 16)), r"dims are \[8, 16\] and depths \[2, 2, 2, 1\]"),
         (dict(img_size=(64, 31)), "img_size is 64 x 31, expected sides of at least 32"),
-        (dict(global_pool="token"), "global_pool is 'token', expected 'avg' or ''"),
+        (dict(global_pool="token"), "global_pool is 'token', expected one of 'avg', 'max', "),
     ):
         with pytest.raises(ValueError, match=message):
             timm.create_model("vssd_nano", **arguments)

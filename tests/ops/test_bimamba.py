@@ -145,13 +145,12 @@ def run_one_way(tensors, end):
         return run(alone) / 60
 
 
-def test_kernels_and_the_composed_path_agree_on_gaps_in_bfloat16():
+def test_gaps_in_bfloat16_are_within_its_rounding_of_the_float64_reference():
     tensors = inputs(9, device=device_of("triton"))
     low = dict(tensors, xz=tensors["xz"].detach().bfloat16().requires_grad_())
-    got, want = (everything(low, b, "bias", ("gated",)) for b in ("triton", "reference"))
-    for name, exact in want.items():
-        error = (got[name].double() - exact.double()).norm()
-        assert error < CHAINED[torch.bfloat16] * exact.double().norm(), name
+    got = everything(low, "triton", "bias", ("gated",))
+    for name, exact in everything(widened(low), "reference", "bias", ("gated",)).items():
+        assert (got[name].double() - exact).norm() < 0.04 * exact.norm(), name
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -15,6 +15,7 @@ from fambav.ops import (
     pool,
     selective_scan,
 )
+from fambav.ops.scan_aligned import aligned_scan
 from tests.ops.agreement import device_of, draw, results
 
 BATCH, LENGTH, DIM, STATE, RANK, WIDTH = 2, 5, 4, 3, 2, 3
@@ -66,6 +67,22 @@ OPERATIONS = {
         | dict.fromkeys("BC", (BATCH, 2, STATE, LENGTH))
         | dict(A=(DIM, STATE), D=(DIM,), delta_bias=(DIM,)),
         lambda **given: selective_scan(**given, delta_softplus=True, return_last_state=True),
+    ),
+    "aligned_scan": (
+        dict.fromkeys(("u", "delta"), (BATCH, LENGTH, DIM))
+        | dict.fromkeys("BC", (BATCH, LENGTH, STATE))
+        | dict(A=(DIM, STATE), D=(DIM,), delta_bias=(DIM,)),
+        lambda **given: aligned_scan(
+            **given, skipped=torch.ones_like(given["u"][..., 0]), delta_softplus=True
+        )[0],
+    ),
+    "ordered_scan": (
+        dict.fromkeys(("u", "delta", "z"), (BATCH, DIM, LENGTH))
+        | dict.fromkeys("BC", (BATCH, 2, STATE, LENGTH))
+        | dict(A=(DIM, STATE), D=(DIM,), delta_bias=(DIM,)),
+        lambda **given: selective_scan(
+            **given, delta_softplus=True, order=torch.tensor([[4, 0], [1, 3], [2, 4]])
+        ),
     ),
     "bimamba_scan": (
         dict(xz=(BATCH, LENGTH, 2 * DIM), out_proj=(3, DIM))

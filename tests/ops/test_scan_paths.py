@@ -1,7 +1,10 @@
 """Orders in which paths read a map."""
 
+import io
+
 import pytest
 import torch
+from torch.autograd.gradcheck import gradcheck, gradgradcheck
 
 from fambav.ops.scan_order import order_table, to_steps, to_tokens
 from fambav.ops.scan_paths import PATHS, scan_paths
@@ -53,3 +56,35 @@ def test_traced_paths_are_not_kept():
     with torch.inference_mode():
         first = scan_paths((2, 9), CPU)
     assert scan_paths((2, 9), CPU) is first
+
+
+def there_and_back(x):
+    """Use all of them, and a product that has a second derivative."""
+    paths = scan_paths((2, 3), CPU)
+    read = to_steps(x, paths)
+    cells = to_tokens(read * read[:, :, :1], paths, 6)
+    return to_tokens(to_steps(cells, paths), paths, 6).sum(dim=2)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")  # by jvp itself
+def test_paths_have_all_derivatives_at_all_times():
+    x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    gradcheck(there_and_back, x, check_forward_ad=True)
+    gradgradcheck(there_and_back, x)
+    both = torch.func.vmap(there_and_back)(torch.stack((x, 2 * x)))
+    torch.testing.assert_close(both, torch.stack((there_and_back(x), 4 * there_and_back(x))))
+    gradient = torch.func.grad(lambda x: there_and_back(x).sum())(x.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(there_and_back(x).sum(), x)[0])
+
+
+def test_paths_made_under_a_transform_do_not_outlive_it():
+    torch.func.grad(lambda x: to_steps(x, scan_paths((3, 7), CPU)).sum())(torch.ones(1, 21, 2))
+    assert scan_paths((3, 7), CPU).sum().item() == 4 * sum(range(21))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit
+def test_a_trace_can_be_saved():
+    x, file = torch.randn(1, 6, 3, requires_grad=True), io.BytesIO()
+    torch.jit.save(torch.jit.trace(there_and_back, x), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), there_and_back(x))

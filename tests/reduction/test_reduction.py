@@ -314,7 +314,11 @@ MIDDLE = dict(cls_index=(8,), depth=4)
             "reduction is 'every', which reads delta, mixed of the mixer, expected a method that",
         ),
         ({}, dict(reads="y"), "reduction is 'every' at layer 1, expected a later layer"),
-        ({}, dict(scan="aligned"), "reduction is 'every' at layer 1, expected a later layer"),
+        (
+            {},
+            dict(scan="aligned", gap_policy="cached"),
+            "reduction is 'every' at layer 1, expected a later layer",
+        ),
         ({}, dict(red="y"), "reduction option is 'red', expected one of every; did you mean"),
     ],
 )

@@ -34,7 +34,7 @@ def test_a_space_hands_its_arguments_to_the_method():
 def test_what_a_model_cannot_do_is_refused_in_its_own_words():
     with pytest.raises(ValueError, match="gap_policy is 'bias', expected none unless"):
         SearchSpace(SIZES, "ordered", gap_policy="bias")
-    with pytest.raises(ValueError, match="which reads y, z of the mixer"):
+    with pytest.raises(ValueError, match="which reads gated of the mixer"):
         SearchSpace(body(17, depth=4, cls_index=(8,), intermediates=frozenset()), "evit")
 
 

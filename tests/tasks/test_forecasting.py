@@ -142,7 +142,7 @@ def test_commands_on_images_refuse_it(finished, tmp_path, capsys):
     for words in (["predict", str(folder), str(tmp_path / "a.png")],):
         assert console(words) == 2
         line = capsys.readouterr().err
-        assert line == f"error: model is {folder.name} of CSV, expected a classifier of images\n"
+        assert line == f"error: model is {folder.name} of CSV, expected one that reads images\n"
     assert console(["show", str(folder), "--what", "groups"]) == 2
     assert "expected one whose tokens can be reduced" in capsys.readouterr().err
     copied = tmp_path / folder.name

@@ -1,5 +1,6 @@
 """Segmentation by a tiny net: trained, killed and resumed, evaluated, predicted with, drawn."""
 
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from fambav.cli import console
 from fambav.config import Config, checks
 from fambav.data import load, read_image, synthetic
 from fambav.data.types import IGNORE
+from fambav.layers import sliding
 from fambav.layers.sliding import SlidingWindow
 from fambav.registry import BUILDERS, FAMILIES, TASKS, Family
 from fambav.tasks import segmentation, task_of
@@ -47,13 +49,13 @@ def tiny_segmenter(num_classes=11, img_size=None, **_):
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     task_of("SHAPES-SEG")
-    tiny_segmenter.__module__ = "fambav.models.vim"  # where timm looks for other models
     timm.models.register_model(tiny_segmenter)
     family = Family(
         models=("tiny_segmenter",),
         arguments={"input_size": "img_size"},
         tasks=("segmentation",),
-        tokens=False,
+        layers=False,
+        reducible=False,
         scan=False,
     )
     small = partial(synthetic.shapes_seg, counts=(48, 20))
@@ -230,6 +232,46 @@ def test_tiles_of_an_image_give_the_mask_of_the_whole(size, overlap):
     assert np.array_equal(mask, whole)
     assert max(width for width, _ in seen[1:]) <= 4 * 8 * 2
     assert max(height for _, height in seen[1:]) <= 4 * 16 * 2
+
+
+def test_one_tile_is_in_memory_at_a_time_and_few_windows_are_read_at_once():
+    shapes, alive = [], []
+    known = nn.Conv2d(3, 4, 1)
+
+    class Counting(nn.Module):
+        def forward(self, images):
+            shapes.append(tuple(images.shape))
+            return known(images)
+
+    window = SlidingWindow(Counting(), window=(64, 128), overlap=0.5)
+    references = []
+
+    def outputs_of(image):
+        alive.append(sum(reference() is not None for reference in references))
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+        logits = window(x)
+        references.append(weakref.ref(logits))
+        return logits
+
+    with torch.no_grad():
+        mask = segmentation.predicted_mask(Image.new("RGB", (1500, 700)), window, outputs_of)
+    assert mask.shape == (700, 1500) and len(alive) == 6 * 6
+    assert max(alive) == 0  # logits of the tile before are gone
+    assert {shape[2:] for shape in shapes} == {(64, 128)}
+    assert max(shape[0] for shape in shapes) == 2**18 // (64 * 128)
+
+
+@pytest.mark.parametrize("window", [(16, 24), (600, 520)])
+def test_windows_that_are_read_together_give_what_single_ones_give(window):
+    torch.manual_seed(0)
+    net, images = nn.Conv2d(3, 4, 3, padding=1).double(), torch.randn(2, 3, 640, 530)
+    net.forward = partial(lambda own, x: nn.Conv2d.forward(own, x.double()), net)
+    with torch.no_grad():
+        found = SlidingWindow(net, window=window)(images)
+        one = SlidingWindow(net, window=window)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sliding, "_TOGETHER", 1)
+            torch.testing.assert_close(one(images), found)
 
 
 def test_classes_that_are_left_out_reach_the_meter():

@@ -187,9 +187,9 @@ def _scan_backward_kernel(
                     states[s * PARTS : (s + 1) * PARTS], states[(s + 1) * PARTS : (s + 2) * PARTS],
                     decay, B_rows, C_rows, t, PART, STATE,
                 )  # fmt: skip
-                at = (row * length + first + t) * dim + channel
+                own_dt = (row * length + first + t) * dim + channel
                 more, rest_sum = through_gap(
-                    decay_sum, rest_sum, gaps[0], ddt, dskipped_dt, at, t, real, here_now, GAP
+                    decay_sum, rest_sum, gaps[0], ddt, dskipped_dt, own_dt, t, real, here_now, GAP
                 )
                 dstep = u_t * x_sum + decay_sum + more
                 ddelta_t = tl.where(real, dstep * slopes[s], 0.0)
