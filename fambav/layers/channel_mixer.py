@@ -84,5 +84,5 @@ class ChannelMixer(PathScans):
             (cells, steps, 2, STEP), in float32 or float64.
         """
         u = causal_conv1d(x.mT, self.conv_weight, None, "silu").mT
-        each = u.unflatten(2, (DIRECTIONS, STEP))
-        return scan_steps([self], u, torch.einsum("csnd,nrd->csnr", each, self.x_proj_weight))
+        u = u.unflatten(2, (DIRECTIONS, STEP))
+        return scan_steps([self], u, torch.einsum("csnd,nrd->csnr", u, self.x_proj_weight))

@@ -97,7 +97,8 @@ class SS2D(PathScans):
         """Mix a map, (batch, height, width, dim); the shape stays."""
         u, projected, z = self.project(x)
         order = scan_paths((x.shape[1], x.shape[2]), x.device, self.paths)
-        y = scan_steps([self], u.flatten(1, 2), projected, order)
+        one = u.flatten(1, 2).unsqueeze(2)  # (batch, length, 1, inner), which every path reads
+        y = scan_steps([self], one, to_steps(projected, order), order)
         return self.finish(y.sum(dim=2), u, z)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -146,12 +147,12 @@ def scan_groups(mixers: Sequence[SS2D], x: Tensor) -> Tensor:
     """
     shares = zip(mixers, x.chunk(len(mixers), dim=3), strict=True)
     us, projections, gates = zip(*(mixer.project(share) for mixer, share in shares), strict=True)
-    u, projected = torch.cat(us, dim=3).flatten(1, 2), torch.cat(projections, dim=2)
-    names = tuple(path for mixer in mixers for path in mixer.paths)
+    names = tuple(mixer.paths[0] for mixer in mixers)
     order = scan_paths((x.shape[1], x.shape[2]), x.device, names)
-    y = scan_steps(mixers, u, projected, order)
-    each = zip(mixers, y.unbind(2), us, gates, strict=True)
-    return torch.cat([mixer.finish(own, u, z) for mixer, own, u, z in each], dim=3)
+    each = torch.stack(us, dim=3).flatten(1, 2)  # (batch, length, paths, inner)
+    y = scan_steps(mixers, each, to_steps(torch.cat(projections, dim=2), order), order)
+    results = zip(mixers, y.unbind(2), us, gates, strict=True)
+    return torch.cat([mixer.finish(own, u, z) for mixer, own, u, z in results], dim=3)
 
 
 def scan_steps(
@@ -161,21 +162,20 @@ def scan_steps(
 
     Args:
         mixers: Their recurrences, path by path.
-        u: Inputs of each path, (batch, length, paths * inner); with an order those of all paths may
-            be one, (batch, length, inner).
-        projected: Step size, B and C, (batch, length, paths, rank + 2 * state).
-        order: In which each path visits the tokens, (length, paths); None for the given one.
+        u: Inputs, (batch, length, paths, inner), step by step without an order; with one by token,
+            and 1 in place of paths if all read the same.
+        projected: Step size, B and C of each step, (batch, length, paths, rank + 2 * state).
+        order: Token of each step, (length, paths), as from `scan_paths`.  Narrow projections are
+            cheaper to bring into it than the step sizes made of them.
 
     Returns:
-        (batch, length, paths, inner), in float32 or float64.
+        (batch, length, paths, inner), in the order of u, in float32 or float64.
     """
-    if order is not None:  # the narrow projections are moved, not the step sizes made of them
-        projected = to_steps(projected, order)
     dt, B, C = projected.split(mixers[0].splits, dim=3)  # each (batch, length, paths, its width)
     delta = torch.einsum("blkr,kdr->blkd", dt, _joined([m.dt_projs_weight for m in mixers]))
     y: Tensor = selective_scan(
-        u.mT,
-        delta.flatten(2).mT,  # (batch, paths * inner, length)
+        u.flatten(2).mT,  # (batch, paths * inner or inner, length)
+        delta.flatten(2).mT,
         A_from_log(_joined([m.A_logs for m in mixers])),
         B.permute(0, 2, 3, 1),  # (batch, paths, state, length)
         C.permute(0, 2, 3, 1),

@@ -152,7 +152,8 @@ def _pairs(order: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """Take pairs of x, (batch, rows, groups, width); the one above the last is 0."""
     rows = x.flatten(1, 2)
-    if index.shape[1] > x.shape[1]:
+    # A trace cannot compare sizes.
+    if torch.jit.is_tracing() or index.shape[1] > x.shape[1]:  # type: ignore[attr-defined]
         rows = F.pad(rows, (0, 0, 0, 1))
     return select_rows(rows, index)
 

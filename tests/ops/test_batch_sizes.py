@@ -20,11 +20,9 @@ from fambav.ops import (
 )
 from fambav.ops.kernels import KernelSet
 from fambav.ops.scan_aligned import aligned_scan
-from fambav.ops.scan_order import order_table
 from tests.ops.agreement import device_of, draw
 
 LENGTH, DIM, STATE, RANK = 5, 4, 3, 2
-ORDER = order_table(torch.arange(LENGTH).flip(0)[:, None], LENGTH)
 HERE = [(op, name) for op, name, reason in backends() if reason is None and name != "cuda"]
 
 
@@ -47,14 +45,15 @@ def scan(p, u, delta, B, C):
     return selective_scan(u.mT, delta.mT, p.A, B.mT, C.mT, p.D, z=u.mT, delta_softplus=True)
 
 
+def ordered(p, u, delta, B, C):
+    order = torch.arange(1, LENGTH, device=u.device).flip(0)[:, None]
+    options = dict(delta_softplus=True, order=order)
+    return selective_scan(u.mT, delta.mT, p.A, B.mT, C.mT, p.D, z=u.mT, **options)
+
+
 def aligned(p, u, delta, B, C):
     gaps = dict(skipped=torch.ones_like(u[..., 0]), delta_bias=p.D, delta_softplus=True)
     return aligned_scan(u, delta, p.A, B, C, p.D, **gaps)[0]
-
-
-def ordered(p, u, delta, B, C):
-    order = ORDER.to(u.device)
-    return selective_scan(u.mT, delta.mT, p.A, B.mT, C.mT, p.D, delta_softplus=True, order=order)
 
 
 def mixer(p, xz):
@@ -73,8 +72,8 @@ def pooled(p, x, residual):
 # The last axis of each input with a batch, and the operation.
 OPERATIONS = {
     "selective_scan": ((DIM, DIM, STATE, STATE), scan),
-    "aligned_scan": ((DIM, DIM, STATE, STATE), aligned),
     "ordered_scan": ((DIM, DIM, STATE, STATE), ordered),
+    "aligned_scan": ((DIM, DIM, STATE, STATE), aligned),
     "causal_conv1d": ((DIM,), lambda p, x: causal_conv1d(x.mT, p.taps, p.D, "silu")),
     "bimamba_scan": ((2 * DIM,), mixer),
     "add_rms_norm": ((DIM, DIM), lambda p, x, residual: add_rms_norm(x, residual, p.weight)),

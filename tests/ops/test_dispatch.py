@@ -91,7 +91,7 @@ def test_the_scan_has_the_backends_that_a_flag_may_name():
     listed = [name for op, name, _ in backends() if op == "selective_scan"]
     assert listed == list(SCAN_BACKENDS)
     assert {op for op, _, _ in backends()} == {
-        *("selective_scan", "aligned_scan", "ordered_scan", "bimamba_scan"),
+        *("selective_scan", "ordered_scan", "aligned_scan", "bimamba_scan"),
         *("causal_conv1d", "add_rms_norm", "match", "pool"),
     }
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fambav.ops.flop_formulas  # noqa: F401  registers the formulas
 from fambav.ops import BackendError, composed, force, order_table, selective_scan
+from fambav.ops.cross_scan import cross_merge, cross_scan, snake_order
 from fambav.ops.scan_order import to_steps, to_tokens
 from tests.ops.agreement import agree, draw, results, widened
 from tests.ops.kept import some_places
@@ -218,6 +219,30 @@ def test_flops_are_those_of_the_steps():
     with force("numba"), FlopCounterMode(display=False) as counter:
         selective_scan(**inputs, order=order).sum().backward()
     assert counter.get_total_flops() == BATCH * 3 * GROUPS * WIDTH * STATE * (7 + 20)
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_snakes_with_the_parameters_of_steps_are_plainmambas_published_form(backend):
+    orders, tokens = snake_order((2, 3), torch.device("cpu")), drawn(6, 6, "u delta")
+    u, delta, B, C = (tokens[n].detach() for n in ("u", "delta", "B", "C"))
+    A, D = tokens["A"].detach()[:WIDTH], tokens["D"].detach()[:WIDTH]
+    B, C = (w[:, :1].expand(-1, 4, -1, -1) for w in (B, C))  # (batch, directions, state, steps)
+    B = B + draw("moves", 5, STATE).detach()[orders.move].mT
+
+    def stacked(x):
+        return x[:, None].expand(-1, 4, -1, -1).flatten(0, 1)
+
+    with force(backend):
+        y = selective_scan(
+            *(u, delta, A.repeat(4, 1), B, C, D.repeat(4)),
+            **dict(delta_softplus=True, order=orders.order[0].mT, order_params=False),
+        )
+        walked = cross_scan(u.mT, orders).flatten(0, 1).mT  # (batch directions, width, steps)
+        each = selective_scan(
+            *(walked, stacked(delta), A, B.flatten(0, 1), C.flatten(0, 1), D), delta_softplus=True
+        )
+    merged = cross_merge(each.mT.unflatten(0, (BATCH, 4)), orders)
+    torch.testing.assert_close(y.unflatten(1, (4, WIDTH)).sum(dim=1).mT, merged)
 
 
 def test_kept_places_are_a_table_of_each_sample():

@@ -59,11 +59,11 @@ def test_traced_paths_are_not_kept():
 
 
 def there_and_back(x):
-    """Read and write what paths share and what each has, by a product with a second derivative."""
-    order = scan_paths((2, 3), CPU)
-    read = to_steps(x, order)
-    again = to_steps(to_tokens(read * read[:, :, :1], order, 6), order)
-    return to_tokens(again, order, 6).sum(dim=2)
+    """Use all of them, and a product that has a second derivative."""
+    paths = scan_paths((2, 3), CPU)
+    read = to_steps(x, paths)
+    cells = to_tokens(read * read[:, :, :1], paths, 6)
+    return to_tokens(to_steps(cells, paths), paths, 6).sum(dim=2)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")  # by jvp itself
@@ -83,7 +83,6 @@ def test_paths_made_under_a_transform_do_not_outlive_it():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are constants of a trace
 def test_a_trace_can_be_saved():
     x, file = torch.randn(1, 6, 3, requires_grad=True), io.BytesIO()
     torch.jit.save(torch.jit.trace(there_and_back, x), file)
