@@ -161,11 +161,11 @@ def _checked(
     flags(order_params=order_params)
     _check_u(u, A)
     (batch, dim, length), groups = u.shape, None
-    walked, widths = length, {dim}
+    walked, widths = length, [dim]
     if order is not None:
         expect_order(order, u)
         dim, (steps, groups) = len(A), order.shape[-2:]
-        walked, widths = length if order_params else steps, {dim, dim // groups}
+        walked, widths = length if order_params else steps, [dim, dim // groups]
     for name, tensor, count in (("u", u, length), ("delta", delta, walked)):
         width = tensor.shape[1] if tensor.dim() == 3 and tensor.shape[1] in widths else dim
         expect_beside(name, tensor, (batch, width, count), u)
