@@ -51,7 +51,6 @@ from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.scan_forward import (
     AUDITED,
     LANES,
-    LOG2_E,
     MEASURED,
     NO_GAP,
     SIZES,
@@ -59,23 +58,27 @@ from fambav.ops.triton.scan_forward import (
     as_floats,
     directions_back,
     each_way,
-    fetch,
     index_type,
-    of_channels,
-    only_if,
-    put_token,
-    rows_of_gaps,
     state_form,
-    step_size,
-    upcast,
     variant,
 )
 from fambav.ops.triton.scan_steps import (
     channel_sum,
     pair_again,
+    put_state_sums,
     retreat,
     through_gap,
     walk,
+)
+from fambav.ops.triton.scan_tokens import (
+    LOG2_E,
+    fetch,
+    of_channels,
+    only_if,
+    put_token,
+    rows_of_gaps,
+    step_size,
+    upcast,
 )
 from fambav.ops.triton.variant import Variant
 
@@ -116,8 +119,7 @@ def _scan_backward_kernel(
     place = tl.program_id(0)
     direction = tl.program_id(1).to(tl.int64)
     image = (place // (blocks * groups)).to(tl.int64)
-    group = place // blocks % groups
-    block = place % blocks
+    group, block = place // blocks % groups, place % blocks
     number = tl.arange(0, PART)[None, :]
     in_group = block * BLOCK + tl.arange(0, BLOCK)[:, None]
     here = in_group < size
@@ -157,9 +159,8 @@ def _scan_backward_kernel(
     B_rows, C_rows = (B, B_token, B_state), (C, C_token, C_state)
     dy_rows = (dy, dy_token, dy_channel)
     gaps = (rows_of_gaps(skipped, skipped_dt, row * length + first, dim, GAP), row, dim, rest)
-    dBC += ((block * tl.num_programs(1) * images + row) * length + first) * groups * (
-        2 * PARTS * PART
-    ) + group * (2 * PARTS * PART)
+    own_rows = ((block * tl.num_programs(1) * images + row) * length + first) * groups + group
+    dBC += own_rows * (2 * PARTS * PART)
     column = tl.arange(0, 2 * PARTS * PART)[None, :]
     column = column % (2 * PARTS) * PART + column // (2 * PARTS)
     scratch += (direction * tl.num_programs(0) + place) * (CHUNK // STEPS) * BLOCK * PARTS * PART
@@ -214,9 +215,7 @@ def _scan_backward_kernel(
                 dBC_at = dBC + t * groups * (2 * PARTS * PART) + column
                 tl.store(dBC_at, channel_sum(products, LEVELS), mask=only_if(real, column >= 0))
 
-    dA += (row * dim + channel) * STATE + number
-    for p in tl.static_range(PARTS):
-        tl.store(dA + p * PART, rate_sum[p], mask=here & (p * PART + number < STATE))
+    put_state_sums(dA, rate_sum, row * dim + channel, number, here, PART, PARTS, STATE)
     if D_0 is not None:
         tl.store(dD + row * dim + channel, skip_sum, mask=here)
     if bias_0 is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fambav.ops.triton.scan_forward import LN_2, gap_of, of_token, step_size, token_part, upcast
+from fambav.ops.triton.scan_tokens import LN_2, gap_of, of_token, step_size, token_part, upcast
 
 
 @triton.jit
@@ -207,3 +207,13 @@ def through_gap(
             more += rest_sum
             rest_sum = in_gap
     return more, rest_sum
+
+
+@triton.jit
+def put_state_sums(
+    out, sums, at, number, here, PART: tl.constexpr, PARTS: tl.constexpr, STATE: tl.constexpr
+) -> None:
+    """Write sums of each element of the state, PARTS tensors (channels, PART), to rows `at`."""
+    out += at * STATE + number
+    for p in tl.static_range(PARTS):
+        tl.store(out + p * PART, sums[p], mask=here & (p * PART + number < STATE))
