@@ -259,13 +259,10 @@ def scan_backward(  # noqa: D417  as in scan_forward
         dlast: Gradient of the last state, (directions, batch, dim, state), float32, or None.
         kept: The states that the forward pass kept, float32 or bfloat16.
         u, delta, A, B, C, D, bias, softplus, reverse, gaps: As in `scan_forward`.
-        du: Output for the gradient of u, shaped like u, any strides and float dtype.
+        du, dB, dC: Outputs for the gradients of u, B and C, any strides and float dtype.
         ddelta: Output for the gradient of delta before bias and softplus, shaped like u, likewise.
-        dB: Output for the gradient of B, shaped like B, likewise.
-        dC: Output for the gradient of C, shaped like B, likewise.
         ddt: Gradient of the step size after bias and softplus, shaped like u, or None.
-        dskipped_dt: Output for the gradient of skipped_dt, shaped like u, float32; needed under
-            "cached".
+        dskipped_dt: Output for that of skipped_dt, shaped like u, float32; for "cached".
         partial: Leave the sums over the batch to the caller.
         block, warps, chunk: As in the forward pass; chunk is a multiple of 2.
 
@@ -276,18 +273,17 @@ def scan_backward(  # noqa: D417  as in scan_forward
     form = _form(B.shape[4], block or LANES, chunk, softplus=softplus, gap=gap_policy)
     tokens = dy, u, delta, B, C, du, ddelta
     states = None if dlast is None else dlast.contiguous(), kept
-    parameters = *each_way(A), *each_way(D), *each_way(bias)
     parts = dBC, dA, dD, dbias = _parts(u, B, D, bias, form)
     far = None if dskipped_dt is None else dskipped_dt.contiguous()
-    given = *parameters, *as_floats(skipped, skipped_dt, ddt), far
+    gaps = *as_floats(skipped, skipped_dt, ddt), far
+    given = *each_way(A), *each_way(D), *each_way(bias), *gaps
     _launch(tokens, states, given, parts, reverse, form, warps or 1)
     if dskipped_dt is not None and far is not None and far is not dskipped_dt:
         dskipped_dt.copy_(far)
     _sum_blocks(dBC, dB, dC)
-    if partial:
-        return dA, dD, dbias
-    dD, dbias = (None if part is None else part.sum(dim=1) for part in (dD, dbias))
-    return dA.sum(dim=1), dD, dbias
+    if not partial:
+        dD, dbias = (None if part is None else part.sum(dim=1) for part in (dD, dbias))
+    return dA if partial else dA.sum(dim=1), dD, dbias
 
 
 @triton.jit(do_not_specialize=["blocks", "rows", "batch", "length"])

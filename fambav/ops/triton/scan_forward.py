@@ -225,33 +225,32 @@ def scan_forward(  # noqa: D417  several in a line
         B, C: Input and output matrix, (directions, batch, length, groups, state), any strides;
             fastest if the state is contiguous and all other strides are multiples of 16.
         y: Output for the result, shaped like u, any strides and float dtype.
-        softplus, reverse: Whether delta goes through softplus; whether each direction goes back.
-        keep: Whether to keep the states that the backward pass needs.
-        skipped: Number of tokens removed in front of each, (directions, batch, length).
+        softplus, reverse, keep: Whether delta goes through softplus; whether each direction goes
+            back; whether to keep the states that the backward pass needs.
+        skipped, gap_policy: Number of tokens removed in front of each, (directions, batch, length);
+            how the state ages over them, see `registry.GAP_POLICIES`.
         skipped_dt: Their step sizes, summed, shaped like u, under "cached"; fastest if contiguous.
-        gap_policy: How the state ages over them, see `registry.GAP_POLICIES`.
         dt: Output for the step size after softplus, shaped like u, contiguous float32, or None.
-        states_dtype: Of the kept states.
-        block, warps, chunk: Channels and warps of a program; tokens between kept states.
+        states_dtype, chunk: Of the kept states; tokens between them.
+        block, warps: Channels and warps of a program.
 
     Returns:
         The state after the last step, (directions, batch, dim, state), float32, and the kept states
         of `kept_states.triton_shape`, or an empty tensor.
     """
-    directions, batch, length, dim = u.shape
-    groups, state = B.shape[3:]
+    (directions, batch, length, dim), (groups, state) = u.shape, B.shape[3:]
     last = u.new_empty(directions, batch, dim, state, dtype=torch.float32)
     shape = triton_shape(directions, batch, length, dim, state, chunk=chunk) if keep else (0,)
     kept = u.new_empty(shape, dtype=states_dtype)
-    warps = warps or 1
-    block = block or fast_block(batch * directions * groups, dim // groups, state)
-    blocks = triton.cdiv(dim // groups, block)
+    walks, size = batch * directions * groups, dim // groups
+    warps, block = warps or 1, block or fast_block(walks, size, state)
+    blocks = triton.cdiv(size, block)
     form = _form(state, block, warps, chunk, softplus=softplus, gap=gap_policy, keep=keep)
     with on_device(u):
         _scan_forward_kernel[(batch * groups * blocks, directions)](
             u, delta, *each_way(A), B, C, *each_way(D), *each_way(bias),
             *as_floats(skipped, skipped_dt), y, last, kept, dt,
-            length, dim // groups, groups, blocks, batch, directions_back(reverse),
+            length, size, groups, blocks, batch, directions_back(reverse),
             *u.stride(), *delta.stride(), *B.stride(), *C.stride(), *y.stride(),
             **form, INDEX=index_type(length, u, delta, B, C, y), num_warps=warps,
             maxnreg=_registers(form), **OPTIONS,
