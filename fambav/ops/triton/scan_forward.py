@@ -220,8 +220,7 @@ def scan_forward(  # noqa: D417  several in a line
 
     Args:
         u, delta: Input; step size before bias and softplus; (directions, batch, length, dim).
-        A, D, bias: Decay rates, (dim, state), skip weights and what is added to delta, (dim,), of
-            each direction, float32; D and bias may be None.
+        A, D, bias: (dim, state) and (dim,) of each direction, float32; D and bias may be None.
         B, C: Input and output matrix, (directions, batch, length, groups, state), any strides;
             fastest if the state is contiguous and all other strides are multiples of 16.
         y: Output for the result, shaped like u, any strides and float dtype.
@@ -235,16 +234,15 @@ def scan_forward(  # noqa: D417  several in a line
         block, warps: Channels and warps of a program.
 
     Returns:
-        The state after the last step, (directions, batch, dim, state), float32, and the kept states
-        of `kept_states.triton_shape`, or an empty tensor.
+        The last state, (directions, batch, dim, state), float32, and those that are kept, of
+        `kept_states.triton_shape`, or an empty tensor.
     """
     (directions, batch, length, dim), (groups, state) = u.shape, B.shape[3:]
     last = u.new_empty(directions, batch, dim, state, dtype=torch.float32)
     shape = triton_shape(directions, batch, length, dim, state, chunk=chunk) if keep else (0,)
-    kept = u.new_empty(shape, dtype=states_dtype)
-    walks, size = batch * directions * groups, dim // groups
-    warps, block = warps or 1, block or fast_block(walks, size, state)
-    blocks = triton.cdiv(size, block)
+    kept, size = u.new_empty(shape, dtype=states_dtype), dim // groups
+    block = block or fast_block(batch * directions * groups, size, state)
+    warps, blocks = warps or 1, triton.cdiv(size, block)
     form = _form(state, block, warps, chunk, softplus=softplus, gap=gap_policy, keep=keep)
     with on_device(u):
         _scan_forward_kernel[(batch * groups * blocks, directions)](
@@ -252,8 +250,8 @@ def scan_forward(  # noqa: D417  several in a line
             *as_floats(skipped, skipped_dt), y, last, kept, dt,
             length, size, groups, blocks, batch, directions_back(reverse),
             *u.stride(), *delta.stride(), *B.stride(), *C.stride(), *y.stride(),
-            **form, INDEX=index_type(length, u, delta, B, C, y), num_warps=warps,
-            maxnreg=_registers(form), **OPTIONS,
+            **form, INDEX=index_type(length, u, delta, B, C, y),
+            num_warps=warps, maxnreg=_registers(form), **OPTIONS,
         )  # fmt: skip
     return last, kept
 
