@@ -19,7 +19,7 @@ The state is kept for the backward pass every CHUNK tokens: the scratch of one c
 programs resident on an H200, is 26 MB and fits in its L2 cache; that of 32 tokens would not.
 
 Issue slots per 32 state-steps in SASS (sm_90, Triton 3.7) at state 16 with softplus, bias and D:
-9.8 in bfloat16 and 8.1 in float32 with two channels per thread, 11.3 and 9.1 with one.
+9.9 in bfloat16 with two channels per thread.
 """
 
 # mypy: disable-error-code="assignment, var-annotated"
