@@ -181,7 +181,6 @@ REFUSED = {
     "--model vssd_nano --drop 0.1": "--drop is 0.1, expected 0.0 with --data-set SHAPES-SEG",
     "--model vim_micro --crop-size 30": "img_size is 30, expected a size that patches of 4",
     "--model vssd_nano --crop-size 16": "img_size is 16 x 16, expected sides of at least 32",
-    "--model groupmamba_nano --no-distillation-head": "--no-distillation-head is off, expected on",
     "--model dlinear": "--model is 'dlinear', expected vmunet or",
     "--model vssd_nano --num-classes 7": "num_classes is 7, expected 11, the classes of SHAPES",
 }
