@@ -13,7 +13,6 @@ import yaml
 
 from fambav import flops
 from fambav.experiments import changed_settings
-from fambav.models import Backbone
 from fambav.table import Table
 from fambav.tasks import Metric, task_of
 from fambav.training.inference import LoadedRun
@@ -134,17 +133,20 @@ def card(run: LoadedRun, description: Mapping[str, Any], check: Check, *, folder
 
 
 def _plan(run: LoadedRun) -> str:
-    net = run.net
-    if not isinstance(net, Backbone):
+    net: Any = run.net
+    if getattr(net, "reduction", None) is None:
         return "The model has no plan of tokens."
-    schedule = net.schedule
-    whole = schedule.start * len(schedule.lengths)
+    schedule = net.reduction.schedule
+    whole = schedule.unreduced
     name = getattr(net.reduction.method, "name", type(net.reduction.method).__name__)
     how = f"Method: {name}." if schedule.removed else "No token is removed."
     pairs = zip(schedule.counts, schedule.lengths, strict=True)
     return Table(
         head=("layer", "removed", "tokens that its mixer sees"),
-        rows=[[str(n), str(count), str(seen)] for n, (count, seen) in enumerate(pairs, start=1)],
+        rows=[
+            [name, str(count), str(seen)]
+            for name, (count, seen) in zip(schedule.names, pairs, strict=True)
+        ],
         names=0,
         notes=[
             f"{how} Token-layers: {sum(schedule.lengths)} of {whole} ({100 * schedule.share:.1f}%)."

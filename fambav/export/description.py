@@ -12,7 +12,6 @@ from typing import Any
 import fambav
 from fambav.config import affecting
 from fambav.experiments import log_metrics, read_environment, read_log
-from fambav.models import Backbone
 from fambav.tasks import task_of
 from fambav.training.inference import LoadedRun
 
@@ -31,8 +30,9 @@ def describe(run: LoadedRun, kind: str) -> dict[str, Any]:
     """
     net: Any = run.net
     plan = None
-    if isinstance(net, Backbone):
-        plan = {**asdict(net.schedule), "share": net.schedule.share}
+    if getattr(net, "reduction", None) is not None:
+        schedule = net.reduction.schedule
+        plan = {**asdict(schedule), "share": schedule.share}
     return {
         "architecture": run.config.model.model.removeprefix("timm/"),
         "num_classes": run.num_classes,

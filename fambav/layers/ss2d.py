@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fambav.arguments import whole
+from fambav.layers.cells import Cells
 from fambav.layers.hierarchy import Float32LayerNorm, MapConv2d
 from fambav.layers.mamba import A_from_log, init_A_log, init_dt_proj, upcast
 from fambav.ops import selective_scan
@@ -92,30 +93,40 @@ class SS2D(PathScans):
             self.out_norm = Float32LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix a map, (batch, height, width, dim); the shape stays."""
-        u, projected, z = self.project(x)
-        paths = scan_paths((x.shape[1], x.shape[2]), x.device, self.paths)
-        steps = read_paths(u.flatten(1, 2), paths)  # (batch, length, paths, inner)
+    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Mix a map, (batch, height, width, dim), or kept cells, (batch, kept, dim).
+
+        Each path reads the kept cells as they come on the map, as if none had been between.
+        """
+        u, projected, z = self.project(x, cells)
+        if cells is None:
+            paths = scan_paths((x.shape[1], x.shape[2]), x.device, self.paths)
+        else:
+            paths = cells.paths(self.paths)
+        steps = read_paths(u.flatten(1, -2), paths)  # (batch, length, paths, inner)
         y = scan_steps([self], steps, to_steps(projected, paths))
         return self.finish(merge_paths(y, paths), u, z)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def project(
+        self, x: Tensor, cells: Cells | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Compute what is scanned.
 
         Args:
-            x: A map, (batch, height, width, dim).
+            x: A map, (batch, height, width, dim), or kept cells, (batch, kept, dim).
+            cells: Where those are.
 
         Returns:
-            Inputs of the scan, (batch, height, width, inner); step size, B and C of every path,
-            (batch, length, paths, rank + 2 * state); and what gates, shaped like the inputs.
+            Inputs of the scan, (batch, height, width, inner) or (batch, kept, inner); step size, B
+            and C of every path, (batch, length, paths, rank + 2 * state); and what gates, shaped
+            like the inputs.
         """
         x = self.in_proj(x)
         z = None
         if self.gated:
             x, z = x.chunk(2, dim=-1)
-        u = F.silu(self.conv2d(x))
-        projected = F.linear(u.flatten(1, 2), self.x_proj_weight.flatten(0, 1))
+        u = F.silu(self.conv2d(x) if cells is None else cells.convolve(self.conv2d, x))
+        projected = F.linear(u.flatten(1, -2), self.x_proj_weight.flatten(0, 1))
         return u, projected.unflatten(2, (len(self.paths), -1)), z
 
     def finish(self, y: Tensor, u: Tensor, z: Tensor | None) -> Tensor:
@@ -127,7 +138,7 @@ class SS2D(PathScans):
             z: What gates, likewise.
 
         Returns:
-            A map, (batch, height, width, dim).
+            Shaped like u, of width dim.
         """
         y = self.out_norm(y.view(u.shape)).to(u.dtype)
         out: Tensor = self.out_proj(y if z is None else y * F.silu(z))

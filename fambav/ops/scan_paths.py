@@ -50,6 +50,8 @@ PATHS = (*_READINGS, *(f"-{name}" for name in _READINGS))
 class ScanPaths(NamedTuple):
     """Orders of the cells of a map, (1, length, paths), int64.
 
+    Of kept cells alone, the tables are those of each sample, (batch, kept, paths).
+
     Attributes:
         order: Index of the cell at each step, row by row.
         there: Index of the pair (cell, path) that each pair (step, path) reads.
@@ -81,6 +83,24 @@ def scan_paths(
     if torch.compiler.is_compiling() or plain_autograd():
         return _paths(grid, device, names)
     return _cached_paths(grid, device, names)
+
+
+def kept_paths(paths: ScanPaths, position: Tensor) -> ScanPaths:
+    """Return the orders in which paths read the kept cells of a map, as they come on the whole map.
+
+    Args:
+        paths: Of the whole map.
+        position: Raster indices of the kept cells, distinct within a sample and in any order,
+            (batch, kept), int64.
+
+    Returns:
+        Orders of the kept cells, by their indices in `position`, (batch, kept, paths).
+    """
+    number = paths.order.shape[2]
+    step = (paths.back // number)[0][position]  # (batch, kept, paths), of the whole map
+    order = step.argsort(dim=1)
+    path = torch.arange(number, device=position.device)
+    return ScanPaths(order, *(cell * number + path for cell in (order, order.argsort(dim=1))))
 
 
 def read_paths(x: Tensor, paths: ScanPaths) -> Tensor:
