@@ -72,10 +72,11 @@ class Cells:
         Of that, dropped cells hold what they were dropped with; anything else of them is zero.
         """
         if self._grid is not None:
-            out: Tensor = rows.unflatten(1, self._grid)
-            return out
-        out = self._spread(rows, self._dropped if stream else None).unflatten(1, self._start)
-        return out
+            cells, grid = rows, self._grid
+        else:
+            cells, grid = self._spread(rows, self._dropped if stream else None), self._start
+        laid_out: Tensor = cells.unflatten(1, grid)
+        return laid_out
 
     def from_map(self, x: Tensor) -> Tensor:
         """Average a map over the members of each kept cell."""
