@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ from fambav.models.flops import (
     carrying,
     total,
 )
-from fambav.reduction import Reduction
+from fambav.reduction import Reducer, Reduction, StagedReduction
 from fambav.registry import DATA_SETS, FOREIGN
 from fambav.table import Table, json_document
 
@@ -228,7 +229,7 @@ def count_config(config: Config) -> Report:
     return count(model)
 
 
-def count(model: nn.Module, reduction: Reduction | None = None) -> Report:
+def count(model: nn.Module, reduction: Reduction | StagedReduction | None = None) -> Report:
     """Count what an image costs a model at the lengths of its schedule, or what a forecast does.
 
     Args:
@@ -242,12 +243,13 @@ def count(model: nn.Module, reduction: Reduction | None = None) -> Report:
     if isinstance(model, SegmentationModel):
         return _headed(model)
     if isinstance(model, Hierarchical):
-        return _staged(model)
+        own = model.reduction if model.reducible else None
+        return _staged(model, cast("StagedReduction | None", reduction or own))
     if isinstance(model, Forecaster):
         return _forecast(model)
     if not isinstance(model, Backbone):
         raise ValueError(f"model is a {type(model).__name__}, expected one of `fambav list models`")
-    return _reduced(model, reduction or model.reduction)
+    return _reduced(model, cast(Reduction, reduction or model.reduction))
 
 
 def _reduced(model: Backbone, reduction: Reduction) -> Report:
@@ -307,28 +309,76 @@ def _forecast(model: Forecaster) -> Report:
     )
 
 
-def _staged(model: Hierarchical) -> Report:
-    """Count a model of stages, none of whose tokens go."""
+def _staged(model: Hierarchical, reduction: StagedReduction | None) -> Report:
+    """Count a model of stages, each of which starts with all of its tokens."""
     cost, stages = model.flop_parts(), model.info.stages
-    rows, number = [Row(part="patches", tokens=stages[0].tokens, own=cost.patches)], 0
-    for stage, leading, blocks in zip(stages, cost.leading, cost.blocks, strict=True):
+    rows, number, before = [Row(part="patches", tokens=stages[0].tokens, own=cost.patches)], 0, 0
+    for place, (stage, leading, blocks) in enumerate(
+        zip(stages, cost.leading, cost.blocks, strict=True)
+    ):
         if any(leading):
-            part = "upsample" if stage.tokens > rows[-1].tokens else "downsample"
+            part = "upsample" if stage.tokens > before else "downsample"
             rows.append(Row(part=part, tokens=stage.tokens, own=leading))
-        for own in blocks:
-            number += 1
-            rows.append(Row(part="layer", layer=number, tokens=stage.tokens, own=own))
+        before = stage.tokens
+        if reduction is not None and reduction.stage(place).schedule.removed:
+            rows += _stage_rows(model, reduction.stage(place), place, number)
+        else:
+            numbers = range(number + 1, number + 1 + len(blocks))
+            rows += [
+                Row(part="layer", layer=n, tokens=stage.tokens, own=own)
+                for n, own in zip(numbers, blocks, strict=True)
+            ]
+        number += len(blocks)
     rows.append(Row(part="head", tokens=1, own=cost.head))
+    removes = reduction is not None and reduction.schedule.removed > 0
+    name = reduction.name if reduction is not None and removes else None
     return Report(
         model=model.pretrained_cfg.get("architecture", type(model).__name__),
         input_size=model.img_size,
         num_classes=model.num_classes,
-        method=None,
-        scan=None,
+        method=name,
+        scan=None if name is None else "compact",
+        counted=name is None or name in OVERHEADS.names(),
         start=stages[0].tokens,
         rows=tuple(rows),
-        unreduced=total(*(row.own for row in rows)),
+        unreduced=total(
+            cost.patches, *cost.leading, *(own for each in cost.blocks for own in each), cost.head
+        ),
     )
+
+
+def _stage_rows(
+    model: Hierarchical, reduction: Reduction, place: int, before: int
+) -> Iterator[Row]:
+    """Follow the kept cells of a stage, from 0, behind so many layers of others.
+
+    Convolutions run on the map of the stage, or on the smaller grid that the kept cells form.
+    """
+    schedule, info = reduction.schedule, reduction.info
+    method = cast(Reducer, reduction.method)
+    kept: int = info.tokens
+    grid: tuple[int, int] | None = info.grid
+    for number, (block, removed) in enumerate(
+        zip(model.stages[place], schedule.counts, strict=True), start=before + 1
+    ):
+        sizes = Overhead(kept, removed, info.width, info.width, info.directions, info.directions)
+        left, after, spent = kept - removed, grid, FREE
+        if removed:
+            after = method.grid_after(grid, removed)
+            spent = OVERHEADS[method.name](sizes) if method.name in OVERHEADS.names() else FREE
+        # The kept cells of the mixer, and the map of its convolutions; then those behind it.
+        seen, whole = (kept, grid) if schedule.after else (left, after)
+        mixed, _ = model.branch_costs(block, whole or info.grid, seen)
+        _, rest = model.branch_costs(block, after or info.grid, left)
+        yield Row(
+            part="layer",
+            layer=number,
+            tokens=seen,
+            removed=removed,
+            own=total(mixed, rest),
+            reduction=spent,
+        )
+        kept, grid = left, after
 
 
 def _layer_rows(cost: ModelCost, reduction: Reduction) -> Iterator[Row]:

@@ -40,6 +40,7 @@ class Family(NamedTuple):
         layers: Whether they are stacks of layers over an image, which are computed again to save
             memory, looked into and counted.
         reducible: Whether the tokens of these layers can be fused, merged and dropped.
+        staged: Whether these layers are in stages, which Famba-V's strategies do not count in.
         scan: Whether they scan sequences by our operator.
     """
 
@@ -48,6 +49,7 @@ class Family(NamedTuple):
     tasks: tuple[str, ...] = ("classification", "segmentation")
     layers: bool = True
     reducible: bool = True
+    staged: bool = False
     scan: bool = True
 
 
@@ -87,23 +89,25 @@ FAMILIES: dict[str, Family] = {
             *(f"vanilla_vmamba_{size}" for size in ("tiny", "small", "base")),
         ),
         arguments={**_ANY, "drop": "drop_rate"},
-        reducible=False,
+        staged=True,
     ),
     "vssd": Family(
         models=tuple(f"vssd_{size}" for size in ("nano", "micro", "tiny", "small", "base")),
         arguments={**_ANY, "drop": "drop_rate"},
-        reducible=False,
         scan=False,
+        staged=True,
     ),
     "groupmamba": Family(
         models=tuple(f"groupmamba_{size}" for size in ("nano", "tiny", "small", "base")),
         arguments={**_ANY, "drop": "drop_rate", "distillation_head": "distillation"},
         reducible=False,
+        staged=True,
     ),
     "vim2": Family(
         models=("vim2_nano", "vim2_tiny", "vim2_small", "vim2_base"),
         arguments={**_ANY, "drop": "drop_rate"},
         reducible=False,
+        staged=True,
     ),
     "tsm2": Family(
         models=("tsm2",),
@@ -125,12 +129,14 @@ FAMILIES: dict[str, Family] = {
         arguments=_ANY,
         reducible=False,
         tasks=("segmentation",),
+        staged=True,
     ),
     "cvmh_unet": Family(
         models=("cvmh_unet", "cvmh_unet_nano"),
         arguments=_ANY,
         reducible=False,
         tasks=("segmentation",),
+        staged=True,
     ),
     "timm": Family(
         models=(),
@@ -184,11 +190,11 @@ GAP_POLICIES: tuple[str, ...] = ("bias", "cached", "hold_prev", "self", "none")
 CLASS_TOKEN_POLICIES: tuple[str, ...] = ("exact", "proportional", "middle")
 SCHEDULES = (  # forms of --reduction-schedule, and a pattern that all of them but published match
     "r:5, r:5@3-23/2, ramp:16,-1, list:7,7,0, 6:9,8:12, keep:0.8@5,10, tokens:157,125@10,20,"
-    " upper:6:9, all:7 or published"
+    " upper:6:9, all:7, of stages r:8@2.1-2.4, or published"
 )
 SCHEDULE_FORM = (
     r"(r|ramp|list|keep|tokens):[-\d.,@/]+|(all|interleaved|alternate|lower|upper)(:\d+)+"
-    r"|\d+:\d+(,\d+:\d+)*"
+    r"|(\d+\.)?\d+:\d+(,(\d+\.)?\d+:\d+)*"
 )
 DEVICE_FORM = r"cpu|cuda(:\d{1,3})?"
 DATA_SETS: dict[str, str] = {  # with their tasks, modules of `fambav.tasks`

@@ -17,7 +17,13 @@ from fambav.engine.precision import Precision
 from fambav.models import Backbone, Vim
 from fambav.ops import BackendError, backends, force
 from fambav.ops.dispatch import SCAN
-from fambav.reduction import Reduction, make_reducer, make_schedule, parse_schedule
+from fambav.reduction import (
+    Reduction,
+    make_reducer,
+    make_schedule,
+    make_staged_reduction,
+    parse_schedule,
+)
 from fambav.reduction.schedule import PUBLISHED
 from fambav.registry import CLASSIFIERS, STRATEGY_ALIASES, family_of, nearest
 from fambav.timm_compat import timm
@@ -97,9 +103,14 @@ class Candidate(NamedTuple):
                 options["img_size"] = image_size(self.model, self.length)
             net = cast(Backbone, timm.create_model(self.model, **options))
         if self.plan != NONE:
-            reducer, given = make_reducer(self.method), ("plan", self.plan)
-            schedule = make_schedule(self.plan, net.info, reducer, given=given)
-            net.reduction = Reduction(net.info, reducer, schedule)
+            given = ("plan", self.plan)
+            if net.info.staged:
+                own = make_staged_reduction(net.info, self.method, self.plan, given=given)
+                cast(Any, net).reduction = own
+            else:
+                reducer = make_reducer(self.method)
+                schedule = make_schedule(self.plan, net.info, reducer, given=given)
+                net.reduction = Reduction(net.info, reducer, schedule)
         return net.to(device)
 
 

@@ -43,7 +43,6 @@ from fambav.engine.distributed import Processes
 from fambav.engine.memory import MIB
 from fambav.engine.precision import determinism_settings
 from fambav.engine.step import TrainStep
-from fambav.models import Backbone
 from fambav.training.step import train_step
 
 FORWARD_BATCH = {"cuda": 128, "cpu": 8}
@@ -148,10 +147,10 @@ def infer(
 
     def columns(key: Candidate, made: Mapping[Candidate, Forward], times: AllTimes) -> Row:
         low, faster, high = quartiles(ratios(times[next(iter(made))], times[key]))
-        net = made[key].net
+        reduction = getattr(made[key].net, "reduction", None)
         return {
             **key.row(),
-            "token_layers_left": net.schedule.share if isinstance(net, Backbone) else None,
+            "token_layers_left": None if reduction is None else reduction.schedule.share,
             **_rate(batch, times[key]),
             "times_faster": faster,
             "faster_quartiles": (low, high),

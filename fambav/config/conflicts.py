@@ -162,10 +162,15 @@ def _choose_plan_or_strategy(settings: Settings) -> None:
     elif plan.value is not None:
         strategy = settings["fusion_strategy"] = strategy._replace(value="none")
     fused, model = strategy if plan.value is None else plan, settings["model"].value
-    if fused.value != "none" and not family_of(model).reducible:
+    if fused.value == "none":
+        return
+    if not family_of(model).reducible:
         refuse(
             fused.label, fused.value, f"none with --model {model}, whose tokens cannot be reduced"
         )
+    if family_of(model).staged:
+        more = "whose layers are in stages; --reduction famba-v names them, such as r:8@2.1-2.2"
+        refuse(fused.label, fused.value, f"none with --model {model}, {more}")
 
 
 def _complete_fusion(settings: Settings) -> None:

@@ -137,13 +137,16 @@ def _plan(run: LoadedRun) -> str:
     if reduction is None:
         return "The model has no plan of tokens."
     schedule = reduction.schedule
-    whole = schedule.start * len(schedule.lengths)
+    whole = schedule.unreduced
     name = getattr(reduction.method, "name", type(reduction.method).__name__)
     how = f"Method: {name}." if schedule.removed else "No token is removed."
     pairs = zip(schedule.counts, schedule.lengths, strict=True)
     return Table(
         head=("layer", "removed", "tokens that its mixer sees"),
-        rows=[[str(n), str(count), str(seen)] for n, (count, seen) in enumerate(pairs, start=1)],
+        rows=[
+            [name, str(count), str(seen)]
+            for name, (count, seen) in zip(schedule.names, pairs, strict=True)
+        ],
         names=0,
         notes=[
             f"{how} Token-layers: {sum(schedule.lengths)} of {whole} ({100 * schedule.share:.1f}%)."

@@ -7,7 +7,9 @@ A map is (batch, height, width, dim), in memory too.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,7 +18,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fambav.layers.block import Hooks
+from fambav.layers.cells import Cells
 from fambav.layers.drop import DropPath
+from fambav.layers.tokens import Intermediates, Tokens
 
 
 class MapConv2d(nn.Conv2d):
@@ -78,12 +83,70 @@ class MapBlock(nn.Module):
         Randomness is drawn outside of what is computed twice, so that it is drawn once; a branch
         draws none.
         """
+        out: Tensor = x + self.dropped(x, branch)
+        return out
+
+    def dropped(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return drop_path(branch(x)); see `residual`."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             y = checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
         else:
             y = branch(x)
-        out: Tensor = x + self.drop_path(y)
+        out: Tensor = self.drop_path(y)
         return out
+
+
+class ReducibleBlock(MapBlock):
+    """A block whose mixer also takes kept cells alone, so that a reduction can shorten its map.
+
+    x = leading(x)      x = x + drop_path(mixer(norm(x)))      x = trailing(x)
+    """
+
+    def leading(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Return what the mixer's branch starts from; on kept cells, (batch, kept, dim), too."""
+        del cells
+        return x
+
+    @abstractmethod
+    def normed(self, x: Tensor) -> Tensor:
+        """Normalise what the mixer reads."""
+
+    @abstractmethod
+    def mixed(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Mix a normalised map, or kept cells of it."""
+
+    @abstractmethod
+    def trailing(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Add the branches behind the mixer's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add all branches to a map, (batch, height, width, dim)."""
+        x = self.residual(self.leading(x), lambda x: self.mixed(self.normed(x)))
+        return self.trailing(x)
+
+    def reduced(self, tokens: Tokens, hooks: Hooks, cells: Cells) -> tuple[Tokens, Cells]:
+        """Do the same on the kept cells of a map.
+
+        Args:
+            tokens: The cells, their residual stream as x.
+            hooks: Take cells away: before the block, between norm and mixer, where x is normalised
+                and the stream is the residual, or after the mixer, where x is its output.
+            cells: Where the cells are.
+
+        Returns:
+            The cells that are kept behind it, and where they are.
+        """
+        tokens, cells = cells.reduced(hooks.before, tokens, tokens.x)
+        x = self.leading(tokens.x, cells)
+        tokens = tokens._replace(x=self.normed(x), residual=x)
+        tokens, cells = cells.reduced(hooks.between, tokens, x)
+        y = self.dropped(tokens.x, partial(self.mixed, cells=cells))
+        found = Intermediates(mixed=y) if hooks.want else None
+        x = cast(Tensor, tokens.residual) + y
+        tokens = tokens._replace(x=y, intermediates=found)
+        tokens, cells = cells.reduced(hooks.after, tokens, x)
+        x = self.trailing(cast(Tensor, tokens.residual) + tokens.x, cells)
+        return tokens._replace(x=x, residual=None), cells
 
 
 class Blocks(nn.ModuleList):
@@ -97,6 +160,25 @@ class Blocks(nn.ModuleList):
         for block in self:
             x = block(x)
         return x
+
+    def reduced(self, x: Tensor, hooks: Callable[[int], Hooks]) -> Tensor:
+        """Run all blocks on a map whose cells go on the way.
+
+        Args:
+            x: (batch, height, width, dim).
+            hooks: Of each block, from 0.
+
+        Returns:
+            The whole map: members of a merged cell have its row, dropped cells what the residual
+            stream held when they were dropped.
+        """
+        grid = (x.shape[1], x.shape[2])
+        tokens = Tokens.start(x.flatten(1, 2), cls_index=(), grid=grid, trace=True)
+        cells = Cells(tokens)
+        for number, block in enumerate(cast(Iterable[ReducibleBlock], self)):
+            tokens, cells = block.reduced(tokens, hooks(number), cells)
+        out: Tensor = cells.whole(tokens.x).unflatten(1, grid)
+        return out
 
     def set_grad_checkpointing(self, enable: bool) -> None:  # noqa: FBT001  as timm's
         """Keep only maps between branches for the backward pass, or everything."""

@@ -37,6 +37,7 @@ class BackboneInfo(NamedTuple):
         cls_index: Where the class tokens are before the first layer, from 0.
         unaligned: Why its scans cannot age their state over tokens that went; None if they can.
         needs_positions: Whether its mixers have to know where the kept tokens come from.
+        staged: Whether its layers are named stage.layer, each counted from 1.
     """
 
     family: str
@@ -44,6 +45,7 @@ class BackboneInfo(NamedTuple):
     cls_index: tuple[int, ...] = ()
     unaligned: str | None = None
     needs_positions: bool = False
+    staged: bool = False
 
     @property
     def stage(self) -> Stage:
@@ -55,6 +57,10 @@ class BackboneInfo(NamedTuple):
         if len(self.stages) != 1:
             raise ValueError(f"{self.family} has {len(self.stages)} stages, expected one")
         return self.stages[0]
+
+    def of_stage(self, number: int) -> BackboneInfo:
+        """Return the layers of one stage, from 0, by themselves."""
+        return self._replace(stages=(self.stages[number],), staged=False)
 
     @property
     def depth(self) -> int:

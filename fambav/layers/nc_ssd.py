@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fambav.layers.cells import Cells
 from fambav.layers.hierarchy import Float32LayerNorm, MapConv2d
 from fambav.layers.mamba import A_from_log, init_dt_bias, upcast
 from fambav.ops import nc_ssd
@@ -46,18 +47,24 @@ class NonCausalSSD(nn.Module):
         self.norm = Float32LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix a map, (batch, height, width, dim); the shape stays."""
-        z, xBC, dt = self.in_proj(x).split(self.splits, dim=3)
+    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Mix a map, (batch, height, width, dim), or kept cells, (batch, kept, dim).
+
+        A cell that is not kept has no weight in the state, and one that stands for n has n times
+        its own: what the convolution gives it is the mean over its members.
+        """
+        z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
         dt = F.softplus(upcast(dt) + upcast(self.dt_bias))  # (batch, height, width, heads)
-        x, B, C = F.silu(self.conv2d(xBC)).split(self.convolved_splits, dim=3)
+        xBC = self.conv2d(xBC) if cells is None else cells.convolve(self.conv2d, xBC)
+        x, B, C = F.silu(xBC).split(self.convolved_splits, dim=-1)
         y = nc_ssd(
-            x.flatten(1, 2).unflatten(2, (self.heads, -1)),  # (batch, length, heads, head_dim)
-            dt.flatten(1, 2),
+            x.flatten(1, -2).unflatten(2, (self.heads, -1)),  # (batch, length, heads, head_dim)
+            dt.flatten(1, -2),
             A_from_log(self.A_log),
-            B.flatten(1, 2),
-            C.flatten(1, 2),
+            B.flatten(1, -2),
+            C.flatten(1, -2),
             upcast(self.D),
+            size=None if cells is None else cells.size,
         )
         y = self.norm(y.flatten(2)).to(z.dtype).view(z.shape)
         out: Tensor = self.out_proj(y * z)

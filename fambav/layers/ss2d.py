@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fambav.arguments import whole
+from fambav.layers.cells import Cells
 from fambav.layers.hierarchy import Float32LayerNorm, MapConv2d
 from fambav.layers.mamba import A_from_log, init_A_log, init_dt_proj, upcast
 from fambav.ops import selective_scan
@@ -93,30 +94,40 @@ class SS2D(PathScans):
             self.out_norm = Float32LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix a map, (batch, height, width, dim); the shape stays."""
-        u, projected, z = self.project(x)
-        order = scan_paths((x.shape[1], x.shape[2]), x.device, self.paths)
-        one = u.flatten(1, 2).unsqueeze(2)  # (batch, length, 1, inner), which every path reads
+    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Mix a map, (batch, height, width, dim), or kept cells, (batch, kept, dim).
+
+        Each path reads the kept cells as they come on the map, as if none had been between.
+        """
+        u, projected, z = self.project(x, cells)
+        if cells is None:
+            order = scan_paths((x.shape[1], x.shape[2]), x.device, self.paths)
+        else:
+            order = cells.paths(self.paths)
+        one = u.flatten(1, -2).unsqueeze(2)  # (batch, length, 1, inner), which every path reads
         y = scan_steps([self], one, to_steps(projected, order), order)
         return self.finish(y.sum(dim=2), u, z)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def project(
+        self, x: Tensor, cells: Cells | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Compute what is scanned.
 
         Args:
-            x: A map, (batch, height, width, dim).
+            x: A map, (batch, height, width, dim), or kept cells, (batch, kept, dim).
+            cells: Where those are.
 
         Returns:
-            Inputs of the scan, (batch, height, width, inner); step size, B and C of every path,
-            (batch, length, paths, rank + 2 * state); and what gates, shaped like the inputs.
+            Inputs of the scan, (batch, height, width, inner) or (batch, kept, inner); step size, B
+            and C of every path, (batch, length, paths, rank + 2 * state); and what gates, shaped
+            like the inputs.
         """
         x = self.in_proj(x)
         z = None
         if self.gated:
             x, z = x.chunk(2, dim=-1)
-        u = F.silu(self.conv2d(x))
-        projected = F.linear(u.flatten(1, 2), self.x_proj_weight.flatten(0, 1))
+        u = F.silu(self.conv2d(x) if cells is None else cells.convolve(self.conv2d, x))
+        projected = F.linear(u.flatten(1, -2), self.x_proj_weight.flatten(0, 1))
         return u, projected.unflatten(2, (len(self.paths), -1)), z
 
     def finish(self, y: Tensor, u: Tensor, z: Tensor | None) -> Tensor:
@@ -128,7 +139,7 @@ class SS2D(PathScans):
             z: What gates, likewise.
 
         Returns:
-            A map, (batch, height, width, dim).
+            Shaped like u, of width dim.
         """
         y = self.out_norm(y.view(u.shape)).to(u.dtype)
         out: Tensor = self.out_proj(y if z is None else y * F.silu(z))

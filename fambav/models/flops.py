@@ -198,7 +198,7 @@ def mamba2d_cost(
     return Cost(literature=everything, all_directions=everything, multiply_adds=products)
 
 
-def ss2d_cost(mixer: SS2D, grid: tuple[int, int]) -> Cost:
+def ss2d_cost(mixer: SS2D, grid: tuple[int, int], kept: int | None = None) -> Cost:
     """Return the cost of a mixer of VMamba: projections, convolution, and the scans of all paths.
 
     Papers count all scans, with 9 * length * inner * state and length * inner each.
@@ -206,11 +206,14 @@ def ss2d_cost(mixer: SS2D, grid: tuple[int, int]) -> Cost:
     Args:
         mixer: Weights may be on the meta device.
         grid: Height and width of the map.
+        kept: Cells that are scanned; all by default.
     """
-    length, channels = math.prod(grid), mixer.Ds.numel()  # of all paths together
+    length = math.prod(grid) if kept is None else kept
+    channels = mixer.Ds.numel()  # of all paths together
     own = mixer.x_proj_weight.numel() + mixer.dt_projs_weight.numel()
     scanned = length * channels * (SCAN * mixer.splits[1] + 1)
-    return total(map_cost(mixer, grid), Cost.of_products(length * own), Cost(scanned, scanned))
+    products = Cost.of_products(length * own)
+    return total(map_cost(mixer, grid, kept), products, Cost(scanned, scanned))
 
 
 def nc_ssd_cost(length: int, inner: int, state: int, heads: int) -> Cost:
@@ -245,13 +248,15 @@ def group_mamba_cost(mixer: GroupMambaMixer, grid: tuple[int, int]) -> Cost:
     return total(mean, *affinity, *rest, *(ss2d_cost(each, grid) for each in mixer.mixers))
 
 
-def map_cost(module: nn.Module, grid: tuple[int, int]) -> Cost:
+def map_cost(module: nn.Module, grid: tuple[int, int], kept: int | None = None) -> Cost:
     """Add up the linear maps, convolutions and norms of a module over the cells of a map.
 
     Args:
         module: Its parts are in the order in which a map meets them, as far as they change its
             size.
         grid: Height and width of the map that it reads.
+        kept: Cells that linear maps and layer norms work on, where convolutions keep the size; all
+            by default.
     """
     products = norms = 0
     for part in module.modules():
@@ -259,10 +264,13 @@ def map_cost(module: nn.Module, grid: tuple[int, int]) -> Cost:
             grid = _convolved(part, grid)
         elif isinstance(part, PatchMerging):
             grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+        cells = math.prod(grid)
+        if kept is not None and not isinstance(part, nn.Conv2d):
+            cells = kept
         if isinstance(part, nn.Conv2d | nn.Linear):
-            products += math.prod(grid) * part.weight.numel()
+            products += cells * part.weight.numel()
         elif isinstance(part, nn.LayerNorm):
-            norms += NORM * math.prod(grid) * part.weight.numel()
+            norms += NORM * cells * part.weight.numel()
         elif isinstance(part, nn.BatchNorm2d):
             norms += BATCH_NORM * math.prod(grid) * part.num_features
     return Cost(products + norms, products + norms, products)

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import math
 import re
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from fambav.arguments import MOST_LAYERS, probability, refusal, whole
+from fambav.layers.block import Hooks
 from fambav.layers.drop import Dropout
 from fambav.layers.embed import check_images, pair
 from fambav.layers.hierarchy import Blocks, Stage
 from fambav.layers.info import BackboneInfo
 from fambav.layers.info import Stage as StageInfo
+from fambav.layers.tokens import OUTPUT
 from fambav.models.entry import chosen_layers, data_config
 from fambav.models.flops import FREE, Cost, HierarchicalCost, map_cost, total
 from fambav.models.timm_model import TimmModel, pool_patches
+from fambav.reduction import StagedReduction, make_staged_reduction
 
 FIRST_STRIDE = 4  # pixels from one cell of the first map to the next
 
@@ -39,6 +41,9 @@ class Hierarchical(TimmModel):
         directions: In how many directions a mixer scans.
         patch_embed: Maps images, (batch, height, width, in_chans), to the first map.
         layers: The stages.
+        reducible: Whether its mixers also take kept cells alone; all blocks are `ReducibleBlock`
+            then, and `reduction` removes cells within stages and may be replaced at any time.
+        unaligned: Why its mixers cannot age a state over cells that went.
         output_fmt: Layout of what `forward_features` returns, for timm.
     """
 
@@ -46,12 +51,15 @@ class Hierarchical(TimmModel):
     feature_count = 4
     family: ClassVar[str]
     directions: ClassVar[int] = 1
+    reducible: ClassVar[bool] = False
+    unaligned: ClassVar[str] = "none of its mixers knows that cells went"
     output_fmt = "NHWC"
     dynamic_img_size = True
     dims: tuple[int, ...]
     depths: tuple[int, ...]
     patch_embed: nn.Module
     layers: nn.ModuleList
+    reduction: StagedReduction
 
     def set_sizes(
         self,
@@ -111,14 +119,21 @@ class Hierarchical(TimmModel):
 
     @property
     def info(self) -> BackboneInfo:
-        """The stages, of which none can give intermediates to a reduction yet."""
-        grids = self.grids(self.img_size, **self.config)
+        """The model in figures."""
+        return self.info_on(self.img_size)
+
+    def info_on(self, size: tuple[int, int]) -> BackboneInfo:
+        """Return the model in figures on images of a height and width."""
+        grids = self.grids(size, **self.config)
+        able = OUTPUT if self.reducible else frozenset[str]()
         return BackboneInfo(
             family=self.family,
             stages=tuple(
-                StageInfo(depth, dim, grid, grid[0] * grid[1], self.directions, frozenset())
+                StageInfo(depth, dim, grid, grid[0] * grid[1], self.directions, able)
                 for depth, dim, grid in zip(self.depths, self.dims, grids, strict=True)
             ),
+            unaligned=self.unaligned,
+            staged=True,
         )
 
     def check_size(self, size: tuple[int, int]) -> None:
@@ -270,11 +285,23 @@ class Hierarchical(TimmModel):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return what the last stage that runs, `stop`, gives, and what those of `wanted` give."""
         x, found = self.embed(images), list[Tensor]()
+        hooks = self._hooks((images.shape[2], images.shape[3]))
         for stage, blocks in enumerate(self.stages[: None if stop is None else stop + 1]):
-            x = blocks(self.next_map(stage - 1, x) if stage else x)
+            x = self.next_map(stage - 1, x) if stage else x
+            x = blocks.reduced(x, hooks[stage]) if stage in hooks else blocks(x)
             if stage in wanted:
                 found.append(x)
         return x, found
+
+    def _hooks(self, size: tuple[int, int]) -> dict[int, Callable[[int], Hooks]]:
+        """Return what blocks are to do in the stages that remove cells of images of a size."""
+        if not self.reducible or not self.reduction.reduces:
+            return {}
+        reduction = self.reduction
+        if size != self.img_size:
+            reduction = reduction.resized(self.info_on(size))
+        stages = map(reduction.stage, range(len(self.dims)))
+        return {n: stage.hooks for n, stage in enumerate(stages) if stage.schedule.removed}
 
     def flop_parts(self) -> HierarchicalCost:
         """Return what an image costs each part; weights may be on the meta device."""
@@ -299,9 +326,26 @@ class Hierarchical(TimmModel):
             Cost(mean, mean),
         )
 
-    @abstractmethod
+    def branch_costs(
+        self, block: nn.Module, grid: tuple[int, int], kept: int | None = None
+    ) -> tuple[Cost, Cost]:
+        """Return the cost of a block up to its mixer and behind it.
+
+        Args:
+            block: Of this model.
+            grid: Height and width of the map on which convolutions run.
+            kept: Cells that all else works on; all by default.
+
+        Raises:
+            ValueError: If the model is not `reducible`.
+        """
+        raise ValueError(
+            f"model is a {type(self).__name__}, expected one whose tokens can be reduced"
+        )
+
     def block_cost(self, block: nn.Module, grid: tuple[int, int]) -> Cost:
         """Return the cost of a block on a map of a height and width."""
+        return total(*self.branch_costs(block, grid))
 
     def leading_cost(self, stage: int, grid: tuple[int, int]) -> Cost:
         """Return the cost of what leads from a stage, from 0, whose map is `grid`, to the next."""
@@ -328,6 +372,8 @@ class Hierarchical(TimmModel):
             raise refusal("patch_size", patch_size, str(FIRST_STRIDE))
         size = self.img_size if img_size is None else pair(img_size, name="img_size")
         self.check_size(size)
+        if self.reducible and self.reduction.reduces:
+            self.reduction = self.reduction.resized(self.info_on(size))
         self.img_size = size
         grid = self.info.stages[-1].grid
         self.pretrained_cfg.update(input_size=(self.in_chans, *size), pool_size=grid)
@@ -357,6 +403,8 @@ class Hierarchical(TimmModel):
             self.dims, self.depths = self.dims[:left], self.depths[:left]
             self.num_features = self.head_hidden_size = self.dims[-1]
             del self.feature_info[left:]
+            if self.reducible:
+                self.reduction = self.reduction.of_first_stages(self.info)
         if prune_norm or cut:
             self.set_submodule(self.final_norm, nn.Identity())
         if prune_head:
@@ -377,6 +425,8 @@ class Hierarchical(TimmModel):
             module: Name of a stage of a number.
             first: Number of the first one.
         """
+        if self.reducible:
+            self.reduction = make_staged_reduction(self.info)
         self.feature_info = [
             {"num_chs": dim, "reduction": FIRST_STRIDE * 2**n, "module": module.format(first + n)}
             for n, dim in enumerate(self.dims)

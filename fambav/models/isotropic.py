@@ -60,12 +60,6 @@ class Isotropic(TimmModel):
         del config
         return patch_grid(img_size, patch_size=patch_size, stride=stride or patch_size)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a reduction is in training or evaluation as the model is."""
-        if isinstance(value, Reduction):
-            value.train(self.training)
-        super().__setattr__(name, value)
-
     def set_sizes(
         self,
         dim: int,

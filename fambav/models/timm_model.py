@@ -17,6 +17,7 @@ from fambav.layers import BackboneInfo
 from fambav.models.flops import HierarchicalCost, ModelCost
 from fambav.models.model import Model
 from fambav.models.weights import adapt, official, published_class_token
+from fambav.reduction import Reduction, StagedReduction
 from fambav.registry import FAMILIES
 
 
@@ -49,6 +50,12 @@ class TimmModel(Model):
     class_token: str = "none"
     cls_index: tuple[int, ...] = ()
     feature_info: list[dict[str, Any]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a reduction is in training or evaluation as the model is."""
+        if isinstance(value, Reduction | StagedReduction):
+            value.train(self.training)
+        super().__setattr__(name, value)
 
     @property
     @abstractmethod

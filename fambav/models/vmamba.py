@@ -16,11 +16,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from fambav.layers.cells import Cells
 from fambav.layers.hierarchy import (
-    MapBlock,
     MapConv2d,
     Mlp,
     PatchMerging,
+    ReducibleBlock,
     Stage,
     drop_path_rates,
     trunc_normal_linear,
@@ -33,7 +34,7 @@ from fambav.models.hierarchical import FIRST_STRIDE, Hierarchical
 FORMS = ("v2", "vanilla")
 
 
-class VSSBlock(MapBlock):
+class VSSBlock(ReducibleBlock):
     """A selective scan of the map and, with `mlp_ratio`, an MLP of each cell.
 
     Args:
@@ -62,14 +63,20 @@ class VSSBlock(MapBlock):
             self.norm2 = nn.LayerNorm(dim)
             self.mlp = Mlp(dim, int(mlp_ratio * dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Add both branches to a map, (batch, height, width, dim)."""
-        x = self.residual(x, self._mix)
-        return x if self.mlp is None else self.residual(x, self._widen)
+    def normed(self, x: Tensor) -> Tensor:
+        """Normalise what the scan reads."""
+        normed: Tensor = self.norm(x)
+        return normed
 
-    def _mix(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.op(self.norm(x))
+    def mixed(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Scan a normalised map, or kept cells of it."""
+        mixed: Tensor = self.op(x, cells)
         return mixed
+
+    def trailing(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Add the MLP of each cell, if there is one."""
+        del cells
+        return x if self.mlp is None else self.residual(x, self._widen)
 
     def _widen(self, x: Tensor) -> Tensor:
         widened: Tensor = self.mlp(self.norm2(x))  # type: ignore[misc]  # only called with one
@@ -104,6 +111,8 @@ class VMamba(Hierarchical):
 
     family = "vmamba"
     directions = 4
+    reducible = True
+    unaligned = "scans of vmamba read kept tokens as if none had been between"
     undecayed = ("A_logs", "Ds", "dt_projs_bias")
     classifier_name, final_norm = "classifier.head", "classifier.norm"
 
@@ -161,11 +170,14 @@ class VMamba(Hierarchical):
             self.add_out_norms()
         self.describe()
 
-    def block_cost(self, block: nn.Module, grid: tuple[int, int]) -> Cost:
-        """Return the cost of a block on a map of a height and width."""
+    def branch_costs(
+        self, block: nn.Module, grid: tuple[int, int], kept: int | None = None
+    ) -> tuple[Cost, Cost]:
+        """Return the cost of a block's scan, and of its MLP; see `Hierarchical`."""
         known = cast(VSSBlock, block)
-        parts = [known.norm] if known.mlp is None else [known.norm, known.norm2, known.mlp]
-        return total(ss2d_cost(known.op, grid), *(map_cost(part, grid) for part in parts))
+        mixed = total(map_cost(known.norm, grid, kept), ss2d_cost(known.op, grid, kept))
+        widened = [] if known.mlp is None else [known.norm2, known.mlp]
+        return mixed, total(*(map_cost(part, grid, kept) for part in widened))
 
     @property
     def config(self) -> dict[str, Any]:

@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fambav.arguments import is_whole, whole
+from fambav.layers.cells import Cells
 from fambav.layers.hierarchy import (
-    MapBlock,
     MapConv2d,
     Mlp,
+    ReducibleBlock,
     Stage,
     drop_path_rates,
     trunc_normal_linear,
@@ -52,16 +53,22 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix a map, (batch, height, width, dim); the shape stays."""
-        qkv = self.to_qkv(x.flatten(1, 2)).unflatten(2, (3, self.heads, -1))
+    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Mix a map, (batch, height, width, dim), or kept cells, (batch, kept, dim).
+
+        A cell that stands for n is attended to as n equal ones: log n is added to its logits.
+        """
+        qkv = self.to_qkv(x.flatten(1, -2)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, length, its width)
-        y = F.scaled_dot_product_attention(q, k, v)
+        bias = None  # or of shape (batch, 1, 1, length)
+        if cells is not None:
+            bias = cells.size.log()[:, None, None].to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         out: Tensor = self.to_out(y.transpose(1, 2).flatten(2).view(x.shape))
         return out
 
 
-class VSSDBlock(MapBlock):
+class VSSDBlock(ReducibleBlock):
     """A mixer of the map and an MLP of each cell, with a convolution of each channel before both.
 
     Args:
@@ -80,14 +87,27 @@ class VSSDBlock(MapBlock):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, MLP_RATIO * dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Add all branches to a map, (batch, height, width, dim)."""
-        x = self.residual(x + self.cpe1(x), self._mix)
-        return self.residual(x + self.cpe2(x), self._widen)
+    def leading(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Add the first convolution."""
+        out: Tensor = x + (
+            self.cpe1(x) if cells is None else cells.convolve(self.cpe1, x, stream=True)
+        )
+        return out
 
-    def _mix(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.attn(self.norm1(x))
+    def normed(self, x: Tensor) -> Tensor:
+        """Normalise what the mixer reads."""
+        normed: Tensor = self.norm1(x)
+        return normed
+
+    def mixed(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Mix a normalised map, or kept cells of it."""
+        mixed: Tensor = self.attn(x, cells)
         return mixed
+
+    def trailing(self, x: Tensor, cells: Cells | None = None) -> Tensor:
+        """Add the second convolution and the MLP of each cell."""
+        x = x + (self.cpe2(x) if cells is None else cells.convolve(self.cpe2, x, stream=True))
+        return self.residual(x, self._widen)
 
     def _widen(self, x: Tensor) -> Tensor:
         widened: Tensor = self.mlp(self.norm2(x))
@@ -166,6 +186,8 @@ class VSSD(Hierarchical):
     """
 
     family = "vssd"
+    reducible = True
+    unaligned = "states of vssd are sums without an order"
     undecayed = ("A_log", "D", "dt_bias")
     first_conv = "patch_embed.conv1.conv"
 
@@ -217,15 +239,22 @@ class VSSD(Hierarchical):
             self.add_out_norms()
         self.describe()
 
-    def block_cost(self, block: nn.Module, grid: tuple[int, int]) -> Cost:
-        """Return the cost of a block on a map of a height and width."""
-        mixer, cells = cast(VSSDBlock, block).attn, math.prod(grid)
+    def branch_costs(
+        self, block: nn.Module, grid: tuple[int, int], kept: int | None = None
+    ) -> tuple[Cost, Cost]:
+        """Return the cost of a block's mixer, and of its MLP; see `Hierarchical`."""
+        known, cells = cast(VSSDBlock, block), math.prod(grid) if kept is None else kept
+        mixer = known.attn
         if isinstance(mixer, NonCausalSSD):
             inner, state, _ = mixer.convolved_splits
             mixed = nc_ssd_cost(cells, inner, state, mixer.heads)
         else:
             mixed = Cost.of_products(2 * cells**2 * mixer.to_out.in_features)
-        return total(map_cost(block, grid), mixed)
+        leading, trailing = (
+            total(*(map_cost(part, grid, kept) for part in parts))
+            for parts in ((known.cpe1, known.norm1, mixer), (known.cpe2, known.norm2, known.mlp))
+        )
+        return total(leading, mixed), trailing
 
     def head_cost(self, grid: tuple[int, int]) -> Cost:
         """Return the cost of norm and classifier; the authors' counter passes over the mean."""

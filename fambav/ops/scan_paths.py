@@ -70,6 +70,20 @@ def scan_paths(
     return _cached_paths(grid, device, names)
 
 
+def kept_paths(order: Tensor, position: Tensor) -> Tensor:
+    """Return the orders in which paths read the kept cells of a map, as they come on the whole map.
+
+    Args:
+        order: Of the whole map, (length, paths).
+        position: Raster indices of the kept cells, distinct within a sample and in any order,
+            (batch, kept), int64.
+
+    Returns:
+        Orders of the kept cells, by their indices in `position`, (batch, kept, paths).
+    """
+    return order.argsort(dim=0)[position].argsort(dim=1)
+
+
 def _paths(grid: tuple[int, int], device: torch.device, names: tuple[str, ...]) -> Tensor:
     index = torch.arange(grid[0] * grid[1], device=device).view(grid)
     each = [_READINGS[name.removeprefix("-")](index) for name in names]

@@ -2,26 +2,28 @@
 
 from fambav.ops.match import Selection, others
 from fambav.reduction.apply import merge, unmerge
-from fambav.reduction.grid_merging import Storm
-from fambav.reduction.merging import FambaV, Ordered, RMeeTo, SequentialMerging, ToMe
-from fambav.reduction.pruning import MTR, UTRC, EViT, PruneAligned, Random
-from fambav.reduction.reducer import Reducer, known_options, make_reducer, read_options
-from fambav.reduction.reduction import (
+from fambav.reduction.factory import (
     Reducible,
-    Reduction,
     fused,
     make_reduction,
+    make_staged_reduction,
     no_reduction,
     reduce,
 )
+from fambav.reduction.grid_merging import Storm
+from fambav.reduction.lengths import Schedule, StagedSchedule
+from fambav.reduction.merging import FambaV, Ordered, RMeeTo, SequentialMerging, ToMe
+from fambav.reduction.pruning import MTR, UTRC, EViT, PruneAligned, Random
+from fambav.reduction.reducer import Reducer, known_options, make_reducer, read_options
+from fambav.reduction.reduction import Reduction
 from fambav.reduction.schedule import (
-    Schedule,
     from_fusion,
     make_schedule,
     parse_schedule,
     plan,
     write_schedule,
 )
+from fambav.reduction.stages import StagedReduction
 
 __all__ = [
     "MTR",
@@ -38,6 +40,8 @@ __all__ = [
     "Schedule",
     "Selection",
     "SequentialMerging",
+    "StagedReduction",
+    "StagedSchedule",
     "Storm",
     "ToMe",
     "from_fusion",
@@ -46,6 +50,7 @@ __all__ = [
     "make_reducer",
     "make_reduction",
     "make_schedule",
+    "make_staged_reduction",
     "merge",
     "no_reduction",
     "others",

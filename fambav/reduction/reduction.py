@@ -8,25 +8,18 @@ All of them are fixed, and every length with them, before the first image.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from fambav.arguments import instance, is_whole, known_name, refusal, whole
+from fambav.arguments import known_name, refusal
 from fambav.layers import BackboneInfo, Hooks, Tokens
 from fambav.reduction.apply import carried_dt, mask, merge, put_class_tokens
-from fambav.reduction.reducer import Grid, Reducer, make_reducer
-from fambav.reduction.schedule import (
-    NAME,
-    PUBLISHED,
-    Counts,
-    Schedule,
-    from_fusion,
-    make_schedule,
-    write_schedule,
-)
-from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, REDUCERS, SCAN_POLICIES
+from fambav.reduction.lengths import Counts, Schedule
+from fambav.reduction.reducer import Grid, Reducer
+from fambav.reduction.schedule import make_schedule, write_schedule
+from fambav.registry import CLASS_TOKEN_POLICIES, GAP_POLICIES, SCAN_POLICIES
 
 _DELTA = frozenset({"delta"})
 
@@ -82,6 +75,11 @@ class Reduction(nn.Module):
         _check_needs(info, method, self.needs, self._first_read())
         self._hooks = [self._hooks_of(layer) for layer in range(info.depth)]
 
+    @classmethod
+    def none(cls, info: BackboneInfo) -> Reduction:
+        """Return one that removes nothing."""
+        return cls(info, None, Schedule.of(info.tokens, (0,) * info.depth))
+
     def of_first_layers(self, info: BackboneInfo) -> Reduction:
         """Return what this does in a model that ends after its first `info.depth` layers."""
         return self._on(info, self.schedule.counts[: info.depth])
@@ -99,7 +97,7 @@ class Reduction(nn.Module):
             ValueError: If the schedule does not fit, as of `make_schedule`.
         """
         if self.method is None:
-            return no_reduction(info)
+            return Reduction.none(info)
         if info.grid not in self._resized:
             whole = info._replace(stages=(info.stage._replace(depth=self._depth),))
             schedule = make_schedule(
@@ -111,7 +109,7 @@ class Reduction(nn.Module):
     def _on(self, info: BackboneInfo, counts: Counts) -> Reduction:
         """Return what this does, with these counts, in a model of other sizes."""
         if not any(counts):
-            return no_reduction(info)
+            return Reduction.none(info)
         made = Reduction(
             info,
             self.method,
@@ -197,136 +195,6 @@ class Reduction(nn.Module):
             gap_policy=self.gap_policy if gone and self.gap_policy != "none" else None,
             positions=gone and self.info.needs_positions,
         )
-
-
-class Reducible(Protocol):
-    """A model whose tokens can be reduced."""
-
-    reduction: Reduction
-
-    @property
-    def info(self) -> BackboneInfo:
-        """Its sizes."""
-
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def no_reduction(info: BackboneInfo) -> Reduction:
-    """Return a reduction that removes nothing.
-
-    Raises:
-        ValueError: If info is not that of a model.
-    """
-    instance("info", info, BackboneInfo, "the `info` of a model")
-    return Reduction(info, None, Schedule.of(info.tokens, (0,) * info.depth))
-
-
-def fused(
-    info: BackboneInfo,
-    strategy: str = "none",
-    *,
-    layer: int | None = None,
-    token: int = 0,
-    method: str = "famba-v",
-    plan: str | None = None,
-) -> Reduction:
-    """Set a Famba-V fusion up for a model.
-
-    Args:
-        info: The model.
-        strategy: Layers that fuse, as in `from_fusion`.
-        layer: Likewise.
-        token: Likewise.
-        method: How tokens are fused, usually "famba-v" or "ordered".
-        plan: As in `from_fusion`.
-
-    Raises:
-        ValueError: If that cannot be done or would do nothing.
-    """
-    instance("info", info, BackboneInfo, "the `info` of a model")
-    known_name("fusion_method", method, REDUCERS.names())
-    text = from_fusion(strategy, depth=info.depth, layer=layer, token=token, plan=plan)
-    if text is None:
-        return no_reduction(info)
-    given = ("fusion_token", token) if plan is None else ("fusion_plan", plan)
-    reducer = make_reducer(method)
-    return Reduction(info, reducer, make_schedule(text, info, reducer, given=given), text=text)
-
-
-def make_reduction(
-    info: BackboneInfo,
-    method: str,
-    schedule: str | int = PUBLISHED,
-    *,
-    hook: str | None = None,
-    scan: str | None = None,
-    gap_policy: str | None = None,
-    class_policy: str | None = None,
-    **options: Any,
-) -> Reduction:
-    """Set a method up for a model.
-
-    Args:
-        info: The model.
-        method: Name of a method, or "none".
-        schedule: Where and how many, see `schedule`; a number stands for so many at every layer;
-            "published" is the schedule of the method's paper for such a model.
-        hook: Where in a block, "before", "between" or "after"; the method's own by default.
-        scan: "compact" scans the kept tokens as if none had been between; "aligned" lets the state
-            age over those that went; "masked" keeps the length and sets those that went to zero.
-        gap_policy: How it ages: by the step sizes that the tokens had ("cached"), the layer's bias
-            ("bias"), the step before ("hold_prev"), the token's own ("self"), not at all ("none").
-        class_policy: Where the class token goes: to its rank among the kept tokens ("exact"), to
-            the same share of the sequence ("proportional"), to the "middle".
-        options: The method's own.
-
-    Raises:
-        ValueError: If that cannot be done with this model, or would do nothing.
-    """
-    instance("info", info, BackboneInfo, "the `info` of a model")
-    if method == "none":
-        return no_reduction(info)
-    reducer = make_reducer(method, **options)
-    text = f"r:{whole(NAME, schedule, least=1)}" if is_whole(schedule) else cast(str, schedule)
-    reduction = Reduction(
-        info,
-        reducer,
-        make_schedule(text, info, reducer, hook=hook, class_policy=class_policy),
-        hook=hook,
-        scan=scan,
-        gap_policy=gap_policy,
-        class_policy=class_policy,
-        text=text,
-    )
-    if text == PUBLISHED and reducer.presumed(info):
-        own = reducer.published(info)
-        reduction.remark = f"schedule {own} is ours: the paper of {method} does not give its own"
-    return reduction
-
-
-def reduce(model: Model, method: str, schedule: str | int = PUBLISHED, **how: Any) -> Model:
-    """Let a model reduce its tokens from now on, with the weights that it has.
-
-    Args:
-        model: One of ours, such as `timm.create_model("vim_tiny")`.
-        method: Name of a method; "none" ends it.
-        schedule: As in `make_reduction`.
-        how: Further arguments of `make_reduction`, and options of the method.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        ValueError: If that cannot be done with this model, or would do nothing.
-    """
-    reducible = cast(Reducible, model)
-    if not isinstance(getattr(model, "reduction", None), Reduction):
-        raise ValueError(
-            f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
-        )
-    reducible.reduction = make_reduction(reducible.info, method, schedule, **how)
-    return model
 
 
 def _or(given: str | None, own: str) -> str:

@@ -13,6 +13,10 @@
 Layers count from 1, as in the papers; layer 1 is nearest the image.  Tokens go before the mixer of
 the same layer, unless the method removes them after it.
 
+A model of stages has layers stage.layer, each from 1: r:8@2.1-2.4, keep:0.7@3.1,3.5, 2.1:9,3.2:12.
+A stage starts with all of its tokens again, so that shares and lengths are of its own; a form
+without layers is about every layer of every stage.
+
 Source: the last four are the strategies of Shen et al., "Famba-V", arXiv:2409.09808, section 3; the
 ramp from r (1 - slope) to r (1 + slope) is that of Bolya et al., "Token Merging", arXiv:2210.09461,
 section 3.
@@ -22,81 +26,87 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby, pairwise
-from typing import Any, cast
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, cast
 
 from fambav.arguments import LARGEST, MOST_LAYERS, instance, is_whole, known_name, refusal, whole
 from fambav.layers import BackboneInfo
+from fambav.reduction.lengths import Counts, Schedule
 from fambav.reduction.reducer import Grid, Indices, Reducer
 from fambav.registry import SCHEDULES, STRATEGIES, STRATEGY_ALIASES, nearest
 from fambav.short_repr import short_repr
 
-Counts = tuple[int, ...]
-
-_RANGE = re.compile(r"(\d+)(?:-(\d+)(?:/([1-9]\d*))?)?")
-_PAIRS = re.compile(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*")
+_LAYER = r"\d+(?:\.\d+)?"
+_RANGE = re.compile(rf"({_LAYER})(?:-({_LAYER})(?:/([1-9]\d*))?)?")
+_PAIR = rf"\s*{_LAYER}\s*:\s*\d+\s*"
+_PAIRS = re.compile(rf"{_PAIR}(,{_PAIR})*")
 _LONG = re.compile(r"(?<![\d.])\d{10}")  # not behind a point
 NAME, PUBLISHED = "reduction_schedule", "published"
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How many tokens there are at each layer.
+class Layers(NamedTuple):
+    """The layers that a schedule is about.
 
     Attributes:
-        start: Tokens before the first layer, class tokens included.
-        counts: Tokens removed at each layer.
-        lengths: Tokens that each layer's mixer sees.
-        after: Whether a layer's tokens go after its mixer instead of before it.
+        depths: Layers of each stage.
+        starts: Tokens before the first layer of each stage, class tokens included.
+        classes: Class tokens.
+        staged: Whether a layer is named stage.layer.
     """
 
-    start: int
-    counts: Counts
-    lengths: tuple[int, ...]
-    after: bool = False
+    depths: tuple[int, ...]
+    starts: tuple[int, ...] = (0,)
+    classes: int = 0
+    staged: bool = False
 
     @classmethod
-    def of(cls, start: int, counts: Counts, *, after: bool = False) -> Schedule:
-        """Work out the lengths."""
-        kept = [start - sum(counts[: number + 1]) for number in range(len(counts))]
-        seen = [n + count for n, count in zip(kept, counts, strict=True)] if after else kept
-        return cls(start, counts, tuple(seen), after)
+    def of(cls, info: BackboneInfo) -> Layers:
+        """Return those of a model."""
+        depths, starts = zip(*((stage.depth, stage.tokens) for stage in info.stages), strict=True)
+        return cls(depths, starts, len(info.cls_index), info.staged)
 
     @property
-    def final(self) -> int:
-        """Tokens behind the last layer."""
-        return self.start - self.removed
+    def depth(self) -> int:
+        """Layers of all stages."""
+        return sum(self.depths)
 
     @property
-    def removed(self) -> int:
-        """Tokens removed by all layers together."""
-        return sum(self.counts)
+    def expected(self) -> str:
+        """What names of layers there are."""
+        last = f"{len(self.depths)}.{self.depths[-1]}"
+        return f"layers from 1.1 to {last}" if self.staged else f"layers from 1 to {self.depth}"
 
     @property
-    def share(self) -> float:
-        """Tokens summed over the mixers, as a share of what they are without removal, 0 to 1."""
-        return sum(self.lengths) / (len(self.lengths) * self.start)
+    def _first(self) -> int:
+        """The largest first number of a name."""
+        return len(self.depths) if self.staged else self.depth
 
-    def table(self) -> str:
-        """Return the schedule as text; neighbouring layers that remove nothing share a line."""
-        lines = [f"{'layer':>7}  {'tokens in':>9}  {'removed':>7}  {'tokens out':>10}"]
-        layers = enumerate(zip(self.counts, self.lengths, strict=True), start=1)
-        for (count, seen), run in groupby(layers, key=lambda item: item[1]):
-            first, *rest = (number for number, _ in run)
-            name = f"{first}-{rest[-1]}" if rest else f"{first}"
-            out = seen - count if self.after else seen
-            lines.append(f"{name:>7}  {out + count:>9}  {count or '-':>7}  {out:>10}")
-        point = ", after the mixer of their layer" if self.after else ""
-        return "\n".join(
-            (
-                *lines,
-                f"total removed: {self.removed} of {self.start} tokens{point}",
-                f"share of token-layers left: {100 * self.share:.1f}% "
-                f"({sum(self.lengths)} of {len(self.lengths) * self.start})",
-            )
-        )
+    def number(self, name: str) -> int:
+        """Return the number of a layer, from 1 over all stages.
+
+        Raises:
+            ValueError: If there is none of that name, with what was expected as its text.
+        """
+        stage, point, layer = name.partition(".")
+        if bool(point) != self.staged or not 1 <= int(stage) <= self._first:
+            raise ValueError(self.expected)
+        if not self.staged:
+            return int(stage)
+        own = self.depths[int(stage) - 1]
+        if not 1 <= int(layer) <= own:
+            raise ValueError(f"layers from {stage}.1 to {stage}.{own} in stage {stage}")
+        return sum(self.depths[: int(stage) - 1]) + int(layer)
+
+    def fresh(self, numbers: Sequence[int]) -> list[int | None]:
+        """Return what its stage starts with for the first layer of each stage, for others None."""
+        ends, found, last = list(accumulate(self.depths)), list[int | None](), -1
+        for number in numbers:
+            stage = bisect_left(ends, number)
+            found.append(None if stage == last else self.starts[stage])
+            last = stage
+        return found
 
 
 def make_schedule(
@@ -128,21 +138,49 @@ def make_schedule(
     if text == PUBLISHED:
         text = _published(info, reducer, name)
     counts = parse_schedule(text, info, name=name)
-    own = reducer.class_policy if info.cls_index else "exact"
-    refused = _misfit(counts, info, reducer, own if class_policy is None else class_policy)
-    if refused is not None:
-        layer, length, limit = refused
-        value = given[1] if given else text
-        most = f"{limit} at layer {layer}"
-        if name == "fusion_token":
-            most = str(_most(counts, info, reducer))
-        raise ValueError(
-            f"{name} is {short_repr(value)}, expected at most {most}; "
-            f"layer {layer} has {info.tokens} - {info.tokens - length} = {length} tokens, of which"
-            f" {reducer.name} can remove {limit} without touching a class token"
-        )
+    check_counts(counts, info, reducer, class_policy, given=given or (NAME, text))
     return Schedule.of(
         info.tokens, counts, after=(reducer.hook if hook is None else hook) == "after"
+    )
+
+
+def check_counts(
+    counts: Counts,
+    info: BackboneInfo,
+    reducer: Reducer,
+    class_policy: str | None = None,
+    *,
+    given: tuple[str, object],
+    stage: str = "",
+) -> None:
+    """Refuse tokens to remove that a method cannot, whatever the images.
+
+    Args:
+        counts: At each layer.
+        info: The model.
+        reducer: The method.
+        class_policy: As of `make_schedule`.
+        given: Name and value of the setting that a refusal is about.
+        stage: What comes before a layer's number in a refusal, such as "2.".
+
+    Raises:
+        ValueError: As `make_schedule`.
+    """
+    own = reducer.class_policy if info.cls_index else "exact"
+    policy = own if class_policy is None else class_policy
+    refused = _misfit(counts, info, reducer, policy, stage)
+    if refused is None:
+        return
+    number, length, limit = refused
+    layer, (name, value) = f"{stage}{number}", given
+    most = f"{limit} at layer {layer}"
+    if name == "fusion_token":
+        most = str(_most(counts, info, reducer))
+    kept = "without touching a class token" if info.cls_index else "at once"
+    raise ValueError(
+        f"{name} is {short_repr(value)}, expected at most {most}; "
+        f"layer {layer} has {info.tokens} - {info.tokens - length} = {length} tokens, of which"
+        f" {reducer.name} can remove {limit} {kept}"
     )
 
 
@@ -213,14 +251,14 @@ def _check_fusion(strategy: Any, depth: Any, layer: Any, token: Any) -> None:
 def _fusion_plan(plan: str, depth: int) -> str:
     if not isinstance(plan, str) or not _PAIRS.fullmatch(plan):
         raise refusal("fusion_plan", plan, "layer:count pairs such as 6:9,8:9")
-    _parse(plan, depth=depth, name="fusion_plan")
+    _parse(plan, Layers((depth,)), name="fusion_plan")
     return plan
 
 
 def plan(strategy: str, *, depth: int, count: int = 0, layer: int | None = None) -> Counts:
     """Return the tokens that a Famba-V strategy removes at each layer; see `from_fusion`."""
     text = from_fusion(strategy, depth=depth, layer=layer, token=count)
-    return (0,) * depth if text is None else _parse(text, depth=depth)
+    return (0,) * depth if text is None else _parse(text, Layers((depth,)))
 
 
 def write_schedule(counts: Sequence[int]) -> str:
@@ -250,34 +288,35 @@ def parse_schedule(text: str, info: BackboneInfo, *, name: str = NAME) -> Counts
             share is not more than 0 and at most 1, or nothing would be removed.
     """
     instance("info", info, BackboneInfo, "the `info` of a model")
-    classes = len(info.cls_index)
-    return _parse(text, depth=info.depth, start=info.tokens, classes=classes, name=name)
+    return _parse(text, Layers.of(info), name=name)
 
 
-def _parse(text: str, *, depth: int, start: int = 0, classes: int = 0, name: str = NAME) -> Counts:
+def _parse(text: str, layers: Layers, *, name: str = NAME) -> Counts:
     if not isinstance(text, str):
         raise refusal(name, text, f"one of {SCHEDULES}")
     try:
-        found = _read(text, depth, start, classes)
+        found = _read(text, layers)
         if any(count < 0 for count in found.values()):
             raise ValueError("lengths that do not grow")
         if not any(found.values()):
             raise ValueError("one that removes tokens")
     except ValueError as expected:
         raise refusal(name, text, str(expected)) from None
-    return tuple(found.get(number, 0) for number in range(1, depth + 1))
+    return tuple(found.get(number, 0) for number in range(1, layers.depth + 1))
 
 
-def _read(text: str, depth: int, start: int, classes: int) -> dict[int, int]:
+def _read(text: str, layers: Layers) -> dict[int, int]:
     """Return counts by layer; whatever is wrong is raised as the text of what was expected."""
     if _LONG.search(text):
         raise ValueError("numbers of at most 9 digits")
     kind, colon, rest = text.partition(":")
     if _PAIRS.fullmatch(text):
-        return _pairs(text, depth)
+        return _pairs(text, layers)
     kind = STRATEGY_ALIASES.get(kind, kind)
     if kind in STRATEGIES[1:]:
-        return _strategy(kind, rest, depth)
+        if layers.staged and kind != "all":
+            raise ValueError(f"one that names layers, such as r:5@2.1; {kind} counts in one stage")
+        return _strategy(kind, rest, layers.depth)
     numbers, at, where = rest.partition("@")
     pattern = r"-?\d+(\.\d*)?|-?\.\d+" if kind in ("keep", "ramp") else r"\d+"
     words = [word.strip() for word in numbers.split(",")]
@@ -286,16 +325,20 @@ def _read(text: str, depth: int, start: int, classes: int) -> dict[int, int]:
         hint = nearest(kind, (*STRATEGIES[1:], *_READERS))
         did = f"; {hint}" if hint.startswith("did") and kind not in _READERS else ""
         raise ValueError(f"one of {SCHEDULES}{did}")
-    layers = _layers(where, depth) if at else range(1, depth + 1)
-    counts = _READERS[kind]([float(word) for word in words], len(layers), start, classes)
-    return dict(zip(layers, counts, strict=True))
+    chosen = _chosen(where, layers) if at else range(1, layers.depth + 1)
+    values = [float(word) for word in words]
+    counts = _READERS[kind](values, layers.fresh(chosen), layers.classes)
+    return dict(zip(chosen, counts, strict=True))
 
 
-def _pairs(text: str, depth: int) -> dict[int, int]:
-    pairs = [part.split(":") for part in text.split(",")]
-    found = {int(layer): int(count) for layer, count in pairs}
-    if len(found) < len(pairs) or not all(1 <= layer <= depth for layer in found):
-        raise ValueError(f"each layer once, from 1 to {depth}")
+def _pairs(text: str, layers: Layers) -> dict[int, int]:
+    pairs = [[word.strip() for word in part.split(":")] for part in text.split(",")]
+    try:
+        found = {layers.number(layer): int(count) for layer, count in pairs}
+    except ValueError as error:
+        raise ValueError(f"each layer once, {error}".replace("layers ", "")) from None
+    if len(found) < len(pairs):
+        raise ValueError(f"each layer once, {layers.expected}".replace("layers ", ""))
     return found
 
 
@@ -323,30 +366,34 @@ def _exactly(values: list[float], length: int, expected: str) -> list[float]:
     return values
 
 
-def _constant(values: list[float], layers: int, start: int, classes: int) -> Iterable[int]:
+# What readers get beside the values: for each layer, `Layers.fresh`; and the class tokens.
+
+
+def _constant(values: list[float], fresh: list[int | None], classes: int) -> Iterable[int]:
     (count,) = _exactly(values, 1, "one number of tokens, such as r:5")
-    return [int(count)] * layers
+    return [int(count)] * len(fresh)
 
 
-def _ramp(values: list[float], layers: int, start: int, classes: int) -> Iterable[int]:
+def _ramp(values: list[float], fresh: list[int | None], classes: int) -> Iterable[int]:
     mean, slope = _exactly(values, 2, "two numbers, such as ramp:16,-1")
     if mean != int(mean) or not -1 <= slope <= 1:
         raise ValueError("a whole number of tokens and a slope from -1 to 1")
-    first, steps = int(mean * (1 - slope)), max(layers - 1, 1)
-    return [int(first + 2 * (mean - first) * n / steps) for n in range(layers)]
+    first, steps = int(mean * (1 - slope)), max(len(fresh) - 1, 1)
+    return [int(first + 2 * (mean - first) * n / steps) for n in range(len(fresh))]
 
 
-def _list(values: list[float], layers: int, start: int, classes: int) -> Iterable[int]:
-    if len(values) > layers:
-        raise ValueError(f"at most {layers} numbers, one for each layer")
-    return [int(count) for count in values] + [0] * (layers - len(values))
+def _list(values: list[float], fresh: list[int | None], classes: int) -> Iterable[int]:
+    if len(values) > len(fresh):
+        raise ValueError(f"at most {len(fresh)} numbers, one for each layer")
+    return [int(count) for count in values] + [0] * (len(fresh) - len(values))
 
 
-def _keep(values: list[float], layers: int, start: int, classes: int) -> Iterable[int]:
+def _keep(values: list[float], fresh: list[int | None], classes: int) -> Iterable[int]:
     if len(values) > 1:
-        values = _exactly(values, layers, "one share, or one for each layer")
-    patches, counts = start - classes, []
-    for share in values * (layers // len(values)):
+        values = _exactly(values, len(fresh), "one share, or one for each layer")
+    patches, counts = 0, []
+    for share, start in zip(values * (len(fresh) // len(values)), fresh, strict=True):
+        patches = patches if start is None else start - classes
         if not 0 < share <= 1:
             raise ValueError("shares of more than 0 and at most 1")
         kept = math.ceil(round(patches * share, 6))
@@ -355,24 +402,30 @@ def _keep(values: list[float], layers: int, start: int, classes: int) -> Iterabl
     return counts
 
 
-def _tokens(values: list[float], layers: int, start: int, classes: int) -> Iterable[int]:
-    lengths = _exactly(values, layers, "as many lengths as layers")
-    return [int(a - b) for a, b in pairwise((start, *lengths))]
+def _tokens(values: list[float], fresh: list[int | None], classes: int) -> Iterable[int]:
+    lengths = _exactly(values, len(fresh), "as many lengths as layers")
+    before = zip(fresh, [0.0, *lengths], strict=False)  # one more than there are layers
+    return [
+        int((own if start is None else start) - kept)
+        for (start, own), kept in zip(before, lengths, strict=True)
+    ]
 
 
 _READERS = {"r": _constant, "ramp": _ramp, "list": _list, "keep": _keep, "tokens": _tokens}
 
 
-def _layers(text: str, depth: int) -> list[int]:
-    """Read "3-23/2" and "5,10,15"."""
+def _chosen(text: str, known: Layers) -> list[int]:
+    """Read "3-23/2" and "5,10,15", or "2.1-2.4" and "3.1,3.5"."""
     layers: list[int] = []
     for word in text.split(","):
         found = _RANGE.fullmatch(word.strip())
         if found is None:
-            raise ValueError("layers such as 5,10,15 or 3-23/2")
-        first, last, step = int(found[1]), int(found[2] or found[1]), int(found[3] or 1)
-        if not 1 <= first <= last <= depth:
-            raise ValueError(f"layers from 1 to {depth}")
+            like = "2.1,3.5 or 2.1-2.4" if known.staged else "5,10,15 or 3-23/2"
+            raise ValueError(f"layers such as {like}")
+        first, last = known.number(found[1]), known.number(found[2] or found[1])
+        step = int(found[3] or 1)
+        if first > last:
+            raise ValueError(known.expected)
         layers += range(first, last + 1, step)
     if any(b <= a for a, b in pairwise(layers)):
         raise ValueError("ascending layers, none twice")
@@ -380,7 +433,11 @@ def _layers(text: str, depth: int) -> list[int]:
 
 
 def _misfit(
-    counts: Counts, info: BackboneInfo, reducer: Reducer, class_policy: str = "exact"
+    counts: Counts,
+    info: BackboneInfo,
+    reducer: Reducer,
+    class_policy: str = "exact",
+    stage: str = "",
 ) -> tuple[int, int, int] | None:
     """Return the first layer, from 1, that cannot remove its tokens, its length and its limit."""
     length, grid, possible = info.tokens, cast("Grid | None", info.grid), {info.cls_index}
@@ -393,7 +450,7 @@ def _misfit(
                 grid = reducer.grid_after(grid, count)
             except ValueError as error:
                 raise ValueError(
-                    f"tokens removed at layer {number} are {count}, expected {error}"
+                    f"tokens removed at layer {stage}{number} are {count}, expected {error}"
                 ) from None
             after = (_cls_index_after(reducer, length, p, count, class_policy) for p in possible)
             possible, length = set().union(*after), length - count

@@ -18,6 +18,7 @@ from fambav.engine.evaluate import evaluate
 from fambav.engine.precision import Precision
 from fambav.models import Backbone
 from fambav.reduction import Reduction, no_reduction
+from fambav.registry import family_of
 from fambav.seeding import key
 from fambav.tasks import Scores, Task, task_of
 from fambav.training import batches
@@ -142,6 +143,11 @@ def opened(
     """
     run = load_run(path, changes, config=config, allowed=FREE)
     net, trained = run.net, run.config
+    if family_of(trained.model.model).staged:
+        raise ValueError(
+            f"model is {trained.model.model!r}, expected one of a single stage; plans of stages are"
+            " not searched for yet"
+        )
     if not isinstance(net, Backbone):
         raise ValueError(
             f"model is {trained.model.model!r}, expected one whose tokens can be reduced"

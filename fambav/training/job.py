@@ -288,7 +288,7 @@ class TrainingJob:
             self.data,
             self.layout.schedule,
             images=images,
-            grid=None if reduction is None else reduction.info.grid,
+            grid=None if reduction is None or reduction.info.staged else reduction.info.grid,
             teacher=digest,
             world=self.group.world,
             changes=() if state is None else state.entries.get("changes") or (),

@@ -11,7 +11,14 @@ from fambav.config import Config
 from fambav.heads import MAPS, SegmentationModel
 from fambav.layers.embed import pair
 from fambav.models import Backbone, TimmModel
-from fambav.reduction import Reduction, Schedule, fused, read_options, reduce
+from fambav.reduction import (
+    Reduction,
+    Schedule,
+    StagedReduction,
+    fused,
+    read_options,
+    reduce,
+)
 from fambav.registry import FOREIGN, family_of, nearest
 from fambav.tasks import task_of
 from fambav.timm_compat import timm
@@ -22,12 +29,13 @@ class Layout(NamedTuple):
 
     Attributes:
         input_size: Height and width of an image, in pixels; of a series lookback and 1.
-        reduction: What removes tokens; None for a model that has no reduction.
+        reduction: What removes tokens; None for a model that has none, and for one of stages whose
+            cells all stay.
         net: The model itself, without values, of one class.
     """
 
     input_size: tuple[int, int]
-    reduction: Reduction | None
+    reduction: Reduction | StagedReduction | None
     net: nn.Module
 
     @property
@@ -105,23 +113,27 @@ def layout(config: Config) -> Layout:
     with torch.device("meta"):
         net = model(config, num_classes=1)
     if isinstance(net, TimmModel):
-        return Layout(net.img_size, getattr(net, "reduction", None), net)
+        own = getattr(net, "reduction", None)
+        if isinstance(own, StagedReduction) and not own.reduces:
+            own = None
+        return Layout(net.img_size, own, net)
     height, width = net.pretrained_cfg["input_size"][-2:]  # type: ignore[index]  # timm sets it
     size = config.model.input_size or (int(height), int(width))
     return Layout(pair(size, name="input_size"), getattr(net, "reduction", None), net)
 
 
-def reduction(config: Config) -> Reduction:
+def reduction(config: Config) -> Reduction | StagedReduction:
     """Return what removes tokens from the model of `config`, and where, without its weights.
 
     Raises:
         ValueError: If the plan cannot be carried out, or the model's tokens cannot be reduced.
     """
-    laid_out = layout(config).reduction
-    if laid_out is None:
+    laid_out = layout(config)
+    found = laid_out.reduction or getattr(laid_out.net, "reduction", None)
+    if found is None:
         wanted = "one whose tokens can be reduced"
         raise ValueError(f"model is {config.model.model!r}, expected {wanted}")
-    return laid_out
+    return cast("Reduction | StagedReduction", found)
 
 
 def schedule(config: Config) -> Schedule:

@@ -19,7 +19,7 @@ from fambav.arguments import file_path, file_paths
 from fambav.data import DataSet
 from fambav.engine.finite import check_logits
 from fambav.models import Backbone
-from fambav.registry import PICTURES, nearest
+from fambav.registry import PICTURES, family_of, nearest
 from fambav.tasks.segmentation import predicted_mask
 from fambav.training.inference import LoadedRun, load_run
 from fambav.viz import figures, measures
@@ -126,6 +126,9 @@ def traced(
 
 def _traces(run: LoadedRun, source: Source) -> Iterator[tuple[Backbone, TokenTrace, str, str]]:
     name, net = run.config.model.model, run.net
+    if family_of(name).staged:
+        more = "tokens of stages are not drawn yet"
+        raise ValueError(f"model is {name!r}, expected one of a single stage; {more}")
     if not isinstance(net, Backbone):
         raise ValueError(f"model is {name!r}, expected one whose tokens can be reduced")
     for image, _, about in source.read(run):

@@ -259,7 +259,3 @@ def test_a_wrong_argument_is_refused_in_a_sentence():
     ):
         with pytest.raises(ValueError, match=message):
             model(torch.zeros(shape))
-    with pytest.raises(ValueError, match="expected one whose tokens can be reduced"):
-        import fambav
-
-        fambav.reduce(model, "tome", 3)
