@@ -23,7 +23,7 @@ BATCH = ({0: Dim("batch", min=1)},)
 OFTEN = [("vim_micro", "ordered"), *((name, "none") for name in MODELS[1:])]
 SIZE = {name: dict(img_size=32) for name in MODELS[2:]}
 SMALL = dict(img_size=16, depth=2)
-REDUCED = [name for name in MODELS if family_of(name).reducible]
+REDUCED = [n for n in MODELS if family_of(n).reducible and not family_of(n).staged]
 PAIRS = [(name, "none") for name in MODELS] + [(n, method) for n in REDUCED for method in METHODS]
 TRACED = [pair for pair in PAIRS if pair[1] in ("none", "famba-v")]
 

@@ -20,7 +20,7 @@ from fambav.registry import (
 )
 from fambav.timm_compat import timm
 
-STAGED = [name for name in CLASSIFIERS if not family_of(name).reducible]
+STAGED = [name for name in CLASSIFIERS if family_of(name).staged]
 # Names with patch16 mean the same models as others.
 ROWS = [name for name in CLASSIFIERS if name not in STAGED and "patch16" not in name]
 FEWER = [name for name in CLASSIFIERS if name not in STAGED or "tiny" in name or "nano" in name]

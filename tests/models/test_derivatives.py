@@ -30,7 +30,7 @@ STAGES = dict(dims=(8, 16), depths=(1, 1), img_size=16, num_classes=5)
 
 def build(name, method):
     torch.manual_seed(0)
-    small = SMALL if family_of(name).reducible else STAGES
+    small = STAGES if family_of(name).staged else SMALL
     model = timm.create_model(name, **small).double().eval()
     if method is not None:
         fambav.reduce(model, method, "r:3@1")
