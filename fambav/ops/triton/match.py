@@ -5,9 +5,9 @@
     choose          a program ranks the even tokens of one sample by counting larger scores; a kept
                     token moves forward by the number of merged ones before it
 
-Scores are products, exact in float32, summed in the same order for every pair, so equal tokens
-give equal scores; those of 16-bit tokens are summed by tensor cores.  NaN becomes infinity, which
-ranks first, as in torch.sort.
+Scores are float32 products summed in the same order for every pair, so equal tokens give equal
+scores.  16-bit tokens are widened first: as they are, the kernel spills registers on sm_80.  NaN
+becomes infinity, which ranks first, as in torch.sort.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ def _best_partner_kernel(
     x_token,
     x_channel,
     IN_ORDER: tl.constexpr,
-    WIDEN: tl.constexpr,
     EVENS: tl.constexpr,
     ODDS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -107,12 +106,9 @@ def _best_partner_kernel(
             channel = first + tl.arange(0, CHANNELS)
             inside = (channel < dim)[None, :]
             at = channel.to(tl.int64)[None, :] * x_channel
-            a = tl.load(even_x + at, mask=is_even[:, None] & inside, other=0.0)
-            b = tl.load(odd_x + at, mask=is_odd[:, None] & inside, other=0.0)
-            if WIDEN:
-                a, b = a.to(tl.float32), b.to(tl.float32)
+            a = tl.load(even_x + at, mask=is_even[:, None] & inside, other=0.0).to(tl.float32)
+            b = tl.load(odd_x + at, mask=is_odd[:, None] & inside, other=0.0).to(tl.float32)
             score = tl.dot(a, tl.trans(b), score, input_precision="ieee")
-            a, b = a.to(tl.float32), b.to(tl.float32)
             even_squares += tl.sum(a * a, axis=1)
             odd_squares += tl.sum(b * b, axis=1)
         score = score * _scale(even_squares)[:, None] * _scale(odd_squares)[None, :]
@@ -213,8 +209,7 @@ def select(
     with on_device(x):
         _best_partner_kernel[(batch * triton.cdiv(evens, TILE["EVENS"]),)](
             x, cls_index, best, partner, length, classes, dim, *x.stride(),
-            IN_ORDER=in_order, WIDEN=not x.is_cuda,  # the interpreter has no 16-bit products
-            **TILE, num_warps=TILE_WARPS, **OPTIONS,
+            IN_ORDER=in_order, **TILE, num_warps=TILE_WARPS, **OPTIONS,
         )  # fmt: skip
         _choose_kernel[(batch,)](
             best, partner, cls_index, keep, source, target, length, classes, count,
@@ -241,7 +236,7 @@ def variants() -> Iterator[Variant]:
                 name=f"best_partner {str(dtype).removeprefix('torch.')} {way}",
                 kernel=_best_partner_kernel,
                 types={"x": pointer, **indices, **scores, **dict.fromkeys(numbers, "i32")},
-                constants=dict(IN_ORDER=in_order, WIDEN=False, **TILE),
+                constants=dict(IN_ORDER=in_order, **TILE),
                 warps=TILE_WARPS,
                 aligned=("x", "cls_index", "best", "partner", "dim", "x_batch", "x_token"),
                 ones=("x_channel",),
