@@ -95,3 +95,16 @@ def _table(folder):
 def _settings(folder):
     known = yaml.safe_load((folder / "config.yaml").read_text())
     return {name: value for name, value in known.items() if name not in APART}
+
+
+def same_gradients_when_checkpointed(build, images):
+    """Hold every gradient with checkpointing against that without, bit for bit."""
+    grads = []
+    for enable in (False, True):
+        model = build()
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)
+        (model(images) * torch.arange(model.num_classes)).sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name

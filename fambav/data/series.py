@@ -158,15 +158,15 @@ def _numbers(path: Path, row: int, variates: Sequence[str], cells: Sequence[str]
         wanted = f"{len(variates) + 1} as the header has"
         raise DataError(f"{path}: row {row} has {len(cells)} columns, expected {wanted}")
     try:
-        found = list(map(float, cells[1:]))
+        numbers = list(map(float, cells[1:]))
     except ValueError:
-        found = [math.nan]
-    if "_" in "".join(cells[1:]) or not all(map(math.isfinite, found)):
+        numbers = [math.nan]
+    if "_" in "".join(cells[1:]) or not all(map(math.isfinite, numbers)):
         name, cell = next(pair for pair in zip(variates, cells[1:], strict=True) if _wrong(pair[1]))
         what = short_repr(cell) if cell.strip() else "empty"
         where = f"row {row}, column {short_repr(name)}"
         raise DataError(f"{path}: {where} is {what}, expected a finite number")
-    return found
+    return numbers
 
 
 def _wrong(cell: str) -> bool:

@@ -117,10 +117,10 @@ class SegmentationModel(Model):
         """Return the feature maps of images, (batch, channels, height, width) each."""
         if self.indices is None:
             return list(self.backbone(images))
-        found: list[Tensor] = self.backbone.forward_intermediates(
+        maps: list[Tensor] = self.backbone.forward_intermediates(
             images, indices=self.indices, output_fmt="NCHW", intermediates_only=True
         )
-        return found
+        return maps
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Label pixels: (batch, channels, height, width) -> (batch, num_classes, height, width).

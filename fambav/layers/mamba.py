@@ -154,10 +154,10 @@ class Mamba(nn.Module):
         if tokens is None:
             return out
         scores = [name for name in want if name in SCORES]
-        found = {n: token_score(torch.stack(ys, dim=1), z[:, None], n)[..., None] for n in scores}
-        found |= {name: torch.stack(x, dim=1) for name, x in used.items() if name in want}
-        found |= {name: x for name, x in (("z", z), ("mixed", out)) if name in want}
-        return out, Intermediates(order=_order(hidden, len(recurrences)), **found)
+        values = {n: token_score(torch.stack(ys, dim=1), z[:, None], n)[..., None] for n in scores}
+        values |= {name: torch.stack(x, dim=1) for name, x in used.items() if name in want}
+        values |= {name: x for name, x in (("z", z), ("mixed", out)) if name in want}
+        return out, Intermediates(order=_order(hidden, len(recurrences)), **values)
 
     def _fused(
         self, xz: Tensor, tokens: Tokens | None, want: frozenset[str], gap_policy: str | None
@@ -177,9 +177,9 @@ class Mamba(nn.Module):
             want=want & RETURNED,
         )
         # (2, batch, length, ...) -> (batch, 2, length, ...), for a score with an axis of 1 behind
-        found = {n: (x[..., None] if n in SCORES else x).transpose(0, 1) for n, x in made.items()}
-        found |= {n: x for n, x in (("z", xz.chunk(2, dim=-1)[1]), ("mixed", out)) if n in want}
-        return out, Intermediates(order=_order(xz, 2), **found)
+        values = {n: (x[..., None] if n in SCORES else x).transpose(0, 1) for n, x in made.items()}
+        values |= {n: x for n, x in (("z", xz.chunk(2, dim=-1)[1]), ("mixed", out)) if n in want}
+        return out, Intermediates(order=_order(xz, 2), **values)
 
     @staticmethod
     def _gaps(tokens: Tokens | None, policy: str) -> tuple[Tensor | None, Tensor | None]:

@@ -149,7 +149,7 @@ class Mamba2D(nn.Module):
         if tokens is None:
             return out
         used = dict(u=u, delta=delta if dt is None else dt, B=B.detach(), C=C.detach(), y=y)
-        found = {
+        values = {
             name: to_token_order(x.view(*y.shape[:3], x.shape[-1]), orders)
             for name, x in used.items()
             if name in want
@@ -157,9 +157,9 @@ class Mamba2D(nn.Module):
         for name in SCORES:
             if name in want:
                 each = to_token_order(y.detach(), orders)
-                found[name] = token_score(each, z[:, None], name)[..., None]
-        found |= {name: x for name, x in (("z", z), ("mixed", out)) if name in want}
-        return out, Intermediates(order=orders.order, **found)
+                values[name] = token_score(each, z[:, None], name)[..., None]
+        values |= {name: x for name, x in (("z", z), ("mixed", out)) if name in want}
+        return out, Intermediates(order=orders.order, **values)
 
     def _layout(
         self, hidden: Tensor, tokens: Tokens | None

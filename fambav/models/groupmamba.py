@@ -172,14 +172,7 @@ class GroupMamba(Hierarchical):
         super().__init__()
         if len(dims) != 4 or len(ratios) != 4:
             raise ValueError(f"dims are {list(dims)} and ratios {list(ratios)}, expected 4 of each")
-        self.set_sizes(
-            dims,
-            depths,
-            img_size=img_size,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-        )
+        self.set_sizes(dims, depths, img_size, in_chans, global_pool, drop_rate)
         self.distillation, self.distilled_training = distillation, False
         rates = drop_path_rates(drop_path_rate, depths)
         for n, (dim, ratio) in enumerate(zip(dims, ratios, strict=True)):

@@ -57,7 +57,6 @@ class Hierarchical(TimmModel):
         self,
         dims: Sequence[int],
         depths: Sequence[int],
-        *,
         img_size: int | Sequence[int],
         in_chans: int,
         global_pool: str | None,
@@ -258,23 +257,23 @@ class Hierarchical(TimmModel):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt is {output_fmt!r}, expected 'NCHW' or 'NHWC'")
         x, maps = self._run(x, wanted, stop=wanted[-1] if stop_early else None)
-        found = []
+        normed = []
         for stage, each in zip(wanted, maps, strict=True):
             own = self.feature_norm(stage, norm=norm)
             each = each if own is None else own(each)
-            found.append(each.permute(0, 3, 1, 2) if output_fmt == "NCHW" else each)
-        return found if intermediates_only else (self.last_map(x), found)
+            normed.append(each.permute(0, 3, 1, 2) if output_fmt == "NCHW" else each)
+        return normed if intermediates_only else (self.last_map(x), normed)
 
     def _run(
         self, images: Tensor, wanted: Sequence[int] = (), *, stop: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Return what the last stage that runs, `stop`, gives, and what those of `wanted` give."""
-        x, found = self.embed(images), list[Tensor]()
+        x, maps = self.embed(images), list[Tensor]()
         for stage, blocks in enumerate(self.stages[: None if stop is None else stop + 1]):
             x = blocks(self.next_map(stage - 1, x) if stage else x)
             if stage in wanted:
-                found.append(x)
-        return x, found
+                maps.append(x)
+        return x, maps
 
     def flop_parts(self) -> HierarchicalCost:
         """Return what an image costs each part; weights may be on the meta device."""
@@ -306,6 +305,13 @@ class Hierarchical(TimmModel):
     def leading_cost(self, stage: int, grid: tuple[int, int]) -> Cost:
         """Return the cost of what leads from a stage, from 0, whose map is `grid`, to the next."""
         return map_cost(cast(Stage, self.layers[stage]).downsample, grid)
+
+    def finish(self, num_classes: int, *, out_norms: bool) -> None:
+        """Add a new head, `out_norms` if they are wanted, and the description."""
+        self.reset_classifier(num_classes)
+        if out_norms:
+            self.add_out_norms()
+        self.describe()
 
     def add_out_norms(self) -> None:
         """Normalise each stage's feature map, as backbones of dense prediction do."""

@@ -140,14 +140,7 @@ class Segmenter(Hierarchical):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.set_sizes(
-            dims,
-            depths,
-            img_size=img_size,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=0.0,
-        )
+        self.set_sizes(dims, depths, img_size, in_chans, global_pool, 0.0)
         self.depths_up = tuple(whole("a number of depths_up", n, least=1) for n in depths_up)
         if len(self.depths_up) != len(dims):
             raise ValueError(
@@ -429,7 +422,7 @@ class Segmenter(Hierarchical):
         if any("layers_up." in name for name in weights):
             return super().pick(payload, ema=ema, head=head)
         own, last = self.state_dict(), len(self.dims) - 1
-        found: dict[str, Tensor] = {}
+        taken: dict[str, Tensor] = {}
         for name, value in weights.items():
             for old, new in _VMAMBA:
                 name = re.sub(old, new, name)
@@ -440,16 +433,16 @@ class Segmenter(Hierarchical):
             )
             for each in (f"{self._inside}{name}", f"{self._inside}{mirrored}"):
                 if each in own and own[each].shape == value.shape:
-                    found[each] = value
+                    taken[each] = value
         encoder = rf"^{re.escape(self._inside)}(patch_embed|layers)\..*({_SHARED})"
-        lacking = sorted(name for name in own if re.search(encoder, name) and name not in found)
+        lacking = sorted(name for name in own if re.search(encoder, name) and name not in taken)
         if lacking or head != "drop":
             lack = f", and lacks {len(lacking)} weights such as {lacking[0]}" if lacking else ""
             raise ValueError(
                 f"checkpoint has no decoder{lack}, expected one of this model; --finetune takes"
                 " the encoder of a vanilla VMamba of its widths"
             )
-        return own | found
+        return own | taken
 
 
 def as_published(cost: Cost, *counted: tuple[nn.Module, tuple[int, int]]) -> Cost:

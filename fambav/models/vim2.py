@@ -157,14 +157,7 @@ class ViM2(Hierarchical):
         out_norms: bool = False,
     ) -> None:
         super().__init__()
-        self.set_sizes(
-            dims,
-            depths,
-            img_size=img_size,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-        )
+        self.set_sizes(dims, depths, img_size, in_chans, global_pool, drop_rate)
         if channel_dims is None:
             channel_dims = *(2 * dim for dim in dims[:-1]), dims[-1]
         _check(mixers, averaging, channel_dims, stages=len(dims))
@@ -189,10 +182,7 @@ class ViM2(Hierarchical):
             self.layers.append(AveragedStage(blocks, after))
         self.apply(_init)
         self.norm, self.head = nn.LayerNorm(dims[-1]), nn.Identity()
-        self.reset_classifier(num_classes)
-        if out_norms:
-            self.add_out_norms()
-        self.describe()
+        self.finish(num_classes, out_norms=out_norms)
 
     @classmethod
     def grids(cls, img_size: tuple[int, int], **config: Any) -> list[tuple[int, int]]:

@@ -128,14 +128,7 @@ class VMamba(Hierarchical):
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(map(repr, FORMS))}")
         self.form, vanilla = form, form == "vanilla"
-        self.set_sizes(
-            dims,
-            depths,
-            img_size=img_size,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-        )
+        self.set_sizes(dims, depths, img_size, in_chans, global_pool, drop_rate)
         self.patch_embed = _patches(dims[0], in_chans) if vanilla else _stem(dims[0], in_chans)
         block = partial(
             VSSBlock,
@@ -156,10 +149,7 @@ class VMamba(Hierarchical):
         self.classifier = nn.Sequential(
             OrderedDict[str, nn.Module](norm=nn.LayerNorm(dims[-1]), head=nn.Identity())
         )
-        self.reset_classifier(num_classes)
-        if out_norms:
-            self.add_out_norms()
-        self.describe()
+        self.finish(num_classes, out_norms=out_norms)
 
     def block_cost(self, block: nn.Module, grid: tuple[int, int]) -> Cost:
         """Return the cost of a block on a map of a height and width."""
@@ -189,7 +179,7 @@ class VMamba(Hierarchical):
             ValueError: If they are of the other form.
         """
         merging = any(".downsample.2." in name for name in weights)  # of the single file
-        found = {}
+        renamed = {}
         for name, value in weights.items():
             for old, new in _RENAMED + _MERGING * merging:
                 name = re.sub(old, new, name)
@@ -197,14 +187,14 @@ class VMamba(Hierarchical):
                 value = value.flatten(1)
             if value.ndim == 2 and name.endswith(("x_proj_weight", "dt_projs_weight")):
                 value = value.unflatten(0, (self.directions, -1))
-            found[name] = value
-        if any(".op." in name for name in found):
-            form = FORMS[any(name.endswith("op.conv2d.bias") for name in found)]
+            renamed[name] = value
+        if any(".op." in name for name in renamed):
+            form = FORMS[any(name.endswith("op.conv2d.bias") for name in renamed)]
             if form != self.form:
                 raise ValueError(
                     f"checkpoint is of VMamba's form {form!r}, expected {self.form!r} as the model"
                 )
-        return found
+        return renamed
 
 
 def _stem(dim: int, in_chans: int) -> nn.Sequential:

@@ -185,14 +185,7 @@ class VSSD(Hierarchical):
         out_norms: bool = False,
     ) -> None:
         super().__init__()
-        self.set_sizes(
-            dims,
-            depths,
-            img_size=img_size,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-        )
+        self.set_sizes(dims, depths, img_size, in_chans, global_pool, drop_rate)
         _check_heads(heads, dims)
         whole("state", state, least=1)
         self.patch_embed = Stem(in_chans, dims[0])
@@ -212,10 +205,7 @@ class VSSD(Hierarchical):
         )
         self.apply(trunc_normal_linear)
         self.norm = nn.LayerNorm(dims[-1])
-        self.reset_classifier(num_classes)
-        if out_norms:
-            self.add_out_norms()
-        self.describe()
+        self.finish(num_classes, out_norms=out_norms)
 
     def block_cost(self, block: nn.Module, grid: tuple[int, int]) -> Cost:
         """Return the cost of a block on a map of a height and width."""

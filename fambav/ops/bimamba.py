@@ -130,8 +130,8 @@ def bimamba_scan(
     run = BIMAMBA_SCAN.pick(xz, *forward, *backward)
     tensors = xz, forward, backward, out_proj, skipped, skipped_dt
     with without_autocast(xz):
-        y, found = run(*tensors, scale=scale, gap_policy=gap_policy, log_A=log_A, want=want or ())
-    return y if want is None else (y, {name: found[name] for name in want})
+        y, more = run(*tensors, scale=scale, gap_policy=gap_policy, log_A=log_A, want=want or ())
+    return y if want is None else (y, {name: more[name] for name in want})
 
 
 def _check_options(scale: float, want: Collection[str]) -> None:
@@ -257,10 +257,10 @@ def _reference(
         each.append((y, delta if dt is None else dt, B.detach(), C.detach()))
     ys, *others = zip(*each, strict=True)
     pairs = zip(("delta", "B", "C"), others, strict=True)
-    found = {name: torch.stack(both) for name, both in pairs if name in want}
-    found |= {name: token_score(torch.stack(ys), z, name) for name in SCORES if name in want}
+    more = {name: torch.stack(both) for name, both in pairs if name in want}
+    more |= {name: token_score(torch.stack(ys), z, name) for name in SCORES if name in want}
     out = (ys[0] + ys[1]) * (scale * F.silu(z))
-    return out if out_proj is None else F.linear(out, out_proj.to(out.dtype)), found
+    return out if out_proj is None else F.linear(out, out_proj.to(out.dtype)), more
 
 
 BIMAMBA_SCAN = Table(

@@ -123,12 +123,12 @@ def finish_gradients(
         The gradients of the parameters in the order of `Parts`, each (2, *shape), contiguous.
     """
     sums = [part[:, 0] if part.shape[1] == 1 else part.float().sum(dim=1) for part in parts]
-    found = Parts(*sums)
-    state = found.A.shape[2]
-    B_C, dt = found.x_proj[:, : 2 * state], found.x_proj[:, 2 * state : 2 * state + rank]
-    found = found._replace(
+    totals = Parts(*sums)
+    state = totals.A.shape[2]
+    B_C, dt = totals.x_proj[:, : 2 * state], totals.x_proj[:, 2 * state : 2 * state + rank]
+    totals = totals._replace(
         x_proj=torch.cat((dt, B_C), dim=1),
-        dt_proj=found.dt_proj[..., :rank],
-        A=found.A if A is None else found.A * A,
+        dt_proj=totals.dt_proj[..., :rank],
+        A=totals.A if A is None else totals.A * A,
     )
-    return [x.to(dtype).contiguous() for x, dtype in zip(found, dtypes, strict=True)]
+    return [x.to(dtype).contiguous() for x, dtype in zip(totals, dtypes, strict=True)]

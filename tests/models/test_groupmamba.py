@@ -1,6 +1,7 @@
 """GroupMamba's numbers, names and heads, its grouped scan, and what it refuses."""
 
 import zlib
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fambav.models import GroupMamba
 from fambav.timm_compat import timm
 from tests import golden
 from tests.golden import fill, images, wave, wave_images
+from tests.identical import same_gradients_when_checkpointed
 from tests.models.test_golden import check_gradients, near
 
 ARRAYS, CASES = golden.load("groupmamba")
@@ -153,14 +155,8 @@ def test_what_is_between_blocks_is_grouped_with_the_one_behind_it():
 
 
 def test_checkpointing_changes_no_gradient():
-    grads = []
-    for enable in (False, True):
-        model = small(drop_path_rate=0.5, drop_rate=0.2)
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(1)
-        (model(torch.ones(2, 3, 32, 48)) * torch.arange(5)).sum().backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    build = partial(small, drop_path_rate=0.5, drop_rate=0.2)
+    same_gradients_when_checkpointed(build, torch.ones(2, 3, 32, 48))
 
 
 def test_low_precision_is_finite_and_close():

@@ -13,6 +13,7 @@ from fambav.models import VMamba
 from fambav.timm_compat import timm
 from tests import golden
 from tests.golden import fill, images, wave, wave_images
+from tests.identical import same_gradients_when_checkpointed
 from tests.models.test_golden import check_gradients, near
 
 ARRAYS, CASES = golden.load("vmamba")
@@ -145,14 +146,7 @@ def test_out_norms_are_those_of_each_stage():
 
 @pytest.mark.parametrize("how", [*FORMS, dict(drop_path_rate=0.5, drop_rate=0.2)])
 def test_checkpointing_changes_no_gradient(how):
-    grads = []
-    for enable in (False, True):
-        model = small(**how)
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(1)
-        (model(torch.ones(2, 3, 32, 48)) * torch.arange(5)).sum().backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    same_gradients_when_checkpointed(lambda: small(**how), torch.ones(2, 3, 32, 48))
 
 
 def test_drop_path_rises_from_block_to_block_and_drops_whole_samples():

@@ -182,18 +182,18 @@ def finish_gradients(
     state, row, rows = parts.A.shape[3], parts.x_proj.shape[2], parts.conv_weight.shape[1]
     shapes = [list(part.shape[2:]) for part in parts]
     shapes[2], shapes[3] = [rank + 2 * state, dim], [dim, rank]
-    found = [
+    grads = [
         parts.A.new_empty(2, *shape, dtype=dtype)
         for shape, dtype in zip(shapes, dtypes, strict=True)
     ]
     programs = triton.cdiv(dim, COLUMNS) * (width + 3 + state + row + rank)
     with on_device(parts.A):
         _finish_kernel[(programs, 2)](
-            *parts, A, *found, dim, rank, rows, parts.conv_weight.stride(1), parts.x_proj.shape[1],
+            *parts, A, *grads, dim, rank, rows, parts.conv_weight.stride(1), parts.x_proj.shape[1],
             parts.A.shape[1], WIDTH=width, STATE=state, ROW=row, PARTS=PARTS, COLUMNS=COLUMNS,
             num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
-    return found
+    return grads
 
 
 def variants() -> Iterator[Variant]:
