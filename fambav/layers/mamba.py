@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooked
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.module_tracker import ModuleTracker
 
 from fambav.arguments import flags, known_name, whole
@@ -320,6 +321,9 @@ def not_plain(module: nn.Module | None) -> str | None:
     if kind not in _PLAIN:  # a parametrization makes a class of its own
         return f"is a {kind.__module__}.{kind.__name__}"
     known = cast(nn.Module, module)
+    for weight in known._parameters.values():  # a quantized or sharded one has products of its own
+        if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
+            return f"has a weight that is a {type(weight).__name__}"
     if known._forward_hooks or known._forward_pre_hooks:
         return "has forward hooks"
     if known._backward_hooks or known._backward_pre_hooks:

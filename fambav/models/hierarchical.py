@@ -424,7 +424,7 @@ class Hierarchical(TimmModel):
         del self.layers[left:]
         cast(Stage, self.layers[-1]).downsample = nn.Identity()
 
-    def describe(self, module: str = "layers.{}", *, first: int = 0) -> None:
+    def describe(self, module: str = "layers.{}.blocks", *, first: int = 0) -> None:
         """Describe what images are read and what the stages return, in timm's terms.
 
         Args:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fambav
@@ -135,6 +136,30 @@ def test_a_parametrized_projection_is_called():
     assert list(net.unfused) == ["layers.0.mixer.x_proj"]
     with pytest.warns(UserWarning, match=r"layers.0.mixer.x_proj is a .*ParametrizedLinear"):
         torch.testing.assert_close(net(IMAGES), before, atol=1e-6, rtol=1e-5)
+
+
+def test_a_projection_whose_weight_is_of_another_class_is_called():
+    net = model()
+    before = net(IMAGES)
+    projection = net.layers[0].mixer.dt_proj
+    weight = projection.weight.detach()
+    projection.weight = nn.Parameter(TwoTensor(weight, weight), requires_grad=False)
+    assert net.unfused == {"layers.0.mixer.dt_proj": "has a weight that is a TwoTensor"}
+    projection.weight = nn.Parameter(weight)
+    assert net.unfused == {}
+    assert torch.equal(net(IMAGES), before)
+
+
+@pytest.mark.parametrize("name", ["vmamba_nano", "vssd_nano", "groupmamba_nano", "vim2_nano"])
+def test_the_modules_that_feature_info_names_return_the_maps(name):
+    net, seen = model(name), []
+    for info in net.feature_info:
+        part = net.get_submodule(info["module"])
+        part.register_forward_hook(lambda module, given, output: seen.append(output))
+    maps = net.forward_intermediates(IMAGES, intermediates_only=True, output_fmt="NHWC")
+    assert len(seen) == len(maps) == 4
+    assert [x.shape for x in seen] == [x.shape for x in maps]
+    assert all(x.requires_grad for x in seen)
 
 
 def test_hooks_on_all_modules_are_served():
