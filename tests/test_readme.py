@@ -11,9 +11,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import fambav
-import fambav.reduction  # registers the methods
 from fambav.config import parse
+from fambav.reduction import parse_schedule
 from fambav.registry import REDUCERS
+from fambav.timm_compat import timm
 from tests.data.made import made_cifar
 from tests.made import run
 
@@ -120,3 +121,22 @@ def test_the_table_of_scripts_names_all_thirty_six():
     named = set(re.findall(r"`([st]-(?:cifar|imagenet)-[a-z0-9-]+)`", SCRIPTS))
     listed = named | {f"t-cifar-lower-merge-r{r}-l4" for r in range(1, 9)}
     assert len(listed) == 36
+
+
+def test_schedules_of_the_manual_are_read():
+    text = (DOCS / "reduction.md").read_text().split("| schedule | removes |")[1].split("\n\n")[0]
+    forms = set(re.findall(r"`([a-z0-9:,.@/-]+)`", "".join(re.findall(r"^\|[^|]*\|", text, re.M))))
+    whole, staged = timm.create_model("vim_tiny"), timm.create_model("vssd_nano")
+    assert len(forms) == 14
+    for form in forms - {"published"}:
+        info = (staged if "1.1" in form else whole).info
+        assert sum(parse_schedule(form, info)) > 0
+
+
+def test_the_shares_of_token_layers_in_the_manual():
+    text = (DOCS / "reduction.md").read_text()
+    model = timm.create_model("vim_micro", class_token="none")
+    for hook, share in (("before", "79.2%"), ("after", "87.5%")):
+        fambav.reduce(model, "ordered", "r:8@3-6", hook=hook)
+        assert f"{100 * model.schedule.share:.1f}%" == share
+        assert share in text
