@@ -208,6 +208,7 @@ def test_every_page_is_in_the_navigation():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a kernel of its own on shared cores
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_shows_pictures(path, tmp_path, monkeypatch):
     import nbclient
@@ -220,7 +221,7 @@ def test_a_notebook_runs_and_shows_pictures(path, tmp_path, monkeypatch):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs for cell in cells), "outputs are stripped"
     metadata = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=240, resources=metadata).execute()
+    nbclient.NotebookClient(notebook, timeout=600, resources=metadata).execute()
     drawn = [cell for cell in cells if "viz." in cell.source]
     assert drawn
     for cell in drawn:
