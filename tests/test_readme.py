@@ -1,4 +1,4 @@
-"""What the README shows is what the software does."""
+"""What single pages of docs/ promise of the code they show; that it runs is in test_pages.py."""
 
 import os
 import re
@@ -11,16 +11,20 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import fambav
-import fambav.reduction  # registers the methods
-from fambav.commands.bench import parser as bench_parser
 from fambav.config import parse
+from fambav.reduction import parse_schedule
 from fambav.registry import REDUCERS
+from fambav.timm_compat import timm
 from tests.data.made import made_cifar
 from tests.made import run
 
-README = Path(__file__).parent.parent / "README.md"
-TEXT = README.read_text()
-BLOCKS = dict(re.findall(r"## ([^\n]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", TEXT, re.DOTALL))
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def python(name):
+    """The blocks of Python of a page."""
+    return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
 
 
 @pytest.fixture
@@ -31,9 +35,9 @@ def registry():
     REDUCERS._builders.update(before)
 
 
-def test_the_reducer_of_the_readme_removes_what_the_plan_says(registry):
+def test_the_reducer_of_the_manual_removes_what_the_plan_says(registry):
     shown = {}
-    exec(compile(BLOCKS["A reducer of your own"], README.name, "exec"), shown)
+    exec(compile(python("reducer.md")[0], "reducer.md", "exec"), shown)
     model = shown["model"]
     seen = []
     for block in model.layers:
@@ -43,17 +47,16 @@ def test_the_reducer_of_the_readme_removes_what_the_plan_says(registry):
 
 
 @pytest.mark.slow
-def test_the_reducer_of_the_readme_trains_from_a_file_of_its_own(tmp_path):
-    assert BLOCKS["A reducer of your own"].count("\n") < 40
+def test_the_reducer_of_the_manual_trains_from_a_file_of_its_own(tmp_path):
+    script, end = python("reducer.md")
+    assert script.count("\n") < 40
     file, data = tmp_path / "quiet.py", tmp_path / "data"
-    section = TEXT.split("## A reducer of your own\n")[1]
-    script, end, *_ = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     file.write_text(script + end)
     made_cifar(data, train=16, test=8)
     words = f"""--reduction quiet --reduction-schedule r:12@3-6 --reduction-options power=1
         --model vim_micro --data-set CIFAR --data-path {data} --epochs 1 --batch-size 8
         --num_workers 1 --output_dir {tmp_path / "run"}"""
-    given = dict(cwd=README.parent, env={**os.environ, "PYTHONPATH": str(README.parent)}, text=True)
+    given = dict(cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
     done = subprocess.run([sys.executable, file, *words.split()], capture_output=True, **given)
     assert done.returncode == 0, done.stderr
     assert "total removed: 48 of 65 tokens" in done.stdout
@@ -64,36 +67,33 @@ def test_the_reducer_of_the_readme_trains_from_a_file_of_its_own(tmp_path):
     assert done.stderr.endswith("utrc, quiet; did you mean 'quiet'?\n")
 
 
-def test_the_backbone_of_the_readme_returns_the_maps_that_it_says():
+def test_the_backbone_of_the_manual_returns_the_maps_that_it_says():
     shown = {}
-    block = TEXT.split("### As a backbone\n")[1].split("```python\n")[1].split("```")[0]
-    exec(compile(block, README.name, "exec"), shown)
+    exec(compile(python("python.md")[1], "python.md", "exec"), shown)
     assert [found.shape for found in shown["maps"]] == [(1, 192, 6, 10)] * 3
     distinct = [len(found[0].flatten(1).T.unique(dim=0)) for found in shown["maps"]]
     assert distinct == [60, 42, 30]
 
 
 @pytest.mark.filterwarnings("ignore")  # a new head, single modules, torch.ao's end
-def test_the_adapters_and_the_int8_layers_of_the_readme(tmp_path, monkeypatch):
+def test_the_adapters_and_the_int8_layers_of_the_manual(tmp_path, monkeypatch):
     (tmp_path / "output" / "run").mkdir(parents=True)
     run(tmp_path / "output" / "run" / "best_checkpoint.pth")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    images, labels = torch.randn(8, 3, 32, 32), torch.randint(100, (8,))
-    lora, int8 = re.findall(r"```python\n(.*?)```", TEXT.split("## LoRA and int8\n")[1], re.DOTALL)[
-        :2
-    ]
-    shown = {"loader": 6 * [(images, labels)]}
-    exec(compile(lora, README.name, "exec"), shown)
+    lora, int8 = python("adapters.md")
+    shown = {}
+    exec(compile(lora, "adapters.md", "exec"), shown)
+    images, labels = shown["images"], shown["labels"]
     model, before = shown["model"], fambav.from_pretrained("output/run").state_dict()
     assert model.unfused == {}
     assert cross_entropy(model(images), labels) < 4, "it learns; chance is 4.6"
     changed = {name for name, v in model.state_dict().items() if not torch.equal(v, before[name])}
     parts = {name.split(".")[-2] for name in changed}
     assert parts == {"in_proj", "x_proj", "dt_proj", "out_proj", "head"}
-    shown = {"images": images}
-    exec(compile(int8, README.name, "exec"), shown)
-    exact = shown["model"](images)
+    shown = {}
+    exec(compile(int8, "adapters.md", "exec"), shown)
+    exact = shown["model"](shown["images"])
     assert 0 < (shown["logits"] - exact).norm() < 0.1 * exact.norm()
     assert (tmp_path / "int8.pt").stat().st_size < 0.5 * model_bytes(shown["model"])
 
@@ -102,35 +102,11 @@ def model_bytes(model):
     return sum(value.nbytes for value in model.state_dict().values())
 
 
-def commands():
-    """Every command line that gives flags to main.py, without its continuation lines' ends."""
-    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = re.sub(r"\s#.*", "", line).split()
-            if "main.py" in words:
-                yield words[words.index("main.py") + 1 :]
-
-
-@pytest.mark.parametrize("flags", list(commands()), ids=" ".join)
-def test_every_command_of_the_readme_is_understood(flags, tmp_path):
-    made = tmp_path / "plan.yaml"  # by `fambav search-plan`
-    made.write_text('model: vim_micro\nfusion_plan: "3:9"\n')
-    parse([str(made) if word == made.name else word for word in flags])
-
-
-def benchmarks():
-    """Every `fambav bench` command line of the README."""
-    for line in re.findall(r"^fambav bench (.*)$", TEXT, re.MULTILINE):
-        yield re.sub(r"\s#.*", "", line).split()
-
-
-@pytest.mark.parametrize("words", list(benchmarks()), ids=" ".join)
-def test_every_benchmark_of_the_readme_is_understood(words):
-    assert bench_parser().parse_args(words).what == words[0]
+SCRIPTS = (DOCS / "migrating.md").read_text()
 
 
 def rows():
-    for row in re.findall(r"^\| `[st]-.*\| `(--fusion[^|]*)` ", TEXT, re.MULTILINE):
+    for row in re.findall(r"^\| `[st]-.*\| `(--fusion[^|]*)` ", SCRIPTS, re.MULTILINE):
         yield row.split("`")[0].split()
 
 
@@ -142,6 +118,25 @@ def test_every_row_of_the_table_of_scripts_fuses_what_the_original_meant_to(flag
 
 
 def test_the_table_of_scripts_names_all_thirty_six():
-    named = set(re.findall(r"`([st]-(?:cifar|imagenet)-[a-z0-9-]+)`", TEXT))
+    named = set(re.findall(r"`([st]-(?:cifar|imagenet)-[a-z0-9-]+)`", SCRIPTS))
     listed = named | {f"t-cifar-lower-merge-r{r}-l4" for r in range(1, 9)}
     assert len(listed) == 36
+
+
+def test_schedules_of_the_manual_are_read():
+    text = (DOCS / "reduction.md").read_text().split("| schedule | removes |")[1].split("\n\n")[0]
+    forms = set(re.findall(r"`([a-z0-9:,.@/-]+)`", "".join(re.findall(r"^\|[^|]*\|", text, re.M))))
+    whole, staged = timm.create_model("vim_tiny"), timm.create_model("vssd_nano")
+    assert len(forms) == 14
+    for form in forms - {"published"}:
+        info = (staged if "1.1" in form else whole).info
+        assert sum(parse_schedule(form, info)) > 0
+
+
+def test_the_shares_of_token_layers_in_the_manual():
+    text = (DOCS / "reduction.md").read_text()
+    model = timm.create_model("vim_micro", class_token="none")
+    for hook, share in (("before", "79.2%"), ("after", "87.5%")):
+        fambav.reduce(model, "ordered", "r:8@3-6", hook=hook)
+        assert f"{100 * model.schedule.share:.1f}%" == share
+        assert share in text

@@ -3,7 +3,7 @@
     past -> standardise -> patches -> depth x (mix tokens, mix variates) -> norm -> linear -> undo
 
 Source: MambaMixer (Behrouz et al., arXiv:2403.19888), section 5.  Its code was never published and
-the paper prints no sizes; every choice that it leaves open stands in a table of the README.
+the paper prints no sizes; every choice that it leaves open stands in docs/forecasting.md.
 """
 
 from __future__ import annotations

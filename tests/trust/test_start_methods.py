@@ -1,4 +1,4 @@
-"""Loader processes of every start method, of the script that README shows."""
+"""Loader processes of every start method, of the script that docs/reducer.md shows."""
 
 import multiprocessing
 import os
@@ -24,9 +24,9 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
 
 def shown():
-    """README's script of a reducer of one's own, and its end."""
-    section = (ROOT / "README.md").read_text().split("## A reducer of your own")[1]
-    script, end, *_ = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    """The manual's script of a reducer of one's own, and its end."""
+    page = (ROOT / "docs" / "reducer.md").read_text()
+    script, end = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     return script, end
 
 
@@ -47,7 +47,7 @@ def started(folder, text, words, python=sys.executable):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_the_script_of_readme_runs_once_where_processes_are_not_forked(tmp_path, method):
+def test_the_script_of_the_manual_runs_once_where_processes_are_not_forked(tmp_path, method):
     script, end = shown()
     assert GUARD in end
     end = end.replace(GUARD, f"{GUARD}\n    import multiprocessing, sys; {SET}")
