@@ -19,7 +19,7 @@ from torch import nn
 
 from fambav import training
 from fambav.config import Config
-from fambav.heads import SegmentationModel
+from fambav.heads import Detector, SegmentationModel
 from fambav.models import Backbone, Forecaster, Hierarchical
 from fambav.models.flops import (
     CONVENTIONS,
@@ -240,6 +240,9 @@ def count(model: nn.Module, reduction: Reduction | StagedReduction | None = None
     Raises:
         ValueError: If the model is not one of ours.
     """
+    if isinstance(model, Detector):
+        wanted = "one whose head does as much for every image"
+        raise ValueError(f"model is a detector with head {model.head}, expected {wanted}")
     if isinstance(model, SegmentationModel):
         return _headed(model)
     if isinstance(model, Hierarchical):

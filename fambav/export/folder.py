@@ -90,6 +90,9 @@ def export(
     _check(kind, place, images, tolerance, dynamic_batch=dynamic_batch)
     settings = {} if data_path is None else {"data_path": data_path}
     run = load_run(path, settings, allowed=("data_path",))
+    if not run.task.exported:
+        name, data_set = run.config.model.model, run.config.data.data_set
+        raise ValueError(f"model is {name} of {data_set}, expected one whose output is a tensor")
     inputs = _noise(run, images) if noise else _held_out(run, images)
     want = _logits(run.net, inputs)
     check_logits(run.net, inputs, want, "the images to compare on")
