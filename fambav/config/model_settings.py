@@ -144,9 +144,7 @@ class Model(Group):
         affects="speed",
         choices=registry.SCAN_BACKENDS,
     )
-    compile: bool = switch(
-        "compile the model with torch.compile", when.ONE_SHAPE, affects="speed"
-    )
+    compile: bool = switch("compile the model with torch.compile", when.ONE_SHAPE, affects="speed")
     cuda_graphs: bool = switch(
         "launch forward and backward passes as CUDA graphs",
         when.OURS,

@@ -91,13 +91,14 @@ def rasterised(outline: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     """
     width, height = size
     if isinstance(outline, np.ndarray):
-        inside = np.repeat(np.arange(len(outline)) % 2 == 1, outline)
-        return inside.reshape(width, height).T
+        runs: NDArray[np.bool_] = np.repeat(np.arange(len(outline)) % 2 == 1, outline)
+        return runs.reshape(width, height).T
     picture = Image.new("1", size)
     pen = ImageDraw.Draw(picture)
     for polygon in outline:
         pen.polygon([(float(x) - 0.5, float(y) - 0.5) for x, y in polygon], fill=1)
-    return np.asarray(picture)
+    inside: NDArray[np.bool_] = np.asarray(picture)
+    return inside
 
 
 def read_coco(root: Path) -> DataSet:
@@ -125,9 +126,10 @@ def read_coco(root: Path) -> DataSet:
     teaching = [entry for entry in train if not entry.crowd.all()]
     if not teaching:
         raise DataError(f"{files[0]} has no annotations that teach, expected boxes of images")
+    empty = len(train) - len(teaching)
     note = (
-        f"COCO: {len(teaching):,} images to train, {len(train) - len(teaching):,} without boxes left"
-        f" out, {len(val):,} held out; {lost + lost_too} boxes without area left out"
+        f"COCO: {len(teaching):,} images to train, {empty:,} without boxes left out,"
+        f" {len(val):,} held out; {lost + lost_too} boxes without area left out"
     )
     return DataSet(
         name="COCO",
@@ -162,7 +164,9 @@ def _read(file: Path) -> dict[str, Any]:
     for each in content["images"]:
         if min(each["width"], each["height"]) < 1:
             size = f"{each['width']} x {each['height']}"
-            raise DataError(f"{file}: image {each['id']} is {size} pixels, expected sides of 1 or more")
+            raise DataError(
+                f"{file}: image {each['id']} is {size} pixels, expected sides of 1 or more"
+            )
     return content
 
 
@@ -253,9 +257,9 @@ def _outline(segmentation: Any, size: tuple[int, int], where: str) -> Any:
             return tuple(np.array(own, np.float32).reshape(-1, 2) for own in segmentation)
     elif isinstance(segmentation, dict):
         runs = segmentation.get("counts")
-        if isinstance(runs, list) and all(is_whole(n) and n >= 0 for n in runs):
-            if sum(runs) == size[0] * size[1]:
-                return np.array(runs, dtype=np.int64)
+        counted = isinstance(runs, list) and all(is_whole(n) and n >= 0 for n in runs)
+        if counted and sum(runs) == size[0] * size[1]:
+            return np.array(runs, dtype=np.int64)
     raise DataError(
         f"{where} has another segmentation, expected polygons of 3 points or more, or counts of"
         f" runs over {size[0]} x {size[1]} pixels"

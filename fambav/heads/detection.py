@@ -1,6 +1,6 @@
 """A backbone and torchvision's detector on it: Faster R-CNN, and Mask R-CNN.
 
-    maps -> feature pyramid -> proposals of the RPN -> boxes and classes -> masks
+maps -> feature pyramid -> proposals of the RPN -> boxes and classes -> masks
 """
 
 from __future__ import annotations

@@ -35,15 +35,15 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     order = scores.argsort(descending=True, stable=True)
     overlaps = torchvision.ops.box_iou(boxes[order], boxes[order]) > iou_threshold
     better = overlaps.triu(diagonal=1).to(boxes.dtype)  # of each row over the columns behind it
-    kept, before = torch.ones_like(better[:, :1]), None
+    kept, before = better.new_ones(len(better)), None
     # The first k boxes are decided after k rounds, and nearly always all are after a few.
     while before is None or not torch.equal(kept, before):
         before, kept = kept, (better.T @ kept == 0).to(boxes.dtype)
-    return order[kept[:, 0] > 0]
+    return order[kept > 0]
 
 
 def roi_align(
-    input: Tensor,  # noqa: A002  the names are torchvision's
+    input: Tensor,
     boxes: Tensor,
     output_size: int | tuple[int, int],
     spatial_scale: float = 1.0,

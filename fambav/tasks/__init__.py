@@ -119,6 +119,7 @@ class Meter(ABC):
         Args:
             gather: Returns the plain data that each process passes, by rank.
         """
+        del gather
 
     def scores(self) -> Scores:
         """Return the metrics of all samples; there must be one at least."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby, zip_longest
+from itertools import groupby, product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,7 +50,7 @@ class Detection(Task):
     )
 
     @staticmethod
-    def collate(samples: Sequence[Any]) -> Any:  # type: ignore[override]  # a function of its own
+    def collate(samples: Sequence[Any]) -> Any:
         """Return images as one tensor, and their targets as a list."""
         from fambav.data.instances import stacked
 
@@ -78,7 +78,8 @@ class Detection(Task):
 
         def loss(outputs: Any, targets: Any) -> Tensor:
             first, *others = outputs.values()
-            return sum(others, first)
+            total: Tensor = sum(others, first)
+            return total
 
         return loss
 
@@ -171,9 +172,9 @@ class Precision(Meter):
             if "masks" in own:
                 both = own["masks"], truth["masks"].astype(bool)
                 overlaps["mask"] = mask_overlaps(*both, truth["crowd"])
-            known = [(own["scores"], own["labels"]), (truth["labels"], truth["crowd"])]
+            found, known = (own["scores"], own["labels"]), (truth["labels"], truth["crowd"])
             self.images.append(
-                {kind: matched(iou, *known, self.num_classes) for kind, iou in overlaps.items()}
+                {k: matched(iou, found, known, self.num_classes) for k, iou in overlaps.items()}
             )
         return torch.stack([output["finite"].double() for output in outputs]).sum()[None]
 
@@ -231,7 +232,8 @@ def _shares(
     import numpy as np
 
     union = np.where(crowd, areas[:, None], areas[:, None] + known - both)
-    return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+    shares: NDArray[np.float64] = np.zeros_like(both)
+    return np.divide(both, union, out=shares, where=union > 0)
 
 
 def matched(
@@ -290,7 +292,7 @@ def average_precision(images: Sequence[Matched]) -> NDArray[np.float64]:
     order = np.argsort(-scores, kind="stable")
     labels, state = labels[order], state[:, order]
     table = np.zeros((len(THRESHOLDS), len(known)))
-    for label, row in ((label, row) for label in np.flatnonzero(known) for row in range(len(table))):
+    for row, label in product(range(len(table)), np.flatnonzero(known)):
         own = state[row, labels == label]
         own = own[own != _IGNORED]
         hits = np.cumsum(own == _FOUND)
