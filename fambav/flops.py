@@ -47,9 +47,11 @@ CLASSES = {
     "IMNET": 1000,
     "FAKE": 1000,
     "SHAPES-SEG": 11,
+    "SHAPES-DET": 10,
     "VAIHINGEN": 6,
     "POTSDAM": 6,
     "ADE20K": 150,
+    "COCO": 80,
 }
 VARIATES = {"WAVES": 3, "ETTh1": 7, "ETTh2": 7, "ETTm1": 7, "ETTm2": 7}  # of series, likewise
 

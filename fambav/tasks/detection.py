@@ -221,7 +221,8 @@ def mask_overlaps(
     """Return the same of pixels, (n, height, width) and (m, height, width)."""
     import numpy as np
 
-    flat, known = (m.reshape(len(m), -1).astype(np.float32) for m in (masks, others))
+    pixels = masks.shape[1] * masks.shape[2]
+    flat, known = (m.reshape(len(m), pixels).astype(np.float32) for m in (masks, others))
     both = (flat @ known.T).astype(np.float64)  # whole numbers, exact below 2^24 pixels
     return _shares(both, flat.sum(axis=1), known.sum(axis=1), crowd)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fambav.cli import console
 from fambav.config import Config
-from fambav.data import synthetic
+from fambav.data import read_image, synthetic
 from fambav.registry import BUILDERS, TASKS
 from fambav.tasks import task_of
 from fambav.tasks.detection import THRESHOLDS
@@ -89,7 +89,7 @@ def test_a_run_is_evaluated_predicted_with_and_drawn(finished, confident, tmp_pa
         left, top, right, bottom = row["box"]
         assert 0 <= left <= right <= 70 and 0 <= top <= bottom <= 40
         assert row["mask"]["size"] == [40, 70] and sum(row["mask"]["counts"]) == 40 * 70
-    assert Image.open(tmp_path / "out" / "a_boxes.png").size == (70, 40)
+    assert read_image(tmp_path / "out" / "a_boxes.png").size == (70, 40)
     assert console(words) == 2
     assert "output_dir is None, expected a folder for the boxes" in capsys.readouterr().err
     assert console(["show", str(folder), "--output-dir", str(tmp_path / "drawn")]) == 0
@@ -100,7 +100,10 @@ def test_what_has_no_meaning_for_a_detector_is_refused_in_one_line(finished, cap
     folder, _ = finished
     for words, wanted in (
         (["evaluate", folder, "--per-class"], "expected one whose task has classes"),
-        (["export", folder, "--output-dir", tmp_path / "x"], "expected one whose output is a tens"),
+        (
+            ["export", folder, "--format", "hf", "--output-dir", tmp_path / "x"],
+            "model is vssd_nano of SHAPES-DET, expected one whose output is a tensor",
+        ),
         (["flops", *WORDS[:6]], "model is a detector with head faster-rcnn, expected one whose"),
     ):
         assert console([str(word) for word in words]) == 2
