@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,14 +91,15 @@ def rasterised(outline: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     """
     width, height = size
     if isinstance(outline, np.ndarray):
-        runs: NDArray[np.bool_] = np.repeat(np.arange(len(outline)) % 2 == 1, outline)
-        return runs.reshape(width, height).T
+        inside = np.repeat(np.arange(len(outline)) % 2 == 1, outline).reshape(width, height)
+        runs: NDArray[np.bool_] = inside.T
+        return runs
     picture = Image.new("1", size)
     pen = ImageDraw.Draw(picture)
     for polygon in outline:
         pen.polygon([(float(x) - 0.5, float(y) - 0.5) for x, y in polygon], fill=1)
-    inside: NDArray[np.bool_] = np.asarray(picture)
-    return inside
+    filled: NDArray[np.bool_] = np.asarray(picture)
+    return filled
 
 
 def read_coco(root: Path) -> DataSet:
@@ -258,7 +259,7 @@ def _outline(segmentation: Any, size: tuple[int, int], where: str) -> Any:
     elif isinstance(segmentation, dict):
         runs = segmentation.get("counts")
         counted = isinstance(runs, list) and all(is_whole(n) and n >= 0 for n in runs)
-        if counted and sum(runs) == size[0] * size[1]:
+        if counted and sum(cast("list[int]", runs)) == size[0] * size[1]:
             return np.array(runs, dtype=np.int64)
     raise DataError(
         f"{where} has another segmentation, expected polygons of 3 points or more, or counts of"

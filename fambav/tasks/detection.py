@@ -113,8 +113,6 @@ class Detection(Task):
         Boxes are left, top, right and bottom in pixels of the image; masks are lengths of runs,
         outside and inside in turn, down each column, as COCO has them.
         """
-        from fambav.engine.checkpoint import write_text
-
         if topk is not None:
             raise ValueError(f"topk is {topk}, expected none: all boxes of an image are written")
         if folder is None:
@@ -123,7 +121,8 @@ class Detection(Task):
         folder.mkdir(parents=True, exist_ok=True)
         rows = [_row(known, n, names) for n in range(len(known["labels"]))]
         written = [folder / f"{file.stem}_boxes{ending}" for ending in (".json", ".png")]
-        write_text(written[0], json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+        written[0].write_text(text, encoding="utf-8")
         picture(image, known, names).save(written[1])
         lines = [f"  {100 * r['score']:5.1f}%  {r['label']}  {r['box']}" for r in rows]
         shown = [line for line, r in zip(lines, rows, strict=True) if r["score"] >= _SHOWN]
@@ -233,8 +232,8 @@ def _shares(
     import numpy as np
 
     union = np.where(crowd, areas[:, None], areas[:, None] + known - both)
-    shares: NDArray[np.float64] = np.zeros_like(both)
-    return np.divide(both, union, out=shares, where=union > 0)
+    shares: NDArray[np.float64] = np.where(union > 0, both / np.where(union > 0, union, 1), 0.0)
+    return shares
 
 
 def matched(
