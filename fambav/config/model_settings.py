@@ -125,7 +125,6 @@ class Model(Group):
         "regions of an image that the head of boxes learns from in an update; four times as many "
         "are proposed, 2,000 at most",
         when.BOXES,
-        affects="result",
         bounds=COUNT,
     )
     lookback: int = option(
