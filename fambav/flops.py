@@ -19,7 +19,7 @@ from torch import nn
 
 from fambav import training
 from fambav.config import Config
-from fambav.heads import SegmentationModel
+from fambav.heads import Detector, SegmentationModel
 from fambav.models import Backbone, Forecaster, Hierarchical
 from fambav.models.flops import (
     CONVENTIONS,
@@ -47,9 +47,11 @@ CLASSES = {
     "IMNET": 1000,
     "FAKE": 1000,
     "SHAPES-SEG": 11,
+    "SHAPES-DET": 10,
     "VAIHINGEN": 6,
     "POTSDAM": 6,
     "ADE20K": 150,
+    "COCO": 80,
 }
 VARIATES = {"WAVES": 3, "ETTh1": 7, "ETTh2": 7, "ETTm1": 7, "ETTm2": 7}  # of series, likewise
 
@@ -240,6 +242,9 @@ def count(model: nn.Module, reduction: Reduction | StagedReduction | None = None
     Raises:
         ValueError: If the model is not one of ours.
     """
+    if isinstance(model, Detector):
+        wanted = "one whose head does as much for every image"
+        raise ValueError(f"model is a detector with head {model.head}, expected {wanted}")
     if isinstance(model, SegmentationModel):
         return _headed(model)
     if isinstance(model, Hierarchical):

@@ -36,7 +36,7 @@ class Family(NamedTuple):
         arguments: Settings that shape the model, and the arguments of its constructor that they
             become.  A setting that another family has and this one lacks is refused.
         tasks: What they can learn, modules of `fambav.tasks`: first what they do by themselves,
-            then what they do with a head of `HEADS` on their maps.
+            then what they do with a head of `HEADS` or `DETECTORS` on their maps.
         layers: Whether they are stacks of layers over an image, which are computed again to save
             memory, looked into and counted.
         reducible: Whether the tokens of these layers can be fused, merged and dropped.
@@ -46,7 +46,7 @@ class Family(NamedTuple):
 
     models: tuple[str, ...]
     arguments: dict[str, str]
-    tasks: tuple[str, ...] = ("classification", "segmentation")
+    tasks: tuple[str, ...] = ("classification", "segmentation", "detection")
     layers: bool = True
     reducible: bool = True
     staged: bool = False
@@ -185,6 +185,7 @@ HOOKS: tuple[str, ...] = ("before", "between", "after")
 OWN_HEADS: tuple[str, ...] = ("upernet", "fcn")  # which label pixels on the maps of a backbone
 LIBRARY_HEADS = ("unet", "unetplusplus", "fpn", "segformer", "manet", "linknet")
 HEADS = OWN_HEADS + LIBRARY_HEADS  # the others are of segmentation-models-pytorch
+DETECTORS = ("faster-rcnn", "mask-rcnn")  # which find boxes, and the second one masks in them
 SCAN_POLICIES: tuple[str, ...] = ("compact", "aligned", "masked")
 GAP_POLICIES: tuple[str, ...] = ("bias", "cached", "hold_prev", "self", "none")
 CLASS_TOKEN_POLICIES: tuple[str, ...] = ("exact", "proportional", "middle")
@@ -203,9 +204,10 @@ DATA_SETS: dict[str, str] = {  # with their tasks, modules of `fambav.tasks`
         "classification",
     ),
     **dict.fromkeys(("SHAPES-SEG", "SEGFOLDER", "ADE20K", "VAIHINGEN", "POTSDAM"), "segmentation"),
+    **dict.fromkeys(("SHAPES-DET", "COCO"), "detection"),
     **dict.fromkeys(("WAVES", "ETTh1", "ETTh2", "ETTm1", "ETTm2", "CSV"), "forecasting"),
 }
-MADE = ("DIGITS", "SHAPES100", "SHAPES-SEG", "FAKE", "WAVES")  # data sets without files
+MADE = ("DIGITS", "SHAPES100", "SHAPES-SEG", "SHAPES-DET", "FAKE", "WAVES")  # without files
 CLASS_TOKENS: tuple[str, ...] = ("middle", "head", "double", "none")
 BIMAMBA: tuple[str, ...] = ("v2", "v1", "none")
 PARAM_ORDERS: tuple[str, ...] = ("raster", "permuted")
@@ -227,6 +229,7 @@ PICTURES: dict[str, str] = {  # what `fambav show` draws
     "layers": "tokens and operations of each layer",
     "scan": "path of the scan before and after tokens are removed",
     "masks": "image, truth and prediction of a segmentation",
+    "boxes": "truth and prediction of a detection",
     "curves": "accuracy, loss and learning rate of all runs, over the epochs",
 }
 

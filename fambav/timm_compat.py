@@ -79,6 +79,8 @@ import timm.optim  # noqa: E402  after the shim
 import timm.utils  # noqa: E402  after the shim
 import torchvision  # noqa: E402  after the shim
 import torchvision.datasets  # noqa: E402  after the shim
+import torchvision.models.detection  # noqa: E402  after the shim
+import torchvision.ops  # noqa: E402  after the shim
 import torchvision.transforms  # noqa: E402  after the shim
 import torchvision.transforms.v2.functional  # noqa: E402  after the shim
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from fambav.config.schema import OPTIONS
 from fambav.config.setting import DEFAULT, RECORD, ConfigError, Setting, When, format_value, refuse
-from fambav.config.when import CLASSES, FUSED, HEADED, MASKS, MIXING, REDUCED
-from fambav.registry import DATA_SETS, family_of, models_of
+from fambav.config.when import BOXES, CLASSES, FUSED, HEADED, MASKS, MIXING, REDUCED
+from fambav.registry import DATA_SETS, DETECTORS, HEADS, family_of, models_of
 
 Settings = dict[str, Setting]
 
 FUSED_TOKENS, FUSED_LAYER = 7, 11  # Famba-V's defaults
+PYRAMID_CHANNELS = 256  # of Faster and Mask R-CNN, as published
 LIMITS = (("warmup_epochs", "epochs"), ("min_lr", "lr"), ("warmup_lr", "lr"))  # at most as much
 
 
@@ -87,9 +88,17 @@ def _choose_head(settings: Settings) -> None:
     head, batch = settings["head"], settings["batch_size"]
     if not HEADED.holds(settings["model"].value, settings["data_set"].value):
         return
+    data_set, channels = settings["data_set"], settings["head_channels"]
+    boxes = BOXES.holds(data_set.value)
+    able = DETECTORS if boxes else HEADS
     if head.value is None:
-        head = settings["head"] = head._replace(value="upernet")
-    if head.value != "fcn" and batch.value == 1 and not settings["eval"].value:
+        head = settings["head"] = head._replace(value=able[0])
+    if head.value not in able:
+        refuse(head.label, head.value, f"{' or '.join(able)} with --data-set {data_set.value}")
+    if boxes and channels.level == DEFAULT:
+        settings["head_channels"] = channels._replace(value=PYRAMID_CHANNELS)
+    pooled = not boxes and head.value != "fcn"
+    if pooled and batch.value == 1 and not settings["eval"].value:
         expected = f"at least 2 with --head {head.value}, whose batch norms see maps of one cell"
         refuse(batch.label, 1, expected)
 

@@ -13,6 +13,7 @@ from fambav.config.setting import (
     NATURAL,
     NOT_NEGATIVE,
     PIXELS,
+    POSITIVE,
     RATE,
     Affects,
     Bounds,
@@ -92,14 +93,15 @@ class Model(Group):
     )
     head: str | None = option(
         None,
-        "what labels pixels on the maps of a backbone; none = upernet; all but that and fcn need "
-        "segmentation-models-pytorch",
+        "what labels pixels, or finds boxes, on the maps of a backbone; none = upernet, or "
+        "faster-rcnn; of the others, all but fcn and mask-rcnn need segmentation-models-pytorch",
         when.HEADED,
-        choices=registry.HEADS,
+        choices=registry.HEADS + registry.DETECTORS,
     )
     head_channels: int = option(
         512,
-        "width of the maps inside --head upernet or fcn",
+        "width of the maps inside --head upernet or fcn; of faster-rcnn and mask-rcnn, 256 by "
+        "default",
         when.HEADED,
         when.WIDE_HEAD,
         bounds=Bounds(2, LARGEST),
@@ -109,7 +111,21 @@ class Model(Group):
         "weight of the loss of a second head, which labels pixels on the last map but one while "
         "training; 0 = no such head",
         when.HEADED,
+        when.MASKS,
         bounds=NOT_NEGATIVE,
+    )
+    anchor_scale: float = option(
+        8.0,
+        "side of an anchor box, in cells of the map that it is of",
+        when.BOXES,
+        bounds=POSITIVE,
+    )
+    region_samples: int = option(
+        512,
+        "regions of an image that the head of boxes learns from in an update; four times as many "
+        "are proposed, 2,000 at most",
+        when.BOXES,
+        bounds=COUNT,
     )
     lookback: int = option(
         512, "rows of a series that a forecast is made from", when.SERIES, bounds=COUNT
@@ -127,10 +143,11 @@ class Model(Group):
         affects="speed",
         choices=registry.SCAN_BACKENDS,
     )
-    compile: bool = switch("compile the model with torch.compile", affects="speed")
+    compile: bool = switch("compile the model with torch.compile", when.ONE_SHAPE, affects="speed")
     cuda_graphs: bool = switch(
         "launch forward and backward passes as CUDA graphs",
         when.OURS,
+        when.ONE_SHAPE,
         when.NOT_COMPILED,
         affects="speed",
     )

@@ -28,7 +28,7 @@ class Data(Group):
 
     data_set: str = option(
         "DIGITS",
-        "data set; CIFAR is CIFAR-100, SHAPES100, SHAPES-SEG and WAVES are made here",
+        "data set; CIFAR is CIFAR-100, SHAPES100, SHAPES-SEG, SHAPES-DET and WAVES are made here",
         choices=registry.DATA_SETS,
     )
     data_path: str = option(

@@ -11,7 +11,8 @@ from fambav.registry import DATA_SETS, LIBRARY_HEADS, MADE, family_of
 IN_MEMORY = ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10")  # data sets that are held there
 FETCHED = ("CIFAR", "CIFAR10")
 INAT = ("INAT", "INAT19")
-FOLDERS = ("IMNET", "FOLDER", *INAT, "SEGFOLDER", "ADE20K")
+FOLDERS = ("IMNET", "FOLDER", *INAT, "SEGFOLDER", "ADE20K", "COCO")
+DENSE = ("segmentation", "detection")  # tasks for which a backbone gets a head of `registry`
 
 
 def _taken(setting: str, lacking: str = "") -> When:
@@ -52,10 +53,21 @@ MASKS = When(
     lambda name: DATA_SETS[name] == "segmentation",
     "with --data-set {data_set}, which has no masks",
 )
+BOXES = When(
+    "data_set",
+    lambda name: DATA_SETS[name] == "detection",
+    "with --data-set {data_set}, which has no boxes",
+)
+ONE_SHAPE = When(
+    "data_set",
+    lambda name: DATA_SETS[name] != "detection",
+    "with --data-set {data_set}: regions differ in number from image to image",
+)
 HEADED = When(
     "model data_set",
-    lambda model, name: DATA_SETS[name] == "segmentation" != family_of(model).tasks[0],
-    "with --model {model} and --data-set {data_set}: no backbone gets a head that labels pixels",
+    lambda model, name: DATA_SETS[name] in DENSE and DATA_SETS[name] != family_of(model).tasks[0],
+    "with --model {model} and --data-set {data_set}: no backbone gets a head that labels pixels or "
+    "finds boxes",
 )
 WIDE_HEAD = When(
     "head",
@@ -64,8 +76,8 @@ WIDE_HEAD = When(
 )
 DROPPED = When(
     "data_set",
-    lambda name: DATA_SETS[name] != "segmentation",
-    "with --data-set {data_set}, for which heads drop a tenth of their channels",
+    lambda name: DATA_SETS[name] not in DENSE,
+    "with --data-set {data_set}, for which heads have rates of their own",
 )
 NOT_COMPILED = When("compile", lambda on: not on, "with --compile; take one of both")
 EAGER = When(

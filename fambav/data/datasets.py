@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fambav.data import cifar, segments, synthetic
+from fambav.data.coco import read_coco
 from fambav.data.folders import read_folder, read_inat
 from fambav.data.series import ETT, read_series
 from fambav.data.types import ArraySet, DataError, DataSet, digest
@@ -50,8 +51,7 @@ def load(
 
     Args:
         name: One of `fambav.registry.DATA_SETS`.
-        root: Folder of the data, of CSV the file; DIGITS, SHAPES100, SHAPES-SEG, FAKE and WAVES
-            need none.
+        root: Folder of the data, of CSV the file; those of `MADE` need none.
         inat_category: The level of the taxonomy that is iNaturalist's label.
         classes: Number of classes of FAKE.
         image_size: Height and width of FAKE's images, and of crops of VAIHINGEN and POTSDAM, in
@@ -175,6 +175,8 @@ _BUILDERS: dict[str, Callable[[Request], DataSet]] = {
     ),
     "SHAPES-SEG": lambda _: synthetic.shapes_seg(),
     **{name: partial(_read_masks, name) for name in segments.READERS},
+    "SHAPES-DET": lambda _: synthetic.shapes_det(),
+    "COCO": lambda request: read_coco(request.root),
     "WAVES": lambda request: waves(lookback=request.lookback, horizon=request.horizon),
     **{name: partial(_read_series, name) for name in (*ETT, "CSV")},
 }

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -142,12 +142,14 @@ def _transformed(
         ) from error
 
 
-def _collate_readable(samples: list[tuple[Tensor, int] | None]) -> Any:
+def _collate_readable(
+    samples: list[tuple[Tensor, int] | None], *, collate: Callable[[Any], Any]
+) -> Any:
     """Return a batch of the samples that are not skipped; it may be empty."""
     readable = [sample for sample in samples if sample is not None]
     if not readable:
         return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    return default_collate(readable)
+    return collate(readable)
 
 
 class Batches:
@@ -354,6 +356,7 @@ def eval_loader(
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    collate_fn: Callable[[Any], Any] | None = None,
 ) -> EvalBatchesLoader:
     """Return every sample once over all processes, without padding.
 
@@ -365,6 +368,7 @@ def eval_loader(
         world: Number of processes.
         workers: Processes that read ahead; 0 reads in this one.
         pin_memory: Whether batches go through page-locked memory, for a GPU.
+        collate_fn: Makes a batch of samples that were read.
 
     Returns:
         Batches in the order of the samples; they may be read any number of times.
@@ -375,7 +379,7 @@ def eval_loader(
         batch_size=batch_size,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        collate_fn=_collate_readable,
+        collate_fn=partial(_collate_readable, collate=collate_fn or default_collate),
     )
     return EvalBatchesLoader(loader, samples)
 

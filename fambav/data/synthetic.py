@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from fambav.data.instances import InstanceArraySet
 from fambav.data.types import ArraySet, DataSet, digest
 from fambav.seeding import key
 
@@ -178,7 +179,7 @@ def render(part: str, indices: NDArray[np.int64], labels: NDArray[np.int64]) -> 
 def render_masks(
     part: str, indices: NDArray[np.int64], labels: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Draw images of SHAPES100, and the shape in each pixel.
+    """Draw images of SHAPES100, and which of their two shapes is in each pixel.
 
     Args:
         part: "train" or "val".
@@ -186,8 +187,8 @@ def render_masks(
         labels: (count,), their classes.
 
     Returns:
-        Images, (count, SIDE, SIDE, 3), and masks, (count, SIDE, SIDE): the number, from 1, of the
-        shape that covers half of the pixel, of the lower one where both do; 0 for none.
+        Images, (count, SIDE, SIDE, 3), and masks, (count, SIDE, SIDE): 1 where the upper shape
+        covers half of the pixel, 2 where the lower one or both do; 0 for none.
     """
     rng = CounterRNG(part, indices)
     mean = rng.uniform(*_BACKGROUND, 3)
@@ -208,17 +209,22 @@ def render_masks(
             chosen = kinds == kind
             cover[chosen] = coverage(form, *(t[chosen, shape] for t in (x, y, size, angle)))
         images = _blend(images, cover, _brighter(mean, rng, _CONTRAST))
-        masks = np.where(2 * cover >= 1 << _FINE, kinds[:, None, None] + 1, masks).astype(np.uint8)
+        masks[2 * cover >= 1 << _FINE] = shape + 1
     grey, tint = rng.triangular(SIDE, SIDE, 1), rng.triangular(SIDE, SIDE, 3)
     images += grey * _NOISE // 256 + tint * _NOISE // 512
     return np.clip(images, 0, 255).astype(np.uint8), masks
+
+
+def kinds_of(labels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return the number, from 0, of the upper and the lower shape of each class, (count, 2)."""
+    return np.stack(np.divmod(labels, len(FORMS)), axis=1).astype(np.uint8)
 
 
 def _render_part(part: str, count: int) -> tuple[NDArray[Any], ...]:
     """Draw the first images of a part; every hundred in a row show each class once.
 
     Returns:
-        Images, masks and labels.
+        Images, masks as of `render_masks`, and labels.
     """
     indices = np.arange(count)
     labels: NDArray[Any] = indices * _LABEL_STEP % len(CLASS_NAMES)
@@ -252,9 +258,25 @@ def shapes_seg(*, counts: tuple[int, int] = _COUNTS) -> DataSet:
     Args:
         counts: Images to train and held out; fewer are the first of the whole set.
     """
-    parts = map(_render_part, ("train", "val"), counts)
-    train, val = (ArraySet(images, masks) for images, masks, _ in parts)
-    return DataSet.in_memory("SHAPES-SEG", train, val, class_names=("background", *FORMS))
+    parts = []
+    for images, masks, labels in map(_render_part, ("train", "val"), counts):
+        table = np.pad(kinds_of(labels) + 1, ((0, 0), (1, 0)))  # label of 0, 1 and 2, (count, 3)
+        parts.append(ArraySet(images, table[np.arange(len(labels))[:, None, None], masks]))
+    return DataSet.in_memory("SHAPES-SEG", *parts, class_names=("background", *FORMS))
+
+
+def shapes_det(*, counts: tuple[int, int] = _COUNTS) -> DataSet:
+    """Generate SHAPES-DET, held in memory: the images of SHAPES100, with a box for each shape.
+
+    Args:
+        counts: Images to train and held out; fewer are the first of the whole set.
+    """
+    train, val = (
+        InstanceArraySet(images, kinds_of(labels), masks)
+        for images, masks, labels in map(_render_part, ("train", "val"), counts)
+    )
+    sha = digest(train, val, train.masks, val.masks)
+    return DataSet.in_memory("SHAPES-DET", train, val, class_names=tuple(FORMS), digest=sha)
 
 
 class FakeImages:

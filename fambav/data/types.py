@@ -66,7 +66,7 @@ class ArraySet:
         return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
 
 
-def digest(*parts: ArraySet | NDArray[np.int64]) -> str:
+def digest(*parts: ArraySet | NDArray[np.integer[Any]]) -> str:
     """Return the sha256 of sets (images, then labels) and of plain integer arrays, in hex."""
     sha = hashlib.sha256()
     for part in parts:

@@ -68,6 +68,7 @@ def evaluate(
             number = next((n for n, own in finite.items() if not own), -1)
             cause = "" if number < 0 else _cause(model, batches, number, processes, precision)
             raise NotFiniteError(next(filter(None, processes.gather(cause))))
+        meter.share(processes.gather)
     finally:
         model.train(training)
     if meter.sums[-1] == 0:

@@ -72,6 +72,7 @@ class TrainStep:
         accumulate: Batches of each process in an update.
         max_grad_norm: The gradient is clipped to this norm; None for not.
         average: Follows the model.
+        guided: Whether the model reads the targets too, in training.
         skipping: Skip an update whose loss or gradient is not finite, instead of stopping.
         training: Whether dropout and skipped blocks are on.
     """
@@ -90,6 +91,7 @@ class TrainStep:
     accumulate: int = 1
     max_grad_norm: float | None = None
     average: Average | None = None
+    guided: bool = False
     skipping: bool = False
     training: bool = True
 
@@ -128,7 +130,8 @@ class TrainStep:
             with self.precision.autocast():
                 teacher = self.teacher if update >= self.taught_from else None
                 taught = () if teacher is None else (teacher(images),)
-                loss = self.loss(self.forward(images), targets, *taught) / self.accumulate
+                outputs = self.forward(images, *[targets] * self.guided)
+                loss = self.loss(outputs, targets, *taught) / self.accumulate
             self.precision.scaler.scale(loss).backward()
         return loss.detach()
 

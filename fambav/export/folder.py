@@ -90,6 +90,7 @@ def export(
     _check(kind, place, images, tolerance, dynamic_batch=dynamic_batch)
     settings = {} if data_path is None else {"data_path": data_path}
     run = load_run(path, settings, allowed=("data_path",))
+    _check_output(run)
     inputs = _noise(run, images) if noise else _held_out(run, images)
     want = _logits(run.net, inputs)
     check_logits(run.net, inputs, want, "the images to compare on")
@@ -133,6 +134,13 @@ def _check(kind: str, place: Path, images: int, tolerance: float, *, dynamic_bat
             )
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ValueError(f"output_dir is {str(place)!r}, expected a folder that is empty or new")
+
+
+def _check_output(run: LoadedRun) -> None:
+    """Refuse a model whose outputs cannot be compared."""
+    if not run.task.exported:
+        name, data_set = run.config.model.model, run.config.data.data_set
+        raise ValueError(f"model is {name} of {data_set}, expected one whose output is a tensor")
 
 
 def _compare(

@@ -113,6 +113,14 @@ class Meter(ABC):
         self.sums[-1] += len(targets)
         return sums.isfinite().all()
 
+    def share(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Bring together what is kept beside the sums; here nothing.
+
+        Args:
+            gather: Returns the plain data that each process passes, by rank.
+        """
+        del gather
+
     def scores(self) -> Scores:
         """Return the metrics of all samples; there must be one at least."""
         sums = self.sums.cpu()
@@ -190,6 +198,9 @@ class Task(ABC):
         output: The setting that is the length of a model's output.
         classes: Whether an output is a logit for each class.
         pictures: What `fambav show` draws of a model on an image, of `fambav.registry.PICTURES`.
+        guided: Whether a model reads the targets too, in training.
+        collate: Makes a batch of samples; None where inputs and targets are stacked.
+        exported: Whether a model's output is one tensor, which its export is compared by.
     """
 
     hub: str
@@ -198,6 +209,9 @@ class Task(ABC):
     output: str = "num_classes"
     classes: bool = False
     pictures: tuple[str, ...] = ()
+    guided: bool = False
+    collate: Callable[[Sequence[Any]], Any] | None = None
+    exported: bool = True
 
     @property
     def primary(self) -> Metric:

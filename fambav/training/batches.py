@@ -71,14 +71,16 @@ def train_batches(
         start_epoch: Epochs that are done.
     """
     make: Callable[..., TrainBatchesLoader]
+    task = task_of(config.data.data_set)
     if config.augment.gpu_augment:
         make = partial(device_train_loader, DeviceSet(opened.train, device=group.device))
     else:
-        make = partial(data.train_loader, _readable(config, opened.train, replacing=True))
+        readable = _readable(config, opened.train, replacing=True)
+        make = partial(data.train_loader, readable, collate_fn=task.collate)
     statistics = opened.statistics(config.data.data_stats)
     make = partial(
         make,
-        task_of(config.data.data_set).train_transform(config, statistics, input_size),
+        task.train_transform(config, statistics, input_size),
         batch_size=config.optim.batch_size,
         seed=config.run.seed,
         epochs=config.optim.epochs,
@@ -123,6 +125,7 @@ def eval_batches(
     if config.augment.gpu_augment:
         return DeviceEvalLoader(DeviceSet(samples, device=group.device), transform, **share)
     readable = _readable(config, samples, replacing=False)
+    share["collate_fn"] = task_of(config.data.data_set).collate
     return data.eval_loader(readable, transform, **share, **_workers(config, group))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fambav.config import Config
-from fambav.heads import MAPS, SegmentationModel
+from fambav.heads import MAPS, Detector, HeadedModel, SegmentationModel
 from fambav.layers.embed import pair
 from fambav.models import Backbone, TimmModel
 from fambav.reduction import (
@@ -19,7 +19,7 @@ from fambav.reduction import (
     read_options,
     reduce,
 )
-from fambav.registry import FOREIGN, family_of, nearest
+from fambav.registry import DETECTORS, FOREIGN, family_of, nearest
 from fambav.tasks import task_of
 from fambav.timm_compat import timm
 
@@ -78,9 +78,18 @@ def model(config: Config, *, num_classes: int) -> nn.Module:
     return cast(nn.Module, net) if chosen.head is None else _headed(config, net, num_classes)
 
 
-def _headed(config: Config, backbone: nn.Module, num_classes: int) -> SegmentationModel:
-    """Put a head that labels pixels, and one that helps to train it, on a backbone."""
+def _headed(config: Config, backbone: nn.Module, num_classes: int) -> HeadedModel:
+    """Put a head that finds boxes, or one that labels pixels and its helper, on a backbone."""
     chosen = config.model
+    if chosen.head in DETECTORS:
+        return Detector(
+            backbone,
+            num_classes,
+            head=chosen.head,
+            channels=chosen.head_channels,
+            anchor_scale=chosen.anchor_scale,
+            region_samples=chosen.region_samples,
+        )
     return SegmentationModel(
         backbone,
         num_classes,

@@ -23,7 +23,7 @@ from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError, NotFiniteWeightsError, State
 from fambav.engine.finite import NotFiniteError, check_weights
 from fambav.engine.run_dir import CHECKPOINT, DESCRIPTION, WEIGHTS, weights_file
-from fambav.heads import SegmentationModel
+from fambav.heads import HeadedModel
 from fambav.json_files import parse, read_object
 from fambav.models import TimmModel, is_classifier, official
 from fambav.reduction import Schedule
@@ -161,7 +161,7 @@ class RunState:
         Raises:
             ValueError: If they are not those of such a model.
         """
-        if isinstance(net, TimmModel | SegmentationModel):
+        if isinstance(net, TimmModel | HeadedModel):
             return net.pick(self.entries, ema=ema, head=head)
         own = () if net is None else net.state_dict().keys()
         return official(self.entries, ema=ema, own=own, head=head)
@@ -238,7 +238,7 @@ class RunState:
         try:
             weights = self._picked(net, ema=ema, head=head)
             check_weights(weights, net.state_dict())
-            if isinstance(net, TimmModel | SegmentationModel):
+            if isinstance(net, TimmModel | HeadedModel):
                 place, grid = self.class_token, self.grid
                 weights = net.remap(self.entries, ema=ema, class_token=place, grid=grid, head=head)
             elif head == "drop":

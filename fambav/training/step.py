@@ -87,6 +87,7 @@ def train_step(
         accumulate=settings.grad_accum_steps,
         max_grad_norm=settings.clip_grad,
         average=average,
+        guided=task.guided,
         skipping=settings.if_continue_inf,
         training=settings.train_mode,
     )

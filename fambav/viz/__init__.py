@@ -9,7 +9,7 @@ figures    tokens drawn on the image: groups, strategies, animation
 measures   what layers read and compute: similarity, mean_similarity, scan, layers
 logs       curves of training
 confusion_matrix  what the samples of each class are taken for
-masks      image, truth and prediction of a segmentation
+masks      image, truth and prediction of a segmentation or a detection: masks, boxes
 front      accuracy against cost over a grid: pareto
 style      sizes, type, colours and files
 render     every figure of a run, as files
@@ -22,7 +22,7 @@ from fambav.viz.confusion_matrix import confusion
 from fambav.viz.figures import animation, groups, strategies
 from fambav.viz.front import pareto
 from fambav.viz.logs import curves
-from fambav.viz.masks import masks
+from fambav.viz.masks import boxes, masks
 from fambav.viz.measures import layers, mean_similarity, scan, similarity
 from fambav.viz.render import Picture, Source, render
 from fambav.viz.report import write_report
@@ -34,6 +34,7 @@ __all__ = [
     "Source",
     "TokenTrace",
     "animation",
+    "boxes",
     "confusion",
     "curves",
     "groups",

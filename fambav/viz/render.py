@@ -20,12 +20,13 @@ from fambav.data import DataSet
 from fambav.engine.finite import check_logits
 from fambav.models import Backbone
 from fambav.registry import PICTURES, family_of, nearest
+from fambav.tasks.detection import on_image
 from fambav.tasks.segmentation import predicted_mask
 from fambav.training.inference import LoadedRun, load_run
 from fambav.viz import figures, measures
 from fambav.viz.compare import compare_strategies, described
 from fambav.viz.logs import Record, curves
-from fambav.viz.masks import masks
+from fambav.viz.masks import boxes, masks
 from fambav.viz.style import save
 from fambav.viz.trace import TokenTrace, trace_tokens
 
@@ -223,6 +224,12 @@ _KINDS: dict[str, Callable[..., Figure | list[Figure]]] = {
 }
 
 
+_DENSE: dict[str, tuple[Callable[..., Any], Callable[..., Figure]]] = {
+    "masks": (predicted_mask, masks),
+    "boxes": (on_image, boxes),
+}
+
+
 def _draw(
     kind: str, model: Backbone, trace: TokenTrace, name: str, about: str
 ) -> tuple[Figure | list[Figure], str]:
@@ -247,30 +254,31 @@ def _drawn(
     run: LoadedRun, kinds: Sequence[str], source: Source
 ) -> Iterator[tuple[int, str, Figure | list[Figure], str]]:
     """Yield figures of each image: its number, the kind, the figure and its title."""
-    if "masks" in kinds:
-        for number, (drawn, title) in enumerate(_masks(run, source)):
-            yield number, "masks", drawn, title
-    tokens = [kind for kind in kinds if kind != "masks"]
+    for kind in (kind for kind in kinds if kind in _DENSE):
+        for number, (drawn, title) in enumerate(_predictions(run, kind, source)):
+            yield number, kind, drawn, title
+    tokens = [kind for kind in kinds if kind not in _DENSE]
     for number, traces in enumerate(_traces(run, source) if tokens else ()):
         for kind in tokens:
             yield number, kind, *_draw(kind, *traces)
 
 
 @torch.no_grad()
-def _masks(run: LoadedRun, source: Source) -> Iterator[tuple[Figure, str]]:
-    """Draw images with the masks that a model gives them.
+def _predictions(run: LoadedRun, kind: str, source: Source) -> Iterator[tuple[Figure, str]]:
+    """Draw images with the masks or boxes that a model gives them.
 
     Raises:
-        ValueError: If its task has no masks.
+        ValueError: If its task has none.
     """
     name, (_, height, width) = run.config.model.model, run.input_size
-    if "masks" not in run.task.pictures:
-        raise ValueError(f"model is {name!r}, expected one whose outputs are masks")
+    if kind not in run.task.pictures:
+        raise ValueError(f"model is {name!r}, expected one whose outputs are {kind}")
     net = run.task.inference(run.config, run.net, (height, width)).eval()
     names = run.class_names or [f"class {number}" for number in range(run.num_classes)]
     for image, truth, about in source.read(run):
-        mask = predicted_mask(image, net, partial(run.outputs_of, net, what=about))
-        yield masks(image, truth, mask, names, title=f"{name}: {about}"), f"{name}: {about}"
+        predict, draw = _DENSE[kind]
+        seen = predict(image, net, partial(run.outputs_of, net, what=about))
+        yield draw(image, truth, seen, names, title=f"{name}: {about}"), f"{name}: {about}"
 
 
 def _wanted(runs: Sequence[Path], what: Sequence[str] | None) -> list[str]:
