@@ -212,10 +212,35 @@ PARAM_ORDERS: tuple[str, ...] = ("raster", "permuted")
 SCAN_BACKENDS: tuple[str, ...] = ("triton", "cuda", "numba", "cpu", "reference")
 
 
+CONFIGS = Path(__file__).parent / "configs"  # the YAML files that come with the package
+
+
+def shipped(path: str | Path) -> Path:
+    """Return a path, or of one such as configs/digits/vim_micro.yaml that is not there, ours.
+
+    Commands of the documentation so work in any folder; a file of the user's own always wins.
+    """
+    own = CONFIGS.parent / path
+    known = Path(path).parts[:1] == (CONFIGS.name,) and not Path(path).exists() and own.is_file()
+    return own if known else Path(path)
+
+
+def configs() -> tuple[str, ...]:
+    """Return the files of settings that come with the package, as `--config` takes them."""
+    files = sorted(CONFIGS.glob("*/*.yaml"))
+    return tuple(str(p.relative_to(CONFIGS.parent)) for p in files if p.parent.name != "grids")
+
+
+def recipes(data_set: str) -> tuple[str, ...]:
+    """Return the files of `configs()` that say they are for a data set, those of Vim first."""
+    line = f"data_set: {data_set}\n"
+    known = (n for n in configs() if line in (CONFIGS.parent / n).read_text(encoding="utf-8"))
+    return tuple(sorted(known, key=lambda name: ("/vim_" not in name, name)))
+
+
 def grids() -> dict[str, Path]:
-    """Return the files of the grids of experiments that lie beside the package, by name."""
-    folder = Path(__file__).resolve().parents[1] / "configs" / "grids"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    """Return the files of the grids of experiments that come with the package, by name."""
+    return {path.stem: path for path in sorted((CONFIGS / "grids").glob("*.yaml"))}
 
 
 PICTURES: dict[str, str] = {  # what `fambav show` draws

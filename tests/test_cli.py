@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import pytest
 import fambav
 from fambav import registry
 from fambav.cli import COMMANDS, console, main
-from fambav.config import ConfigError
+from fambav.commands import CONCERNS
+from fambav.config import OPTIONS, ConfigError, read_flags
+from fambav.config.schema import GROUPS
 
 ROOT = Path(fambav.__file__).parents[1]
 RUN = ["--model", "vim_micro"]
@@ -83,10 +86,74 @@ def test_help_is_not_an_error(capsys):
         assert "usage: fambav " in capsys.readouterr().out
 
 
+def test_help_is_by_concern_with_an_example_that_works(capsys):
+    assert console(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for concern, _, example in CONCERNS:
+        assert f"\n{concern}\n" in shown
+        assert f"\n  such as: {example}\n" in f"{shown}\n"
+        assert example.split()[:2] == ["fambav", next(n for n in COMMANDS if n in example)]
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for group in GROUPS.values():
+        assert f"{group.__doc__}  Such as: {group.example}\n" in shown
+        assert set(read_flags(group.example.split())) <= set(OPTIONS)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert [main(["--version"]), console(["--version"])] == [0, 0]
+    assert capsys.readouterr().out == 2 * f"fambav {fambav.__version__}\n"
+    assert metadata.version("fambav") == fambav.__version__
+
+
+@pytest.mark.parametrize("module", ["fambav", "fambav.cli"])
+def test_both_modules_are_the_console_script(module):
+    words = [sys.executable, "-m", module, "list", "strategies"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "none")
+
+
+def test_fambav_train_is_main_py(job):
+    seen = []
+    job(lambda run: seen.append(run) or 7)
+    assert console(["train", *RUN, "-b", "32", "--epochs", "3"]) == 7
+    assert main([*RUN, "--batch-size", "32", "--epochs", "3"]) == 7
+    assert seen[0] == seen[1]
+
+
+def test_a_dry_run_prints_settings_and_plan_and_writes_nothing(job, capsys, tmp_path, monkeypatch):
+    job(failing(KeyError("it must not start")))
+    monkeypatch.chdir(tmp_path)
+    words = "--data-set CIFAR --data-path no/such --fusion-strategy upper --fusion-layer 3"
+    assert main([*RUN, *words.split(), "-b", "8", "--fusion-token", "9", "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert {"batch_size: 8", "fusion_layer: 3", "data_path: no/such"} <= set(shown.splitlines())
+    assert "total removed: 36 of 65 tokens" in shown
+    assert "M weights with 100 outputs\nimages per update: 8 = 8 x 1 " in shown
+    assert not list(tmp_path.iterdir())
+    assert main(["--dry-run", "--eval", "--resume", "x"]) == 2
+
+
+def test_tasks_of_slurm_that_no_launcher_started_are_noticed(job, capsys, monkeypatch):
+    job(lambda _: 0)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert main(RUN) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("warning: SLURM_NTASKS is 4 and RANK is not set")
+    assert err.count("\n") == 1
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert main(RUN) == 0
+    for name, value in dict(RANK="0", WORLD_SIZE="1", SLURM_PROCID="0").items():
+        monkeypatch.setenv(name, value)
+    assert main(RUN) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "command is missing, expected one of plan, bench"),
+        ([], "command is missing, expected one of train, evaluate"),
         (["plna"], "command is 'plna', expected a known name; did you mean 'plan'?"),
         (["plan", *RUN, "--lr", "x"], "--lr is 'x', expected a number"),
         (["plan", *RUN, "--fusion-strategy", "upper"], "fusion_layer is 11, expected 1 to 6"),

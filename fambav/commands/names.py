@@ -22,9 +22,9 @@ NAMES: dict[str, Sequence[str]] = {
 def run(words: list[str]) -> None:
     """Print the names that a flag may take."""
     parser = Parser("fambav list", description=run.__doc__)
-    parser.add_argument("kind", choices=(*NAMES, "grids", "options"))
+    read = {"options": _options, "grids": registry.grids, "configs": registry.configs}
+    parser.add_argument("kind", choices=(*NAMES, *read))
     kind = parser.parse_args(words).kind
-    read = {"options": _options, "grids": registry.grids}
     print(*(read[kind]() if kind in read else NAMES[kind]), sep="\n")
 
 
