@@ -1,5 +1,6 @@
 """The commands: thin, and honest about whose mistake it was."""
 
+import argparse
 import errno
 import json
 import os
@@ -14,9 +15,10 @@ import pytest
 import fambav
 from fambav import registry
 from fambav.cli import COMMANDS, console, main
-from fambav.commands import CONCERNS
+from fambav.commands import CONCERNS, bench
 from fambav.config import OPTIONS, ConfigError, read_flags
 from fambav.config.schema import GROUPS
+from tests.made import refused
 
 ROOT = Path(fambav.__file__).parents[1]
 RUN = ["--model", "vim_micro"]
@@ -314,12 +316,14 @@ def test_list_prints_the_names(capsys, kind, names):
 
 def test_doctor_tells_of_every_backend_whether_it_can_run_here(capsys):
     from fambav.ops import backends
+    from fambav.timm_compat import TORCHVISION
 
     assert console(["doctor"]) == 0
     shown = capsys.readouterr().out
     for name in ("python", "torch", "torchvision", "timm", "pillow", "triton"):
         assert f"\n{name} " in f"\n{shown}"
     lines = [line.split(maxsplit=2) for line in shown.splitlines()]
+    assert ("`import timm` fails by itself" in shown) == (TORCHVISION == "shimmed")
     for op, backend, reason in backends():
         assert [op, backend, f"no: {reason}" if reason else "runs here"] in lines
 
@@ -333,6 +337,35 @@ def test_bench_prints_its_report_and_writes_it(capsys, tmp_path):
     assert {"cpu", "reference"} <= {row["backend"] for row in report["rows"]}
     assert {row["length"] for row in report["rows"]} == {6, 4}
     assert "over reference" in capsys.readouterr().out
+
+
+def test_every_flag_of_a_benchmark_has_its_help():
+    (kinds,) = (a for a in bench.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for kind in kinds.choices.values():
+        assert all(action.help for action in kind._actions), kind.prog
+
+
+@pytest.mark.parametrize("flag", ["--output-dir", "--output_dir"])
+def test_flags_of_commands_are_spelled_with_hyphens_or_underscores(flag, tmp_path):
+    file = tmp_path / "a"
+    file.write_text("")
+    for command in (["export", "x", "--format", "hf"], ["pareto", "x"], ["predict", "x", "y"]):
+        assert "unrecognized" not in refused(*command, f"{flag}={file}/b", program=console)
+    assert f"output_dir is '{file}/b'" in refused(
+        "table", "digits-table1", flag, f"{file}/b", program=console
+    )
+
+
+def test_a_data_set_alone_is_noticed_with_recipes(job, capsys):
+    job(lambda _: 0)
+    assert main(["--data-set", "DIGITS"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "note: --data-set DIGITS without --model or --config trains vim_tiny for"
+    )
+    assert "300 epochs; recipes for it: --config configs/digits/vim_micro.yaml, " in line
+    assert main(["--data-set", "DIGITS", *RUN]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_predict_prints_the_guesses_of_each_image(capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,15 @@ from fambav import config, launcher
 from fambav.commands.output import check_files, print_line, write
 from fambav.commands.parser import Parser
 from fambav.commands.trained import METHOD_SETTINGS, RUN
-from fambav.config import Config, ConfigError, read_flags, read_settings
+from fambav.config import Config, ConfigError, read_flags
 from fambav.table import FORMATS, Table
 
 if TYPE_CHECKING:
     from fambav.training.evaluation import Evaluation
     from fambav.training.inference import LoadedRun
+
+Settings = dict[str, Any]
+Case = tuple[Settings, Config | None]
 
 _PICTURES = (".png", ".svg")
 _OF_REDUCTION = {"reduction_schedule", *METHOD_SETTINGS}  # which "none" has no use for
@@ -26,15 +30,24 @@ def run(words: list[str]) -> None:
     """Score a trained model on its evaluation set: metrics, classes, confusions, predictions."""
     given, rest = _parser().parse_known_args(words)
     _check_files(given)
-    settings = read_flags(rest)
-    foreign = config.parse(rest) if {"model", "config"} & settings.keys() else None
-    if len(given.run) > 1 or len(given.reduction) > 1 or given.format is not None:
-        if given.per_class or given.confusion is not None or given.predictions is not None:
-            raise ConfigError("--per-class, --confusion and --predictions need one run alone")
-        _print_table(given, settings, foreign)
+    cases = [_case(rest, name) for name in given.reduction or [None]]
+    if len(given.run) * len(cases) == 1 and given.format is None:
+        _print_one(given, *cases[0])
         return
-    own = read_settings({"reduction": name for name in given.reduction})
-    _print_one(given, settings | own, foreign.replace(**own) if foreign and own else foreign)
+    if given.per_class or given.confusion is not None or given.predictions is not None:
+        raise ConfigError("--per-class, --confusion and --predictions need one run, and no table")
+    _print_table(given, cases)
+
+
+def _case(flags: list[str], reduction: str | None) -> Case:
+    """Read the settings of one evaluation, and those of a file that is not ours."""
+    settings = read_flags(flags if reduction is None else [*flags, "--reduction", reduction])
+    if settings.get("reduction") == "none":
+        settings = {name: v for name, v in settings.items() if name not in _OF_REDUCTION}
+    if not {"model", "config"} & settings.keys():
+        return settings, None
+    path, own = settings.get("config"), {n: v for n, v in settings.items() if n != "config"}
+    return settings, Config.from_flat(own) if path is None else config.load(path).replace(**own)
 
 
 def _check_files(given: argparse.Namespace) -> None:
@@ -51,7 +64,7 @@ def _check_files(given: argparse.Namespace) -> None:
         )
 
 
-def _print_one(given: argparse.Namespace, settings: dict[str, Any], foreign: Config | None) -> None:
+def _print_one(given: argparse.Namespace, settings: Settings, foreign: Config | None) -> None:
     """Score one run, and write what is wanted of it."""
     picture, predictions = given.confusion, given.predictions
     from fambav import viz
@@ -80,33 +93,24 @@ def _print_one(given: argparse.Namespace, settings: dict[str, Any], foreign: Con
         print_line(f"written: {file}")
 
 
-def _print_table(
-    given: argparse.Namespace, settings: dict[str, Any], foreign: Config | None
-) -> None:
+def _print_table(given: argparse.Namespace, cases: list[Case]) -> None:
     """Score every run with every reduction, and print a table of them."""
-    how = {name: value for name, value in settings.items() if name in _OF_REDUCTION}
-    plain = {name: value for name, value in settings.items() if name not in how}
-    cases: list[dict[str, Any]] = []
-    for name in given.reduction:
-        own = read_settings({"reduction": name})
-        cases.append(own | (how if own["reduction"] != "none" else {}))
     from fambav.training.evaluation import ALLOWED, evaluate_run
     from fambav.training.inference import load_run
     from fambav.training.network import layout
 
     rows: list[dict[str, Any]] = []
-    for run in given.run:
-        for case in cases or [how]:
-            base = foreign.replace(**case) if foreign and case else foreign
-            words = None if foreign else plain | case
-            trained = load_run(run, words, config=base, allowed=ALLOWED)
-            schedule = layout(trained.config).schedule
-            scores = evaluate_run(trained).scores
-            left = None if schedule is None else round(100 * schedule.share, 2)
-            reduction = case.get("reduction", "as trained")
-            first = {"run": str(run), "reduction": reduction, "token_layers_left_percent": left}
-            rows.append({**first, **scores.metrics, "samples": scores.samples})
-    if not launcher.place(os.environ).rank:
+    for run, (settings, foreign) in product(given.run, cases):
+        words = None if foreign else settings
+        trained = load_run(run, words, config=foreign, allowed=ALLOWED)
+        schedule, scores = layout(trained.config).schedule, evaluate_run(trained).scores
+        row = {
+            "run": str(run),
+            "reduction": settings.get("reduction", "as given"),
+            "token_layers_left_percent": schedule and round(100 * schedule.share, 2),
+        }
+        rows.append({**row, **scores.metrics, "samples": scores.samples})
+    if not launcher.place(os.environ).rank:  # the first process prints
         print(_table(rows).render(given.format or FORMATS[0]))
 
 
