@@ -108,6 +108,27 @@ def test_the_version_is_that_of_the_package(capsys):
     assert metadata.version("fambav") == fambav.__version__
 
 
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("fambav tr", "train"),
+        ("fambav list gr", "grids"),
+        ("fambav train --fusion-str", "--fusion-strategy"),
+        ("fambav train --fusion-strategy up", "upper"),
+        ("fambav plan --model vim_mi", "vim_micro"),
+        ("fambav train --config configs/digits/vim_micro_", "configs/digits/vim_micro_upper.yaml"),
+    ],
+)
+def test_bash_completes_commands_flags_and_names(capsys, line, completed):
+    assert console(["completion"]) == 0
+    script = f"""{capsys.readouterr().out}
+        COMP_WORDS=({line}) COMP_CWORD={line.count(" ")}
+        _fambav
+        echo "${{COMPREPLY[*]}}" """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (completed, "")
+
+
 @pytest.mark.parametrize("module", ["fambav", "fambav.cli"])
 def test_both_modules_are_the_console_script(module):
     words = [sys.executable, "-m", module, "list", "strategies"]

@@ -8,6 +8,7 @@ from types import ModuleType
 
 from fambav.commands import (
     bench,
+    completion,
     doctor,
     evaluate,
     export,
@@ -44,7 +45,7 @@ CONCERNS: tuple[tuple[str, dict[str, ModuleType], str], ...] = (
     ),
     (
         "This machine, and names",
-        {"bench": bench, "doctor": doctor, "list": names},
+        {"bench": bench, "doctor": doctor, "list": names, "completion": completion},
         "fambav list models",
     ),
 )
