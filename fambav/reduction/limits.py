@@ -43,7 +43,8 @@ def check_counts(
     number, length, limit = refused
     layer, (name, value) = f"{stage}{number}", given
     active = [count for count in counts if count]
-    even = not stage and len(active) > 1 and len(set(active)) == 1
+    even = len(active) > 1 and len(set(active)) == 1 and name != "fusion_plan" and not stage
+    even = even or name == "fusion_token"  # one number for all layers
     most = _most(counts, info, reducer, policy) if even else limit
     where = "" if even else f" at layer {layer}"
     kept = "without touching a class token" if info.cls_index else "at once"
@@ -75,7 +76,10 @@ def _ways_out(counts: Counts, info: BackboneInfo, reducer: Reducer, policy: str)
 
 def _larger(info: BackboneInfo) -> Iterator[BackboneInfo]:
     """The model on images of more and more patches."""
-    (height, width), last = info.grid, info.tokens - 1
+    grid, last = cast("Grid | None", info.grid), info.tokens - 1
+    if grid is None:  # tokens of no image
+        return
+    height, width = grid
     for more in range(1, _SIDES):
         grid = height + more, width + more
         patches = grid[0] * grid[1]
