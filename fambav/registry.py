@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Collection
 from itertools import product
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from fambav.short_repr import short_repr
 
@@ -310,3 +310,31 @@ class Registry(Generic[T]):
 REDUCERS: Registry[Callable[..., Any]] = Registry("reduction")
 BUILDERS: Registry[Callable[..., Any]] = Registry("data_set")
 TASKS: Registry[Any] = Registry("task")
+
+
+def register_data_set(name: str, task: str = "classification") -> Callable[[T], T]:
+    """Decorate what opens a data set of one's own, so that `--data-set` takes its name.
+
+    Args:
+        name: The name.
+        task: What is learnt of it, a module of `fambav.tasks`.
+
+    Returns:
+        A decorator of a function that gets a `fambav.data.datasets.Request` and returns a
+        `fambav.data.DataSet`.
+
+    Raises:
+        ValueError: If the task is unknown, or, by the decorator, the name is taken.
+    """
+    tasks = set(DATA_SETS.values())
+    if task not in tasks:
+        raise ValueError(
+            f"task is {short_repr(task)}, expected a known name; {nearest(task, tasks)}"
+        )
+
+    def add(builder: T) -> T:
+        known = BUILDERS.register(name)(cast("Any", builder))
+        DATA_SETS[name] = task
+        return cast("T", known)
+
+    return add
