@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fambav import __version__, launcher, registry
+import fambav
+from fambav import launcher, registry
 from fambav.commands import COMMANDS, help_text
 from fambav.config import ConfigError
 from fambav.text import printable
@@ -75,7 +76,7 @@ def _command(words: Words) -> int | None:
 
 
 def _print_version() -> int:
-    print(f"fambav {__version__}")
+    print(f"fambav {fambav.__version__}")
     return 0
 
 

@@ -98,7 +98,7 @@ def test_help_is_by_concern_with_an_example_that_works(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     for group in GROUPS.values():
-        assert f"{group.__doc__}  Such as: {group.example}\n" in shown
+        assert f"{group.__doc__}\n  such as: {group.example}\n" in shown
         assert set(read_flags(group.example.split())) <= set(OPTIONS)
 
 

@@ -348,7 +348,7 @@ MALFORMED = [
     ("--resplit", "--resplit is on, expected off"),
     ("--pretrained", "expected off; nothing is fetched; --finetune starts from a file of weights"),
     ("-c 3", "'-c' is not a flag, expected --name"),
-    ("--opt-betas 0.9 -b x", "-b is 'x', expected a whole number"),
+    ("--opt-betas 0.9 0.95 -b x", "-b is 'x', expected a whole number"),
     ("--lr-noise 0.1 0.2", "--lr-noise is [0.1, 0.2], expected none; noise"),
     ("--start_epoch 3", "--start_epoch is 3, expected 0; --resume knows its epoch"),
     ("--decay-epochs 20", "--decay-epochs is 20.0, expected 30.0; only --sched cosine"),

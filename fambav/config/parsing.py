@@ -261,7 +261,7 @@ def help_text(program: str, text: str) -> str:
     lines += ["Hyphens and underscores are the same.  Every switch has a --no- form.", ""]
     lines += _entry(CONFIG, CONFIG.text)
     for group in GROUPS.values():
-        lines += ["", f"{group.__doc__}  Such as: {group.example}"]
+        lines += ["", f"{group.__doc__}", f"  such as: {group.example}"]
         for option in options_of(group).values():
             lines += _entry(option, f"{option.text} ({format_value(option.default)})")
     flags = " ".join(f"--{option.flag}" for option in UNSUPPORTED.values())
