@@ -1,6 +1,6 @@
 """The command line.
 
-main.py      train or evaluate
+main.py      train or evaluate, as `fambav train` does
 fambav ...   the commands of fambav.commands
 
 A user's mistake is one line that begins with `error:`, and status 2; NaN or infinity 3, a full
@@ -16,13 +16,14 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fambav import config, launcher, registry
-from fambav.commands import COMMANDS
+import fambav
+from fambav import launcher, registry
+from fambav.commands import COMMANDS, help_text
 from fambav.config import ConfigError
 from fambav.text import printable
 
@@ -35,6 +36,7 @@ STATUS = {
     "NotFiniteWeightsError": 3,
     "LoaderError": 5,
 }
+_VERSION = "--version"
 _LINE = 200  # characters of another library's line
 _UNGUARDED = (
     "a process that the script started imports it and calls main() again, expected the call under"
@@ -49,45 +51,32 @@ def main(argv: Words | None = None) -> int:
 
 
 def console(argv: Words | None = None) -> int:
-    """Run one of the commands beside training; return the exit status."""
+    """Run one of the commands, of which `train` is one; return the exit status."""
     return guarded(_command, sys.argv[1:] if argv is None else argv)
 
 
 def _train(words: Words) -> int:
-    if {"-h", "--help"} & set(words):
-        print(config.help_text("main.py", "Train or evaluate a model."))
-        return 0
-    run = config.parse(words, record=_record)
-    for line in run.notice.splitlines():
-        if line.startswith("warning: "):
-            _print_error(line, 0)
-        elif _is_primary():
-            print(printable(line), flush=True)
-    from fambav import training
-
-    return int(training.run(run))
+    return COMMANDS["train"].run(words, "main.py") if words != [_VERSION] else _print_version()
 
 
-def _record(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Read the settings of the checkpoint to be evaluated."""
-    from fambav import training
-
-    return training.record(given)
-
-
-def _command(words: Words) -> int:
+def _command(words: Words) -> int | None:
     if not words:
         raise ConfigError(f"command is missing, expected one of {', '.join(COMMANDS)}")
     name, *rest = words
+    if name == _VERSION:
+        return _print_version()
     if name in ("-h", "--help"):
-        print("usage: fambav COMMAND ...\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:<12} {(command.run.__doc__ or '').splitlines()[0]}")
+        print(help_text())
         return 0
     if name not in COMMANDS:
         hint = registry.nearest(name, COMMANDS)
         raise ConfigError(f"command is {name!r}, expected a known name; {hint}")
-    COMMANDS[name].run(rest)
+    status: int | None = COMMANDS[name].run(rest)
+    return status
+
+
+def _print_version() -> int:
+    print(f"fambav {fambav.__version__}")
     return 0
 
 
@@ -179,14 +168,10 @@ def _reason(error: OSError) -> str:
 
 
 def _print_error(line: str, status: int, *, every_rank: bool = False) -> int:
-    if every_rank or _is_primary():
+    if every_rank or launcher.may_be_first(os.environ):
         print(printable(line), file=sys.stderr)
     return status
 
 
-def _is_primary() -> bool:
-    """Whether this is rank 0, the one process of a launched run that prints, or may be it."""
-    try:
-        return launcher.place(os.environ).rank == 0
-    except launcher.LauncherError:
-        return True
+if __name__ == "__main__":
+    raise SystemExit(console())

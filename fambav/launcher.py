@@ -54,6 +54,25 @@ def place(environment: Mapping[str, str]) -> Place:
     return Place(rank, world, local_rank)
 
 
+def may_be_first(environment: Mapping[str, str]) -> bool:
+    """Whether this is the one process of a launched run that prints; also where nobody can tell."""
+    try:
+        return place(environment).rank == 0
+    except LauncherError:
+        return True
+
+
+def notes(environment: Mapping[str, str]) -> list[str]:
+    """Return a warning where SLURM has started several tasks that do not know of each other."""
+    tasks = environment.get("SLURM_NTASKS", "1")
+    if "RANK" in environment or tasks in ("", "1") or environment.get("SLURM_PROCID", "0") != "0":
+        return []
+    return [
+        f"warning: SLURM_NTASKS is {tasks} and RANK is not set, so every task trains by itself;"
+        " start one torchrun per node, as scripts/slurm/train.sbatch does"
+    ]
+
+
 def rendezvous_address(environment: Mapping[str, str]) -> tuple[str, int]:
     """Return the host and the port where the processes meet.
 

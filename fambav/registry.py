@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Collection
 from itertools import product
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from fambav.short_repr import short_repr
 
@@ -214,10 +214,35 @@ PARAM_ORDERS: tuple[str, ...] = ("raster", "permuted")
 SCAN_BACKENDS: tuple[str, ...] = ("triton", "cuda", "numba", "cpu", "reference")
 
 
+CONFIGS = Path(__file__).parent / "configs"  # the YAML files that come with the package
+
+
+def shipped(path: str | Path) -> Path:
+    """Return a path, or of one such as configs/digits/vim_micro.yaml that is not there, ours.
+
+    Commands of the documentation so work in any folder; a file of the user's own always wins.
+    """
+    own = CONFIGS.parent / path
+    known = Path(path).parts[:1] == (CONFIGS.name,) and not Path(path).exists() and own.is_file()
+    return own if known else Path(path)
+
+
+def configs() -> tuple[str, ...]:
+    """Return the files of settings that come with the package, as `--config` takes them."""
+    files = sorted(CONFIGS.glob("*/*.yaml"))
+    return tuple(str(p.relative_to(CONFIGS.parent)) for p in files if p.parent.name != "grids")
+
+
+def recipes(data_set: str) -> tuple[str, ...]:
+    """Return the files of `configs()` that say they are for a data set, those of Vim first."""
+    line = f"data_set: {data_set}\n"
+    known = (n for n in configs() if line in (CONFIGS.parent / n).read_text(encoding="utf-8"))
+    return tuple(sorted(known, key=lambda name: ("/vim_" not in name, name)))
+
+
 def grids() -> dict[str, Path]:
-    """Return the files of the grids of experiments that lie beside the package, by name."""
-    folder = Path(__file__).resolve().parents[1] / "configs" / "grids"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    """Return the files of the grids of experiments that come with the package, by name."""
+    return {path.stem: path for path in sorted((CONFIGS / "grids").glob("*.yaml"))}
 
 
 PICTURES: dict[str, str] = {  # what `fambav show` draws
@@ -288,3 +313,31 @@ class Registry(Generic[T]):
 REDUCERS: Registry[Callable[..., Any]] = Registry("reduction")
 BUILDERS: Registry[Callable[..., Any]] = Registry("data_set")
 TASKS: Registry[Any] = Registry("task")
+
+
+def register_data_set(name: str, task: str = "classification") -> Callable[[T], T]:
+    """Decorate what opens a data set of one's own, so that `--data-set` takes its name.
+
+    Args:
+        name: The name.
+        task: What is learnt of it, a module of `fambav.tasks`.
+
+    Returns:
+        A decorator of a function that gets a `fambav.data.datasets.Request` and returns a
+        `fambav.data.DataSet`.
+
+    Raises:
+        ValueError: If the task is unknown, or, by the decorator, the name is taken.
+    """
+    tasks = set(DATA_SETS.values())
+    if task not in tasks:
+        raise ValueError(
+            f"task is {short_repr(task)}, expected a known name; {nearest(task, tasks)}"
+        )
+
+    def add(builder: T) -> T:
+        known = BUILDERS.register(name)(cast("Any", builder))
+        DATA_SETS[name] = task
+        return cast("T", known)
+
+    return add

@@ -1,11 +1,13 @@
 """The commands: thin, and honest about whose mistake it was."""
 
+import argparse
 import errno
 import json
 import os
 import subprocess
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,10 @@ import pytest
 import fambav
 from fambav import registry
 from fambav.cli import COMMANDS, console, main
-from fambav.config import ConfigError
+from fambav.commands import CONCERNS, bench
+from fambav.config import OPTIONS, ConfigError, read_flags
+from fambav.config.schema import GROUPS
+from tests.made import refused
 
 ROOT = Path(fambav.__file__).parents[1]
 RUN = ["--model", "vim_micro"]
@@ -83,10 +88,95 @@ def test_help_is_not_an_error(capsys):
         assert "usage: fambav " in capsys.readouterr().out
 
 
+def test_help_is_by_concern_with_an_example_that_works(capsys):
+    assert console(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for concern, _, example in CONCERNS:
+        assert f"\n{concern}\n" in shown
+        assert f"\n  such as: {example}\n" in f"{shown}\n"
+        assert example.split()[:2] == ["fambav", next(n for n in COMMANDS if n in example)]
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for group in GROUPS.values():
+        assert f"{group.__doc__}\n  such as: {group.example}\n" in shown
+        assert set(read_flags(group.example.split())) <= set(OPTIONS)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert [main(["--version"]), console(["--version"])] == [0, 0]
+    assert capsys.readouterr().out == 2 * f"fambav {fambav.__version__}\n"
+    assert metadata.version("fambav") == fambav.__version__
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("fambav tr", "train"),
+        ("fambav list gr", "grids"),
+        ("fambav train --fusion-str", "--fusion-strategy"),
+        ("fambav train --fusion-strategy up", "upper"),
+        ("fambav plan --model vim_mi", "vim_micro"),
+        ("fambav train --config configs/digits/vim_micro_", "configs/digits/vim_micro_upper.yaml"),
+    ],
+)
+def test_bash_completes_commands_flags_and_names(capsys, line, completed):
+    assert console(["completion"]) == 0
+    script = f"""{capsys.readouterr().out}
+        COMP_WORDS=({line}) COMP_CWORD={line.count(" ")}
+        _fambav
+        echo "${{COMPREPLY[*]}}" """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == (completed, "")
+
+
+@pytest.mark.parametrize("module", ["fambav", "fambav.cli"])
+def test_both_modules_are_the_console_script(module):
+    words = [sys.executable, "-m", module, "list", "strategies"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "none")
+
+
+def test_fambav_train_is_main_py(job):
+    seen = []
+    job(lambda run: seen.append(run) or 7)
+    assert console(["train", *RUN, "-b", "32", "--epochs", "3"]) == 7
+    assert main([*RUN, "--batch-size", "32", "--epochs", "3"]) == 7
+    assert seen[0] == seen[1]
+
+
+def test_a_dry_run_prints_settings_and_plan_and_writes_nothing(job, capsys, tmp_path, monkeypatch):
+    job(failing(KeyError("it must not start")))
+    monkeypatch.chdir(tmp_path)
+    words = "--data-set CIFAR --data-path no/such --fusion-strategy upper --fusion-layer 3"
+    assert main([*RUN, *words.split(), "-b", "8", "--fusion-token", "9", "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert {"batch_size: 8", "fusion_layer: 3", "data_path: no/such"} <= set(shown.splitlines())
+    assert "total removed: 36 of 65 tokens" in shown
+    assert "M weights with 100 outputs\nimages per update: 8 = 8 x 1 " in shown
+    assert not list(tmp_path.iterdir())
+    assert main(["--dry-run", "--eval", "--resume", "x"]) == 2
+
+
+def test_tasks_of_slurm_that_no_launcher_started_are_noticed(job, capsys, monkeypatch):
+    job(lambda _: 0)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert main(RUN) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("warning: SLURM_NTASKS is 4 and RANK is not set")
+    assert err.count("\n") == 1
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert main(RUN) == 0
+    for name, value in dict(RANK="0", WORLD_SIZE="1", SLURM_PROCID="0").items():
+        monkeypatch.setenv(name, value)
+    assert main(RUN) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "command is missing, expected one of plan, bench"),
+        ([], "command is missing, expected one of train, evaluate"),
         (["plna"], "command is 'plna', expected a known name; did you mean 'plan'?"),
         (["plan", *RUN, "--lr", "x"], "--lr is 'x', expected a number"),
         (["plan", *RUN, "--fusion-strategy", "upper"], "fusion_layer is 11, expected 1 to 6"),
@@ -247,12 +337,14 @@ def test_list_prints_the_names(capsys, kind, names):
 
 def test_doctor_tells_of_every_backend_whether_it_can_run_here(capsys):
     from fambav.ops import backends
+    from fambav.timm_compat import TORCHVISION
 
     assert console(["doctor"]) == 0
     shown = capsys.readouterr().out
     for name in ("python", "torch", "torchvision", "timm", "pillow", "triton"):
         assert f"\n{name} " in f"\n{shown}"
     lines = [line.split(maxsplit=2) for line in shown.splitlines()]
+    assert ("`import timm` fails by itself" in shown) == (TORCHVISION == "shimmed")
     for op, backend, reason in backends():
         assert [op, backend, f"no: {reason}" if reason else "runs here"] in lines
 
@@ -266,6 +358,35 @@ def test_bench_prints_its_report_and_writes_it(capsys, tmp_path):
     assert {"cpu", "reference"} <= {row["backend"] for row in report["rows"]}
     assert {row["length"] for row in report["rows"]} == {6, 4}
     assert "over reference" in capsys.readouterr().out
+
+
+def test_every_flag_of_a_benchmark_has_its_help():
+    (kinds,) = (a for a in bench.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for kind in kinds.choices.values():
+        assert all(action.help for action in kind._actions), kind.prog
+
+
+@pytest.mark.parametrize("flag", ["--output-dir", "--output_dir"])
+def test_flags_of_commands_are_spelled_with_hyphens_or_underscores(flag, tmp_path):
+    file = tmp_path / "a"
+    file.write_text("")
+    for command in (["export", "x", "--format", "hf"], ["pareto", "x"], ["predict", "x", "y"]):
+        assert "unrecognized" not in refused(*command, f"{flag}={file}/b", program=console)
+    assert f"output_dir is '{file}/b'" in refused(
+        "table", "digits-table1", flag, f"{file}/b", program=console
+    )
+
+
+def test_a_data_set_alone_is_noticed_with_recipes(job, capsys):
+    job(lambda _: 0)
+    assert main(["--data-set", "DIGITS"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "note: --data-set DIGITS without --model or --config trains vim_tiny for"
+    )
+    assert "300 epochs; recipes for it: --config configs/digits/vim_micro.yaml, " in line
+    assert main(["--data-set", "DIGITS", *RUN]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_predict_prints_the_guesses_of_each_image(capsys, monkeypatch):

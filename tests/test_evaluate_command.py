@@ -1,6 +1,7 @@
 """`fambav evaluate`: the scores of main.py, and what they say of classes and of single images."""
 
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -175,3 +176,30 @@ def test_help_names_every_output(capsys):
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--per-class", "--confusion", "--predictions"))
     assert evaluate.run.__doc__.splitlines()[0] in call("--help", program=cli.console).out
+
+
+def test_several_methods_and_runs_make_a_table(done, tmp_path):
+    folder, lines = done
+    (tmp_path / "other").mkdir()
+    run(tmp_path / "other" / "best_checkpoint.pth")
+    methods = ["--reduction", "none", "ordered", "--reduction-schedule", "r:2@3-4"]
+    runs = (folder / "run", tmp_path / "other")
+    table = json.loads("\n".join(evaluated(*runs, *methods, "--format", "json")))
+    assert [(row["run"], row["reduction"]) for row in table["rows"]] == [
+        (str(run), method) for run in runs for method in ("none", "ordered")
+    ]
+    first, second, *others = table["rows"]
+    assert (
+        f"* Acc@1 {first['acc1']:.3f} Acc@5 {first['acc5']:.3f} loss {first['loss']:.3f}" in lines
+    )
+    assert first["token_layers_left_percent"] == 100 > second["token_layers_left_percent"]
+    assert [{**row, "run": str(folder / "run")} for row in others] == [first, second]
+
+
+def test_a_table_of_one_run_is_for_programs_too(done):
+    folder, lines = done
+    head, row = csv.reader(evaluated(folder / "run", "--format", "csv"))
+    assert head == ["run", "reduction", "token_layers_left_percent", *head[3:]]
+    assert f"* Acc@1 {float(row[head.index('acc1')]):.3f} " in lines[0]
+    words = [folder / "run", "--reduction", "none", "ordered", "--per_class"]
+    refused("evaluate", *words, names=["need one run, and no table"], program=cli.console)

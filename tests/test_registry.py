@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from fambav.registry import DATA_SETS, MODELS, Registry, nearest
+from fambav.config import parse
+from fambav.registry import BUILDERS, DATA_SETS, MODELS, Registry, nearest, register_data_set
+from fambav.training.network import layout
 
 
 def test_names_are_checked_without_torch():
@@ -41,3 +44,40 @@ def test_a_name_is_taken_once():
         table.register("one")(str)
     with pytest.raises(ValueError, match="did you mean 'one'"):
         table["onne"]
+
+
+def test_a_data_set_of_ones_own_is_a_name_that_flags_take(monkeypatch):
+    from fambav.data import load
+
+    monkeypatch.setattr(BUILDERS, "_builders", dict(BUILDERS._builders))
+    known = dict(DATA_SETS)
+
+    @register_data_set("MINE")
+    def mine(request):
+        return load("DIGITS")
+
+    try:
+        assert parse(["--data-set", "MINE", "--model", "vim_micro"]).data.data_set == "MINE"
+        assert load("MINE", "no/such").num_classes == 10
+        with pytest.raises(ValueError, match="data_set is 'DIGITS', expected a name that is not"):
+            register_data_set("DIGITS")(mine)
+        with pytest.raises(ValueError, match="did you mean 'segmentation'"):
+            register_data_set("YOURS", "segmentaton")
+    finally:
+        DATA_SETS.clear()
+        DATA_SETS.update(known)
+    with pytest.raises(ValueError, match="MINE"):
+        parse(["--data-set", "MINE"])
+
+
+def test_a_model_that_was_registered_with_timm_may_not_say_its_size():
+    from fambav.timm_compat import timm
+
+    @timm.models.register_model
+    def nameless(pretrained=False, **given):
+        return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+    plain = ["--model", "timm/nameless"]
+    with pytest.raises(ValueError, match=r"input_size is none, expected .* timm/nameless does not"):
+        layout(parse(plain))
+    assert layout(parse([*plain, "--input-size", "48"])).input_size == (48, 48)

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,11 @@ def test_a_run_says_its_plan_and_what_tools_look_for(finished):
     assert finished.out.index("total removed") < finished.out.index("Epoch: [0]")
     assert finished.out.count("* Acc@1 ") == EPOCHS
     assert finished.out.count("Max accuracy: ") == EPOCHS
-    assert "Epoch: [2] [2/2] loss " in finished.out
+    assert re.search(r"^Epoch: \[0\] \[1/2\] loss .* 0:\d\d:\d\d left$", finished.out, re.MULTILINE)
+    assert re.search(r"^Epoch: \[2\] \[2/2\] loss .* 0:00:0\d left$", finished.out, re.MULTILINE)
+    assert (
+        "CIFAR: 100 classes, 40 training and 37 held-out samples, 16 in an update" in finished.out
+    )
     assert finished.out.splitlines()[-1].startswith("Training time 0:")
     assert finished.err == ""
 
@@ -361,12 +366,26 @@ def test_finetuning_takes_another_head_and_another_size(published, flags, tmp_pa
         *("--warmup-lr", "0", "--lr", "1e-12", "--min-lr", "0", "--output_dir", tmp_path / "run"),
     )
     assert found.status == 0, found.err
+    lines = found.out.splitlines()
+    assert f"starting from {published}: it does not say its settings" in lines
+    assert "  head.weight: [100, 64] in the file, [10, 64] here, drawn anew" in lines
+    assert "  pos_embed: [1, 17, 64] in the file, [1, 26, 64] here, resized" in lines
     before = torch.load(published, weights_only=False)["model"]
     after = checkpoint.load(tmp_path / "run" / "checkpoint.pth")["model"]
     assert after["head.weight"].shape == (10, 64)
     name = "layers.0.mixer.in_proj.weight"
     torch.testing.assert_close(after[name], before[f"module.{name}"], rtol=0, atol=1e-6)
     assert after["pos_embed"].shape == (1, 26, 64)
+
+
+def test_finetuning_names_the_settings_that_the_file_had_otherwise(finished, flags, tmp_path):
+    other = ["--data-set", "CIFAR10", "--data-path", made_cifar10(tmp_path / "data")]
+    words = ("--finetune", finished.folder, "--fusion-token", "2", "--epochs", "1")
+    found = go(*flags, *other, *words, "--warmup-epochs", "0", "--output_dir", tmp_path / "run")
+    assert found.status == 0, found.err
+    path = finished.folder / "best_checkpoint.pth"
+    changes = "num_classes 100 -> 10, fusion_token 3 -> 2, data_set CIFAR -> CIFAR10"
+    assert f"starting from {path}: {changes}" in found.out.splitlines()
 
 
 def test_another_number_of_classes_is_refused_with_both_numbers(published, flags):

@@ -28,7 +28,8 @@ def test_files_and_functions_are_short(path):
 def test_the_package_holds_code_and_nothing_that_a_tool_left_behind():
     found = {path for path in Path(fambav.__file__).parent.rglob("*") if path.is_file()}
     made = {path for path in found if "__pycache__" not in path.parts}
-    assert made - set(FILES) == {Path(fambav.__file__).with_name("viz") / "page.html"}
+    folder = Path(fambav.__file__).parent
+    assert made - set(FILES) == {folder / "viz" / "page.html", folder / "py.typed"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -21,7 +21,12 @@ NUMBER: dict[str, Any] = dict(type=natural, metavar="N")
 SWITCH: dict[str, Any] = dict(action="store_true")
 # What may be given to `add_flags`; a flag that is not given is left to the function's own default.
 FLAGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("batch", "rounds", "warmup", "dim", "state", "batches"), NUMBER),
+    "batch": dict(NUMBER, help="images or sequences at once"),
+    "batches": dict(NUMBER, help="batches that are read and timed in a round"),
+    "rounds": dict(NUMBER, help="timed repetitions, of which the median counts"),
+    "warmup": dict(NUMBER, help="repetitions before, which are not timed"),
+    "dim": dict(NUMBER, help="channels of the scan"),
+    "state": dict(NUMBER, help="states of each channel"),
     "input-size": dict(NUMBER, nargs="+", help="of images in pixels; or height and width"),
     "device": dict(metavar="NAME", default=None, help="cpu or cuda; a GPU if there is one"),
     "dtype": dict(choices=DTYPES, help="as in training by default"),
@@ -29,8 +34,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "lengths": dict(NUMBER, nargs="+", help="tokens; several are measured in turn"),
     "backend": dict(choices=SCAN_BACKENDS, help="the fastest by default"),
     "names": dict(nargs="+", choices=SCAN_BACKENDS, help="what to compare"),
-    "vim": dict(choices=VIMS, metavar="NAME"),
-    "model": dict(choices=CLASSIFIERS, metavar="NAME"),
+    "vim": dict(choices=VIMS, metavar="NAME", help="a Vim of `fambav list models`"),
+    "model": dict(choices=CLASSIFIERS, metavar="NAME", help="one of `fambav list models`"),
     "plan": dict(metavar="PLAN", help=PLAN),
     "plans": dict(nargs="+", metavar="PLAN", help=PLAN),
     "method": dict(choices=METHODS, help="how tokens are fused"),
@@ -49,8 +54,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     ),
     "profile": dict(SWITCH, help="report the share of every layer and of every kind of operation"),
     "cuda-graphs": dict(SWITCH, help="measure each also as a replay of a CUDA graph"),
-    "data-set": dict(choices=IMAGE_SETS, metavar="NAME"),
-    "data-path": dict(metavar="FOLDER"),
+    "data-set": dict(choices=IMAGE_SETS, metavar="NAME", help="one of `fambav list data-sets`"),
+    "data-path": dict(metavar="FOLDER", help="where the data set is looked for"),
     "workers": dict(
         type=processes,
         metavar="N",

@@ -26,6 +26,8 @@ def run(words: list[str]) -> None:
         print(f"cuda:{index}      {torch.cuda.get_device_name(index)}, {memory:.0f} GiB")
     if not torch.cuda.device_count():
         print(f"cuda        none (torch was built {_built(torch.version.cuda)})")
+    if timm_compat.TORCHVISION == "shimmed":
+        print("note: here `import timm` fails by itself; put `import fambav.models` before it")
     for op, backend, reason in ops.backends():
         print(f"{op:<16} {backend:<10} {'runs here' if reason is None else f'no: {reason}'}")
 

@@ -56,7 +56,7 @@ def _parser() -> Parser:
     parser.add_argument("path", metavar="RUN|CHECKPOINT", help=RUN)
     parser.add_argument("--format", required=True, metavar="|".join(_FORMATS))
     parser.add_argument(
-        *("--output_dir", "--output-dir"),
+        "--output-dir",
         metavar="DIR",
         help="empty or new; export-FORMAT beside the weights by default",
     )
@@ -78,7 +78,5 @@ def _parser() -> Parser:
         action="store_true",
         help="compare on batches of 1 and 3 images too (torch, onnx)",
     )
-    parser.add_argument(
-        *("--data_path", "--data-path"), metavar="DIR", help="of the data set, if it has moved"
-    )
+    parser.add_argument("--data-path", metavar="DIR", help="of the data set, if it has moved")
     return parser

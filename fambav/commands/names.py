@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from fambav import registry
 from fambav.commands.parser import Parser
@@ -22,10 +22,9 @@ NAMES: dict[str, Sequence[str]] = {
 def run(words: list[str]) -> None:
     """Print the names that a flag may take."""
     parser = Parser("fambav list", description=run.__doc__)
-    parser.add_argument("kind", choices=(*NAMES, "grids", "options"))
+    parser.add_argument("kind", choices=KINDS)
     kind = parser.parse_args(words).kind
-    read = {"options": _options, "grids": registry.grids}
-    print(*(read[kind]() if kind in read else NAMES[kind]), sep="\n")
+    print(*(_READ[kind]() if kind in _READ else NAMES[kind]), sep="\n")
 
 
 def _options() -> list[str]:
@@ -38,3 +37,11 @@ def _options() -> list[str]:
         for method, options in known.items()
     }
     return [f"{method:<14} {text or '-'}" for method, text in lines.items()]
+
+
+_READ: dict[str, Callable[[], Collection[str]]] = {
+    "options": _options,
+    "grids": registry.grids,
+    "configs": registry.configs,
+}
+KINDS = (*NAMES, *_READ)

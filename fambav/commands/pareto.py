@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "folder", type=Path, metavar="FOLDER", help="the folder of a grid, see fambav table --grid"
     )
     parser.add_argument(
-        *("--output-dir", "--output_dir"),
+        "--output-dir",
         type=Path,
         metavar="DIR",
         help="where pareto.png and pareto.svg go; FOLDER by default",

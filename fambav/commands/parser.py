@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from fambav.config import ConfigError
@@ -12,7 +13,19 @@ from fambav.config.setting import COUNT, NATURAL, PROCESSES, Bounds, Option, fro
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line; hyphens and underscores are the same in it."""
+
+    def parse_known_args(  # type: ignore[override]  # argparse takes any sequence
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Spell flags as they were added, and parse them."""
+        known = {name.replace("_", "-"): name for name in self._option_string_actions}
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            name, equals, value = word.partition("=")
+            own = known.get(name.replace("_", "-"), name) if name.startswith("--") else name
+            words.append(own + equals + value)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as one line.

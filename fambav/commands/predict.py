@@ -27,7 +27,7 @@ def run(words: list[str]) -> None:
     )
     parser.add_argument("--topk", type=count, metavar="N", help="classes to print, 5 by default")
     parser.add_argument(
-        *("--output-dir", "--output_dir"),
+        "--output-dir",
         type=Path,
         metavar="DIR",
         help="where masks and overlays go, which they need",

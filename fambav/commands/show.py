@@ -55,10 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image", type=Path, nargs="+", default=[], metavar="FILE", help="images to look at"
     )
-    parser.add_argument(
-        *("--data-set", "--data_set"), metavar="NAME", help="or held-out images of this data set"
-    )
-    parser.add_argument(*("--data-path", "--data_path"), type=Path, metavar="DIR")
+    parser.add_argument("--data-set", metavar="NAME", help="or held-out images of this data set")
+    parser.add_argument("--data-path", type=Path, metavar="DIR")
     parser.add_argument(
         *("--index",),
         type=natural,
@@ -68,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         help="which of them, from 0",
     )
     parser.add_argument(
-        *("--output-dir", "--output_dir"),
+        "--output-dir",
         type=Path,
         metavar="DIR",
         help="where files go; pictures/ in the first run's folder by default",

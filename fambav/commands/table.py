@@ -52,15 +52,12 @@ def _grid_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--grid", type=Path, metavar="FILE.yaml", help="the same as GRID")
     group.add_argument("--seeds", type=seeds, metavar="N", help="seeds 0 to N - 1 (the grid's own)")
     group.add_argument(
-        "--output_dir",
         "--output-dir",
         type=Path,
         metavar="DIR",
         help="gets the runs and the table (output/NAME)",
     )
-    group.add_argument(
-        "--data_path", "--data-path", metavar="DIR", help="folder of the data set (the settings')"
-    )
+    group.add_argument("--data-path", metavar="DIR", help="folder of the data set (the settings')")
     group.add_argument(
         "--jobs", type=jobs, metavar="N", help="processes that train at once (one per GPU, else 1)"
     )
@@ -72,7 +69,7 @@ def _grid(given: argparse.Namespace) -> Path | None:
     if given.grid is not None:
         if given.what:
             raise ConfigError("--grid stands without runs, expected --grid FILE.yaml alone")
-        return Path(given.grid)
+        return registry.shipped(given.grid)
     if len(given.what) != 1 or (Path(given.what[0]) / _LOG).is_file():
         return None
     name, known = given.what[0], registry.grids()
@@ -80,12 +77,12 @@ def _grid(given: argparse.Namespace) -> Path | None:
         hint = f"fambav table GRID --output_dir {name}"
         raise ConfigError(f"{name!r} is the folder of a grid, expected runs, or the grid; {hint}")
     if Path(name).suffix in _ENDINGS:
-        return Path(name)
+        return registry.shipped(name)
     if name in known:
         return known[name]
     if Path(name).is_dir() or Path(name).name != name:
         return None
-    hint = registry.nearest(name, known) if known else "there is no folder configs/grids"
+    hint = registry.nearest(name, known)
     raise ConfigError(f"{name!r} is no run folder, expected one, or a grid; {hint}")
 
 

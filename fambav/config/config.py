@@ -17,10 +17,10 @@ import yaml
 
 from fambav.config import conflicts, legacy_flags, model_settings, parsing, samples, schema
 from fambav.config.schema import GROUPS, OPTIONS
-from fambav.config.setting import COMMAND, FILE, RECORD, ConfigError, Setting, format_value
+from fambav.config.setting import COMMAND, FILE, RECORD, Setting, format_value
+from fambav.registry import CONFIGS
 
 DEFAULT_FILE = "configs/digits/vim_micro_upper.yaml"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +121,8 @@ def parse(
         return _beside(known, given)
     if config is not None or "model" in given or "data_set" in given:
         return _resolved(given)
-    path = ROOT / DEFAULT_FILE
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing, expected --model, --config or --data-set")
     notice = f"no --model, --config or --data-set: reading {DEFAULT_FILE}"
-    return _resolved({**parsing.from_file(path), **given}, notice)
+    return _resolved({**parsing.from_file(CONFIGS.parent / DEFAULT_FILE), **given}, notice)
 
 
 def _beside(known: Mapping[str, Any], given: dict[str, Setting]) -> Config:

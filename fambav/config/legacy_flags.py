@@ -22,6 +22,7 @@ _NOISE = "noise on the learning rate is not offered"
 _INF = "a loss that is NaN or infinite stops the run; --if_continue_inf skips its update"
 _UNSUPPORTED = (
     _flag("cosub", "use --drop-path"),
+    _flag("pretrained", "nothing is fetched; --finetune starts from a file of weights"),
     _flag("attn-only", "--finetune trains every weight"),
     _flag("visualize", "`fambav plan` prints the tokens of each layer"),
     _flag("bi-merge", "use --fusion-strategy"),

@@ -28,6 +28,7 @@ class Model(Group):
     """Model."""
 
     affects: ClassVar[Affects] = "model"
+    example: ClassVar[str] = "--model vim_tiny --input-size 192 --class-token head"
 
     model: str = option(
         "vim_tiny", "model of `fambav list models`, or timm/NAME", check=checks.model_name
@@ -158,6 +159,7 @@ class Reduction(Group):
     """Token reduction by any method."""
 
     affects: ClassVar[Affects] = "model"
+    example: ClassVar[str] = "--reduction r-meeto --reduction-schedule r:5@3-23/2"
 
     reduction: str = option(
         "none",
@@ -209,6 +211,7 @@ class Fusion(Group):
     """Token fusion with Famba-V's flags."""
 
     affects: ClassVar[Affects] = "model"
+    example: ClassVar[str] = "--fusion-strategy upper --fusion-layer 6 --fusion-token 9"
 
     fusion_strategy: str = option(
         "none",

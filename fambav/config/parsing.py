@@ -31,6 +31,7 @@ from fambav.config.setting import (
     options_of,
     refuse,
 )
+from fambav.registry import shipped
 
 CONFIG = Option(
     "YAML file of settings; flags win over it",
@@ -58,6 +59,7 @@ def _spellings() -> dict[str, tuple[Option, bool]]:
 
 
 SPELLINGS = _spellings()
+SHORT = {option.short: option.name for option in OPTIONS.values() if option.short}
 
 
 def from_words(words: list[str]) -> dict[str, Setting]:
@@ -75,11 +77,11 @@ def from_words(words: list[str]) -> dict[str, Setting]:
     rest, given = deque(words), {}
     while rest:
         label, equals, value = rest.popleft().partition("=")
-        if not label.startswith("--"):
+        if not _is_flag(label):
             raise ConfigError(
                 f"{format_value(label + equals + value)} is not a flag, expected --name"
             )
-        name = label[2:].replace("-", "_")
+        name = SHORT.get(label, label[2:].replace("-", "_"))
         if name not in SPELLINGS:
             raise ConfigError(f"{label} is not a flag; {_near(name, '--')}")
         option, off = SPELLINGS[name]
@@ -91,12 +93,16 @@ def from_words(words: list[str]) -> dict[str, Setting]:
             continue
         values = [value] if equals else []
         wanted = 0 if equals else len(rest) if option.kind is tuple else 1 + option.pair
-        while rest and len(values) < wanted and not rest[0].startswith("--"):
+        while rest and len(values) < wanted and not _is_flag(rest[0]):
             values.append(rest.popleft())
         if not values:
             raise ConfigError(f"{label} has no value, expected one after it")
         given[option.name] = Setting(from_text(option, values, label), COMMAND, label)
     return given
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") or word.partition("=")[0] in SHORT
 
 
 def read_flags(words: list[str]) -> dict[str, Any]:
@@ -145,9 +151,12 @@ def from_mapping(mapping: Mapping[Any, Any], level: int, where: str = "") -> dic
 def from_file(path: Path) -> dict[str, Setting]:
     """Read a YAML file and the one file that its `base` may name, relative to it.
 
+    A file of configs/ that is not there is the one of that name that comes with the package.
+
     Raises:
         ConfigError: If a file cannot be read, or one of its settings cannot be used.
     """
+    path = shipped(path)
     mapping = read_yaml(path)
     base = mapping.pop("base", None)
     given = from_mapping(mapping, FILE, f"{path}: ")
@@ -252,7 +261,7 @@ def help_text(program: str, text: str) -> str:
     lines += ["Hyphens and underscores are the same.  Every switch has a --no- form.", ""]
     lines += _entry(CONFIG, CONFIG.text)
     for group in GROUPS.values():
-        lines += ["", str(group.__doc__)]
+        lines += ["", f"{group.__doc__}", f"  such as: {group.example}"]
         for option in options_of(group).values():
             lines += _entry(option, f"{option.text} ({format_value(option.default)})")
     flags = " ".join(f"--{option.flag}" for option in UNSUPPORTED.values())
@@ -261,7 +270,8 @@ def help_text(program: str, text: str) -> str:
 
 
 def _entry(option: Option, text: str) -> list[str]:
-    head = f"  --{option.flag}" + (f", --{option.off}" if option.off else "")
+    names = (option.short, f"--{option.flag}", f"--{option.off}" if option.off else "")
+    head = "  " + ", ".join(filter(None, names))
     if option.choices:
         head += f" {{{','.join(option.names)}}}"
     elif option.kind is not bool:

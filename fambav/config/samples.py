@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fambav import registry
 from fambav.config import checks, when
@@ -25,6 +26,8 @@ INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family",
 @dataclass(frozen=True, kw_only=True)
 class Data(Group):
     """Data set and loader."""
+
+    example: ClassVar[str] = "--data-set CIFAR --data-path /data --download --num_workers 8"
 
     data_set: str = option(
         "DIGITS",
@@ -104,6 +107,8 @@ class Data(Group):
 @dataclass(frozen=True, kw_only=True)
 class Augment(Group):
     """Augmentation of training images and targets."""
+
+    example: ClassVar[str] = "--aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0"
 
     color_jitter: float | None = option(
         0.3,

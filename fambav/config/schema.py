@@ -14,6 +14,7 @@ itself), fusion_layer and fusion_token (the original values, but only once a str
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fambav.config import checks, when
 from fambav.config.model_settings import Fusion, Model, Reduction
@@ -42,7 +43,11 @@ OPTIMIZERS = ("adamw", "adam", "nadamw", "lamb", "lion", "sgd")
 class Optim(Group):
     """Loss, optimizer, learning rate and precision."""
 
-    batch_size: int = option(64, "images of one process in one forward pass", bounds=COUNT)
+    example: ClassVar[str] = "-b 128 --epochs 100 --lr 1e-3 --unscale-lr --weight-decay 0.1"
+
+    batch_size: int = option(
+        64, "images of one process in one forward pass", bounds=COUNT, short="-b"
+    )
     grad_accum_steps: int = option(
         1, "gradient accumulation: forward passes in one update", bounds=COUNT
     )
@@ -118,6 +123,8 @@ class Optim(Group):
 class Distillation(Group):
     """Distillation from a teacher."""
 
+    example: ClassVar[str] = "--distillation-type kl --finetune RUN"
+
     distillation_type: str = option(
         "none",
         "soft and hard share the loss as DeiT does, kl adds to it as R-MeeTo does, and mesa the "
@@ -159,6 +166,8 @@ class Distillation(Group):
 @dataclass(frozen=True, kw_only=True)
 class Run(Group):
     """Device, files, checkpoints and logs."""
+
+    example: ClassVar[str] = "--output_dir output/run --resume auto --seed 1"
 
     output_dir: str | None = option(
         None,

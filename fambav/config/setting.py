@@ -99,6 +99,7 @@ class Option(NamedTuple):
     flag: str = ""  # the original one without its hyphens, if it is not the name with hyphens
     off: str = ""  # the original flag that switches a boolean off
     also: tuple[str, ...] = ()  # further flags that mean the same
+    short: str = ""  # one with a single hyphen
     name: str = ""  # this and the rest are filled in from the field
     kind: type = str
     pair: bool = False  # whether two numbers may be given too, height and width
@@ -125,9 +126,10 @@ def switch(text: str, *when: When, on: bool = False, **rest: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Settings of one concern; `affects` is the default of its settings."""
+    """Settings of one concern; `affects` is the default of its settings, `example` shows some."""
 
     affects: ClassVar[Affects] = "result"
+    example: ClassVar[str]
 
 
 def options_of(group: type[Group]) -> dict[str, Option]:

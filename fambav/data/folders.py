@@ -58,6 +58,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     try:
         if not path.is_file():  # opening a FIFO would wait for whoever writes into it
             state = "no file" if path.exists() else "missing"
+            state = "a folder" if path.is_dir() else state
             raise DataError(f"{path} is {state}, expected an image")
         with path.open("rb") as file:
             yield Image.open(file, formats=_FORMATS)

@@ -35,8 +35,8 @@ class Console:
             self._bar = tqdm(total=total, desc=label, file=sys.stdout, leave=False)
         self._bar.n = done
         self._bar.set_postfix_str(text)
-        if done >= total:
-            self._close()
+        if done >= total:  # the bar goes, the last line stays
+            self.write(f"{label} [{done}/{total}] {text}")
 
     def _close(self) -> None:
         if self._bar is not None:

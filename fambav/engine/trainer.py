@@ -202,9 +202,17 @@ class Trainer:
         done, now = losses.done, time.perf_counter()
         speed = (done - epoch.reported) * self.images / (now - epoch.reported_at)
         text = f"loss {fetched[-1]:.4f}  lr {self.step.lr(done - 1):.3g}  {speed:.0f} images/s"
+        text += f"  {timedelta(seconds=round(self._seconds_left(epoch, speed)))} left"
         self.console.step(f"Epoch: [{epoch.number}]", len(losses), self.updates, text)
         self._record_losses(losses, fetched)
         epoch.reported, epoch.reported_at = done, now
+
+    def _seconds_left(self, epoch: _Epoch, speed: float) -> float:
+        """Time to the end of the run at `speed` images per second, evaluations as the last one."""
+        updates = self.epochs * self.updates - epoch.losses.done
+        history = self.progress.history
+        evaluation = history[-1]["eval_seconds"] if history else 0.0
+        return updates * self.images / speed + (self.epochs - epoch.number) * float(evaluation)
 
     def _record_losses(self, losses: Losses, fetched: list[float]) -> None:
         if self.recorder is not None and fetched:

@@ -29,14 +29,14 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from fambav.arguments import LARGEST, MOST_LAYERS, instance, is_whole, known_name, refusal, whole
 from fambav.layers import BackboneInfo
 from fambav.reduction.lengths import Counts, Schedule
-from fambav.reduction.reducer import Grid, Indices, Reducer
+from fambav.reduction.limits import check_counts
+from fambav.reduction.reducer import Reducer
 from fambav.registry import SCHEDULES, STRATEGIES, STRATEGY_ALIASES, nearest
-from fambav.short_repr import short_repr
 
 _LAYER = r"\d+(?:\.\d+)?"
 _RANGE = re.compile(rf"({_LAYER})(?:-({_LAYER})(?:/([1-9]\d*))?)?")
@@ -141,46 +141,6 @@ def make_schedule(
     check_counts(counts, info, reducer, class_policy, given=given or (NAME, text))
     return Schedule.of(
         info.tokens, counts, after=(reducer.hook if hook is None else hook) == "after"
-    )
-
-
-def check_counts(
-    counts: Counts,
-    info: BackboneInfo,
-    reducer: Reducer,
-    class_policy: str | None = None,
-    *,
-    given: tuple[str, object],
-    stage: str = "",
-) -> None:
-    """Refuse tokens to remove that a method cannot, whatever the images.
-
-    Args:
-        counts: At each layer.
-        info: The model.
-        reducer: The method.
-        class_policy: As of `make_schedule`.
-        given: Name and value of the setting that a refusal is about.
-        stage: What comes before a layer's number in a refusal, such as "2.".
-
-    Raises:
-        ValueError: As `make_schedule`.
-    """
-    own = reducer.class_policy if info.cls_index else "exact"
-    policy = own if class_policy is None else class_policy
-    refused = _misfit(counts, info, reducer, policy, stage)
-    if refused is None:
-        return
-    number, length, limit = refused
-    layer, (name, value) = f"{stage}{number}", given
-    most = f"{limit} at layer {layer}"
-    if name == "fusion_token":
-        most = str(_most(counts, info, reducer))
-    kept = "without touching a class token" if info.cls_index else "at once"
-    raise ValueError(
-        f"{name} is {short_repr(value)}, expected at most {most}; "
-        f"layer {layer} has {info.tokens} - {info.tokens - length} = {length} tokens, of which"
-        f" {reducer.name} can remove {limit} {kept}"
     )
 
 
@@ -430,48 +390,3 @@ def _chosen(text: str, known: Layers) -> list[int]:
     if any(b <= a for a, b in pairwise(layers)):
         raise ValueError("ascending layers, none twice")
     return layers
-
-
-def _misfit(
-    counts: Counts,
-    info: BackboneInfo,
-    reducer: Reducer,
-    class_policy: str = "exact",
-    stage: str = "",
-) -> tuple[int, int, int] | None:
-    """Return the first layer, from 1, that cannot remove its tokens, its length and its limit."""
-    length, grid, possible = info.tokens, cast("Grid | None", info.grid), {info.cls_index}
-    for number, count in enumerate(counts, start=1):
-        if count:
-            limit = min(reducer.limit(length, cls_index) for cls_index in possible)
-            if count > limit:
-                return number, length, limit
-            try:
-                grid = reducer.grid_after(grid, count)
-            except ValueError as error:
-                raise ValueError(
-                    f"tokens removed at layer {stage}{number} are {count}, expected {error}"
-                ) from None
-            after = (_cls_index_after(reducer, length, p, count, class_policy) for p in possible)
-            possible, length = set().union(*after), length - count
-    return None
-
-
-def _cls_index_after(
-    reducer: Reducer, length: int, cls_index: Indices, count: int, class_policy: str
-) -> set[Indices]:
-    """Return where class tokens may be after `count` of `length` tokens went."""
-    kept = length - count
-    if class_policy == "exact":
-        return reducer.cls_index_after(length, cls_index, count)
-    if class_policy == "middle":
-        return {((kept - 1) // 2,) * len(cls_index)}
-    return {tuple(index * kept // length for index in cls_index)}
-
-
-def _most(counts: Counts, info: BackboneInfo, reducer: Reducer) -> int:
-    """Return the largest count that fits at all the layers where `counts` removes tokens."""
-    for most in range(min(info.tokens, max(counts) - 1), 0, -1):
-        if _misfit(tuple(most if count else 0 for count in counts), info, reducer) is None:
-            return most
-    return 0

@@ -13,9 +13,10 @@ from torch import nn
 from fambav.arguments import refusal
 from fambav.layers import BackboneInfo
 from fambav.reduction.lengths import Schedule, StagedSchedule
+from fambav.reduction.limits import check_counts
 from fambav.reduction.reducer import Reducer
 from fambav.reduction.reduction import Reduction
-from fambav.reduction.schedule import NAME, PUBLISHED, check_counts, parse_schedule
+from fambav.reduction.schedule import NAME, PUBLISHED, parse_schedule
 
 
 class StagedReduction(nn.Module):

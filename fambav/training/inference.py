@@ -332,7 +332,7 @@ def _described(
     mean, std = state.statistics or (IMAGENET_MEAN, IMAGENET_STD)
     names, classes = state.class_names, int(cast(Any, net).num_classes)
     names = names if names and len(names) == classes else None
-    own = cast(dict[str, Any], net.pretrained_cfg)
+    own: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}  # a user's model may lack it
     own = {
         **own,
         **words,

@@ -180,6 +180,7 @@ class TrainingJob:
         check_tracker(self.config.run.tracker)
         state = self._start()
         source = None if state is None else state.path
+        self.console.write(self._described())
         warning = rate_warning(self.config, self.group)
         if warning is not None:
             self.console.write(warning)
@@ -197,6 +198,15 @@ class TrainingJob:
                     picture = pictured.tokens(self.config, trainer.step.model, self.data)
                     if picture is not None:
                         trainer.recorder.picture("tokens", picture, trainer.progress.epochs)
+
+    def _described(self) -> str:
+        """What is learnt from, in one line."""
+        outputs = "classes" if self.task.output == "num_classes" else "rows of a forecast"
+        return (
+            f"{self.data.name}: {self.data.num_classes} {outputs}, {len(self.data.train)} training"
+            f" and {len(self.data.val)} held-out samples,"
+            f" {images_per_update(self.config, self.group)} in an update"
+        )
 
     def _start(self) -> RunState | None:
         """Read the checkpoint to resume from, if there is one.
@@ -321,7 +331,10 @@ class TrainingJob:
         net = model(self.config, num_classes=self.data.num_classes)
         if fresh and self.config.run.finetune:
             path = weights_file(Path(self.config.run.finetune))
-            RunState.read(path).load_into(net, head="drop")
+            state = RunState.read(path)
+            self.console.write(f"starting from {path}: {state.differences(self.config)}")
+            for line in state.load_into(net, head="drop"):
+                self.console.write(f"  {line}")
         net.to(self.group.device)
         return net
 

@@ -126,8 +126,11 @@ def layout(config: Config) -> Layout:
         if isinstance(own, StagedReduction) and not own.reduces:
             own = None
         return Layout(net.img_size, own, net)
-    height, width = net.pretrained_cfg["input_size"][-2:]  # type: ignore[index]  # timm sets it
-    size = config.model.input_size or (int(height), int(width))
+    known: Any = getattr(net, "pretrained_cfg", None) or {}
+    size = config.model.input_size or tuple(known.get("input_size") or ())[-2:]
+    if not size:
+        hint = f"--model {config.model.model} does not say its own"
+        raise ValueError(f"input_size is none, expected height and width in pixels; {hint}")
     return Layout(pair(size, name="input_size"), getattr(net, "reduction", None), net)
 
 

@@ -223,7 +223,7 @@ class RunState:
 
     def load_into(
         self, net: nn.Module, *, ema: bool = False, head: Literal["strict", "drop"] = "strict"
-    ) -> None:
+    ) -> list[str]:
         """Load the weights into a model.
 
         Args:
@@ -231,12 +231,15 @@ class RunState:
             ema: Take the moving average instead.
             head: "drop" leaves the model's head as it is if the file's has other classes.
 
+        Returns:
+            A line for each weight whose shape is another in the model: how it was fitted.
+
         Raises:
             CheckpointError: If the weights are not those of such a model.
             NotFiniteWeightsError: If one of them is not finite.
         """
         try:
-            weights = self._picked(net, ema=ema, head=head)
+            weights = there = self._picked(net, ema=ema, head=head)
             check_weights(weights, net.state_dict())
             if isinstance(net, TimmModel | HeadedModel):
                 place, grid = self.class_token, self.grid
@@ -249,6 +252,25 @@ class RunState:
             infinite = isinstance(error, NotFiniteError)
             kind = NotFiniteWeightsError if infinite else CheckpointError
             raise kind(f"{self.path}: {reason}") from error
+        return [
+            f"{name}: {list(there[name].shape)} in the file, {list(own.shape)} here, "
+            f"{'drawn anew' if is_classifier(name) else 'resized'}"
+            for name, own in weights.items()
+            if name in there and there[name].shape != own.shape
+        ]
+
+    def differences(self, config: Config) -> str:
+        """Say which settings of model and data the run of this file had otherwise.
+
+        Args:
+            config: The settings now.
+        """
+        if self.config is None:
+            return "it does not say its settings"
+        before, now = self.config.flat(), config.flat()
+        names = affecting("model") | {"data_set"}
+        changed = {n: [before[n], now[n]] for n in before if n in names and before[n] != now[n]}
+        return ", ".join(_shown(changed)) or "its run had the same model and data set"
 
     def extended(
         self, config: Config, *, images: int, teacher: str | None = None, world: int = 1

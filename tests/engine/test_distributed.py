@@ -126,3 +126,12 @@ def test_on_a_terminal_steps_are_a_bar_that_lines_replace(monkeypatch):
     assert "\n" not in out.getvalue()
     console.write("done")
     assert out.getvalue().endswith("done\n")
+
+
+def test_on_a_terminal_the_last_step_leaves_its_line(monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr("sys.stdout", out)
+    console = Console()
+    for done in (43, 44):
+        console.step("Epoch: [0]", done, 44, "loss 1.0  lr 0.001")
+    assert out.getvalue().endswith("Epoch: [0] [44/44] loss 1.0  lr 0.001\n")

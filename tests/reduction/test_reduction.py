@@ -272,7 +272,7 @@ MIDDLE = dict(cls_index=(8,), depth=4)
     ("sizes", "how", "message"),
     [
         ({}, dict(method="evry"), "reduction is 'evry', expected a known name; did you mean"),
-        ({}, dict(schedule="r:99"), "reduction_schedule is 'r:99', expected at most 15 at layer 1"),
+        ({}, dict(schedule="r:99"), "reduction_schedule is 'r:99', expected at most"),
         ({}, dict(schedule="published"), "every has none for vim of width 8 and depth 4"),
         ({}, dict(hook="inside"), "reduction_hook is 'inside', expected a known name"),
         ({}, dict(scan="skipped"), "scan_policy is 'skipped', expected a known name"),

@@ -304,3 +304,34 @@ def test_the_table_shows_every_layer_that_removes_tokens():
         "total removed: 48 of 65 tokens\n"
         "share of token-layers left: 69.2% (270 of 390)"
     )
+
+
+@pytest.mark.parametrize("class_token", ["middle", "head", "double", "none"])
+def test_a_plan_that_no_image_so_small_has_room_for_names_two_that_work(class_token):
+    def counted(**changes):
+        plan = dict(fusion_strategy="upper", fusion_layer=6, fusion_token=9)
+        given = dict(img_size=64, class_token=class_token, **plan)
+        return timm.create_model("vim_tiny", **{**given, **changes}).schedule.removed
+
+    with pytest.raises(ValueError, match="fusion_token is 9, expected at most 0; ") as caught:
+        counted()
+    form = r"19 layers cannot share .* from layer (\d+) on, all fit from images of (\d+) x"
+    said = re.search(form, str(caught.value))
+    layer, side = map(int, said.groups())
+    assert counted(fusion_layer=layer, fusion_token=1) == 25 - layer
+    assert counted(img_size=16 * side) == 171
+    for less in (dict(fusion_layer=layer - 1, fusion_token=1), dict(img_size=16 * (side - 1))):
+        with pytest.raises(ValueError, match="fusion_token is"):
+            counted(**less)
+
+
+def test_a_schedule_of_equal_counts_names_the_largest_that_fits_at_all_its_layers():
+    with pytest.raises(ValueError, match="is 'r:9@6-24', expected at most 3; layer") as caught:
+        reduce_tiny("r:9@6-24")
+    assert "cannot share" not in str(caught.value)
+    assert reduce_tiny("r:3@6-24").schedule.removed == 57
+
+
+def reduce_tiny(text):
+    net = timm.create_model("vim_tiny", img_size=128, num_classes=1)
+    return fambav.reduce(net, "ordered", text)

@@ -91,7 +91,7 @@ def test_it_foresees_exactly_the_places_a_class_token_can_reach(options):
 
 def test_a_schedule_that_fits_whatever_the_images_is_accepted_and_no_larger_one():
     sizes = body(65, depth=4, cls_index=(32,))
-    with pytest.raises(ValueError, match=r"expected at most 31 at layer 1.*stm can remove 31"):
+    with pytest.raises(ValueError, match=r"expected at most 12; layer 1.*stm can remove 31"):
         make_reduction(sizes, "stm", 40)
     reduction = make_reduction(sizes, "stm", "list:31,14,5,1")
     for seed in range(20):

@@ -44,7 +44,7 @@ def test_a_schedule_that_leaves_no_grid_is_refused_with_the_layer():
     sizes = body(196, depth=3, grid=(14, 14))
     with pytest.raises(ValueError, match=r"at layer 2 are 24, expected a number that makes of 13"):
         make_reduction(sizes, "storm", "list:27,24")
-    with pytest.raises(ValueError, match="expected at most 147 at layer 1"):
+    with pytest.raises(ValueError, match="expected at most 56; layer 1 has 196"):
         make_reduction(sizes, "storm", 150)
     with pytest.raises(ValueError, match="grid is None, expected the one that the patches form"):
         reduce(some((), length=64), "storm", 15)

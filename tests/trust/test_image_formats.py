@@ -66,7 +66,7 @@ def test_no_program_is_started_to_read_an_image(tmp_path, monkeypatch):
 
 def test_a_folder_in_the_place_of_an_image_is_named(tmp_path):
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(DataError, match=r"a\.png is no file, expected an image"):
+    with pytest.raises(DataError, match=r"a\.png is a folder, expected an image"):
         read_image(tmp_path / "a.png")
 
 

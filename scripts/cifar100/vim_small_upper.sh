@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Vim-S on CIFAR-100 at 224 pixels from scratch, 9 tokens fused in each of layers 6 to 24.
+# Famba-V, arXiv:2409.09808, table 1, Vim-S, "Upper-layer Fusion".
+#
+#   GPUS=4 bash scripts/cifar100/vim_small_upper.sh --data-path /data --output_dir output/vim_small_upper
+#
+# Further words are flags of main.py, such as --dry-run.  However many GPUs share it, an update is of
+# 128 images.  GPU hours: not yet measured.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+GPUS=${GPUS:-1}
+((128 % GPUS == 0)) || { echo "error: GPUS is $GPUS, expected a divisor of 128" >&2 && exit 2; }
+
+exec torchrun --standalone --nproc-per-node "$GPUS" main.py \
+    --model vim_small --class-token head --drop-path 0.0 \
+    --fusion-strategy upper --fusion-layer 6 --fusion-token 9 \
+    --data-set CIFAR --batch-size $((128 / GPUS)) --epochs 300 \
+    --lr 1e-3 --unscale-lr --weight-decay 0.1 --no_amp \
+    "$@"
