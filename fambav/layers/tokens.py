@@ -66,6 +66,8 @@ class Tokens(NamedTuple):
         cls_index: Where the k class tokens are now, exact for each sample, (batch, k), int64.
         source: Index now of the token that each token of the start is part of, -1 if that was
             dropped, (batch, start length), int64; None unless tracing.
+        merged: Whether tokens may stand for several of the start; where not, all sizes are 1.
+        dropped: Whether tokens of the start may be part of none.
         grid: Height and width of the grid that the patches form, row by row; None if they do not.
         start_grid: That of the start.
         skipped_dt: Step sizes, summed, of the tokens removed between each token and the one scanned
@@ -81,6 +83,8 @@ class Tokens(NamedTuple):
     position: Tensor
     cls_index: Tensor
     source: Tensor | None = None
+    merged: bool = False
+    dropped: bool = False
     grid: tuple[int, int] | None = None
     start_grid: tuple[int, int] | None = None
     skipped_dt: Tensor | None = None
