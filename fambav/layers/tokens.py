@@ -17,7 +17,7 @@ class Intermediates(NamedTuple):
         order: Index of the token of each scan step, (batch or 1, directions, length), int64; the
             directions of a Vim mixer are forward, backward.  None of a mixer that ran fused.
         u: What is scanned, (batch, directions, length, inner).
-        delta: Step sizes after softplus, shaped like u.
+        delta: Step sizes after softplus, shaped like u, or one for each head.
         B, C: Weights of a token into and out of the state, (batch, directions, length, state).
         y: Output of the scan with its skip, before the gate, shaped like u.
         z: Gate before its silu, (batch, length, inner).
@@ -51,6 +51,7 @@ class Intermediates(NamedTuple):
 
 
 OUTPUT = frozenset({"mixed"})  # known without a mixer that returns intermediates
+STATE = frozenset({"delta", "B", "C", "ungated", "ungated_unclipped"})  # known without a gate
 INTERMEDIATES = frozenset(Intermediates._fields) - {"order"}
 
 

@@ -151,7 +151,6 @@ def check_counts(
     class_policy: str | None = None,
     *,
     given: tuple[str, object],
-    stage: str = "",
 ) -> None:
     """Refuse tokens to remove that a method cannot, whatever the images.
 
@@ -161,18 +160,17 @@ def check_counts(
         reducer: The method.
         class_policy: As of `make_schedule`.
         given: Name and value of the setting that a refusal is about.
-        stage: What comes before a layer's number in a refusal, such as "2.".
 
     Raises:
         ValueError: As `make_schedule`.
     """
     own = reducer.class_policy if info.cls_index else "exact"
     policy = own if class_policy is None else class_policy
-    refused = _misfit(counts, info, reducer, policy, stage)
+    refused = _misfit(counts, info, reducer, policy)
     if refused is None:
         return
     number, length, limit = refused
-    layer, (name, value) = f"{stage}{number}", given
+    layer, (name, value) = f"{info.prefix}{number}", given
     most = f"{limit} at layer {layer}"
     if name == "fusion_token":
         most = str(_most(counts, info, reducer))
@@ -437,7 +435,6 @@ def _misfit(
     info: BackboneInfo,
     reducer: Reducer,
     class_policy: str = "exact",
-    stage: str = "",
 ) -> tuple[int, int, int] | None:
     """Return the first layer, from 1, that cannot remove its tokens, its length and its limit."""
     length, grid, possible = info.tokens, cast("Grid | None", info.grid), {info.cls_index}
@@ -450,7 +447,7 @@ def _misfit(
                 grid = reducer.grid_after(grid, count)
             except ValueError as error:
                 raise ValueError(
-                    f"tokens removed at layer {stage}{number} are {count}, expected {error}"
+                    f"tokens removed at layer {info.prefix}{number} are {count}, expected {error}"
                 ) from None
             after = (_cls_index_after(reducer, length, p, count, class_policy) for p in possible)
             possible, length = set().union(*after), length - count
