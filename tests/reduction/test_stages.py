@@ -246,7 +246,9 @@ def test_counts_follow_the_kept_cells():
         report = flops.count(model)
         assert report.unreduced == whole
         assert report.total.multiply_adds < 0.8 * whole.multiply_adds
-        layers = [row.tokens for row in report.rows if row.part == "layer"]
+        rows = [row for row in report.rows if row.part == "layer"]
+        assert tuple(row.name for row in rows) == model.reduction.schedule.names
+        layers = [row.tokens for row in rows]
         assert layers == [30, 30, 30, 8, 8] == list(model.reduction.schedule.lengths)
         assert model.reduction.schedule.share == (90 + 16) / (180 + 30)
 
