@@ -63,6 +63,7 @@ class Row:
     Attributes:
         part: "patches", "layer", "downsample", "upsample" or "head".
         layer: Number of the layer, from 1; None for the other parts.
+        name: Its name in schedules.
         tokens: Tokens that the part works on; of a layer, those that its mixer sees.
         removed: Tokens removed at this layer.
         own: Cost of the part by itself.
@@ -72,6 +73,7 @@ class Row:
 
     part: str
     layer: int | None = None
+    name: str | None = None
     tokens: int
     removed: int = 0
     own: Cost
@@ -190,7 +192,7 @@ def _span(rows: list[Row]) -> str:
     first, last = rows[0], rows[-1]
     if first.layer is None:
         return first.part
-    return f"layer {first.layer}" if last is first else f"layers {first.layer}-{last.layer}"
+    return f"layer {first.name}" if last is first else f"layers {first.name}-{last.name}"
 
 
 def _shares(part: Cost, whole: Cost) -> tuple[str, ...]:
@@ -299,7 +301,7 @@ def _forecast(model: Forecaster) -> Report:
     if any(cost.patches):
         rows.append(Row(part="patches", tokens=cost.tokens, own=cost.patches))
     for number, own in enumerate(cost.layers, start=1):
-        rows.append(Row(part="layer", layer=number, tokens=cost.tokens, own=own))
+        rows.append(Row(part="layer", layer=number, name=str(number), tokens=cost.tokens, own=own))
     rows.append(Row(part="head", tokens=variates, own=cost.head))
     return Report(
         model=type(model).__name__,
@@ -328,10 +330,15 @@ def _staged(model: Hierarchical, reduction: StagedReduction | None) -> Report:
         if reduction is not None and reduction.stage(place).schedule.removed:
             rows += _stage_rows(model, reduction.stage(place), place, number)
         else:
-            numbers = range(number + 1, number + 1 + len(blocks))
             rows += [
-                Row(part="layer", layer=n, tokens=stage.tokens, own=own)
-                for n, own in zip(numbers, blocks, strict=True)
+                Row(
+                    part="layer",
+                    layer=number + n,
+                    name=f"{place + 1}.{n}",
+                    tokens=stage.tokens,
+                    own=own,
+                )
+                for n, own in enumerate(blocks, start=1)
             ]
         number += len(blocks)
     rows.append(Row(part="head", tokens=1, own=cost.head))
@@ -364,7 +371,7 @@ def _stage_rows(
     kept: int = info.tokens
     grid: tuple[int, int] | None = info.grid
     for number, (block, removed) in enumerate(
-        zip(model.stages[place], schedule.counts, strict=True), start=before + 1
+        zip(model.stages[place], schedule.counts, strict=True), start=1
     ):
         sizes = Overhead(kept, removed, info.width, info.width, info.directions, info.directions)
         left, after, spent = kept - removed, grid, FREE
@@ -377,7 +384,8 @@ def _stage_rows(
         _, rest = model.branch_costs(block, after or info.grid, left)
         yield Row(
             part="layer",
-            layer=number,
+            layer=before + number,
+            name=f"{info.prefix}{number}",
             tokens=seen,
             removed=removed,
             own=total(mixed, rest),
@@ -408,6 +416,7 @@ def _layer_rows(cost: ModelCost, reduction: Reduction) -> Iterator[Row]:
         yield Row(
             part="layer",
             layer=layer + 1,
+            name=str(layer + 1),
             tokens=seen,
             removed=removed,
             own=own(seen, math.prod((grid if schedule.after else after) or info.grid)),

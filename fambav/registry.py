@@ -146,6 +146,7 @@ FAMILIES: dict[str, Family] = {
         scan=False,
     ),
 }
+UNREDUCED = "whose tokens cannot be reduced: its layers take all of them"  # of a refusal
 MODELS: tuple[str, ...] = tuple(name for known in FAMILIES.values() for name in known.models)
 
 

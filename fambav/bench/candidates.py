@@ -25,7 +25,7 @@ from fambav.reduction import (
     parse_schedule,
 )
 from fambav.reduction.schedule import PUBLISHED
-from fambav.registry import CLASSIFIERS, STRATEGY_ALIASES, family_of, nearest
+from fambav.registry import CLASSIFIERS, STRATEGY_ALIASES, UNREDUCED, family_of, nearest
 from fambav.timm_compat import timm
 
 NONE = "none"
@@ -149,7 +149,7 @@ def candidates(
     planned = [text for text in named if text != NONE]
     if model in CLASSIFIERS and planned:
         if not family_of(model).reducible:
-            expected = f"none with {model}, whose tokens cannot be reduced"
+            expected = f"none with {model}, {UNREDUCED}"
             raise ValueError(f"plan is {planned[0]!r}, expected {expected}")
         with torch.device("meta"):
             info = cast(Backbone, timm.create_model(model)).info

@@ -12,7 +12,7 @@ from typing import Any
 from fambav.config.schema import OPTIONS
 from fambav.config.setting import DEFAULT, RECORD, ConfigError, Setting, When, format_value, refuse
 from fambav.config.when import BOXES, CLASSES, FUSED, HEADED, MASKS, MIXING, REDUCED
-from fambav.registry import DATA_SETS, DETECTORS, HEADS, family_of, models_of
+from fambav.registry import DATA_SETS, DETECTORS, HEADS, UNREDUCED, family_of, models_of
 
 Settings = dict[str, Setting]
 
@@ -174,9 +174,7 @@ def _choose_plan_or_strategy(settings: Settings) -> None:
     if fused.value == "none":
         return
     if not family_of(model).reducible:
-        refuse(
-            fused.label, fused.value, f"none with --model {model}, whose tokens cannot be reduced"
-        )
+        refuse(fused.label, fused.value, f"none with --model {model}, {UNREDUCED}")
     if family_of(model).staged:
         more = "whose layers are in stages; --reduction famba-v names them, such as r:8@2.1-2.2"
         refuse(fused.label, fused.value, f"none with --model {model}, {more}")

@@ -6,7 +6,7 @@ A flag that would change nothing is refused: a run ignores no setting.
 from __future__ import annotations
 
 from fambav.config.setting import When
-from fambav.registry import DATA_SETS, LIBRARY_HEADS, MADE, family_of
+from fambav.registry import DATA_SETS, LIBRARY_HEADS, MADE, UNREDUCED, family_of
 
 IN_MEMORY = ("DIGITS", "SHAPES100", "CIFAR", "CIFAR10")  # data sets that are held there
 FETCHED = ("CIFAR", "CIFAR10")
@@ -26,7 +26,7 @@ SCANNING = When("model", lambda name: family_of(name).scan, "with --model {model
 REDUCIBLE = When(
     "model",
     lambda name: family_of(name).reducible,
-    "with --model {model}, whose tokens cannot be reduced",
+    f"with --model {{model}}, {UNREDUCED}",
 )
 DROP_PATH = _taken("drop_path", ", which skips no layer")
 VIM = _taken("stride")

@@ -11,12 +11,15 @@ Cells that still form a grid, of fewer rows or columns, are a map of their own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fambav.layers.tokens import Tokens
 from fambav.ops.cross_scan import select_rows
+from fambav.ops.match import Selection, others
+from fambav.ops.pool import pool
 from fambav.ops.scan_paths import kept_paths, scan_paths
 
 Grid = tuple[int, int]
@@ -40,6 +43,7 @@ class Cells:
         self._source, self._position, self.size = tokens.source, tokens.position, tokens.size
         self._start: Grid = tokens.start_grid
         self._grid, self._dropped = tokens.grid, dropped
+        self._has_merged, self._has_dropped = tokens.merged, tokens.dropped
         self._paths: dict[tuple[str, ...], Tensor] = {}
 
     def reduced(
@@ -58,7 +62,7 @@ class Cells:
         fewer = hook(tokens)
         if fewer.position is tokens.position:
             return fewer, self
-        return fewer, Cells(fewer, self.whole(stream))
+        return fewer, Cells(fewer, self.whole(stream) if fewer.dropped else None)
 
     def whole(self, rows: Tensor) -> Tensor:
         """Return a row for each cell of the map, (batch, height * width, dim)."""
@@ -83,13 +87,9 @@ class Cells:
         cells = x.flatten(1, 2)
         if self._grid is not None:
             return cells
-        batch, kept = self.size.shape
-        # Dropped cells are summed in one row more, which is cut off.
-        row = torch.where(self._source < 0, kept, self._source)
-        row = row + torch.arange(batch, device=row.device)[:, None] * (kept + 1)
-        rows = cells.new_zeros(batch * (kept + 1), cells.shape[2])
-        rows = rows.index_add(0, row.flatten(), cells.flatten(0, 1))
-        return rows.view(batch, kept + 1, -1)[:, :kept] / self.size[..., None].to(x.dtype)
+        if not self._has_merged:
+            return select_rows(cells, self._position)
+        return pool(cells, None, *self._members).x
 
     def convolve(
         self, conv: Callable[[Tensor], Tensor], rows: Tensor, *, stream: bool = False
@@ -107,8 +107,30 @@ class Cells:
             self._paths[names] = paths
         return self._paths[names]
 
+    @cached_property
+    def _members(self) -> tuple[Tensor, Tensor, Selection]:
+        """Weights and sizes of the map's cells, (batch, height * width), and their groups.
+
+        Dropped cells are in the group of the first kept one, without weight.
+        """
+        rest = others(self._position, self._source.shape[1])
+        target = self._position.gather(1, self._source.gather(1, rest).clamp(min=0))
+        weight = (self._source >= 0).to(self.size.dtype)
+        return weight, weight, Selection(self._position, rest, target)
+
     def _spread(self, rows: Tensor, dropped: Tensor | None) -> Tensor:
+        """Return rows by cell of the map; of dropped cells those of `dropped`, or zeros."""
+        (batch, length), dim = self._source.shape, rows.shape[2]
+        if not self._has_merged:
+            whole = rows.new_zeros(batch * length, dim)
+            if dropped is not None:
+                whole = dropped.to(rows.dtype).flatten(0, 1)
+            first = torch.arange(batch, device=rows.device)[:, None] * length
+            index = (self._position + first).flatten()
+            return whole.index_copy(0, index, rows.flatten(0, 1)).view(batch, length, dim)
         whole = select_rows(rows, self._source.clamp(min=0))
+        if not self._has_dropped:
+            return whole
         gone = (self._source < 0)[..., None]
         if dropped is None:
             return whole.masked_fill(gone, 0)

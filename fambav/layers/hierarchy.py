@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from fambav.layers.block import Hooks
 from fambav.layers.cells import Cells
 from fambav.layers.drop import DropPath
-from fambav.layers.tokens import Intermediates, Tokens
+from fambav.layers.tokens import OUTPUT, Intermediates, Tokens
+
+Mixed = Tensor | tuple[Tensor, Intermediates]
+Result = TypeVar("Result", Tensor, Mixed)
 
 
 class MapConv2d(nn.Conv2d):
@@ -83,17 +86,16 @@ class MapBlock(nn.Module):
         Randomness is drawn outside of what is computed twice, so that it is drawn once; a branch
         draws none.
         """
-        out: Tensor = x + self.dropped(x, branch)
+        out: Tensor = x + self.drop_path(self.computed(x, branch))
         return out
 
-    def dropped(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return drop_path(branch(x)); see `residual`."""
+    def computed(self, x: Tensor, branch: Callable[[Tensor], Result]) -> Result:
+        """Return branch(x), which is computed again in the backward pass if that is wanted."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            y = checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = branch(x)
-        out: Tensor = self.drop_path(y)
-        return out
+            return cast(
+                Result, checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
+            )
+        return branch(x)
 
 
 class ReducibleBlock(MapBlock):
@@ -112,8 +114,16 @@ class ReducibleBlock(MapBlock):
         """Normalise what the mixer reads."""
 
     @abstractmethod
-    def mixed(self, x: Tensor, cells: Cells | None = None) -> Tensor:
-        """Mix a normalised map, or kept cells of it."""
+    def mixed(
+        self, x: Tensor, cells: Cells | None = None, want: frozenset[str] = frozenset()
+    ) -> Mixed:
+        """Mix a normalised map, or kept cells of it; also return what is wanted, if anything is.
+
+        Args:
+            x: (batch, height, width, dim), or (batch, kept, dim).
+            cells: Where kept cells are.
+            want: Fields of `Intermediates` but "mixed".
+        """
 
     @abstractmethod
     def trailing(self, x: Tensor, cells: Cells | None = None) -> Tensor:
@@ -121,7 +131,7 @@ class ReducibleBlock(MapBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add all branches to a map, (batch, height, width, dim)."""
-        x = self.residual(self.leading(x), lambda x: self.mixed(self.normed(x)))
+        x = self.residual(self.leading(x), lambda x: cast(Tensor, self.mixed(self.normed(x))))
         return self.trailing(x)
 
     def reduced(self, tokens: Tokens, hooks: Hooks, cells: Cells) -> tuple[Tokens, Cells]:
@@ -140,10 +150,13 @@ class ReducibleBlock(MapBlock):
         x = self.leading(tokens.x, cells)
         tokens = tokens._replace(x=self.normed(x), residual=x)
         tokens, cells = cells.reduced(hooks.between, tokens, x)
-        y = self.dropped(tokens.x, partial(self.mixed, cells=cells))
-        found = Intermediates(mixed=y) if hooks.want else None
+        want = hooks.want - OUTPUT
+        made = self.computed(tokens.x, partial(self.mixed, cells=cells, want=want))
+        y, found = made if isinstance(made, tuple) else (made, Intermediates())
+        known = found._replace(mixed=y) if hooks.want else None
+        y = self.drop_path(y)
         x = cast(Tensor, tokens.residual) + y
-        tokens = tokens._replace(x=y, intermediates=found)
+        tokens = tokens._replace(x=y, intermediates=known)
         tokens, cells = cells.reduced(hooks.after, tokens, x)
         x = self.trailing(cast(Tensor, tokens.residual) + tokens.x, cells)
         return tokens._replace(x=x, residual=None), cells

@@ -38,6 +38,7 @@ class BackboneInfo(NamedTuple):
         unaligned: Why its scans cannot age their state over tokens that went; None if they can.
         needs_positions: Whether its mixers have to know where the kept tokens come from.
         staged: Whether its layers are named stage.layer, each counted from 1.
+        prefix: What comes before the number of a layer in its name, such as "2." in a stage.
     """
 
     family: str
@@ -46,6 +47,7 @@ class BackboneInfo(NamedTuple):
     unaligned: str | None = None
     needs_positions: bool = False
     staged: bool = False
+    prefix: str = ""
 
     @property
     def stage(self) -> Stage:
@@ -60,7 +62,8 @@ class BackboneInfo(NamedTuple):
 
     def of_stage(self, number: int) -> BackboneInfo:
         """Return the layers of one stage, from 0, by themselves."""
-        return self._replace(stages=(self.stages[number],), staged=False)
+        prefix = f"{number + 1}."
+        return self._replace(stages=(self.stages[number],), staged=False, prefix=prefix)
 
     @property
     def depth(self) -> int:

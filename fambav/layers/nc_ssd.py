@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from fambav.layers.cells import Cells
 from fambav.layers.hierarchy import Float32LayerNorm, MapConv2d
 from fambav.layers.mamba import A_from_log, init_dt_bias, upcast
+from fambav.layers.tokens import Intermediates
 from fambav.ops import nc_ssd
+from fambav.ops.bimamba import token_score
+from fambav.ops.fused_bimamba import SCORES
 
 EXPAND = 2  # inner width, in units of that of a cell
 A_MAX = 16.0  # decay rates of a new mixer are between 1 and this
@@ -47,11 +50,21 @@ class NonCausalSSD(nn.Module):
         self.norm = Float32LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
-        """Mix a map, (batch, height, width, dim), or kept cells, (batch, kept, dim).
+    def forward(
+        self, x: Tensor, cells: Cells | None = None, want: frozenset[str] = frozenset()
+    ) -> Tensor | tuple[Tensor, Intermediates]:
+        """Mix a map or kept cells of it.
 
         A cell that is not kept has no weight in the state, and one that stands for n has n times
         its own: what the convolution gives it is the mean over its members.
+
+        Args:
+            x: (batch, height, width, dim), or (batch, kept, dim).
+            cells: Where kept cells are.
+            want: Fields of `Intermediates` to return, of `layers.tokens.STATE`.
+
+        Returns:
+            Shaped like x; if anything is wanted, also that, in one direction.
         """
         z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
         dt = F.softplus(upcast(dt) + upcast(self.dt_bias))  # (batch, height, width, heads)
@@ -66,6 +79,10 @@ class NonCausalSSD(nn.Module):
             upcast(self.D),
             size=None if cells is None else cells.size,
         )
-        y = self.norm(y.flatten(2)).to(z.dtype).view(z.shape)
-        out: Tensor = self.out_proj(y * z)
-        return out
+        y = y.flatten(2)  # (batch, length, inner)
+        out: Tensor = self.out_proj(self.norm(y).to(z.dtype).view(z.shape) * z)
+        if not want:
+            return out
+        found = {"delta": dt.flatten(1, -2), "B": B.flatten(1, -2), "C": C.flatten(1, -2)}
+        found |= {name: token_score(y, y, name)[..., None] for name in want & set(SCORES)}
+        return out, Intermediates(**{name: found[name].detach()[:, None] for name in want})

@@ -20,7 +20,10 @@ from fambav.arguments import whole
 from fambav.layers.cells import Cells
 from fambav.layers.hierarchy import Float32LayerNorm, MapConv2d
 from fambav.layers.mamba import A_from_log, init_A_log, init_dt_proj, upcast
+from fambav.layers.tokens import Intermediates
 from fambav.ops import selective_scan
+from fambav.ops.bimamba import token_score
+from fambav.ops.fused_bimamba import SCORES
 from fambav.ops.scan_order import to_steps
 from fambav.ops.scan_paths import CROSS, scan_paths
 
@@ -94,10 +97,21 @@ class SS2D(PathScans):
             self.out_norm = Float32LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor, cells: Cells | None = None) -> Tensor:
-        """Mix a map, (batch, height, width, dim), or kept cells, (batch, kept, dim).
+    def forward(
+        self, x: Tensor, cells: Cells | None = None, want: frozenset[str] = frozenset()
+    ) -> Tensor | tuple[Tensor, Intermediates]:
+        """Mix a map or kept cells of it.
 
         Each path reads the kept cells as they come on the map, as if none had been between.
+
+        Args:
+            x: (batch, height, width, dim), or (batch, kept, dim).
+            cells: Where kept cells are.
+            want: Fields of `Intermediates` to return, of `layers.tokens.STATE`.
+
+        Returns:
+            Shaped like x; if anything is wanted, also that.  Its directions are those of the paths,
+            the one from each start before the one from its end.
         """
         u, projected, z = self.project(x, cells)
         if cells is None:
@@ -106,7 +120,22 @@ class SS2D(PathScans):
             order = cells.paths(self.paths)
         one = u.flatten(1, -2).unsqueeze(2)  # (batch, length, 1, inner), which every path reads
         y = scan_steps([self], one, to_steps(projected, order), order)
-        return self.finish(y.sum(dim=2), u, z)
+        out = self.finish(y.sum(dim=2), u, z)
+        return (out, self._intermediates(projected, y, want)) if want else out
+
+    def _intermediates(self, projected: Tensor, y: Tensor, want: frozenset[str]) -> Intermediates:
+        """Return what is wanted of `projected`, as `project` returns it, and of the scans' y."""
+        dt, B, C = projected.detach().split(self.splits, dim=3)
+        found = {"B": B, "C": C}  # each (batch, length, paths, its width)
+        if "delta" in want:
+            delta = torch.einsum("blkr,kdr->blkd", dt, self.dt_projs_weight.detach())
+            found["delta"] = F.softplus(upcast(delta) + upcast(self.dt_projs_bias.detach()))
+        found |= {name: token_score(y, y, name)[..., None] for name in want & set(SCORES)}
+        turns = sorted(
+            range(len(self.paths)),
+            key=lambda n: (self.paths[n].removeprefix("-"), self.paths[n].startswith("-")),
+        )
+        return Intermediates(**{name: found[name][:, :, turns].transpose(1, 2) for name in want})
 
     def project(
         self, x: Tensor, cells: Cells | None = None

@@ -17,7 +17,7 @@ class Intermediates(NamedTuple):
         order: Index of the token of each scan step, (batch or 1, directions, length), int64; the
             directions of a Vim mixer are forward, backward.  None of a mixer that ran fused.
         u: What is scanned, (batch, directions, length, inner).
-        delta: Step sizes after softplus, shaped like u.
+        delta: Step sizes after softplus, shaped like u, or one for each head.
         B, C: Weights of a token into and out of the state, (batch, directions, length, state).
         y: Output of the scan with its skip, before the gate, shaped like u.
         z: Gate before its silu, (batch, length, inner).
@@ -51,6 +51,7 @@ class Intermediates(NamedTuple):
 
 
 OUTPUT = frozenset({"mixed"})  # known without a mixer that returns intermediates
+STATE = frozenset({"delta", "B", "C", "ungated", "ungated_unclipped"})  # known without a gate
 INTERMEDIATES = frozenset(Intermediates._fields) - {"order"}
 
 
@@ -66,6 +67,8 @@ class Tokens(NamedTuple):
         cls_index: Where the k class tokens are now, exact for each sample, (batch, k), int64.
         source: Index now of the token that each token of the start is part of, -1 if that was
             dropped, (batch, start length), int64; None unless tracing.
+        merged: Whether tokens may stand for several of the start; where not, all sizes are 1.
+        dropped: Whether tokens of the start may be part of none.
         grid: Height and width of the grid that the patches form, row by row; None if they do not.
         start_grid: That of the start.
         skipped_dt: Step sizes, summed, of the tokens removed between each token and the one scanned
@@ -81,6 +84,8 @@ class Tokens(NamedTuple):
     position: Tensor
     cls_index: Tensor
     source: Tensor | None = None
+    merged: bool = False
+    dropped: bool = False
     grid: tuple[int, int] | None = None
     start_grid: tuple[int, int] | None = None
     skipped_dt: Tensor | None = None

@@ -22,7 +22,7 @@ from fambav.layers.embed import check_images, pair
 from fambav.layers.hierarchy import Blocks, Stage
 from fambav.layers.info import BackboneInfo
 from fambav.layers.info import Stage as StageInfo
-from fambav.layers.tokens import OUTPUT
+from fambav.layers.tokens import OUTPUT, STATE
 from fambav.models.entry import chosen_layers, data_config
 from fambav.models.flops import FREE, Cost, HierarchicalCost, map_cost, total
 from fambav.models.timm_model import TimmModel, pool_patches
@@ -124,16 +124,24 @@ class Hierarchical(TimmModel):
     def info_on(self, size: tuple[int, int]) -> BackboneInfo:
         """Return the model in figures on images of a height and width."""
         grids = self.grids(size, **self.config)
-        able = OUTPUT if self.reducible else frozenset[str]()
         return BackboneInfo(
             family=self.family,
             stages=tuple(
-                StageInfo(depth, dim, grid, grid[0] * grid[1], self.directions, able)
-                for depth, dim, grid in zip(self.depths, self.dims, grids, strict=True)
+                StageInfo(
+                    depth, dim, grid, grid[0] * grid[1], self.directions, self.known_of(number)
+                )
+                for number, (depth, dim, grid) in enumerate(
+                    zip(self.depths, self.dims, grids, strict=True)
+                )
             ),
             unaligned=self.unaligned,
             staged=True,
         )
+
+    def known_of(self, stage: int) -> frozenset[str]:
+        """Return the fields of `Intermediates` that mixers of a stage, from 0, can return."""
+        del stage
+        return OUTPUT | STATE if self.reducible else frozenset()
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Refuse images with a side below the stride of the last stage.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fambav.layers.cells import Cells
 from fambav.layers.hierarchy import (
     MapConv2d,
+    Mixed,
     Mlp,
     PatchMerging,
     ReducibleBlock,
@@ -68,9 +69,11 @@ class VSSBlock(ReducibleBlock):
         normed: Tensor = self.norm(x)
         return normed
 
-    def mixed(self, x: Tensor, cells: Cells | None = None) -> Tensor:
-        """Scan a normalised map, or kept cells of it."""
-        mixed: Tensor = self.op(x, cells)
+    def mixed(
+        self, x: Tensor, cells: Cells | None = None, want: frozenset[str] = frozenset()
+    ) -> Mixed:
+        """Scan a normalised map, or kept cells of it; see `ReducibleBlock`."""
+        mixed: Mixed = self.op(x, cells, want)
         return mixed
 
     def trailing(self, x: Tensor, cells: Cells | None = None) -> Tensor:

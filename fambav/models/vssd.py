@@ -24,6 +24,7 @@ from fambav.arguments import is_whole, whole
 from fambav.layers.cells import Cells
 from fambav.layers.hierarchy import (
     MapConv2d,
+    Mixed,
     Mlp,
     ReducibleBlock,
     Stage,
@@ -31,6 +32,7 @@ from fambav.layers.hierarchy import (
     trunc_normal_linear,
 )
 from fambav.layers.nc_ssd import EXPAND, NonCausalSSD
+from fambav.layers.tokens import OUTPUT
 from fambav.models.entry import register
 from fambav.models.flops import Cost, map_cost, nc_ssd_cost, total
 from fambav.models.hierarchical import Hierarchical
@@ -99,9 +101,11 @@ class VSSDBlock(ReducibleBlock):
         normed: Tensor = self.norm1(x)
         return normed
 
-    def mixed(self, x: Tensor, cells: Cells | None = None) -> Tensor:
-        """Mix a normalised map, or kept cells of it."""
-        mixed: Tensor = self.attn(x, cells)
+    def mixed(
+        self, x: Tensor, cells: Cells | None = None, want: frozenset[str] = frozenset()
+    ) -> Mixed:
+        """Mix a normalised map, or kept cells of it; see `ReducibleBlock`."""
+        mixed: Mixed = self.attn(x, cells, want) if want else self.attn(x, cells)
         return mixed
 
     def trailing(self, x: Tensor, cells: Cells | None = None) -> Tensor:
@@ -228,6 +232,11 @@ class VSSD(Hierarchical):
         self.apply(trunc_normal_linear)
         self.norm = nn.LayerNorm(dims[-1])
         self.finish(num_classes, out_norms=out_norms)
+
+    def known_of(self, stage: int) -> frozenset[str]:
+        """Return what mixers of a stage can return; attention has no state."""
+        block = cast(VSSDBlock, self.stages[stage][0])
+        return OUTPUT if isinstance(block.attn, Attention) else super().known_of(stage)
 
     def branch_costs(
         self, block: nn.Module, grid: tuple[int, int], kept: int | None = None

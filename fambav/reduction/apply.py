@@ -50,7 +50,9 @@ def merge(tokens: Tokens, selection: Selection, weight: Tensor, *, summed: bool 
         number = number.gather(1, selection.keep)[..., None]  # (batch, kept, 1)
         x = (x * number).to(x.dtype)
         residual = None if residual is None else (residual * number).to(residual.dtype)
-    return _moved(tokens, selection.keep, place)._replace(x=x, residual=residual, size=size)
+    return _moved(tokens, selection.keep, place)._replace(
+        x=x, residual=residual, size=size, merged=True
+    )
 
 
 def unmerge(rows: Tensor, source: Tensor, dropped: Tensor) -> Tensor:
@@ -109,6 +111,7 @@ def _taken(tokens: Tokens, keep: Tensor) -> Tokens:
         x=select_rows(tokens.x, keep),
         residual=None if tokens.residual is None else select_rows(tokens.residual, keep),
         size=tokens.size.gather(1, keep),
+        dropped=tokens.dropped or keep.shape[1] < tokens.x.shape[1],
     )
 
 

@@ -20,7 +20,6 @@ def check_counts(
     class_policy: str | None = None,
     *,
     given: tuple[str, object],
-    stage: str = "",
 ) -> None:
     """Refuse tokens to remove that a method cannot, whatever the images.
 
@@ -30,20 +29,19 @@ def check_counts(
         reducer: The method.
         class_policy: As of `make_schedule`.
         given: Name and value of the setting that a refusal is about.
-        stage: What comes before a layer's number in a refusal, such as "2.".
 
     Raises:
         ValueError: As `make_schedule`.
     """
     own = reducer.class_policy if info.cls_index else "exact"
     policy = own if class_policy is None else class_policy
-    refused = _misfit(counts, info, reducer, policy, stage)
+    refused = _misfit(counts, info, reducer, policy)
     if refused is None:
         return
     number, length, limit = refused
-    layer, (name, value) = f"{stage}{number}", given
+    layer, (name, value) = f"{info.prefix}{number}", given
     active = [count for count in counts if count]
-    even = len(active) > 1 and len(set(active)) == 1 and name != "fusion_plan" and not stage
+    even = len(active) > 1 and len(set(active)) == 1 and name != "fusion_plan" and not info.prefix
     even = even or name == "fusion_token"  # one number for all layers
     most = _most(counts, info, reducer, policy) if even else limit
     where = "" if even else f" at layer {layer}"
@@ -102,7 +100,6 @@ def _misfit(
     info: BackboneInfo,
     reducer: Reducer,
     class_policy: str = "exact",
-    stage: str = "",
 ) -> tuple[int, int, int] | None:
     """Return the first layer, from 1, that cannot remove its tokens, its length and its limit."""
     length, grid, possible = info.tokens, cast("Grid | None", info.grid), {info.cls_index}
@@ -115,7 +112,7 @@ def _misfit(
                 grid = reducer.grid_after(grid, count)
             except ValueError as error:
                 raise ValueError(
-                    f"tokens removed at layer {stage}{number} are {count}, expected {error}"
+                    f"tokens removed at layer {info.prefix}{number} are {count}, expected {error}"
                 ) from None
             after = (_cls_index_after(reducer, length, p, count, class_policy) for p in possible)
             possible, length = set().union(*after), length - count

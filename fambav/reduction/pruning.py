@@ -119,6 +119,7 @@ class EViT(_ByScore):
     Args:
         score: "y", the importance of `prune-aligned`; "class", the cosine of a token's mixer output
             with that of the class token, the mean over them if there are more.
+        signal: Of the importance, see `importance`.
         fuse: Fold all patches of least score into the best of them, which stays, as a mean over the
             patches behind them.  One patch more belongs to them then, so that `count` go.
 
@@ -130,11 +131,12 @@ class EViT(_ByScore):
     token there is their weighted sum.
     """
 
-    def __init__(self, *, score: str = "y", fuse: bool = False) -> None:
+    def __init__(self, *, score: str = "y", signal: str = "gated", fuse: bool = False) -> None:
         super().__init__()
         self.score = one_of("score", score, ("y", "class"))
-        self.fuse = switch("fuse", fuse)
-        self.needs = frozenset({"gated" if score == "y" else "mixed"})
+        self.fuse, self.signal = switch("fuse", fuse), signal
+        read = _read_by_importance(signal, "both", clip=True)
+        self.needs = read if score == "y" else frozenset({"mixed"})
 
     def check(self, info: BackboneInfo) -> None:
         """Refuse to score by a class token that there is not.
@@ -150,7 +152,7 @@ class EViT(_ByScore):
     def select(self, tokens: Tokens, count: int) -> Selection:
         """Drop the `count` patches of the lowest score, or fold them into the next lowest."""
         if self.score == "y":
-            score = importance(tokens)
+            score = importance(tokens, signal=self.signal)
         else:
             each = _of_length_1(tokens.intermediate("mixed"))
             # (batch, length, dim) @ (batch, dim, k) -> (batch, length)

@@ -246,12 +246,13 @@ def _check_needs(info: BackboneInfo, method: Reducer, needs: frozenset[str], fir
     missing, read = needs - info.intermediates, ", ".join(sorted(needs))
     if missing:
         able = ", ".join(sorted(info.intermediates)) or "nothing"
+        where = f"s of stage {info.prefix.rstrip('.')}" if info.prefix else ""
         raise ValueError(
-            f"reduction is {method.name!r}, which reads {read} of the mixer, expected a method that"
-            f" makes do with {able}"
+            f"reduction is {method.name!r}, which reads {read} of the mixer{where}, expected a"
+            f" method or options that make do with {able}"
         )
     if needs and first < 0:
         raise ValueError(
-            f"reduction is {method.name!r} at layer 1, expected a later layer or reduction_hook"
-            f" after; it reads {read} of the mixer before"
+            f"reduction is {method.name!r} at layer {info.prefix}1, expected a later layer or"
+            f" reduction_hook after; it reads {read} of the mixer before"
         )

@@ -70,23 +70,19 @@ class StagedReduction(nn.Module):
         if scan == "masked":
             why = "between layers of a stage, tokens that went are no part of its map"
             raise refusal("scan_policy", scan, f"'compact' with {self.info.family}; {why}")
+        if method.summed:
+            why = "each member of a group gets its row back at the end of the stage"
+            raise refusal("reduction option merge", "sum", f"'mean' in models of stages; {why}")
         return parse_schedule(self._text, self.info, name=name)
 
     def _stage(
         self, number: int, counts: tuple[int, ...], given: tuple[str, object] | None
     ) -> Reduction:
         info, method = self.info.of_stage(number), self.method
-        schedule = Schedule.of(info.tokens, counts)
-        if method is None:
-            return Reduction(info, None, schedule)
-        check_counts(
-            counts,
-            info,
-            method,
-            self._policies.get("class_policy"),
-            given=given or (NAME, self._text),
-            stage=f"{number + 1}.",
-        )
+        if method is None or not any(counts):
+            return Reduction.none(info)
+        policy = self._policies.get("class_policy")
+        check_counts(counts, info, method, policy, given=given or (NAME, self._text))
         after = (self._policies.get("hook") or method.hook) == "after"
         schedule = Schedule.of(info.tokens, counts, after=after)
         return Reduction(info, method, schedule, **self._policies)
@@ -133,7 +129,7 @@ class StagedReduction(nn.Module):
     @property
     def scan(self) -> str:
         """The scan policy."""
-        return self.stage(0).scan
+        return "compact"
 
     def extra_repr(self) -> str:
         """Show the counts when a model is printed."""

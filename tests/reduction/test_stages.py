@@ -14,7 +14,7 @@ from fambav.models.vssd import Attention
 from fambav.ops import nc_ssd
 from fambav.ops.match import Selection, others
 from fambav.ops.scan_paths import kept_paths, scan_paths
-from fambav.reduction import make_staged_reduction, merge
+from fambav.reduction import make_staged_reduction, merge, read_options
 
 NETS = {
     "vssd": lambda **how: VSSD(heads=(2, 2), state=4, **SIZES, **how),
@@ -85,6 +85,31 @@ def test_merging_equal_cells_is_exact(form):
     torch.testing.assert_close(cells.whole(mixer(fewer.x, cells)), mixer(x).flatten(1, 2))
 
 
+@pytest.mark.parametrize("form", [NonCausalSSD, Attention])
+def test_merging_cells_that_are_alike_is_exact_to_first_order(form):
+    torch.manual_seed(0)
+    mixer = NonCausalSSD(8, heads=2, state=4) if form is NonCausalSSD else Attention(8, 2)
+    mixer = mixer.double()
+    base, apart = torch.randn(2, 4, 5, 8).double(), torch.randn(2, 8).double()
+    base[:, 0, 2] = base[:, 0, 1]
+    source, target = torch.tensor([[2]]).expand(2, -1), torch.tensor([[1]]).expand(2, -1)
+    errors = []
+    for size in (1e-2, 5e-3):
+        x = base.clone()
+        x[:, 0, 1] += size * apart
+        x[:, 0, 2] -= size * apart
+        tokens = Tokens.start(x.flatten(1, 2), cls_index=(), grid=(4, 5), trace=True)
+        fewer = merge(tokens, Selection(others(source, 20), source, target), tokens.size)
+        cells = Cells(fewer)
+        if form is NonCausalSSD:  # beside what the convolution makes of different neighbours
+            mixer.conv2d.weight.data[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0
+        far = slice(3, None)  # cells that were not merged
+        error = cells.whole(mixer(fewer.x, cells)) - mixer(x).flatten(1, 2)
+        errors.append(error[:, far].abs().max().item())
+    # Members that differ by a half are a quarter as wrong: what remains is of second order.
+    assert 0 < errors[1] < 0.3 * errors[0] < 1e-3
+
+
 def test_paths_read_kept_cells_in_the_order_of_the_whole_map():
     mixer = SS2D(8).double()
     _, tokens, cells = kept_cells([0, 6, 7, 13])
@@ -108,6 +133,54 @@ def test_paths_read_kept_cells_in_the_order_of_the_whole_map():
     assert projected.shape[2] == 4
 
 
+def scored(mixer, norm, want):
+    """What a mixer returns of kept cells, and what its norm reads of them."""
+    _, tokens, cells = kept_cells([3, 7, 19])
+    seen = []
+    norm.register_forward_pre_hook(lambda _, read: seen.append(read[0].flatten(1, -2)))
+    out, found = mixer(tokens.x, cells, frozenset(want))
+    torch.testing.assert_close(out, mixer(tokens.x, cells))
+    return tokens.x, cells, found, seen[0]
+
+
+def test_scores_are_those_of_the_tokens():
+    mixer = SS2D(8, state=2).double()
+    want = {"delta", "B", "ungated_unclipped", "ungated"}
+    x, cells, found, y = scored(mixer, mixer.out_norm, want)
+    # The directions add up to what is normalised; forward ones are the even.
+    torch.testing.assert_close(found.ungated_unclipped.sum(dim=(1, 3)), y.sum(dim=2))
+    assert (found.ungated >= found.ungated_unclipped).all()
+    _, projected, _ = mixer.project(x, cells)
+    dt, B, _ = projected.split(mixer.splits, dim=3)
+    for direction, path in enumerate((1, 3, 0, 2)):  # columns, from their ends, rows, likewise
+        torch.testing.assert_close(found.B[:, direction], B[:, :, path])
+        step = dt[:, :, path] @ mixer.dt_projs_weight[path].T + mixer.dt_projs_bias[path]
+        torch.testing.assert_close(found.delta[:, direction], torch.nn.functional.softplus(step))
+
+    shared = NonCausalSSD(8, heads=2, state=4).double()
+    x, _, found, y = scored(shared, shared.norm, want)
+    torch.testing.assert_close(found.ungated[:, 0, :, 0], y.clamp(min=0).sum(dim=2))
+    step = torch.nn.functional.softplus(shared.in_proj(x)[..., -2:] + shared.dt_bias)
+    torch.testing.assert_close(found.delta[:, 0], step)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_pruning_drops_the_cells_of_least_score(name):
+    model, x = built(name), images()
+    block = model.stages[0][1]
+    fambav.reduce(model, "evit", "1.2:20", signal="mixed")
+    kept = []
+    trailing = block.trailing
+    block.trailing = lambda x, cells=None: trailing(x, kept.append(cells) or cells)
+    mixer = block.op if name == "vmamba" else block.attn
+    mixed = []
+    mixer.register_forward_hook(lambda *call: mixed.append(call[2]))
+    model(x)
+    score = mixed[0].clamp(min=0).sum(dim=2)  # of all 60 cells
+    best = score.argsort(dim=1, descending=True)[:, :40].sort(dim=1).values
+    assert torch.equal(kept[0]._position, best)
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_a_walk_over_kept_cells_that_drops_none_is_the_model(name):
     model, x = built(name), images()
@@ -128,11 +201,19 @@ def test_a_walk_over_kept_cells_that_drops_none_is_the_model(name):
         ("famba-v", "1.1:9,2.2:3"),
         ("storm", "tokens:40,20@1.1,1.3"),
         ("stm", "list:7,7"),
+        ("mtr", "1.1:9,1.3:4"),
+        ("utrc", "1.2:9,2.1:4"),
+        ("evit signal=ungated", "keep:0.7@1.1"),
+        ("evit signal=mixed,fuse=true", "keep:0.7@1.1,2.1"),
+        ("prune-aligned signal=ungated", "keep:0.7@1.1,1.2"),
+        ("r-meeto metric=delta", "r:9@1.2-1.3"),
     ],
 )
 def test_every_stage_gives_its_whole_map_and_gradients(name, method, schedule):
     model, x = built(name), images()
-    fambav.reduce(model, method, schedule)
+    method, _, options = method.partition(" ")
+    how = dict(scan="compact") if method == "prune-aligned" else {}
+    fambav.reduce(model, method, schedule, **read_options(method, options), **how)
     maps = model.forward_intermediates(x, intermediates_only=True)
     assert [tuple(m.shape) for m in maps] == [(2, 8, 6, 10), (2, 12, 3, 5)]
     logits = model(x)
@@ -165,7 +246,9 @@ def test_counts_follow_the_kept_cells():
         report = flops.count(model)
         assert report.unreduced == whole
         assert report.total.multiply_adds < 0.8 * whole.multiply_adds
-        layers = [row.tokens for row in report.rows if row.part == "layer"]
+        rows = [row for row in report.rows if row.part == "layer"]
+        assert tuple(row.name for row in rows) == model.reduction.schedule.names
+        layers = [row.tokens for row in rows]
         assert layers == [30, 30, 30, 8, 8] == list(model.reduction.schedule.lengths)
         assert model.reduction.schedule.share == (90 + 16) / (180 + 30)
 
@@ -193,7 +276,9 @@ def test_multiply_adds_are_those_that_run():
         ("storm", "1.2:7", "tokens removed at layer 1.2 are 7, expected a number that makes"),
         ("tome", "upper:2:3", "upper counts in one stage"),
         ("tome", "published", "no paper has one for vssd"),
-        ("mtr", "r:1@1.2", "which reads delta of the mixer"),
+        ("mtr", "r:1@2.1", "which reads delta of the mixers of stage 2"),
+        ("evit", "r:1@1.2", "which reads gated of the mixers of stage 1"),
+        ("prune-aligned", "r:1@1.2", "scan_policy is 'aligned', expected another"),
     ],
 )
 def test_what_makes_no_sense_in_stages_is_refused_in_one_line(method, schedule, message):
@@ -202,6 +287,8 @@ def test_what_makes_no_sense_in_stages_is_refused_in_one_line(method, schedule, 
         fambav.reduce(model, method, schedule)
     assert message in str(refusal.value)
     assert not model.reduction.reduces
+    with pytest.raises(ValueError, match="'mean' in models of stages; each member of a group"):
+        fambav.reduce(model, "storm", "tokens:40@1.1", merge="sum")
     for how, why in (
         (dict(scan="masked"), "scan_policy is 'masked', expected 'compact'"),
         (dict(scan="aligned"), "states of vssd are sums"),
