@@ -129,8 +129,13 @@ class ReducibleBlock(MapBlock):
     def trailing(self, x: Tensor, cells: Cells | None = None) -> Tensor:
         """Add the branches behind the mixer's."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Add all branches to a map, (batch, height, width, dim)."""
+    def forward(
+        self, x: Tensor | Tokens, hooks: Hooks | None = None, cells: Cells | None = None
+    ) -> Tensor | tuple[Tokens, Cells]:
+        """Add all branches to a map, (batch, height, width, dim), or to cells, see `reduced`."""
+        if hooks is not None:
+            return self.reduced(cast(Tokens, x), hooks, cast(Cells, cells))
+        x = cast(Tensor, x)
         x = self.residual(self.leading(x), lambda x: cast(Tensor, self.mixed(self.normed(x))))
         return self.trailing(x)
 
@@ -168,28 +173,26 @@ class Blocks(nn.ModuleList):
     def __init__(self, blocks: Sequence[MapBlock]) -> None:
         super().__init__(blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run all blocks on a map, whose shape stays."""
-        for block in self:
-            x = block(x)
-        return x
-
-    def reduced(self, x: Tensor, hooks: Callable[[int], Hooks]) -> Tensor:
-        """Run all blocks on a map whose cells go on the way.
+    def forward(self, x: Tensor, hooks: Callable[[int], Hooks] | None = None) -> Tensor:
+        """Run all blocks on a map, whose shape stays.
 
         Args:
             x: (batch, height, width, dim).
-            hooks: Of each block, from 0.
+            hooks: Of each block, from 0, if cells go on the way; all are `ReducibleBlock` then.
 
         Returns:
             The whole map: members of a merged cell have its row, dropped cells what the residual
             stream held when they were dropped.
         """
+        if hooks is None:
+            for block in self:
+                x = block(x)
+            return x
         grid = (x.shape[1], x.shape[2])
         tokens = Tokens.start(x.flatten(1, 2), cls_index=(), grid=grid, trace=True)
         cells = Cells(tokens)
-        for number, block in enumerate(cast(Iterable[ReducibleBlock], self)):
-            tokens, cells = block.reduced(tokens, hooks(number), cells)
+        for number, block in enumerate(self):
+            tokens, cells = block(tokens, hooks(number), cells)
         out: Tensor = cells.whole(tokens.x).unflatten(1, grid)
         return out
 

@@ -96,7 +96,7 @@ class CVSSBlock(VSSBlock):
 class PairedBlocks(Blocks):
     """Blocks of which each two in a row are one residual branch: x + second(first(x))."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no cell goes
         """Run all blocks on a map, whose shape stays; a last one without a partner as it is."""
         blocks = list(self)
         for first, second in zip(blocks[::2], blocks[1::2], strict=False):

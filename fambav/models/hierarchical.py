@@ -295,7 +295,7 @@ class Hierarchical(TimmModel):
         hooks = self._hooks((images.shape[2], images.shape[3]))
         for stage, blocks in enumerate(self.stages[: None if stop is None else stop + 1]):
             x = self.next_map(stage - 1, x) if stage else x
-            x = blocks.reduced(x, hooks[stage]) if stage in hooks else blocks(x)
+            x = blocks(x, hooks[stage]) if stage in hooks else blocks(x)
             if stage in wanted:
                 maps.append(x)
         return x, maps

@@ -92,7 +92,7 @@ class MixerBlock(MapBlock):
 class AveragedBlocks(Blocks):
     """The mixers of a stage; each reads an average of all maps before it, which are kept."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no cell goes
         """Run all mixers on a map, whose shape stays."""
         maps = [x]
         for block in cast(Iterable[MixerBlock], self):

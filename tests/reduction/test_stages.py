@@ -189,7 +189,7 @@ def test_a_walk_over_kept_cells_that_drops_none_is_the_model(name):
     assert not torch.equal(model(x), whole)
     hooks = make_staged_reduction(model.info).stage(0).hooks
     map_ = model.embed(x)
-    torch.testing.assert_close(model.stages[0].reduced(map_, hooks), model.stages[0](map_))
+    torch.testing.assert_close(model.stages[0](map_, hooks), model.stages[0](map_))
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -233,9 +233,19 @@ def test_a_dropped_cell_keeps_its_residual_stream():
     model = built("vmamba")
     fambav.reduce(model, "random", "1.1:20")
     x = model.embed(images())
-    out = model.stages[0].reduced(x, model.reduction.stage(0).hooks)
+    out = model.stages[0](x, model.reduction.stage(0).hooks)
     same = (out == x).all(dim=3).sum(dim=(1, 2))
     assert same.tolist() == [20, 20]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_hooks_fire_while_cells_are_removed(name):
+    model, seen = built(name), []
+    fambav.reduce(model, "random", "1.1:20")
+    for part in (model.stages[0], model.stages[0][1]):
+        part.register_forward_hook(lambda module, given, output: seen.append(module))
+    model(images())
+    assert seen == [model.stages[0][1], model.stages[0]]
 
 
 def test_counts_follow_the_kept_cells():
