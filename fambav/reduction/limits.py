@@ -63,12 +63,13 @@ def _ways_out(counts: Counts, info: BackboneInfo, reducer: Reducer, policy: str)
     ones = ((n, tuple(int(c > 0 and k >= n) for k, c in enumerate(counts))) for n in layers)
     later = next((n + 1 for n, own in ones if _fits(own, info, reducer, policy)), None)
     if later is not None:
-        ways.append(f"one at each fits from layer {later} on")
+        ways.append(f"one at each fits from layer {info.prefix}{later} on")
     larger = (own for own in _larger(info) if _fits(counts, own, reducer, policy))
     grid = next((own.grid for own in larger), None)
     if grid is not None:
         wanted, there = (" x ".join(map(str, own)) for own in (grid, info.grid))
-        ways.append(f"all fit from images of {wanted} patches on, this one has {there}")
+        what = ("maps", "cells") if info.prefix else ("images", "patches")
+        ways.append(f"all fit from {what[0]} of {wanted} {what[1]} on, this one has {there}")
     return f"; {', '.join(ways)}"
 
 

@@ -283,6 +283,7 @@ def test_multiply_adds_are_those_that_run():
         ("tome", "r:5@2.1-1.2", "expected layers from 1.1 to 2.2"),
         ("tome", "1.1:3,1.1:4", "expected each layer once, from 1.1 to 2.2"),
         ("tome", "2.1:9", "expected at most 8 at layer 2.1; layer 2.1 has 15 - 0 = 15 tokens"),
+        ("random", "1.1:59,1.2:1", "fits from layer 1.1 on, all fit from maps of 7 x 11 cells on"),
         ("storm", "1.2:7", "tokens removed at layer 1.2 are 7, expected a number that makes"),
         ("tome", "upper:2:3", "upper counts in one stage"),
         ("tome", "published", "no paper has one for vssd"),
