@@ -45,6 +45,13 @@ class HeadedModel(Model):
         # A backbone of others draws for its own batch only.
         self.draws_whole_update = getattr(self.backbone, "draws_whole_update", False)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a reduction is the backbone's."""
+        if name == "reduction":  # `nn.Module` would keep it beside the property, without effect
+            self.backbone.reduction = value
+        else:
+            super().__setattr__(name, value)
+
     @property
     def num_classes(self) -> int:  # type: ignore[override]  # the head's own
         """Classes that the head knows."""
@@ -73,7 +80,7 @@ class HeadedModel(Model):
 
     @property
     def reduction(self) -> Any:
-        """What removes tokens of the backbone; None if nothing can.  Set it on the backbone."""
+        """What removes tokens of the backbone, where it is set too; None if nothing can."""
         return getattr(self.backbone, "reduction", None)
 
     def no_weight_decay(self) -> set[str]:
