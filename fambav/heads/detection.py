@@ -5,6 +5,7 @@ maps -> feature pyramid -> proposals of the RPN -> boxes and classes -> masks
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,27 @@ _RATIOS = (0.5, 1.0, 2.0)  # of an anchor's height and width
 _BOX_CELLS, _MASK_CELLS = 7, 14  # that a region is pooled to
 
 Targets = Sequence[Mapping[str, Tensor]]
+
+
+class Anchors(_PARTS.anchor_utils.AnchorGenerator):  # type: ignore[misc]  # of no stated type
+    """Anchors in the cells of maps of given strides.
+
+    torchvision divides the sides of images by those of maps, and is wrong where the last cells of a
+    map reach out of the image.
+
+    Args:
+        sides: Of the anchors of each map, in pixels.
+        strides: From one cell of each map to the next, in pixels.
+    """
+
+    def __init__(self, sides: Sequence[tuple[float, ...]], *, strides: Sequence[int]) -> None:
+        super().__init__(sides, (_RATIOS,) * len(sides))
+        self.strides = strides
+
+    def grid_anchors(self, grid_sizes: Any, strides: Any) -> Any:
+        """Return the anchors of maps, (cells * ratios, 4) each; strides are those of the images."""
+        del strides
+        return super().grid_anchors(grid_sizes, [(stride, stride) for stride in self.strides])
 
 
 class Detector(HeadedModel):
@@ -69,10 +91,11 @@ class Detector(HeadedModel):
         widths = [each["num_chs"] for each in self.map_info]
         pooled = _OPS.feature_pyramid_network.LastLevelMaxPool()
         self.fpn = _OPS.FeaturePyramidNetwork(widths, channels, pooled)
+        self.strides = [int(each["reduction"]) for each in self.map_info]
         # Maps of a stack of equal layers have one stride; their anchors differ all the same.
-        finest = anchor_scale * self.map_info[0]["reduction"]
+        finest = anchor_scale * self.strides[0]
         sides = tuple((finest * 2**level,) for level in range(len(widths) + 1))
-        anchors = _PARTS.anchor_utils.AnchorGenerator(sides, (_RATIOS,) * len(sides))
+        anchors = Anchors(sides, strides=(*self.strides, 2 * self.strides[-1]))
         proposed = {
             "training": min(2000, 4 * region_samples),
             "testing": min(1000, 2 * region_samples),
@@ -105,8 +128,13 @@ class Detector(HeadedModel):
 
     def _pool(self, cells: int) -> Any:
         """Return what pools regions from the map whose cells suit their size."""
-        names = list(map(str, range(len(self.map_info))))
-        return _OPS.MultiScaleRoIAlign(names, cells, sampling_ratio=2)
+        names = list(map(str, range(len(self.strides))))
+        pool = _OPS.MultiScaleRoIAlign(names, cells, sampling_ratio=2)
+        # It would guess powers of 2 from the first images, wrong ones if those are small.
+        pool.scales = [1 / stride for stride in self.strides]
+        levels = (int(math.log2(self.strides[n])) for n in (0, -1))
+        pool.map_levels = _OPS.poolers.initLevelMapper(*levels)
+        return pool
 
     def _mask_parts(self, channels: int, num_classes: int) -> dict[str, Any]:
         parts = _PARTS.mask_rcnn

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import fambav.models  # noqa: F401  # registers them
+import fambav
 from fambav.heads import Detector, regions
 from fambav.timm_compat import timm, torchvision
 
@@ -147,6 +147,31 @@ def test_a_detector_on_any_backbone_learns_with_all_its_parameters(name):
     with torch.no_grad():
         net.fpn.layer_blocks[0][0].bias[0] = torch.nan
         assert all(own["finite"].isnan() for own in net(images))
+
+
+def test_anchors_and_regions_are_in_the_cells_that_the_backbone_makes():
+    net = Detector(timm.create_model("vssd_nano", img_size=36), 3, channels=8).eval()
+    net(torch.randn(1, 3, 36, 36))
+    assert net.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    maps = [torch.zeros(1, 8, side, side) for side in (9, 5, 3, 2, 1)]
+    listed = torchvision.models.detection.image_list.ImageList(
+        torch.zeros(1, 3, 36, 36), [(36, 36)]
+    )
+    (anchors,) = net.rpn.anchor_generator(listed, maps)
+    centres = [
+        [x * stride, y * stride]
+        for stride, own in zip((4, 8, 16, 32, 64), maps, strict=True)
+        for y in range(own.shape[2])
+        for x in range(own.shape[3])
+    ]
+    assert ((anchors[::3, :2] + anchors[::3, 2:]) / 2).tolist() == centres
+
+
+def test_reducing_a_detector_reduces_its_backbone():
+    net = Detector(timm.create_model("vim_micro", img_size=32), 3, channels=8)
+    assert fambav.reduce(net, "tome", "r:1@2") is net
+    assert net.backbone.reduction is net.reduction
+    assert net.reduction.schedule.removed == 1 and "reduction" not in dict(net.named_children())
 
 
 def test_unknown_heads_are_refused():
