@@ -248,7 +248,7 @@ def count(model: nn.Module, reduction: Reduction | StagedReduction | None = None
         wanted = "one whose head does as much for every image"
         raise ValueError(f"model is a detector with head {model.head}, expected {wanted}")
     if isinstance(model, SegmentationModel):
-        return _headed(model)
+        return _headed(model, reduction)
     if isinstance(model, Hierarchical):
         own = model.reduction if model.reducible else None
         return _staged(model, cast("StagedReduction | None", reduction or own))
@@ -281,9 +281,9 @@ def _reduced(model: Backbone, reduction: Reduction) -> Report:
     )
 
 
-def _headed(model: SegmentationModel) -> Report:
+def _headed(model: SegmentationModel, reduction: Reduction | StagedReduction | None) -> Report:
     """Count a backbone with a head that labels pixels in the place of its own."""
-    head, body = model.head_cost(), count(model.backbone)
+    head, body = model.head_cost(), count(model.backbone, reduction)
     *rows, own = body.rows
     unreduced = (a - b + c for a, b, c in zip(body.unreduced, own.own, head, strict=True))
     return replace(
@@ -368,12 +368,13 @@ def _stage_rows(
     """
     schedule, info = reduction.schedule, reduction.info
     method = cast(Reducer, reduction.method)
+    width, inner, directions = info.width, model.mixer_width(place), info.directions
     kept: int = info.tokens
     grid: tuple[int, int] | None = info.grid
     for number, (block, removed) in enumerate(
         zip(model.stages[place], schedule.counts, strict=True), start=1
     ):
-        sizes = Overhead(kept, removed, info.width, info.width, info.directions, info.directions)
+        sizes = Overhead(kept, removed, width, inner, directions, directions)
         left, after, spent = kept - removed, grid, FREE
         if removed:
             after = method.grid_after(grid, removed)

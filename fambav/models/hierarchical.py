@@ -350,6 +350,10 @@ class Hierarchical(TimmModel):
             f"model is a {type(self).__name__}, expected one whose tokens can be reduced"
         )
 
+    def mixer_width(self, stage: int) -> int:
+        """Return the width inside the mixers of a stage, from 0; by default that of a cell."""
+        return self.dims[stage]
+
     def block_cost(self, block: nn.Module, grid: tuple[int, int]) -> Cost:
         """Return the cost of a block on a map of a height and width."""
         return total(*self.branch_costs(block, grid))

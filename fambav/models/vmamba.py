@@ -172,6 +172,10 @@ class VMamba(Hierarchical):
         widened = [] if known.mlp is None else [known.norm2, known.mlp]
         return mixed, total(*(map_cost(part, grid, kept) for part in widened))
 
+    def mixer_width(self, stage: int) -> int:
+        """Return the width inside the scans of a stage, from 0."""
+        return cast(VSSBlock, self.stages[stage][0]).op.out_proj.in_features
+
     @property
     def config(self) -> dict[str, Any]:
         """Arguments of the constructor on which the sizes of maps depend."""

@@ -255,6 +255,12 @@ class VSSD(Hierarchical):
         )
         return total(leading, mixed), trailing
 
+    def mixer_width(self, stage: int) -> int:
+        """Return the width inside the mixers of a stage, from 0."""
+        mixer = cast(VSSDBlock, self.stages[stage][0]).attn
+        attention = isinstance(mixer, Attention)
+        return super().mixer_width(stage) if attention else EXPAND * self.dims[stage]
+
     def head_cost(self, grid: tuple[int, int]) -> Cost:
         """Return the cost of norm and classifier; the authors' counter passes over the mean."""
         classified = Cost.of_products(self.num_features * self.num_classes)

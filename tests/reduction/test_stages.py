@@ -5,6 +5,7 @@ import torch
 
 import fambav
 from fambav import flops
+from fambav.heads import SegmentationModel
 from fambav.layers import Tokens
 from fambav.layers.cells import Cells
 from fambav.layers.nc_ssd import NonCausalSSD
@@ -261,6 +262,21 @@ def test_counts_follow_the_kept_cells():
         layers = [row.tokens for row in rows]
         assert layers == [30, 30, 30, 8, 8] == list(model.reduction.schedule.lengths)
         assert model.reduction.schedule.share == (90 + 16) / (180 + 30)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_scoring_costs_the_width_inside_of_a_mixer(name):
+    model = built(name)
+    fambav.reduce(model, "prune-aligned", "1.2:5", scan="compact", signal="ungated")
+    paths = model.directions
+    assert flops.count(model).reduction.all_directions == paths * 60 * 2 * 8  # cells, inner
+
+
+def test_a_reduction_in_place_of_its_own_is_counted_under_a_head_too():
+    model = SegmentationModel(built("vmamba"), 3, channels=8)
+    assert flops.count(model).reduction == flops.FREE
+    report = flops.count(model, make_staged_reduction(model.info, "tome", "1.1:5"))
+    assert report.method == "tome" and report.total.multiply_adds < report.unreduced.multiply_adds
 
 
 def test_multiply_adds_are_those_that_run():
