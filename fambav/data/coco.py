@@ -76,7 +76,10 @@ class ListedInstances:
         masks = np.zeros((len(entry.ids), entry.size[1], entry.size[0]), dtype=bool)
         for mask, outline, number in zip(masks, entry.outlines, entry.ids, strict=True):
             if outline is None:
-                raise DataError(f"{self.source}: annotation {number} has no segmentation")
+                raise DataError(
+                    f"{self.source}: annotation {number} has no segmentation, expected one for its"
+                    " mask"
+                )
             mask[:] = rasterised(outline, entry.size)
         return masks
 
@@ -191,14 +194,14 @@ def _entries(
         for name, known in (("image_id", images), ("category_id", labels)):
             if each[name] not in known:
                 raise DataError(f"{where} has {name} {each[name]}, expected one that the file has")
-        box = _box(each["bbox"], images[each["image_id"]], where)
+        image = images[each["image_id"]]
+        box = _box(each["bbox"], image, where)
         if box is None:
             lost += 1
             continue
         crowd = each.get("iscrowd", 0)
         if crowd not in (0, 1):
             raise DataError(f"{where} has iscrowd {short_repr(crowd)}, expected 0 or 1")
-        image = images[each["image_id"]]
         outline = _outline(each.get("segmentation"), (image["width"], image["height"]), where)
         row = (each["id"], box, labels[each["category_id"]], bool(crowd), outline)
         own[each["image_id"]].append(row)
@@ -262,8 +265,8 @@ def _outline(segmentation: Any, size: tuple[int, int], where: str) -> Any:
         if counted and sum(cast("list[int]", runs)) == size[0] * size[1]:
             return np.array(runs, dtype=np.int64)
     raise DataError(
-        f"{where} has another segmentation, expected polygons of 3 points or more, or counts of"
-        f" runs over {size[0]} x {size[1]} pixels"
+        f"{where} has segmentation {short_repr(segmentation)}, expected polygons of 3 points or"
+        f" more, or counts of runs over {size[0]} x {size[1]} pixels"
     )
 
 

@@ -95,8 +95,8 @@ BROKEN = {
     "annotation 12 has category_id 5, expected one that the file has": changed(1, category_id=5),
     "annotation 12 has image_id 5, expected one that the file has": changed(1, image_id=5),
     "annotation 12 has iscrowd 2, expected 0 or 1": changed(1, iscrowd=2),
-    "annotation 13 has another segmentation, expected polygons": changed(2, segmentation=[[1, 2]]),
-    "annotation 12 has another segmentation": changed(1, segmentation={"counts": [3]}),
+    "annotation 13 has segmentation [[1, 2]], expected polygons": changed(2, segmentation=[[1, 2]]),
+    "annotation 12 has segmentation {'counts': [3]}": changed(1, segmentation={"counts": [3]}),
     "annotations have the id 11 twice": changed(1, id=11),
     "has no annotations, expected at least one": described(annotations=[]),
     "has no annotations that teach": described(rows=ROWS[1:2]),
@@ -151,7 +151,9 @@ def test_masks_of_an_annotation_without_any_are_refused(coco):
     put(coco, "val2017", content)
     _, known = load("COCO", coco).val[0]
     assert len(known.boxes) == 2
-    with pytest.raises(DataError, match=r"val2017.json: annotation 11 has no segmentation"):
+    with pytest.raises(
+        DataError, match=r"val2017.json: annotation 11 has no segmentation, expected"
+    ):
         known.masks()
 
 
