@@ -71,7 +71,7 @@ class Cells:
         return self._spread(rows, self._dropped)
 
     def to_map(self, rows: Tensor, *, stream: bool = False) -> Tensor:
-        """Lay rows out on a map; with `stream`, those of the residual stream.
+        """Lay rows, (batch, kept, dim), out on a map; with `stream`, those of the residual stream.
 
         Of that, dropped cells hold what they were dropped with; anything else of them is zero.
         """
@@ -83,7 +83,7 @@ class Cells:
         return laid_out
 
     def from_map(self, x: Tensor) -> Tensor:
-        """Average a map over the members of each kept cell."""
+        """Average a map over the members of each kept cell: (batch, kept, dim)."""
         cells = x.flatten(1, 2)
         if self._grid is not None:
             return cells
@@ -98,7 +98,10 @@ class Cells:
         return self.from_map(conv(self.to_map(rows, stream=stream)))
 
     def paths(self, names: tuple[str, ...]) -> Tensor:
-        """Return the orders in which paths read the kept cells."""
+        """Return the orders in which paths read the kept cells, (kept, paths).
+
+        They are (batch, kept, paths) where the cells form no grid, and samples keep other ones.
+        """
         if names not in self._paths:
             grid, device = self._grid or self._start, self._source.device
             paths = scan_paths(grid, device, names)

@@ -67,7 +67,7 @@ class NonCausalSSD(nn.Module):
             Shaped like x; if anything is wanted, also that, in one direction.
         """
         z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
-        dt = F.softplus(upcast(dt) + upcast(self.dt_bias))  # (batch, height, width, heads)
+        dt = F.softplus(upcast(dt) + upcast(self.dt_bias))  # (batch, ..., heads), as x
         xBC = self.conv2d(xBC) if cells is None else cells.convolve(self.conv2d, xBC)
         x, B, C = F.silu(xBC).split(self.convolved_splits, dim=-1)
         y = nc_ssd(

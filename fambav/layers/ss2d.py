@@ -205,8 +205,9 @@ def scan_steps(
         u: Inputs, (batch, length, paths, inner), step by step without an order; with one by token,
             and 1 in place of paths if all read the same.
         projected: Step size, B and C of each step, (batch, length, paths, rank + 2 * state).
-        order: Token of each step, (length, paths), as from `scan_paths`.  Narrow projections are
-            cheaper to bring into it than the step sizes made of them.
+        order: Token of each step, (length, paths) as from `scan_paths`, or (batch, length, paths)
+            as from `kept_paths`.  Narrow projections are cheaper to bring into it than the step
+            sizes made of them.
 
     Returns:
         (batch, length, paths, inner), in the order of u, in float32 or float64.
