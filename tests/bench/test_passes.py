@@ -146,7 +146,7 @@ def test_a_candidate_has_a_name_and_is_compared_once():
     ("words", "message"),
     [
         ("--plan uper:6:9", "plan is 'uper:6:9', expected one of r:5, r:5@3-23/2, ramp:"),
-        ("--plan all:400", "plan is 'all:400', expected at most 32 at layer 1; layer 1 has 65"),
+        ("--plan all:400", "plan is 'all:400', expected at most 9; layer 1 has 65"),
         ("--peer diet_tiny_patch16_224", "peer is 'diet_tiny_patch16_224', expected a model of"),
         ("--peer hf-hub:someone/something", "peer is 'hf-hub:someone/something', expected"),
         ("--rounds 0", "rounds is 0, expected at least 1"),
