@@ -13,7 +13,7 @@ from fambav.config import ConfigError, read_flags
 
 
 def run(words: list[str]) -> None:
-    """Print the most likely classes of images, or write masks of their pixels."""
+    """Print the most likely classes of images, or write their masks or boxes."""
     flags = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
     parser = Parser(
         "fambav predict",
@@ -30,7 +30,7 @@ def run(words: list[str]) -> None:
         "--output-dir",
         type=Path,
         metavar="DIR",
-        help="where masks and overlays go, which they need",
+        help="where masks, boxes and overlays go, which need it",
     )
     parser.add_argument("--device", metavar="NAME")
     given, rest = parser.parse_known_args(words[flags:])

@@ -76,9 +76,10 @@ def _dry_run(settings: Config) -> str:
     from fambav.training.network import layout, model
 
     plan, optim = layout(settings), settings.optim
-    classes = settings.model.num_classes or {**CLASSES, **VARIATES}.get(settings.data.data_set, 1)
+    classes = settings.model.num_classes or {**CLASSES, **VARIATES}.get(settings.data.data_set)
+    outputs = f"{classes} outputs" if classes else "1 output, since data say how many there are"
     with torch.device("meta"):
-        weights = sum(p.numel() for p in model(settings, num_classes=classes).parameters())
+        weights = sum(p.numel() for p in model(settings, num_classes=classes or 1).parameters())
     world = launcher.place(os.environ).world
     images = optim.batch_size * optim.grad_accum_steps * world
     lines = [settings.to_yaml()]
@@ -86,7 +87,7 @@ def _dry_run(settings: Config) -> str:
         lines.append(plan.reduction.summary())
     lines += [
         f"model: {settings.model.model} at {' x '.join(map(str, plan.input_size))},"
-        f" {weights / 1e6:.2f} M weights with {classes} outputs",
+        f" {weights / 1e6:.2f} M weights with {outputs}",
         f"images per update: {images} = {optim.batch_size} x {optim.grad_accum_steps} forward"
         f" passes x {world} processes",
         f"epochs: {optim.epochs}",
