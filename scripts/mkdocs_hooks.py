@@ -76,6 +76,7 @@ def flags() -> str:
 def row(option: Option) -> str:
     """Return the line of one flag."""
     names = [f"`--{name}`" for name in (option.flag, *option.also, option.off) if name]
+    names += [f"`{option.short}`"] if option.short else []
     text = option.text.replace("|", "\\|")
     if option.choices:
         text += f": {', '.join(f'`{name}`' for name in option.choices)}"
