@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from fambav.config import Config
 
 Arrays = dict[str, "NDArray[Any]"]
-THRESHOLDS = tuple(n / 100 for n in range(50, 100, 5))  # of the intersection over union
+IOU_THRESHOLDS = tuple(n / 100 for n in range(50, 100, 5))
 _RECALLS = 101
 _SHOWN = 0.5  # least score of a box that is drawn
-_MISSED, _FOUND, _IGNORED = range(3)
+_FALSE_POSITIVE, _TRUE_POSITIVE, _IGNORED = range(3)
 
 
 class Detection(Task):
@@ -85,7 +85,7 @@ class Detection(Task):
 
     def meter(self, num_classes: int, device: torch.device) -> Meter:
         """Return an empty meter of AP."""
-        return Precision(num_classes, device)
+        return AveragePrecision(num_classes, device)
 
     def input_lines(self, known: Mapping[str, Any]) -> tuple[str, ...]:
         """Return lines on images and classes."""
@@ -137,8 +137,8 @@ class Matched(NamedTuple):
 
     Attributes:
         scores, labels: (detections,), best scores first.
-        state: (thresholds, detections): missed, found or ignored.
-        known: (classes,), objects to be found.
+        state: (thresholds, detections): false positive, true positive or ignored.
+        known: (classes,), objects that count, which crowds do not.
     """
 
     scores: NDArray[Any]
@@ -147,7 +147,7 @@ class Matched(NamedTuple):
     known: NDArray[Any]
 
 
-class Precision(Meter):
+class AveragePrecision(Meter):
     """The detections of all images, matched image by image; AP needs all of their scores.
 
     Args:
@@ -167,13 +167,13 @@ class Precision(Meter):
         for output, target in zip(outputs, targets, strict=True):
             own = {name: value.cpu().numpy() for name, value in output.items()}
             truth = {name: value.cpu().numpy() for name, value in target.items()}
-            overlaps = {"box": box_overlaps(own["boxes"], truth["boxes"], truth["crowd"])}
+            overlaps = {"box": box_iou(own["boxes"], truth["boxes"], truth["crowd"])}
             if "masks" in own:
                 both = own["masks"], truth["masks"].astype(bool)
-                overlaps["mask"] = mask_overlaps(*both, truth["crowd"])
-            found, known = (own["scores"], own["labels"]), (truth["labels"], truth["crowd"])
+                overlaps["mask"] = mask_iou(*both, truth["crowd"])
+            made, known = (own["scores"], own["labels"]), (truth["labels"], truth["crowd"])
             self.images.append(
-                {k: matched(iou, found, known, self.num_classes) for k, iou in overlaps.items()}
+                {k: matched(iou, made, known, self.num_classes) for k, iou in overlaps.items()}
             )
         return torch.stack([output["finite"].double() for output in outputs]).sum()[None]
 
@@ -187,17 +187,17 @@ class Precision(Meter):
 
         The mean is over the classes that there are objects of; without any it is 0.
         """
-        found: dict[str, float] = {}
+        scores: dict[str, float] = {}
         for kind in self.images[0]:
             table = average_precision([image[kind] for image in self.images])
             prefix = "" if kind == "box" else f"{kind}_"
             columns = {"ap": table, "ap50": table[:1], "ap75": table[5:6]}
             for name, values in columns.items():
-                found[f"{prefix}{name}"] = 100 * float(values.mean()) if values.size else 0.0
-        return found
+                scores[f"{prefix}{name}"] = 100 * float(values.mean()) if values.size else 0.0
+        return scores
 
 
-def box_overlaps(
+def box_iou(
     boxes: NDArray[Any], others: NDArray[Any], crowd: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
     """Return the intersection over union (IoU) of boxes, (n, 4), and known ones, (m, 4): (n, m).
@@ -214,7 +214,7 @@ def box_overlaps(
     return _shares(both, areas, known, crowd)
 
 
-def mask_overlaps(
+def mask_iou(
     masks: NDArray[np.bool_], others: NDArray[np.bool_], crowd: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
     """Return the same of pixels, (n, height, width) and (m, height, width)."""
@@ -258,10 +258,10 @@ def matched(
     (scores, labels), (truth, crowd) = detections, known
     order = np.argsort(-scores, kind="stable")
     scores, labels, overlaps = scores[order], labels[order], overlaps[order]
-    least = np.array(THRESHOLDS)[:, None]
-    free = np.ones((len(THRESHOLDS), len(truth)), dtype=bool)
-    state = np.full((len(THRESHOLDS), len(scores)), _MISSED, dtype=np.uint8)
-    rows = np.arange(len(THRESHOLDS))
+    least = np.array(IOU_THRESHOLDS)[:, None]
+    free = np.ones((len(IOU_THRESHOLDS), len(truth)), dtype=bool)
+    state = np.full((len(IOU_THRESHOLDS), len(scores)), _FALSE_POSITIVE, dtype=np.uint8)
+    rows = np.arange(len(IOU_THRESHOLDS))
     for n, label in enumerate(labels):
         fits = (overlaps[n] >= least) & (truth == label)
         single = fits & free & ~crowd
@@ -270,7 +270,8 @@ def matched(
         ranks = np.where(single, overlaps[n], -1.0)
         best = len(truth) - 1 - ranks[:, ::-1].argmax(axis=1)  # of equal ones the last
         taken = single.any(axis=1)
-        state[:, n] = np.where(taken, _FOUND, np.where((fits & crowd).any(axis=1), _IGNORED, 0))
+        state[:, n] = np.where((fits & crowd).any(axis=1), _IGNORED, _FALSE_POSITIVE)
+        state[taken, n] = _TRUE_POSITIVE
         free[rows[taken], best[taken]] = False
     counts = np.bincount(truth[~crowd], minlength=num_classes)
     return Matched(scores, labels, state, counts)
@@ -291,11 +292,11 @@ def average_precision(images: Sequence[Matched]) -> NDArray[np.float64]:
     state = np.concatenate([image.state for image in images], axis=1)
     order = np.argsort(-scores, kind="stable")
     labels, state = labels[order], state[:, order]
-    table = np.zeros((len(THRESHOLDS), len(known)))
+    table = np.zeros((len(IOU_THRESHOLDS), len(known)))
     for row, label in product(range(len(table)), np.flatnonzero(known)):
         own = state[row, labels == label]
         own = own[own != _IGNORED]
-        hits = np.cumsum(own == _FOUND)
+        hits = np.cumsum(own == _TRUE_POSITIVE)
         precision = hits / np.arange(1, len(own) + 1)
         precision = np.maximum.accumulate(precision[::-1])[::-1]
         at = np.searchsorted(hits / known[label], np.linspace(0, 1, _RECALLS))

@@ -13,7 +13,7 @@ from fambav.config import Config
 from fambav.data import read_image, synthetic
 from fambav.registry import BUILDERS, TASKS
 from fambav.tasks import task_of
-from fambav.tasks.detection import THRESHOLDS
+from fambav.tasks.detection import IOU_THRESHOLDS
 from fambav.training.inference import load_run
 from tests.identical import assert_identical, log
 from tests.made import crash_in_update, crashing, go, refused
@@ -238,7 +238,7 @@ def test_average_precision_is_that_of_its_definition(seed):
     meter = TASKS["detection"].meter(3, torch.device("cpu"))
     assert meter.update(outputs[:5], targets[:5]) and meter.update(outputs[5:], targets[5:])
     metrics = meter.scores().metrics
-    want = [defined(outputs, targets, threshold, 3) for threshold in THRESHOLDS]
+    want = [defined(outputs, targets, threshold, 3) for threshold in IOU_THRESHOLDS]
     assert 0 < want[0] < 100
     assert metrics["ap50"] == pytest.approx(want[0], rel=1e-12)
     assert metrics["ap75"] == pytest.approx(want[5], rel=1e-12)
