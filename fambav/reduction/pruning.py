@@ -136,6 +136,8 @@ class EViT(_ByScore):
         self.score = one_of("score", score, ("y", "class"))
         self.fuse, self.signal = switch("fuse", fuse), signal
         read = _read_by_importance(signal, "both", clip=True)
+        if score == "class" and signal != "gated":
+            raise refusal(f"{OPTION} signal", signal, "none with score=class, which reads no scan")
         self.needs = read if score == "y" else frozenset({"mixed"})
 
     def check(self, info: BackboneInfo) -> None:

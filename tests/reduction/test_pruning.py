@@ -206,6 +206,11 @@ def test_a_scan_of_one_direction_has_no_backward_scores():
             "option directions is 'forward', expected 'both' with signal=mixed",
         ),
         ("evit", dict(score="x"), "option score is 'x', expected a known name"),
+        (
+            "evit",
+            dict(score="class", signal="mixed"),
+            "signal is 'mixed', expected none with score",
+        ),
         ("random", dict(mode="fold"), "option mode is 'fold', expected a known name"),
         ("random", dict(seed=-1), "option seed is -1, expected at least 0"),
         ("random", dict(sed=1), "reduction option is 'sed', expected one of random"),
