@@ -311,7 +311,7 @@ MIDDLE = dict(cls_index=(8,), depth=4)
         (
             dict(intermediates=frozenset({"mixed"})),
             dict(reads="delta mixed", schedule="r:3@2"),
-            "reduction is 'every', which reads delta, mixed of the mixer, expected a method that",
+            "reduction is 'every', which reads delta, mixed of the mixer, expected a method or",
         ),
         ({}, dict(reads="y"), "reduction is 'every' at layer 1, expected a later layer"),
         (
