@@ -25,7 +25,7 @@ _BOX_CELLS, _MASK_CELLS = 7, 14  # that a region is pooled to
 Targets = Sequence[Mapping[str, Tensor]]
 
 
-class Anchors(_PARTS.anchor_utils.AnchorGenerator):  # type: ignore[misc]  # of no stated type
+class Anchors(_PARTS.anchor_utils.AnchorGenerator):  # type: ignore[misc, name-defined]  # of no stated type
     """Anchors in the cells of maps of given strides.
 
     torchvision divides the sides of images by those of maps, and is wrong where the last cells of a
