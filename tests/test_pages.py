@@ -25,6 +25,7 @@ from tests.made import go, run
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+CLIENTS = "docs/other-tools.md"  # of packages that no development installation has: tests/outside
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
@@ -94,7 +95,8 @@ def registry():
 
 @pytest.mark.filterwarnings("ignore")  # of adapters and quantized layers
 @pytest.mark.parametrize(
-    "name", [n for n, p in zip(NAMES, PAGES, strict=True) if blocks(p, "python")]
+    "name",
+    [n for n, p in zip(NAMES, PAGES, strict=True) if blocks(p, "python") and n != CLIENTS],
 )
 def test_the_python_of_a_page_runs(name, trained, registry, tmp_path, monkeypatch):
     for part in trained.iterdir():
