@@ -96,7 +96,7 @@ def test_settings_of_other_models_are_refused_in_one_line(name, tmp_path):
         ("--patch-size 8", "--patch-size is 8, expected none with --model"),
         ("--fusion-strategy all", f"none with --model {name}, whose "),
         ("--fusion-plan 2:3", f"none with --model {name}, whose "),
-        ("--reduction mtr --reduction-schedule r:1@1.2", "reduction is 'mtr', "),
+        ("--reduction evit --reduction-schedule r:1@1.2", "reduction is 'evit', "),
         ("--input-size 16", "img_size is 16 x 16, expected sides of at least 32 pixels"),
     ):
         folder = tmp_path / "run"
