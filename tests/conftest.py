@@ -16,6 +16,7 @@ if not torch.cuda.is_available():  # read when a kernel is defined, so before an
 
 import fambav.timm_compat  # noqa: F401  before any test imports timm or torchvision
 from fambav.engine.run_dir import environment
+from fambav.registry import REDUCERS
 
 torch.set_num_threads(1)
 
@@ -38,6 +39,15 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)  # also makes torch.empty return NaN
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def registry():
+    """Reducers that a test registers are forgotten behind it."""
+    before = dict(REDUCERS._builders)
+    yield
+    REDUCERS._builders.clear()
+    REDUCERS._builders.update(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

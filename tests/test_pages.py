@@ -18,7 +18,7 @@ from fambav.commands.bench import parser as bench_parser
 from fambav.config import parse
 from fambav.config.parsing import SPELLINGS
 from fambav.config.schema import OPTIONS
-from fambav.registry import MADE, REDUCERS
+from fambav.registry import MADE
 from scripts import mkdocs_hooks
 from tests.made import go, run
 
@@ -83,14 +83,6 @@ def trained(tmp_path_factory):
     done = go(*words, "--noise", "--images", "2", program=console)
     assert done.status == 0, done.err
     return folder
-
-
-@pytest.fixture
-def registry():
-    before = dict(REDUCERS._builders)
-    yield
-    REDUCERS._builders.clear()
-    REDUCERS._builders.update(before)
 
 
 @pytest.mark.filterwarnings("ignore")  # of adapters and quantized layers

@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy
 import fambav
 from fambav.config import parse
 from fambav.reduction import parse_schedule
-from fambav.registry import REDUCERS
 from fambav.timm_compat import timm
 from tests.data.made import made_cifar
 from tests.made import run
@@ -25,14 +24,6 @@ DOCS = ROOT / "docs"
 def python(name):
     """The blocks of Python of a page."""
     return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
-
-
-@pytest.fixture
-def registry():
-    before = dict(REDUCERS._builders)
-    yield
-    REDUCERS._builders.clear()
-    REDUCERS._builders.update(before)
 
 
 def test_the_reducer_of_the_manual_removes_what_the_plan_says(registry):

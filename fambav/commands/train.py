@@ -28,8 +28,8 @@ def run(words: list[str], program: str = "fambav train") -> int:
     flags = [word for word in words if word.replace("_", "-") != DRY_RUN]
     settings = config.parse(flags, record=_record)
     first = launcher.may_be_first(os.environ)
-    notes = (*settings.notice.splitlines(), *_note_on_defaults(flags), *launcher.notes(os.environ))
-    for line in notes:
+    notes = settings.notice.splitlines() + _note_on_defaults(flags, settings)
+    for line in notes + launcher.notes(os.environ):
         if first:
             print_line(line, sys.stderr if line.startswith("warning: ") else None)
     if len(flags) < len(words):
@@ -41,12 +41,12 @@ def run(words: list[str], program: str = "fambav train") -> int:
     return int(training.run(settings))
 
 
-def _note_on_defaults(flags: list[str]) -> list[str]:
+def _note_on_defaults(flags: list[str], settings: Config) -> list[str]:
     """Return a line where a data set alone is given, for which the defaults are seldom meant."""
     given = config.read_flags(flags)
     if "data_set" not in given or {"model", "config", "eval"} & given.keys():
         return []
-    settings, known = config.parse(flags), registry.recipes(given["data_set"])
+    known = registry.recipes(given["data_set"])
     hint = f"; recipes for it: --config {', '.join(known[:_RECIPES])}" if known else ""
     return [
         f"note: --data-set {given['data_set']} without --model or --config trains"

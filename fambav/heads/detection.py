@@ -176,7 +176,7 @@ class Detector(HeadedModel):
                 return {**losses, **others}
             finite = sum(0 * x.flatten(1).sum(dim=1) for x in pyramid.values())
             return [
-                self._found(own, zero, size)
+                self._answer(own, zero, size)
                 for own, zero, size in zip(outputs, finite, sizes, strict=True)
             ]
 
@@ -189,7 +189,7 @@ class Detector(HeadedModel):
             known["masks"] = target["masks"][single]
         return known
 
-    def _found(
+    def _answer(
         self, output: dict[str, Tensor], zero: Tensor, size: tuple[int, int]
     ) -> dict[str, Tensor]:
         output = {**output, "labels": output["labels"] - self.background, "finite": zero}

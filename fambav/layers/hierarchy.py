@@ -157,8 +157,8 @@ class ReducibleBlock(MapBlock):
         tokens, cells = cells.reduced(hooks.between, tokens, x)
         want = hooks.want - OUTPUT
         made = self.computed(tokens.x, partial(self.mixed, cells=cells, want=want))
-        y, found = made if isinstance(made, tuple) else (made, Intermediates())
-        known = found._replace(mixed=y) if hooks.want else None
+        y, state = made if isinstance(made, tuple) else (made, Intermediates())
+        known = state._replace(mixed=y) if hooks.want else None
         y = self.drop_path(y)
         x = cast(Tensor, tokens.residual) + y
         tokens = tokens._replace(x=y, intermediates=known)

@@ -83,6 +83,6 @@ class NonCausalSSD(nn.Module):
         out: Tensor = self.out_proj(self.norm(y).to(z.dtype).view(z.shape) * z)
         if not want:
             return out
-        found = {"delta": dt.flatten(1, -2), "B": B.flatten(1, -2), "C": C.flatten(1, -2)}
-        found |= {name: token_score(y, y, name)[..., None] for name in want & set(SCORES)}
-        return out, Intermediates(**{name: found[name].detach()[:, None] for name in want})
+        known = {"delta": dt.flatten(1, -2), "B": B.flatten(1, -2), "C": C.flatten(1, -2)}
+        known |= {name: token_score(y, y, name)[..., None] for name in want & set(SCORES)}
+        return out, Intermediates(**{name: known[name].detach()[:, None] for name in want})

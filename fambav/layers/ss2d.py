@@ -126,16 +126,16 @@ class SS2D(PathScans):
     def _intermediates(self, projected: Tensor, y: Tensor, want: frozenset[str]) -> Intermediates:
         """Return what is wanted of `projected`, as `project` returns it, and of the scans' y."""
         dt, B, C = projected.detach().split(self.splits, dim=3)
-        found = {"B": B, "C": C}  # each (batch, length, paths, its width)
+        known = {"B": B, "C": C}  # each (batch, length, paths, its width)
         if "delta" in want:
             delta = torch.einsum("blkr,kdr->blkd", dt, self.dt_projs_weight.detach())
-            found["delta"] = F.softplus(upcast(delta) + upcast(self.dt_projs_bias.detach()))
-        found |= {name: token_score(y, y, name)[..., None] for name in want & set(SCORES)}
+            known["delta"] = F.softplus(upcast(delta) + upcast(self.dt_projs_bias.detach()))
+        known |= {name: token_score(y, y, name)[..., None] for name in want & set(SCORES)}
         turns = sorted(
             range(len(self.paths)),
             key=lambda n: (self.paths[n].removeprefix("-"), self.paths[n].startswith("-")),
         )
-        return Intermediates(**{name: found[name][:, :, turns].transpose(1, 2) for name in want})
+        return Intermediates(**{name: known[name][:, :, turns].transpose(1, 2) for name in want})
 
     def project(
         self, x: Tensor, cells: Cells | None = None

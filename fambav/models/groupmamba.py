@@ -184,7 +184,7 @@ class GroupMamba(Hierarchical):
         self.post_network = nn.Sequential(ClassBlock(dims[-1]))
         self.apply(_init)
         self.reset_classifier(num_classes)
-        self.describe("block{}", first=1)
+        self.describe()
 
     @property
     def stem(self) -> nn.Module:

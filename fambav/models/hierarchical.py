@@ -436,18 +436,14 @@ class Hierarchical(TimmModel):
         del self.layers[left:]
         cast(Stage, self.layers[-1]).downsample = nn.Identity()
 
-    def describe(self, module: str = "layers.{}.blocks", *, first: int = 0) -> None:
-        """Describe what images are read and what the stages return, in timm's terms.
-
-        Args:
-            module: Name of a stage of a number.
-            first: Number of the first one.
-        """
+    def describe(self) -> None:
+        """Describe what images are read and what the stages return, in timm's terms."""
         if self.reducible:
             self.reduction = make_staged_reduction(self.info)
+        names = {module: name for name, module in self.named_modules()}
         self.feature_info = [
-            {"num_chs": dim, "reduction": FIRST_STRIDE * 2**n, "module": module.format(first + n)}
-            for n, dim in enumerate(self.dims)
+            {"num_chs": dim, "reduction": FIRST_STRIDE * 2**n, "module": names[blocks]}
+            for n, (dim, blocks) in enumerate(zip(self.dims, self.stages, strict=True))
         ]
         self.pretrained_cfg = self.default_cfg = data_config(
             type(self),

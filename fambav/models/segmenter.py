@@ -155,7 +155,7 @@ class Segmenter(Hierarchical):
         self.norm = nn.Identity()  # the maps of the encoder are fused as they are
         self.reset_classifier(num_classes)
         self.apply(trunc_normal_linear)
-        self.describe(f"{self._inside}layers.{{}}")
+        self.describe()
 
     def _make(self, drop_path_rate: float) -> None:
         """Make the modules, in the order of published weights."""

@@ -101,12 +101,12 @@ class Layers(NamedTuple):
 
     def fresh(self, numbers: Sequence[int]) -> list[int | None]:
         """Return what its stage starts with for the first layer of each stage, for others None."""
-        ends, found, last = list(accumulate(self.depths)), list[int | None](), -1
+        ends, starts, last = list(accumulate(self.depths)), list[int | None](), -1
         for number in numbers:
             stage = bisect_left(ends, number)
-            found.append(None if stage == last else self.starts[stage])
+            starts.append(None if stage == last else self.starts[stage])
             last = stage
-        return found
+        return starts
 
 
 def make_schedule(

@@ -141,11 +141,11 @@ def reduction(config: Config) -> Reduction | StagedReduction:
         ValueError: If the plan cannot be carried out, or the model's tokens cannot be reduced.
     """
     laid_out = layout(config)
-    found = laid_out.reduction or getattr(laid_out.net, "reduction", None)
-    if found is None:
+    own = laid_out.reduction or getattr(laid_out.net, "reduction", None)
+    if own is None:
         wanted = "one whose tokens can be reduced"
         raise ValueError(f"model is {config.model.model!r}, expected {wanted}")
-    return cast("Reduction | StagedReduction", found)
+    return cast("Reduction | StagedReduction", own)
 
 
 def schedule(config: Config) -> Schedule:

@@ -150,7 +150,17 @@ def test_a_projection_whose_weight_is_of_another_class_is_called():
     assert torch.equal(net(IMAGES), before)
 
 
-@pytest.mark.parametrize("name", ["vmamba_nano", "vssd_nano", "groupmamba_nano", "vim2_nano"])
+STAGED = [
+    "vmamba_nano",
+    "vssd_nano",
+    "groupmamba_nano",
+    "vim2_nano",
+    "vmunet_nano",
+    "cvmh_unet_nano",
+]
+
+
+@pytest.mark.parametrize("name", STAGED)
 def test_the_modules_that_feature_info_names_return_the_maps(name):
     net, seen = model(name), []
     for info in net.feature_info:

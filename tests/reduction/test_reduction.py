@@ -43,12 +43,8 @@ class Every(Reducer):
 
 
 @pytest.fixture(autouse=True)
-def every():
-    before = dict(REDUCERS._builders)
+def every(registry):
     REDUCERS.register("every")(Every)
-    yield
-    REDUCERS._builders.clear()
-    REDUCERS._builders.update(before)
 
 
 def vim(**arguments):
