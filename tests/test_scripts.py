@@ -30,7 +30,7 @@ FAKES = {
         done
         status=0
         for ((n = 0; n < SLURM_JOB_NUM_NODES; n++)); do
-            wait -n || { status=$?; kill $(cat "$FAKE/tasks"); }
+            wait -n || { status=${failed:=$?}; kill $(cat "$FAKE/tasks"); }
         done 2>/dev/null
         exit $status""",
     "scancel": 'echo "$*" >>"$FAKE/scancel"; kill $(cat "$FAKE/tasks")',
@@ -40,6 +40,8 @@ FAKES = {
         echo "${SLURM_NODEID:--} $*" >>"$FAKE/runs"
         trap 'echo saved >>"$FAKE/runs"; exit 143' TERM
         while [ -z "${CODE:-}" ]; do sleep 0.05; done
+        nodes=${SLURM_NODEID:+$SLURM_JOB_NUM_NODES} # each of them has started before one ends
+        while [ "$(wc -l <"$FAKE/runs")" -lt "${nodes:-1}" ]; do sleep 0.05; done
         exit "$CODE\"""",
 }
 FAKES["python"] = FAKES["torchrun"]
