@@ -103,6 +103,10 @@ def guarded(function: Callable[[Words], int | None], words: Words) -> int:
         return _print_error("interrupted", 130)
     except SystemExit as stop:  # argparse has printed its help
         return stop.code if isinstance(stop.code, int) else 0
+    except ModuleNotFoundError as error:
+        if (error.name or __package__).split(".")[0] == __package__:
+            raise
+        return _print_error(f"error: {_not_installed(error)}", 2)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         line, code = _failure(error)
         if code is None:
@@ -140,6 +144,14 @@ def _failure(error: Exception) -> tuple[str, int | None]:
     if kind == "OutOfMemoryError":
         return f"memory of the device is full; {hint} ({line})", 6
     return line, STATUS.get(kind, 2) if _is_ours(error) else None
+
+
+def _not_installed(error: ModuleNotFoundError) -> str:
+    return (
+        f"package {error.name} is not installed for {sys.executable}, expected the Python of an"
+        " environment that has it; bash scripts/quickstart.sh makes .venv, and"
+        " source .venv/bin/activate enters it"
+    )
 
 
 def _is_ours(error: Exception) -> bool:

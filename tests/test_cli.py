@@ -263,6 +263,16 @@ def test_a_bug_keeps_its_traceback(job, error):
         main(RUN)
 
 
+def test_a_python_without_the_packages_is_one_line(job, capsys):
+    def of_another_environment(config):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    job(of_another_environment)
+    assert main(RUN) == 2
+    line = f"error: package torch is not installed for {sys.executable}, expected the Python of"
+    assert capsys.readouterr().err.startswith(line)
+
+
 def test_a_value_error_of_this_package_is_the_users(job, capsys):
     job(lambda _: registry.REDUCERS["fuse"])
     assert main(RUN) == 2

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from fambav import registry
 from fambav.arguments import check_folder
 from fambav.commands.output import print_line
 from fambav.commands.parser import Parser, number
-from fambav.config import ConfigError
+from fambav.config import ConfigError, read_flags
 from fambav.config.setting import PROCESSES, Bounds
 from fambav.table import FORMATS
 
@@ -38,7 +39,7 @@ def run(words: list[str]) -> None:
         return
     if not given.what:
         raise ConfigError("the following arguments are required: RUN... or GRID")
-    for name in ("output_dir", "jobs", "seeds", "data_path", "keep"):
+    for name in ("output_dir", "jobs", "seeds", "data_path", "epochs", "set", "keep", "dry_run"):
         if getattr(given, name) not in (None, False):
             raise ConfigError(f"--{name} has no meaning without a grid")
     from fambav import experiments
@@ -58,10 +59,21 @@ def _grid_flags(group: argparse._ArgumentGroup) -> None:
         help="gets the runs and the table (output/NAME)",
     )
     group.add_argument("--data-path", metavar="DIR", help="folder of the data set (the settings')")
+    group.add_argument("--epochs", metavar="N", help="epochs of every run (the settings')")
+    group.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="a setting of main.py for every run, such as lr=1e-3 or no_model_ema; may be repeated;"
+        " what a row or the fine-tuning sets by itself stays",
+    )
     group.add_argument(
         "--jobs", type=jobs, metavar="N", help="processes that train at once (one per GPU, else 1)"
     )
     group.add_argument("--keep", action="store_true", help="keep every run's checkpoints")
+    group.add_argument(
+        "--dry-run", action="store_true", help="print the rows and what they cost; train nothing"
+    )
 
 
 def _grid(given: argparse.Namespace) -> Path | None:
@@ -93,15 +105,28 @@ def _table_of_grid(given: argparse.Namespace, path: Path) -> None:
     from fambav import experiments
     from fambav.experiments import process, sweep
 
-    stream = (
-        sys.stdout if given.format == FORMATS[0] else sys.stderr
-    )  # the table stands alone there
+    # The table stands alone there.
+    stream = sys.stdout if given.format == FORMATS[0] else sys.stderr
 
     def report(line: str) -> None:
         print_line(line, stream)
 
-    grid = experiments.read_grid(path, seeds=given.seeds, data_path=given.data_path)
+    grid = experiments.read_grid(path, seeds=given.seeds, settings=_settings(given))
     jobs = given.jobs or max(1, len(process.gpus()))
+    if given.dry_run:
+        print(sweep.cost(grid, folder, jobs=jobs).render(given.format))
+        return
     results = sweep.run(grid, folder, jobs=jobs, keep=given.keep, report=report, mixed=given.mixed)
     print(experiments.table(results, mixed=given.mixed).render(given.format))
     sweep.refuse_failures(results, folder)
+
+
+def _settings(given: argparse.Namespace) -> dict[str, Any]:
+    """The settings for every run of a grid."""
+    flags = [f"--{setting}" for setting in given.set or ()]
+    flags += [
+        f"--{name}={getattr(given, name)}"
+        for name in ("data_path", "epochs")
+        if getattr(given, name) is not None
+    ]
+    return read_flags(flags)

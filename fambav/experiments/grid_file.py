@@ -24,7 +24,7 @@ the settings besides those of reduction in which rows may differ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,25 +50,28 @@ _SHOW = ("figures", "differences")
 _LARGEST = OPTIONS["seed"].bounds.high
 
 
-def read_grid(path: Path, *, seeds: int | None = None, data_path: str | None = None) -> Grid:
+def read_grid(
+    path: Path, *, seeds: int | None = None, settings: Mapping[str, Any] | None = None
+) -> Grid:
     """Read a grid.
 
     Args:
         path: The file.
         seeds: How many seeds, from 0, instead of those of the file.
-        data_path: Folder of the data set instead of that of the settings.
+        settings: Instead of those of its base and its rows' configs; what a row or the fine-tuning
+            sets by itself stays.
 
     Raises:
         ConfigError: If the file or one of its settings cannot be used.
     """
-    return _File(path, seeds, data_path).grid()
+    return _File(path, seeds, read_settings("--set", dict(settings or {}))).grid()
 
 
 class _File:
     """A grid's file while it is read."""
 
-    def __init__(self, path: Path, seeds: int | None, data_path: str | None) -> None:
-        self.path, self.data_path, self.given = path, data_path, read_yaml(path)
+    def __init__(self, path: Path, seeds: int | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings, self.given = path, settings, read_yaml(path)
         for key in self.given:
             if key not in _KEYS:
                 hint = nearest(str(key), _KEYS)
@@ -195,9 +198,8 @@ class _File:
         for name in OWN:
             if run.flat()[name] != OPTIONS[name].default:
                 raise ConfigError(f"{label} sets {name}, which the grid sets itself")
-        locations = {} if self.data_path is None else {"data_path": self.data_path}
         threads = {"threads": 1} if run.run.threads is None else {}
-        return _with(run, {**locations, **threads}, label)
+        return _with(run, {**threads, **self.settings}, label)
 
     def _seeds(self) -> tuple[int, ...]:
         label, given = f"{self.path}: seeds", self.given.get("seeds")

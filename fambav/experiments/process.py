@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -28,7 +29,9 @@ from fambav.experiments.cell import FIGURES, OUTPUT, SETTINGS, perform
 from fambav.experiments.grid import FREE, UNREDUCED, Cell
 from fambav.experiments.provenance import differing, machine
 from fambav.experiments.results import Record
+from fambav.experiments.runs import LOG, read_log
 from fambav.json_files import Form, read_object
+from fambav.tasks import task_of
 
 _BEGUN, _MACHINE, _RESULT = "cell.json", "machine.json", "result.json"
 _OPEN = (str, type(None))
@@ -123,6 +126,7 @@ class Process:
         self._resumed = (self._folder / CHECKPOINT).is_file()
         self._began, self._start = now(), time.perf_counter()
         self._process = _CONTEXT.Process(target=perform, args=(self._folder, variables))
+        self._reported = -1  # epochs that `progress` has reported
         self._refusal: str | None = None  # why there is nothing to start
         if cell.start is not None and finished(cell.start, folder) is None:
             self._refusal = f"start is {cell.start.name}, expected a cell that is finished"
@@ -139,6 +143,21 @@ class Process:
     def running(self) -> bool:
         """Whether it still works."""
         return self._refusal is None and self._process.is_alive()
+
+    def progress(self) -> str | None:
+        """Return a line about its last epoch, or its log before one; None without news."""
+        log, name = self._folder / LOG, self.cell.name
+        epochs = read_log(log) if log.is_file() and log.stat().st_size else []
+        if len(epochs) == self._reported:
+            return None
+        self._reported, planned = len(epochs), self.cell.config.optim.epochs
+        if not epochs:
+            return f"{name}: in its first epoch; {self._folder / OUTPUT} has its log"
+        primary = task_of(self.cell.config.data.data_set).primary
+        value = f"{epochs[-1][primary.key]:.{primary.digits}f} {primary.unit}".rstrip()
+        minutes = fmean(epoch["train_seconds"] for epoch in epochs) / 60
+        left = f"{minutes * (planned - len(epochs)):.1f} min left"
+        return f"{name}: epoch {len(epochs)} of {planned}, {value}; {left}"
 
     def end(self) -> None:
         """End the process, whatever it works on."""

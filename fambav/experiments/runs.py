@@ -19,6 +19,7 @@ from fambav.json_files import check, parse_object, read_object
 from fambav.table import Table
 from fambav.tasks import Metric, Task, task_of
 
+LOG = "log.txt"
 _NAMES = ("run", "model", "reduction")
 _COST = ("train s", "images/s", "memory MiB")
 _TOKENS = ("tokens", "token-layers")
@@ -98,7 +99,7 @@ def read_run(folder: Path) -> Result:
     Raises:
         ValueError: If the folder is not a run, or no epoch of it is finished.
     """
-    log, settings = folder / "log.txt", folder / "config.yaml"
+    log, settings = folder / LOG, folder / "config.yaml"
     if not (log.is_file() and settings.is_file()):
         raise ValueError(f"run is {str(folder)!r}, expected a folder with log.txt and config.yaml")
     run = config.load(settings)

@@ -11,16 +11,19 @@ from statistics import fmean
 from fambav.engine import run_dir
 from fambav.engine.checkpoint import write_text
 from fambav.engine.lock import locked
-from fambav.experiments.grid import Cell, Grid
+from fambav.experiments.grid import FREE, Cell, Grid
 from fambav.experiments.process import Process, finished, slots
 from fambav.experiments.provenance import described, differing, machine
 from fambav.experiments.results import CSV, JSON, MARKDOWN, Record, Results
 from fambav.experiments.summary import table
 from fambav.ops import check_environment
+from fambav.table import Table
 from fambav.tasks import Metric
+from fambav.training.network import layout
 
 _NAMED = 6  # failed cells that an error names
 _PAUSE = 0.05  # seconds between two polls of the processes
+_QUIET = 30  # seconds after which an epoch of a running cell is reported
 
 
 def run(
@@ -41,7 +44,7 @@ def run(
         folder: Gets the cells and the tables, results.csv, results.json and results.md.
         jobs: Processes that work at once, at least 1.
         keep: Whether the checkpoints of trained cells stay.
-        report: Takes a line for each finished cell.
+        report: Takes a line for each finished cell, and for epochs of one that takes long.
         mixed: Whether cells may come from several machines; the table then has no time and memory.
 
     Returns:
@@ -63,7 +66,7 @@ def run(
         report(f"{len(records)} of {len(grid.cells)} cells are finished")
         results = Results(grid, records)
         _write(results, folder, mixed=mixed)
-        for process in _perform(left, folder, about, jobs):
+        for process in _perform(left, folder, about, jobs, report):
             cell, known = process.cell, process.result(keep=keep)
             records[cell.name] = known
             _write(results, folder, mixed=mixed)
@@ -92,13 +95,60 @@ def refuse_failures(results: Results, folder: Path) -> None:
         )
 
 
-def _perform(left: list[Cell], folder: Path, about: Record, jobs: int) -> Iterator[Process]:
+def cost(grid: Grid, folder: Path, *, jobs: int) -> Table:
+    """Return what a grid is to train, without training or writing anything.
+
+    An epoch in which half of the token-layers are left counts as half an epoch.
+
+    Args:
+        grid: What is to be carried out.
+        folder: As for `run`; what is finished there costs nothing.
+        jobs: Likewise.
+
+    Raises:
+        ValueError: If a model cannot be built, or its tokens not be reduced as a row wants it.
+    """
+    records = {c.name: known for c in grid.cells if (known := finished(c, folder))}
+    rows, total = [], 0.0
+    for row in grid.rows:
+        own = [cell for cell in grid.cells if cell.row.name == row.name]
+        schedule = layout(own[-1].config).schedule
+        share = 1.0 if schedule is None else schedule.share
+        left = [cell for cell in own if cell.name not in records]
+        epochs = sum(cell.config.optim.epochs for cell in left if cell.phase != FREE)
+        total += share * epochs
+        shown = "-" if schedule is None else f"{share:.2f}"
+        rows.append([*row.labels, shown, str(len(own)), str(len(left)), str(epochs)])
+    time_left = _time_left(Results(grid, records), jobs).removeprefix("; ")
+    if len(records) < len(grid.cells):
+        time_left = time_left or "time: not known before a cell of each phase is finished"
+    notes = [
+        f"epochs left, in token-layers: as many as {total:.1f} without reduction",
+        *filter(None, [time_left]),
+        "dry run: nothing was trained or written",
+    ]
+    head = (*grid.names, "token-layers", "cells", "cells left", "epochs left")
+    return Table(
+        head=head,
+        rows=rows,
+        names=len(grid.names),
+        title=grid.title,
+        notes=notes,
+        values=[head, *rows],
+        document=[dict(zip(head, row, strict=True)) for row in rows],
+    )
+
+
+def _perform(
+    left: list[Cell], folder: Path, about: Record, jobs: int, report: Callable[[str], None]
+) -> Iterator[Process]:
     """Carry out cells, at most `jobs` at once; yield each process when it has ended.
 
     Cells without a start come first, then, when all of these are done, those that start from one.
     """
     free = slots(jobs)
     running: list[Process] = []
+    reported = time.monotonic()
     try:
         for waiting in ([c for c in left if not c.start], [c for c in left if c.start]):
             while waiting or running:
@@ -109,6 +159,11 @@ def _perform(left: list[Cell], folder: Path, about: Record, jobs: int) -> Iterat
                     running.remove(process)
                     free.append(process.slot)
                     yield process
+                    reported = time.monotonic()
+                if time.monotonic() > reported + _QUIET:
+                    for line in filter(None, (process.progress() for process in running)):
+                        report(line)
+                        reported = time.monotonic()
                 if not ended:
                     time.sleep(_PAUSE)
     finally:

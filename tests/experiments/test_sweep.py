@@ -190,6 +190,50 @@ def test_a_result_with_a_wrong_entry_is_no_result(place, again, harm):
     assert not any(process.finished(one, again) for one in grid.cells)
 
 
+def test_a_cell_at_work_says_how_far_it_is(place, again, tmp_path):
+    cell = read_grid(written(place, UNREDUCED)).cells[0]
+    about = json.loads((again / cell.folder / "result.json").read_text())["about"]
+    works = process.Process(cell, again, ({}, None), about)
+    try:
+        assert re.fullmatch(
+            rf"{cell.name}: epoch 1 of 1, \d+\.\d+ %; 0\.0 min left", works.progress()
+        )
+        assert works.progress() is None
+    finally:
+        works.end()
+    works = process.Process(cell, tmp_path, ({}, None), about)
+    try:
+        line = (
+            f"{cell.name}: in its first epoch; {tmp_path / cell.folder / 'output.txt'} has its log"
+        )
+        assert works.progress() == line
+    finally:
+        works.end()
+
+
+def test_a_grid_that_takes_long_is_not_silent(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_QUIET", 0)
+    said = go(written(place, UNREDUCED, SHORT), tmp_path / "out").said
+    assert said[1].startswith("unreduced, seed 0, unreduced: in its first epoch; ")
+
+
+def test_a_dry_run_counts_what_is_left_and_writes_nothing(place, again, tmp_path, capsys):
+    path, new = str(written(place, UNREDUCED)), tmp_path / "new"
+    table = ("table", path, "--dry-run", "--epochs", "4", "--format", "csv", "--output-dir")
+    assert console([*table, str(new)]) == 0
+    rows = list(csv.reader(capsys.readouterr().out.splitlines()))
+    assert rows[0] == ["row", "token-layers", "cells", "cells left", "epochs left"]
+    assert rows[1] == ["unreduced", "1.00", "4", "4", "12"]
+    assert rows[2][2:] == ["4", "4", "4"]
+    assert not new.exists()
+    assert console(["table", path, "--dry-run", "--output-dir", str(again)]) == 0
+    assert "as many as 0.0 without reduction" in capsys.readouterr().out
+    shown = console(
+        ["table", path, "--dry-run", "--set", "smoothing=0.2", "--output-dir", str(again)]
+    )
+    assert (shown, "min left" in capsys.readouterr().out) == (0, False)
+
+
 def test_training_that_was_cut_short_goes_on_where_its_settings_and_machine_are_the_same(
     alone, copied
 ):
@@ -286,6 +330,9 @@ def test_the_command_prints_the_table_and_leaves_it(place, again, capsys):
         (["n.yaml", "--jobs", "0"], "--jobs is 0, expected at least 1"),
         (["n.yaml", "--seeds", "0"], "--seeds is 0, expected at least 1"),
         (["one", "two", "--jobs", "2"], "--jobs has no meaning without a grid"),
+        (["one", "two", "--set", "lr=1"], "--set has no meaning without a grid"),
+        (["one", "two", "--dry-run"], "--dry_run has no meaning without a grid"),
+        (["digits-table1", "--set", "lr"], "--lr has no value, expected one after it"),
         (["one", "two", "--output-dir", "x"], "--output_dir has no meaning without a grid"),
         ([], "the following arguments are required: RUN... or GRID"),
         (["digit-table1"], "'digit-table1' is no run folder, expected one, or a grid; did you"),

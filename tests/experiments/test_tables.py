@@ -473,10 +473,14 @@ def test_a_row_may_be_a_config_of_its_own(grid, tmp_path):
     assert row.settings == {"fusion_strategy": "all", "fusion_token": 8}
 
 
-def test_seeds_and_the_place_of_the_data_may_be_others_than_the_files(grid, tmp_path):
+def test_seeds_and_settings_may_be_others_than_the_files(grid):
     path = grid().path
     read = experiments.read_grid(path, seeds=4)
     assert read.seeds == (0, 1, 2, 3)
     assert len(read.cells) == 12
-    cifar = experiments.read_grid(grids()["cifar100-table2"], seeds=1, data_path=str(tmp_path))
-    assert {cell.config.data.data_path for cell in cifar.cells} == {str(tmp_path)}
+    settings = {"epochs": 7, "lr": 1e-4, "data_path": "elsewhere"}
+    read = experiments.read_grid(grids()["cifar100-micro"], seeds=1, settings=settings)
+    assert {cell.config.data.data_path for cell in read.cells} == {"elsewhere"}
+    recipes = {(c.phase, c.config.optim.epochs, c.config.optim.lr) for c in read.cells}
+    assert ("unreduced", 7, 1e-4) in recipes
+    assert ("fine-tuned", 1, 5e-4) in recipes, "what fine-tuning sets by itself stays"
