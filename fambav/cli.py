@@ -103,11 +103,7 @@ def guarded(function: Callable[[Words], int | None], words: Words) -> int:
         return _print_error("interrupted", 130)
     except SystemExit as stop:  # argparse has printed its help
         return stop.code if isinstance(stop.code, int) else 0
-    except ModuleNotFoundError as error:
-        if (error.name or __package__).split(".")[0] == __package__:
-            raise
-        return _print_error(f"error: {_not_installed(error)}", 2)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         line, code = _failure(error)
         if code is None:
             raise
@@ -134,6 +130,9 @@ def _short_warnings() -> Iterator[None]:
 def _failure(error: Exception) -> tuple[str, int | None]:
     """Return an error's line and exit status; no status for a bug."""
     kind, line = type(error).__name__, _one_line(error)
+    if isinstance(error, ModuleNotFoundError):
+        own = (error.name or __package__).split(".")[0] == __package__
+        return _not_installed(error), None if own else 2
     if isinstance(error, OSError):
         if error.errno in FULL or kind == "UnsavedError":
             return f"{_reason(error)}; nothing saved before is lost", 4
