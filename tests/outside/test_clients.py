@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import fambav.models  # noqa: F401  registers them
 from fambav.timm_compat import timm
@@ -17,10 +19,10 @@ def blocks(package):
     return [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if package in b]
 
 
-def run(block):
+def run(block, **names):
     """Execute a block on images; returns its names."""
     torch.manual_seed(0)
-    names = dict(images=torch.rand(2, 3, 32, 32))
+    names |= dict(images=torch.rand(2, 3, 32, 32))
     exec(compile(block, "docs/other-tools.md", "exec"), names)
     return names
 
@@ -65,3 +67,41 @@ def test_weights_off_the_device(name):
     (block,) = blocks("accelerate")
     logits = run(block.replace("groupmamba_nano", name))["logits"]
     torch.testing.assert_close(logits, logits_of(name), atol=1e-5, rtol=0)
+
+
+@pytest.mark.extra("lightning")
+def test_a_training_loop():
+    (block,) = blocks("lightning")
+    trainer = run(block)["trainer"]
+    assert trainer.global_step == 1
+    assert trainer.model.model.head.weight.dtype is torch.bfloat16
+
+
+def one_of_two(rank, folder, block):
+    torch.set_num_threads(1)
+    where = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = timm.create_model("vim_micro", num_classes=10)
+    names = run(block, model=model, mesh=init_device_mesh("cpu", (2,)))
+    logits = model(names["images"])
+    logits.square().mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    whole = {name: getattr(grad, "full_tensor", lambda g=grad: g)() for name, grad in grads.items()}
+    torch.save((logits.detach(), whole), folder / f"{rank}.pth")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("block", blocks("torch.distributed"), ids=["fsdp2", "tensor-parallel"])
+def test_weights_in_shards(block, tmp_path):
+    start = torch.multiprocessing.start_processes
+    start(one_of_two, (tmp_path, block), nprocs=2, start_method="fork")
+    torch.manual_seed(0)
+    model = timm.create_model("vim_micro", num_classes=10)
+    logits = model(run("")["images"])
+    logits.square().mean().backward()
+    for rank in range(2):
+        sharded, grads = torch.load(tmp_path / f"{rank}.pth")
+        torch.testing.assert_close(sharded, logits.detach(), rtol=1e-5, atol=1e-6)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
