@@ -11,6 +11,7 @@ from fambav.data import load
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.run_dir import weights_file
+from fambav.timm_compat import timm
 from tests.made import go, run
 
 TRAIN = """--model vim_micro --patch-size 8 --input-size 32 --data-stats own --num_workers 0
@@ -85,3 +86,6 @@ def test_the_weights_of_a_run_are_those_that_were_scored_and_not_their_average(t
     wanted = checkpoint.load(path)["model"]
     for name, value in fambav.from_pretrained(tmp_path).state_dict().items():
         assert torch.equal(value, wanted[name])
+    averaged = timm.create_model("vim_micro", num_classes=10, checkpoint_path=str(path))
+    for name, value in averaged.state_dict().items():
+        assert torch.equal(value, wanted[name] + 1), "timm's own rule"

@@ -12,8 +12,10 @@ from typing import Any
 import fambav
 from fambav.config import affecting
 from fambav.experiments import log_metrics, read_environment, read_log
+from fambav.models import TimmModel
 from fambav.tasks import task_of
 from fambav.training.inference import LoadedRun
+from fambav.training.network import model_args
 
 _INPUTS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes")
 
@@ -38,6 +40,7 @@ def describe(run: LoadedRun, kind: str) -> dict[str, Any]:
         "num_classes": run.num_classes,
         "num_features": getattr(net, "num_features", None),
         "label_names": run.class_names,
+        **({"model_args": model_args(run.config, net)} if isinstance(net, TimmModel) else {}),
         "pretrained_cfg": {
             "fixed_input_size": True,
             **{name: net.pretrained_cfg[name] for name in _INPUTS if name in net.pretrained_cfg},

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fambav.arguments import is_whole, refusal
+from fambav.arguments import instance, is_whole, refusal
 from fambav.layers.embed import pair
 from fambav.ops.dispatch import expect_dtype
+from fambav.reduction.factory import reduce
 from fambav.registry import nearest
 from fambav.short_repr import short_repr
 from fambav.timm_compat import timm
@@ -122,11 +123,16 @@ def _entry_point(
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        reduction: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> nn.Module:
         for unknown in set(arguments) - {*known, *_BUILDER}:
             raise TypeError(f"{unknown!r} is no argument of {name}; {nearest(unknown, known)}")
         _check_place(device, dtype)
+        if reduction is not None:
+            instance(
+                "reduction", reduction, Mapping, 'arguments of reduce: {"method": "ordered", ...}'
+            )
         if pretrained:
             _check_source(name, arguments)
         with nullcontext() if device is None else torch.device(device):
@@ -145,13 +151,14 @@ def _entry_point(
             fixed_input_size=not ours.dynamic_img_size,
             pool_size=ours.info.stages[-1].grid,
         )
+        if reduction is not None:
+            reduce(ours, **reduction)
         if ours is net:
             made["num_classes"] = ours.num_classes
         return net if dtype is None else net.to(dtype)
 
-    return named(
-        build, name, model, f"{dict(config)} and the other arguments of `{model.__name__}`"
-    )
+    more = f"the other arguments of `{model.__name__}`, and with `reduction`, those of `reduce`"
+    return named(build, name, model, f"{dict(config)}, {more}")
 
 
 def named(

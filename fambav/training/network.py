@@ -15,6 +15,7 @@ from fambav.reduction import (
     Reduction,
     Schedule,
     StagedReduction,
+    from_fusion,
     fused,
     read_options,
     reduce,
@@ -58,7 +59,7 @@ def model(config: Config, *, num_classes: int) -> nn.Module:
         return _foreign(config, num_classes)
     chosen, fusion = config.model, config.fusion
     known = family_of(chosen.model)
-    own = {argument: getattr(chosen, setting) for setting, argument in known.arguments.items()}
+    own = _own_arguments(config)
     own[task_of(config.data.data_set).output] = num_classes if chosen.head is None else 0
     net: Any = timm.create_model(chosen.model, **own)
     if not known.layers:
@@ -74,7 +75,7 @@ def model(config: Config, *, num_classes: int) -> nn.Module:
             plan=fusion.fusion_plan,
         )
     if config.reduction.reduction != "none":
-        _reduce(net, config)
+        reduce(net, **_reduction(config))
     return cast(nn.Module, net) if chosen.head is None else _headed(config, net, num_classes)
 
 
@@ -99,18 +100,45 @@ def _headed(config: Config, backbone: nn.Module, num_classes: int) -> HeadedMode
     )
 
 
-def _reduce(net: nn.Module, config: Config) -> None:
+def _own_arguments(config: Config) -> dict[str, Any]:
+    known = family_of(config.model.model)
+    return {name: getattr(config.model, setting) for setting, name in known.arguments.items()}
+
+
+def _reduction(config: Config) -> dict[str, Any]:
+    """Return the arguments of `reduce`."""
     wanted = config.reduction
-    reduce(
-        net,
-        wanted.reduction,
-        wanted.reduction_schedule,
-        hook=wanted.reduction_hook,
-        scan=wanted.scan_policy,
-        gap_policy=wanted.gap_policy,
-        class_policy=wanted.class_token_policy,
+    return {
+        "method": wanted.reduction,
+        "schedule": wanted.reduction_schedule,
+        "hook": wanted.reduction_hook,
+        "scan": wanted.scan_policy,
+        "gap_policy": wanted.gap_policy,
+        "class_policy": wanted.class_token_policy,
         **read_options(wanted.reduction, wanted.reduction_options),
-    )
+    }
+
+
+def model_args(config: Config, net: TimmModel) -> dict[str, Any]:
+    """Return what `timm.create_model` takes to build and reduce a model likewise, as plain data.
+
+    Args:
+        config: The model's.
+        net: The model itself.
+    """
+    fusion, given = config.fusion, _own_arguments(config)
+    if config.reduction.reduction != "none":
+        given["reduction"] = _reduction(config)
+    elif fusion.fusion_strategy != "none" or fusion.fusion_plan is not None:
+        schedule = from_fusion(
+            fusion.fusion_strategy,
+            depth=net.info.depth,
+            layer=fusion.fusion_layer,
+            token=fusion.fusion_token,
+            plan=fusion.fusion_plan,
+        )
+        given["reduction"] = {"method": fusion.fusion_method, "schedule": schedule}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def layout(config: Config) -> Layout:

@@ -11,6 +11,7 @@ from fambav.commands import export as command
 from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
 from fambav.export import FORMATS, export, folder
+from fambav.timm_compat import timm
 from tests.export.made import NAMES, weights
 
 UPPER = dict(fusion_strategy="upper", fusion_layer=4, fusion_token=9)
@@ -46,6 +47,23 @@ def test_a_folder_gives_back_the_model_bit_by_bit(kind, settings, tmp_path):
     assert json.loads(stored["grid"]) == list(net.grid)
     images = torch.randn(2, *told["input_size"])
     assert torch.equal(found(images), net(images))
+
+
+STAGED = dict(model="vssd_nano", reduction="tome", reduction_schedule="r:8@1.1")
+PLAN = dict(class_token="none", fusion_strategy="none", fusion_plan="4:9,6:2")
+
+
+@pytest.mark.parametrize("settings", [UPPER, SMALL, STAGED, PLAN, {"model": "plainmamba_micro"}])
+def test_timm_builds_the_model_of_a_folder(settings, tmp_path):
+    net = weights(tmp_path / "weights.pth", **settings)
+    export(tmp_path / "weights.pth", "hf", tmp_path / "out", images=1, noise=True)
+    images = torch.randn(2, *net.pretrained_cfg["input_size"])
+    built = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert torch.equal(built(images), net(images))
+    model_args = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
+    timm.models.save_for_hf(built, tmp_path / "again", model_args=model_args)
+    again = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True).eval()
+    assert torch.equal(again(images), net(images))
 
 
 def test_held_out_images_are_compared(run, tmp_path):

@@ -47,6 +47,19 @@ def test_the_list_of_names_is_what_is_registered():
     assert set(CLASSIFIERS) == registered
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("vim_micro", "ordered", r"reduction is .ordered., expected arguments of reduce"),
+        ("vim_micro", {"method": "tome", "schedule": "r:99@2"}, "r:99@2"),
+        ("groupmamba_nano", {"method": "tome"}, "expected one whose tokens can be reduced"),
+    ],
+)
+def test_a_reduction_that_cannot_be_is_refused_while_building(name, given, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, reduction=given)
+
+
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_name_builds(name):
     with torch.device("meta"):
