@@ -10,7 +10,7 @@ from fambav.config import ConfigError
 from fambav.config.setting import POSITIVE
 from fambav.registry import nearest
 
-_FORMATS = ("safetensors", "torch", "onnx", "hf")
+_FORMATS = ("safetensors", "torch", "onnx", "hf", "pth")
 
 
 def run(words: list[str]) -> None:
@@ -49,8 +49,9 @@ def _parser() -> Parser:
     parser = Parser(
         "fambav export",
         description=run.__doc__,
-        epilog="safetensors and hf are loaded by fambav.from_pretrained, torch by torch.export.load"
-        " without this package, onnx by ONNX Runtime; both take a batch of any size.",
+        epilog="safetensors, hf and pth, the smallest: float16 and compressed, are loaded by"
+        " fambav.from_pretrained; torch by torch.export.load without this package, onnx by ONNX"
+        " Runtime; both take a batch of any size.",
         allow_abbrev=False,
     )
     parser.add_argument("path", metavar="RUN|CHECKPOINT", help=RUN)
@@ -69,9 +70,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--tolerance",
         type=number(float, POSITIVE),
-        default=1e-4,
         metavar="X",
-        help="largest difference of a logit, relative to the largest logit, at least 1 (1e-4)",
+        help="largest difference of a logit, relative to the largest logit, at least 1 (1e-4; of"
+        " pth 1e-2)",
     )
     parser.add_argument(
         "--dynamic-batch",

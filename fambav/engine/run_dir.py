@@ -40,7 +40,7 @@ Record = dict[str, Any]
 CHECKPOINT, BEST, WEIGHTS = "checkpoint.pth", "best_checkpoint.pth", "model.safetensors"
 PREVIOUS = "previous_checkpoint.pth"
 KEPT = (CHECKPOINT, PREVIOUS, BEST)  # checkpoints of a run, the newest first
-DESCRIPTION = "config.json"  # beside exported weights
+DESCRIPTION, COMPRESSED = "config.json", "model.pth"  # of exported folders
 _LOG, _TABLE = "log.txt", "metrics.csv"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "triton")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def weights_file(path: Path) -> Path:
         raise CheckpointError(
             f"path is {short_repr(str(path))}, expected that of a file or folder; {error.strerror}"
         ) from None
-    names = (WEIGHTS,) if (path / DESCRIPTION).is_file() else (BEST, CHECKPOINT, WEIGHTS)
+    names = (WEIGHTS, COMPRESSED) if (path / DESCRIPTION).is_file() else (BEST, CHECKPOINT, WEIGHTS)
     for name in names:
         if (path / name).is_file():
             return path / name

@@ -56,6 +56,7 @@ _OURS = (
 _LOADING = {  # of each format: the code, and what it needs
     "safetensors": _OURS,
     "hf": _OURS,
+    "pth": _OURS,
     "torch": (
         "import torch\n\n"
         "model = torch.export.load({folder!r} + '/model.pt2').module()\n"

@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
@@ -21,7 +22,7 @@ from fambav.arguments import file_path, is_number, known_name, refusal, whole
 from fambav.engine import checkpoint
 from fambav.engine.distributed import processes
 from fambav.engine.finite import check_logits
-from fambav.engine.run_dir import DESCRIPTION, WEIGHTS
+from fambav.engine.run_dir import COMPRESSED, DESCRIPTION, WEIGHTS
 from fambav.export.card import Check, card
 from fambav.export.description import describe, facts
 from fambav.training import batches
@@ -45,12 +46,15 @@ class Format(NamedTuple):
         load: Reads it back as a function from images to logits.
         needs: Packages that must be there.
         traced: Whether it is a program that was traced, for a batch of any size.
+        tolerance: Largest difference of an output unless another is given, in units of the largest
+            one or of 1 if that is less.
     """
 
     write: Callable[[LoadedRun, Path], None]
     load: Callable[[Path], Run]
     needs: tuple[str, ...] = ()
     traced: bool = False
+    tolerance: float = 1e-4
 
 
 def export(
@@ -60,7 +64,7 @@ def export(
     *,
     images: int = 64,
     noise: bool = False,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     data_path: str | None = None,
     dynamic_batch: bool = False,
 ) -> Check:
@@ -72,8 +76,7 @@ def export(
         folder: Where to; not there yet, or empty.
         images: Held-out images to compare on, 1 or more.
         noise: Compare on noise instead, where the data set is not at hand.
-        tolerance: Largest difference of an output, in units of the largest one or of 1 if that is
-            less.
+        tolerance: Largest difference of an output instead of the format's own.
         data_path: Where the data set is, if not where it was in training.
         dynamic_batch: Compare on batches of 1 and 3 images too, of a program that was traced; such
             a program takes a batch of any size, whether it is compared so or not.
@@ -87,6 +90,8 @@ def export(
             near tie between tokens; then there is no folder.
     """
     place = file_path("folder", folder)
+    known_name("format", kind, FORMATS)
+    tolerance = FORMATS[kind].tolerance if tolerance is None else tolerance
     _check(kind, place, images, tolerance, dynamic_batch=dynamic_batch)
     settings = {} if data_path is None else {"data_path": data_path}
     run = load_run(path, settings, allowed=("data_path",))
@@ -116,7 +121,6 @@ def export(
 
 def _check(kind: str, place: Path, images: int, tolerance: float, *, dynamic_batch: bool) -> None:
     """Refuse what cannot be done, before anything is loaded."""
-    known_name("format", kind, FORMATS)
     if dynamic_batch and not FORMATS[kind].traced:
         able = " or ".join(name for name, known in FORMATS.items() if known.traced)
         raise ValueError(
@@ -247,6 +251,23 @@ def _write_weights(run: LoadedRun, folder: Path) -> None:
     checkpoint.save_weights(folder / WEIGHTS, run.net.state_dict(), as_strings(facts(run)))
 
 
+def _write_compressed(run: LoadedRun, folder: Path) -> None:
+    """Write the weights in float16 as a compressed archive, which torch.load reads as it is."""
+    weights = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in run.net.state_dict().items()
+    }
+    stored, compressed = io.BytesIO(), io.BytesIO()
+    torch.save({"model": weights, **facts(run)}, stored)
+    with (
+        zipfile.ZipFile(stored) as source,
+        zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    checkpoint.write_bytes(folder / COMPRESSED, compressed.getbuffer())
+
+
 def _load_weights(folder: Path) -> Run:
     return load_run(folder).net
 
@@ -298,4 +319,5 @@ FORMATS: dict[str, Format] = {
     "torch": Format(_write_program, _load_program, traced=True),
     "onnx": Format(_write_graph, _load_graph, ("onnx", "onnxscript", "onnxruntime"), traced=True),
     "hf": Format(_write_hf, _load_weights),
+    "pth": Format(_write_compressed, _load_weights, tolerance=1e-2),  # float16 rounds by 5e-4
 }

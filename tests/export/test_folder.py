@@ -49,6 +49,21 @@ def test_a_folder_gives_back_the_model_bit_by_bit(kind, settings, tmp_path):
     assert torch.equal(found(images), net(images))
 
 
+def test_a_compressed_file_is_less_than_half_as_large_and_rounded_to_float16(tmp_path):
+    net = weights(tmp_path / "weights.pth", fusion_strategy="none")
+    check = export(tmp_path / "weights.pth", "pth", tmp_path / "out", images=4, noise=True)
+    assert 0 < check.difference < 5e-3
+    stored, found = tmp_path / "out" / "model.pth", fambav.from_pretrained(tmp_path / "out")
+    assert stored.stat().st_size < 0.5 * (tmp_path / "weights.pth").stat().st_size
+    for name, value in torch.load(stored, weights_only=True)["model"].items():
+        assert torch.equal(value, net.state_dict()[name].half())
+        assert torch.equal(found.state_dict()[name], value.float())
+    with pytest.raises(ValueError, match=r"export differs .* --tolerance allows more"):
+        exact = dict(images=4, noise=True, tolerance=1e-7)
+        export(tmp_path / "weights.pth", "pth", tmp_path / "exact", **exact)
+    assert not (tmp_path / "exact").exists()
+
+
 STAGED = dict(model="vssd_nano", reduction="tome", reduction_schedule="r:8@1.1")
 PLAN = dict(class_token="none", fusion_strategy="none", fusion_plan="4:9,6:2")
 
