@@ -31,10 +31,20 @@ def run(words: list[str]) -> None:
         action="store_true",
         help="show runs of several machines or recipes, without time and memory",
     )
+    parser.add_argument(
+        "--reach",
+        type=number(float, Bounds()),
+        nargs="+",
+        default=(),
+        metavar="VALUE",
+        help="of runs: seconds of training until the main metric, such as accuracy, reaches it",
+    )
     _grid_flags(parser.add_argument_group("with a grid; `fambav list grids` names those at hand"))
     given = parser.parse_args(words)
     grid = _grid(given)
     if grid is not None:
+        if given.reach:
+            raise ConfigError("--reach has no meaning with a grid")
         _table_of_grid(given, grid)
         return
     if not given.what:
@@ -42,10 +52,12 @@ def run(words: list[str]) -> None:
     for name in ("output_dir", "jobs", "seeds", "data_path", "epochs", "set", "keep", "dry_run"):
         if getattr(given, name) not in (None, False):
             raise ConfigError(f"--{name} has no meaning without a grid")
+    if given.reach and given.mixed:
+        raise ConfigError("--reach has no meaning with --mixed, which leaves out time")
     from fambav import experiments
 
     runs = [experiments.read_run(Path(folder)) for folder in given.what]
-    print(experiments.compare(runs, mixed=given.mixed).render(given.format))
+    print(experiments.compare(runs, mixed=given.mixed, reach=given.reach).render(given.format))
 
 
 def _grid_flags(group: argparse._ArgumentGroup) -> None:

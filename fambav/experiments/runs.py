@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,6 +52,7 @@ class Result:
         ema: The primary metric of the averaged weights, None without.
         epochs: How many of them are finished.
         seconds: Training time over those epochs, without evaluation.
+        curve: After each of them the training time so far and the primary metric.
         speed: Images per second, the median epoch's.
         memory_mib: Peak memory of the epochs.
         memory_kind: What that counts.
@@ -76,6 +78,15 @@ class Result:
     share: float | None
     machine: dict[str, Any] = field(default_factory=dict, compare=False)
     recipe: dict[str, Any] = field(default_factory=dict, compare=False)
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def seconds_to(self, value: float) -> float | None:
+        """Return the training time after which the primary metric is at least as good as `value`.
+
+        None if it never is; the time of the epoch that reaches it counts whole.
+        """
+        sign = 1 if self.primary.higher_is_better else -1
+        return next((at for at, own in self.curve if sign * own >= sign * value), None)
 
     @property
     def primary(self) -> Metric:
@@ -88,7 +99,7 @@ class Result:
         for name, value in vars(self).items():
             if name == "metrics":
                 flat |= self.metrics
-            elif name != "task":
+            elif name not in ("task", "curve"):
                 flat[f"ema_{self.primary.name}" if name == "ema" else name] = value
         return flat
 
@@ -118,6 +129,13 @@ def read_run(folder: Path) -> Result:
         ema=last.get(f"test_ema_{primary.name}"),
         epochs=len(epochs),
         seconds=sum(epoch["train_seconds"] for epoch in epochs),
+        curve=tuple(
+            zip(
+                accumulate(epoch["train_seconds"] for epoch in epochs),
+                (epoch[primary.key] for epoch in epochs),
+                strict=True,
+            )
+        ),
         speed=median(epoch["images_per_second"] for epoch in epochs),
         memory_mib=max(epoch["peak_memory_mib"] for epoch in epochs),
         memory_kind=last["peak_memory_kind"],
@@ -238,11 +256,14 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     return plan
 
 
-def compare(results: Sequence[Result], *, mixed: bool = False) -> Table:
+def compare(
+    results: Sequence[Result], *, mixed: bool = False, reach: Sequence[float] = ()
+) -> Table:
     """Return runs as a table, one line each, with differences to the first in brackets.
 
     Args:
         results: At least one.
+        reach: Values of the primary metric; a column for each has the seconds of training to it.
         mixed: Whether they may be of several machines or recipes: then without time, memory and
             differences.
 
@@ -270,13 +291,25 @@ def compare(results: Sequence[Result], *, mixed: bool = False) -> Table:
         kinds = sorted({result.memory_kind for result in results})
         note = f"memory: {'; '.join(kinds)}; in brackets: against {results[0].name}"
     metrics = (*(metric.head for metric in task.metrics), f"EMA {task.primary.unit}".rstrip())
+    to = [f"s to {f'{value:g} {task.primary.unit}'.rstrip()}" for value in reach]
+    times = [[result.seconds_to(value) for value in reach] for result in results]
+    head, *values = _values(results)
     return Table(
-        head=(*_NAMES, *metrics, *(() if mixed else _COST), *_TOKENS),
-        rows=[_row(result, None if mixed else results[0]) for result in results],
+        head=(*_NAMES, *metrics, *(() if mixed else _COST), *_TOKENS, *to),
+        rows=[
+            [
+                *_row(result, None if mixed else results[0]),
+                *("-" if seconds is None else f"{seconds:.1f}" for seconds in own),
+            ]
+            for result, own in zip(results, times, strict=True)
+        ],
         names=len(_NAMES),
         notes=[note],
-        values=_values(results),
-        document=[result.flat() for result in results],
+        values=[[*head, *to], *([*v, *own] for v, own in zip(values, times, strict=True))],
+        document=[
+            {**result.flat(), **dict(zip(to, own, strict=True))}
+            for result, own in zip(results, times, strict=True)
+        ],
     )
 
 

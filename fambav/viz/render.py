@@ -148,6 +148,7 @@ def render(
     source: Source | None = None,
     settings: Mapping[str, Any] | None = None,
     svg: bool = False,
+    timed: bool = True,
 ) -> Iterator[tuple[str, Picture]]:
     """Draw figures of runs into a folder.
 
@@ -159,6 +160,7 @@ def render(
         source: As in `traced`.
         settings: As in `traced`.
         svg: Write figures as SVG too.
+        timed: As of `curves`.
 
     Yields:
         Name and picture, as soon as its file is written.  The name is one of `PICTURES`, after the
@@ -185,7 +187,7 @@ def render(
             yield label, _write(drawn, f"{PICTURES[kind]}: {title}", folder, label, svg=svg)
     if "curves" in wanted:
         title = f"training of {', '.join(names)}" if len(names) < 4 else f"{len(names)} runs"
-        drawn = curves(logs, title=title, metric=experiments.read_primary(runs[0]))
+        drawn = curves(logs, title=title, metric=experiments.read_primary(runs[0]), timed=timed)
         yield "curves", _write(drawn, title, folder, "curves", svg=svg)
 
 

@@ -76,7 +76,7 @@ def write_report(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         together = [_front(folder, *grid) for grid in points]
-        drawn = dict(render(runs, folder, source=source)) if runs else {}
+        drawn = dict(render(runs, folder, source=source, timed=not mixed)) if runs else {}
         embedded = {name: _embedded(entry.path, entry.title) for name, entry in drawn.items()}
     together += [embedded.pop(_CURVES)] if _CURVES in embedded and len(runs) > 1 else []
     sentences = [*_of_runs(results, mixed=mixed), *(_of_grid(*grid) for grid in points)]

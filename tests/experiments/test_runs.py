@@ -80,6 +80,17 @@ def test_a_run_is_its_last_accuracy_and_its_whole_training(fused):
     assert (found.tokens, found.share) == (17, 0.692)
 
 
+def test_the_time_to_an_accuracy_is_that_of_the_first_epoch_that_has_it(fused, tmp_path):
+    low = made(tmp_path / "low", [epoch(n, test_acc1=80.0 + n) for n in range(3)])
+    lines = table([read(fused), read(low)], reach=[91.0, 80.5]).splitlines()
+    assert lines[0].endswith("s to 91 %  s to 80.5 %")
+    assert [line.split()[-2:] for line in lines[1:3]] == [["4.0", "2.0"], ["-", "4.0"]]
+    rows = json.loads(table([read(fused), read(low)], "json", reach=[91.0]))
+    assert [row["s to 91 %"] for row in rows] == [4.0, None]
+    cells = list(csv.reader(table([read(low)], "csv", reach=[91.0, 81.0]).splitlines()))
+    assert [cells[0][-2:], cells[1][-2:]] == [["s to 91 %", "s to 81 %"], ["", "4.0"]]
+
+
 def test_differences_are_to_the_first_run(plain, fused):
     lines = table([read(plain), read(fused)], form="text").splitlines()
     figures = ["94.50", "99.00", "91.00", "12.0", "101.0", "100.0", "65", "1.00"]

@@ -332,6 +332,8 @@ def test_the_command_prints_the_table_and_leaves_it(place, again, capsys):
         (["one", "two", "--jobs", "2"], "--jobs has no meaning without a grid"),
         (["one", "two", "--set", "lr=1"], "--set has no meaning without a grid"),
         (["one", "two", "--dry-run"], "--dry_run has no meaning without a grid"),
+        (["digits-table1", "--reach", "9"], "--reach has no meaning with a grid"),
+        (["one", "two", "--reach", "9", "--mixed"], "--reach has no meaning with --mixed, which"),
         (["digits-table1", "--set", "lr"], "--lr has no value, expected one after it"),
         (["one", "two", "--output-dir", "x"], "--output_dir has no meaning without a grid"),
         ([], "the following arguments are required: RUN... or GRID"),

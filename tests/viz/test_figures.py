@@ -201,6 +201,19 @@ def test_curves_show_every_run_and_leave_out_what_none_has():
         viz.curves({"a": [{"epoch": 0}]}, title=TITLE)
 
 
+def test_the_metric_is_drawn_by_time_where_every_epoch_has_its_own():
+    timed = [{**record, "train_seconds": 90.0} for record in log(ema=False)]
+    last = viz.curves({"a": timed, "b": timed[:2]}, title=TITLE).axes[-1]
+    assert last.get_xlabel() == "minutes of training"
+    assert last.lines[0].get_xydata().tolist() == [[1.5, 0], [3, 10], [4.5, 20], [6, 30]]
+    assert len(last.lines[1].get_xydata()) == 2
+    for figure in (
+        viz.curves({"a": timed, "b": log(ema=False)}, title=TITLE),
+        viz.curves({"a": timed}, title=TITLE, timed=False),
+    ):
+        assert {axes.get_xlabel() for axes in figure.axes} == {"epoch, from 1"}
+
+
 def test_no_two_panels_of_curves_have_one_name_and_each_says_where_epochs_begin(drawn):
     names = titles(drawn["curves"])
     assert len({*names}) == len(names) == 5
