@@ -227,7 +227,7 @@ def _products(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the products of even and odd tokens, (batch, evens, odds), and the norms of all."""
     with without_autocast(x), _full_products():
         x = x.float()
-        return x[:, 0::2] @ x[:, 1::2].mT, x.norm(dim=-1)
+        return x[:, 0::2] @ x[:, 1::2].mT, torch.linalg.vector_norm(x, dim=-1)
 
 
 def _pairs(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -273,4 +273,5 @@ MATCH = Table(
     Backend("triton", _triton, TRITON.unsupported, TRITON.unavailable, default=on_gpu),
     Backend("numba", _numba, NUMBA.unsupported, NUMBA.unavailable),
     Backend("reference", _reference),
+    differentiable=False,
 )

@@ -58,7 +58,8 @@ def pool(
         A token for each group, in the order of `selection.keep`.
 
     Raises:
-        ValueError: If a shape does not fit that of x, or the selection's shapes each other.
+        ValueError: If a shape does not fit that of x, or the selection's shapes each other, or if
+            numba's kernels meet a token in no group.
         BackendError: If a backend is forced that cannot run these tensors.
     """
     if not isinstance(selection, Selection):

@@ -24,7 +24,15 @@ from torch import Tensor
 from fambav.ops.kept_states import NUMBA_CHUNK as CHUNK
 from fambav.ops.kept_states import numba_shape
 from fambav.ops.numba import functions
-from fambav.ops.numba.compilation import COUNTER, floats, indices, inlined, kernel, launch, next_task
+from fambav.ops.numba.compilation import (
+    COUNTER,
+    floats,
+    indices,
+    inlined,
+    kernel,
+    launch,
+    next_task,
+)
 from fambav.ops.numba.functions import LOG2_E, ZERO, exp2, exp2_of_four
 from fambav.ops.numba.lanes import WIDTH, broadcast
 from fambav.ops.numba.memory import fetch, get, number_at, put, read, vectors, write

@@ -15,7 +15,7 @@ from torch import Tensor
 from fambav.ops.numba.compilation import COUNTER, floats, indices, kernel, launch, next_task
 from fambav.ops.numba.functions import ONE, ZERO
 from fambav.ops.numba.lanes import WIDTH, broadcast, lane, total, where_less
-from fambav.ops.numba.memory import get, put, read, vectors, write
+from fambav.ops.numba.memory import get, read, vectors, write
 
 _SMALLEST, _STEP = np.float32(1e-12), np.float32(WIDTH)
 _LOWEST, _ENDLESS = np.float32(-np.inf), np.float32(np.inf)

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fambav.ops.numba.compilation import COUNTER, floats, indices, inlined, kernel, launch, next_task
+from fambav.ops.numba.compilation import (
+    COUNTER,
+    floats,
+    indices,
+    inlined,
+    kernel,
+    launch,
+    next_task,
+)
 from fambav.ops.numba.lanes import WIDTH, rounded_product
 from fambav.ops.numba.memory import read, write
 
