@@ -83,12 +83,20 @@ class Table:
         follows: An operation that the reference of this one calls.  A backend forced there is
             forced here too; if this table lacks it, the last backend runs, which calls that
             operation.
+        differentiable: Whether results have derivatives; others are the same under any transform.
     """
 
-    def __init__(self, op: str, *backends: Backend, follows: str | None = None) -> None:
+    def __init__(
+        self,
+        op: str,
+        *backends: Backend,
+        follows: str | None = None,
+        differentiable: bool = True,
+    ) -> None:
         self.op = op
         self.backends = backends
         self.follows = follows
+        self.differentiable = differentiable
         _tables[op] = self
 
     def __getitem__(self, name: str) -> Backend:
@@ -116,7 +124,8 @@ class Table:
         backend = self._chosen(tensors)
         if tensors[0] is not None and not tensors[0].numel():
             return reference.run
-        if backend is not reference and (transform := transform_above()) is not None:
+        refuses = self.differentiable and backend is not reference
+        if refuses and (transform := transform_above()) is not None:
             raise BackendError(
                 f"{self.op} is under {transform}, which its backend {backend.name!r} does not"
                 f" support; {COMPOSED_HINT}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from fambav.arguments import refusal, whole
 from fambav.ops.cross_scan import select_rows
 from fambav.ops.dispatch import Backend, Table, expect_tensors, without_autocast
-from fambav.ops.kernels import TRITON, on_gpu
+from fambav.ops.kernels import NUMBA, TRITON, on_gpu
 
 _Indices = tuple[Tensor, Tensor, Tensor]
 
@@ -196,6 +196,20 @@ def _triton(x: Tensor, cls_index: Tensor, count: int, *, in_order: bool) -> _Ind
     return indices
 
 
+def _numba(x: Tensor, cls_index: Tensor, count: int, *, in_order: bool) -> _Indices:
+    run, length, masked = NUMBA.load(), x.shape[1], cls_index
+    patches = none = cls_index[:, :0]
+    if in_order and cls_index.shape[1]:
+        x, patches = run.patches_of(x, cls_index)
+    if in_order:
+        masked = none
+    product, norm = _products(x)
+    indices: _Indices = run.choose_pairs(
+        *(product, norm, count), patches=patches, masked=masked, length=length, in_order=in_order
+    )
+    return indices
+
+
 def _reference(x: Tensor, cls_index: Tensor, count: int, *, in_order: bool) -> _Indices:
     length = x.shape[1]
     if in_order:
@@ -209,14 +223,19 @@ def _reference(x: Tensor, cls_index: Tensor, count: int, *, in_order: bool) -> _
     return torch.cat((even, odd), dim=1), source, target
 
 
-def _pairs(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return source and target of `match`."""
+def _products(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the products of even and odd tokens, (batch, evens, odds), and the norms of all."""
     with without_autocast(x), _full_products():
         x = x.float()
-        even, odd = x[:, 0::2], x[:, 1::2]  # whose products are (batch, evens, odds)
-        scale = 1 / x.norm(dim=-1).clamp_min(1e-12)
-        # Nothing changes in place, so that the exported graph of a model can hold this.
-        score = (even @ odd.mT) * scale[:, 0::2, None] * scale[:, None, 1::2]
+        return x[:, 0::2] @ x[:, 1::2].mT, torch.linalg.vector_norm(x, dim=-1)
+
+
+def _pairs(x: Tensor, count: int, *, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return source and target of `match`."""
+    product, norm = _products(x)
+    scale = 1 / norm.clamp_min(1e-12)
+    # Nothing changes in place, so that the exported graph of a model can hold this.
+    score = product * scale[:, 0::2, None] * scale[:, None, 1::2]
     if masked is not None and masked.shape[1]:
         alone = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         alone = alone.scatter(1, masked, value=True)
@@ -252,5 +271,7 @@ def _full_products() -> Iterator[None]:
 MATCH = Table(
     "match",
     Backend("triton", _triton, TRITON.unsupported, TRITON.unavailable, default=on_gpu),
+    Backend("numba", _numba, NUMBA.unsupported, NUMBA.unavailable),
     Backend("reference", _reference),
+    differentiable=False,
 )

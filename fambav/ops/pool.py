@@ -8,6 +8,7 @@ Source: the size-weighted averages of Bolya et al., "Token Merging", arXiv:2210.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch.library import custom_op
 from fambav.arguments import refusal
 from fambav.ops.derivatives import refuse
 from fambav.ops.dispatch import Backend, Table, expect, expect_tensors, plain_autograd
-from fambav.ops.kernels import TRITON, on_gpu
+from fambav.ops.kernels import NUMBA, TRITON, KernelSet, kernel_set, on_gpu
 from fambav.ops.match import Selection
 
 
@@ -57,7 +58,8 @@ def pool(
         A token for each group, in the order of `selection.keep`.
 
     Raises:
-        ValueError: If a shape does not fit that of x, or the selection's shapes each other.
+        ValueError: If a shape does not fit that of x, or the selection's shapes each other, or if
+            numba's kernels meet a token in no group.
         BackendError: If a backend is forced that cannot run these tensors.
     """
     if not isinstance(selection, Selection):
@@ -175,36 +177,43 @@ def _rows(index: Tensor, length: int) -> Tensor:
     return (index + first).flatten()
 
 
-def _triton(x: Tensor, residual: Tensor | None, *tensors: Tensor) -> Pooled:
-    x, pooled, size, _, place = _forward(x, residual, *tensors)
+def _fused(kernels: KernelSet, x: Tensor, residual: Tensor | None, *tensors: Tensor) -> Pooled:
+    x, pooled, size, _, place = _forward(x, residual, *tensors, kernels=kernels.name)
     return Pooled(x, None if residual is None else pooled, size, place)
 
 
-def _unsupported(*tensors: Tensor) -> str | None:
-    if any(t.dtype == torch.float64 for t in tensors):
-        return "a tensor is float64, expected float32, float16 or bfloat16"
-    return TRITON.unsupported(*tensors)
+def _unsupported(kernels: KernelSet, *tensors: Tensor) -> str | None:
+    """Return why a set of kernels cannot take these tensors, streams first, or None."""
+    numbers = (t for t in tensors if t.is_floating_point() and t.dtype not in kernels.dtypes)
+    return kernels.unsupported(next(numbers, tensors[0]), *tensors)
 
 
 @custom_op(
     "fambav::pool",
     mutates_args=(),
     schema="(Tensor x, Tensor? residual, Tensor weight, Tensor size, Tensor keep, Tensor source,"
-    " Tensor target) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor target, *, str kernels) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward(x: Tensor, residual: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+def _forward(
+    x: Tensor, residual: Tensor | None, *tensors: Tensor, kernels: str
+) -> tuple[Tensor, ...]:
     """Return both streams (the second may be empty), size, and share and group of each token."""
-    from fambav.ops.triton.pool import pool_forward
-
-    pooled: tuple[Tensor, ...] = pool_forward(x, residual, *tensors)
+    run = kernel_set(kernels).load()
+    pooled: tuple[Tensor, ...] = run.pool_forward(x, residual, *tensors)
     return pooled
 
 
 @_forward.register_fake
 def _forward_shapes(
-    x: Tensor, residual: Tensor | None, weight: Tensor, size: Tensor, keep: Tensor, *_: Tensor
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    size: Tensor,
+    keep: Tensor,
+    *_: Tensor,
+    kernels: str,
 ) -> tuple[Tensor, ...]:
-    del weight
+    del weight, kernels
     shape = (*keep.shape, x.shape[2])
     other = x.new_empty(0) if residual is None else residual.new_empty(shape)
     share = torch.empty_like(size, memory_format=torch.contiguous_format)
@@ -214,34 +223,35 @@ def _forward_shapes(
 @custom_op(
     "fambav::pool_backward",
     mutates_args=(),
-    schema="(Tensor[] grads, Tensor share, Tensor place) -> Tensor[]",
+    schema="(Tensor[] grads, Tensor share, Tensor place, *, str kernels) -> Tensor[]",
 )
-def _backward(grads: list[Tensor], share: Tensor, place: Tensor) -> list[Tensor]:
+def _backward(grads: list[Tensor], share: Tensor, place: Tensor, *, kernels: str) -> list[Tensor]:
     """Return the gradients of the streams whose means have these gradients."""
-    from fambav.ops.triton.pool import pool_backward
-
-    streams: list[Tensor] = pool_backward(grads, share, place)
+    streams: list[Tensor] = kernel_set(kernels).load().pool_backward(grads, share, place)
     return streams
 
 
 @_backward.register_fake
-def _backward_shapes(grads: list[Tensor], share: Tensor, place: Tensor) -> list[Tensor]:
-    del place
+def _backward_shapes(
+    grads: list[Tensor], share: Tensor, place: Tensor, *, kernels: str
+) -> list[Tensor]:
+    del place, kernels
     return [grad.new_empty(*share.shape, grad.shape[2]) for grad in grads]
 
 
-def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
     residual, (_, other, size, share, place) = inputs[1], output
     no_gradient = (size, share, place) if residual is not None else (other, size, share, place)
     ctx.mark_non_differentiable(*no_gradient)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(share, place)
+    ctx.kernels = keyword_only_inputs["kernels"]
 
 
 def _gradient(ctx: Any, *grads: Any) -> Any:
     streams = grads[:2]
     present = [grad for grad in streams if grad is not None]
-    inputs = iter(_backward(present, *ctx.saved_tensors))
+    inputs = iter(_backward(present, *ctx.saved_tensors, kernels=ctx.kernels))
     return *(None if grad is None else next(inputs) for grad in streams), *(None,) * 5
 
 
@@ -250,6 +260,13 @@ _backward.register_autograd(refuse("pool"))
 
 POOL = Table(
     "pool",
-    Backend("triton", _triton, _unsupported, TRITON.unavailable, default=on_gpu),
+    Backend(
+        "triton",
+        partial(_fused, TRITON),
+        partial(_unsupported, TRITON),
+        TRITON.unavailable,
+        default=on_gpu,
+    ),
+    Backend("numba", partial(_fused, NUMBA), partial(_unsupported, NUMBA), NUMBA.unavailable),
     Backend("reference", _reference),
 )

@@ -176,6 +176,18 @@ def test_matching_is_mapped_as_a_batch():
             assert torch.equal(got[i], want)
 
 
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "forward mode"])
+def test_matching_has_no_derivative_so_that_every_backend_takes_transforms(transform, backend):
+    def matched(x):
+        return x * match(x, 2)[1].sum()
+
+    x = number("x", 2, 7, 4).float()
+    want = TRANSFORMS[transform](lambda y: y * match(x, 2)[1].sum(), x)
+    with force(backend, "match"):
+        assert TRANSFORMS[transform](matched, x).equal(want)
+
+
 def test_composed_blocks_overlap():
     u = number("u", 2, 2, 4)
     first, second = composed(), composed()

@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fambav.ops.flop_formulas  # noqa: F401  registers the formulas
 from fambav.ops import force
-from fambav.ops.match import MATCH, evens_then_odds, in_order, match
+from fambav.ops.match import MATCH, evens_then_odds, halves, in_order, match
 from fambav.reduction import FambaV, Ordered
 from tests.ops.agreement import agrees_twice, device_of, draw, every_length
 
-BACKENDS = ["triton", "reference"]
+KERNELS = ["triton", "numba"]
+BACKENDS = [*KERNELS, "reference"]
 LIMITS = {evens_then_odds: FambaV.limit, in_order: Ordered.limit}
 PLACES = {"none": (), "even": (0,), "odd": (1,), "both": (4, 1)}
 
@@ -45,18 +46,48 @@ def places(batch, *at):
 @pytest.mark.parametrize("at", PLACES)
 @pytest.mark.parametrize("length", [2, 5, 17, 65])
 @pytest.mark.parametrize("function", LIMITS)
-def test_backends_choose_the_same_tokens_in_the_same_order(function, length, at, most):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_backends_choose_the_same_tokens_in_the_same_order(kernels, function, length, at, most):
     limit = LIMITS[function](length, PLACES[at]) if length > max(PLACES[at], default=0) else 0
     if not limit:
         return
     x, at = features(2, length, 8), places(2, *PLACES[at])
     count = limit if most else 1
-    got = chosen(function, "triton", x, count, at)
+    got = chosen(function, kernels, x, count, at)
     assert got == chosen(function, "reference", x, count, at)
     keep, source, target = map(torch.tensor, got)
     assert torch.cat((keep, source), 1).sort().values.equal(torch.arange(length).expand(2, -1))
     assert (target[..., None] == keep[:, None]).any(-1).all()
     assert not (at[..., None] == torch.cat((source, target), 1)[:, None]).any()
+
+
+def scored(kind, batch, length, dim):
+    """Features whose scores are often equal, large, or no numbers."""
+    x = features(batch, length, dim)
+    rare = draw("rare", batch, length).abs() > 1.3
+    if kind == "ties":
+        return x.sign()
+    if kind == "zeros":
+        return x.masked_fill(rare[..., None], 0).sign()
+    if kind == "norms that overflow":
+        return x * 3e18
+    value = {"NaN": math.nan, "infinity": math.inf, "less than measured": 1e-30}[kind]
+    return x.masked_fill(rare[..., None], value)
+
+
+@pytest.mark.parametrize("places_of", [(), (4,), (7, 2, 8)], ids=str)
+@pytest.mark.parametrize(("length", "dim"), [(2, 3), (9, 1), (33, 3), (34, 40), (70, 3), (129, 2)])
+@pytest.mark.parametrize(
+    "kind",
+    ["ties", "zeros", "NaN", "infinity", "less than measured", "norms that overflow"],
+)
+@pytest.mark.parametrize("function", LIMITS)
+def test_numba_chooses_what_the_reference_does_to_the_bit(function, kind, length, dim, places_of):
+    x, at = scored(kind, 3, length, dim), places(3, *(p for p in places_of if p < length))
+    most = halves(length, at.shape[1], in_order=function is in_order)[0]
+    for count in {0, 1, most // 2, most}:
+        got = chosen(function, "numba", x, count, at)
+        assert got == chosen(function, "reference", x, count, at)
 
 
 @every_length((5, torch.float32), (8, torch.bfloat16), (5, torch.float16), least=5)
@@ -79,16 +110,17 @@ def test_every_length_finds_the_best_pairs_and_keeps_all_tokens(length, dtype, r
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_short_floats_are_compared_in_float32(backend, dtype):
     x = features(2, 33, 40, dtype)
     assert chosen(match, backend, x, 16) == chosen(match, "reference", x.float(), 16)
 
 
 @pytest.mark.parametrize("function", LIMITS)
-def test_sequences_longer_than_a_tile_are_compared_whole(function):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_sequences_longer_than_a_tile_are_compared_whole(kernels, function):
     x, at = features(1, 141, 40), places(1, 70)
-    got = chosen(function, "triton", x, 66, at)
+    got = chosen(function, kernels, x, 66, at)
     assert got == chosen(function, "reference", x, 66, at)
     assert max(got[2][0]) > 129 and min(got[2][0]) < 127  # a tile holds 64 odd tokens
 
@@ -104,12 +136,13 @@ STRIDES = {
 
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("function", LIMITS)
-def test_strides_do_not_matter(function, strides):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_strides_do_not_matter(kernels, function, strides):
     x = STRIDES[strides](features(3, 17, 8))
     assert not x.is_contiguous()
     at = torch.tensor([[3, 9, 16], [0, 9, 1], [5, 9, 8]])[:, ::2]
-    got = chosen(function, "triton", x, 5, at)
-    assert got == chosen(function, "triton", x.contiguous(), 5, at.contiguous())
+    got = chosen(function, kernels, x, 5, at)
+    assert got == chosen(function, kernels, x.contiguous(), 5, at.contiguous())
     assert got == chosen(function, "reference", x, 5, at)
 
 
@@ -122,10 +155,11 @@ def test_of_exactly_equal_scores_the_lower_place_wins(backend):
 
 
 @pytest.mark.parametrize("length", [17, 141])
-def test_equal_tokens_score_equally_wherever_they_stand(length):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_equal_tokens_score_equally_wherever_they_stand(kernels, length):
     x = features(1, length, 64).sign() / 8  # norms and products that no order of sums rounds
     x[:, 5:] = x[:, 5:6]
-    source, target = chosen(match, "triton", x, 4)
+    source, target = chosen(match, kernels, x, 4)
     assert source == [[6, 8, 10, 12]]
     assert target == [[5, 5, 5, 5]]
 
@@ -232,18 +266,22 @@ def products():
     torch.set_float32_matmul_precision(before)
 
 
-def compare(ask):
+EXACT = ["numba", "reference"]  # whose products are PyTorch's
+
+
+def compare(ask, backend="reference"):
     with Precision(ask) as mode:
-        MATCH["reference"].run(features(1, 9, 4), places(1), 2, in_order=False)
+        MATCH[backend].run(features(1, 9, 4), places(1), 2, in_order=False)
     return mode.seen
 
 
 @pytest.mark.skipif(not NEWER, reason="torch has only the older setting")
 @pytest.mark.parametrize("rough", ["medium", "high", "highest"])
-def test_the_reference_multiplies_exactly_and_leaves_the_setting_as_it_was(products, rough):
+@pytest.mark.parametrize("backend", EXACT)
+def test_products_are_exact_and_leave_the_setting_as_it_was(products, rough, backend):
     products(rough)
     before = newer()
-    assert compare(newer) == [["ieee", "ieee"]]
+    assert compare(newer, backend) == [["ieee", "ieee"]]
     assert newer() == before
     assert torch.get_float32_matmul_precision() == rough
 
@@ -268,7 +306,7 @@ def test_the_reference_multiplies_exactly_where_torch_has_only_the_older_setting
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_tf32_does_not_change_a_choice_on_a_gpu(products, backend):
     torch.use_deterministic_algorithms(False)
     x = draw("match", 8, 197, 192, device="cuda").detach()

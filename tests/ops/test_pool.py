@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fambav.layers import Tokens
 from fambav.ops import BackendError, force
+from fambav.ops.kernels import kernel_set
 from fambav.ops.match import Selection, evens_then_odds
 from fambav.ops.pool import pool
 from tests.ops.agreement import (
@@ -21,8 +22,11 @@ from tests.ops.agreement import (
 from tests.ops.places import close
 from tests.reduction.made import reducing
 
-BACKENDS = ["triton", "reference"]
+KERNELS = ["triton", "numba"]
+BACKENDS = [*KERNELS, "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The numba kernels take float32 alone.
+TAKEN = [(name, dtype) for name in KERNELS for dtype in DTYPES[: 1 if name == "numba" else None]]
 
 
 def groups(length, count, batch=2):
@@ -48,13 +52,13 @@ def means(selection, **tensors):
     return tuple(stream for stream in pooled[:2] if stream is not None)
 
 
-def compare(tensors, selection):
+def compare(tensors, selection, kernels):
     """Hold means and gradients against the reference in float64."""
 
     def run(**given):
         return means(selection, **given)
 
-    got = results(run, tensors, "triton", "pool")
+    got = results(run, tensors, kernels, "pool")
     want = results(run, widened(tensors), "reference", "pool")
     for place, (name, stream) in enumerate(tensors.items()):
         for result in (f"output {place}", f"gradient of {name}"):
@@ -63,10 +67,38 @@ def compare(tensors, selection):
 
 
 @pytest.mark.parametrize("residual", [True, False], ids=["both", "alone"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kernels", "dtype"), TAKEN, ids=str)
 @pytest.mark.parametrize(("length", "count"), [(2, 1), (5, 1), (5, 3), (17, 1), (17, 9), (65, 33)])
-def test_means_and_gradients_are_those_of_the_reference(length, count, dtype, residual):
-    compare(inputs(2, length, 8, dtype, residual=residual), groups(length, count))
+def test_means_and_gradients_are_those_of_the_reference(length, count, kernels, dtype, residual):
+    tensors = inputs(2, length, 8, dtype, residual=residual, backend=kernels)
+    compare(tensors, groups(length, count), kernels)
+
+
+@pytest.mark.parametrize("weights", ["whole numbers", "any", "zero"])
+@pytest.mark.parametrize("residual", [True, False], ids=["both", "alone"])
+@pytest.mark.parametrize("dim", [1, 16, 39])
+@pytest.mark.parametrize(("length", "count"), [(2, 1), (17, 0), (65, 33), (40, 38)])
+def test_numba_gives_the_bits_of_the_reference(length, count, dim, residual, weights):
+    order = torch.stack([draw(f"order {n}", length).argsort() for n in range(3)])
+    keep, source = order.split((length - count, count), dim=1)
+    target = keep.gather(1, torch.arange(count).expand(3, -1) ** 2 % (length - count))
+    tensors = inputs(3, length, dim, residual=residual, backend="numba")
+    size = draw("size", 3, length).detach().abs() * 3 + 1
+    weight = dict(any=size, zero=size * 0).get(weights, size.round())
+
+    def run(**given):
+        pooled = pool(
+            given["x"], given.get("residual"), weight, size, Selection(keep, source, target)
+        )
+        assert not (pooled.size.requires_grad or pooled.place.requires_grad)
+        sizes.append((pooled.size, pooled.place))
+        return tuple(stream for stream in pooled[:2] if stream is not None)
+
+    sizes = []
+    got, want = (results(run, tensors, backend, "pool") for backend in ("numba", "reference"))
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
+    assert all(map(torch.equal, *sizes))
 
 
 @every_length((5, torch.float32), (8, torch.bfloat16), (5, torch.float16), least=5)
@@ -76,18 +108,19 @@ def test_every_length_agrees(length, dtype, record_property):
     agrees_twice(partial(results, run, tensors, "triton", "pool"), want, dtype, record_property)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_channels_are_shared_by_programs(dtype):
-    compare(inputs(1, 5, 1030, dtype), groups(5, 3, batch=1))
+@pytest.mark.parametrize(("kernels", "dtype"), TAKEN, ids=str)
+def test_many_channels_are_shared_by_programs(kernels, dtype):
+    compare(inputs(1, 5, 1030, dtype, backend=kernels), groups(5, 3, batch=1), kernels)
 
 
-def test_a_list_longer_than_a_program_reads_at_once_is_read_to_its_end():
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_list_longer_than_a_program_reads_at_once_is_read_to_its_end(kernels):
     order = torch.randperm(150, generator=torch.Generator().manual_seed(0))[None]
     keep, source = order.split((3, 147), dim=1)
     target = keep.gather(1, torch.arange(147)[None] % 2)  # the third has no sources
-    tensors = inputs(1, 150, 4)
-    compare(tensors, Selection(keep, source, target))
-    with force("triton", "pool"):
+    tensors = inputs(1, 150, 4, backend=kernels)
+    compare(tensors, Selection(keep, source, target), kernels)
+    with force(kernels, "pool"):
         x = means(Selection(keep, source, target), **tensors)[0]
     assert x[0, 2].equal(tensors["x"][0, keep[0, 2]])
 
@@ -102,17 +135,18 @@ STRIDES = {
 
 @pytest.mark.parametrize("turned", [0, 1], ids=["x", "residual"])
 @pytest.mark.parametrize("strides", STRIDES)
-def test_strides_of_streams_places_and_gradients_do_not_matter(strides, turned):
-    selection, tensors = groups(17, 9), inputs(2, 17, 8)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_strides_of_streams_places_and_gradients_do_not_matter(kernels, strides, turned):
+    selection, tensors = groups(17, 9), inputs(2, 17, 8, backend=kernels)
     apart = Selection(*(torch.stack((p, p), -1)[..., 0] for p in selection[:3]))
-    grads = [draw(name, 2, 8, 8, device=device_of("triton")).detach() for name in tensors]
+    grads = [draw(name, 2, 8, 8, device=device_of(kernels)).detach() for name in tensors]
 
     def stretch(both):
         return [STRIDES[strides](x) if i == turned else x for i, x in enumerate(both)]
 
     def run(chosen, turn):
         x, residual = turn(tensors.values())
-        with force("triton", "pool"):
+        with force(kernels, "pool"):
             found = means(chosen, x=x, residual=residual)
         return *found, *torch.autograd.grad(found, list(tensors.values()), turn(grads))
 
@@ -163,8 +197,9 @@ def test_sizes_and_places_follow_the_groups(backend):
     torch.testing.assert_close(pooled.residual[1, 1], residual[1, [0, 2, 3, 4]].mean(0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [*TAKEN, *(("reference", dtype) for dtype in DTYPES)], ids=str
+)
 def test_a_token_without_sources_is_unchanged_to_the_last_bit(backend, dtype):
     selection = groups(65, 20)
     alone = ~(selection.keep[..., None] == selection.target[:, None]).any(-1)
@@ -177,16 +212,18 @@ def test_a_token_without_sources_is_unchanged_to_the_last_bit(backend, dtype):
         assert mean.cpu()[alone].equal(old[alone])
 
 
-def test_two_equal_calls_give_equal_bits():
-    tensors, selection = inputs(2, 65, 8, torch.bfloat16), groups(65, 33)
-    runs = [results(lambda **t: means(selection, **t), tensors, "triton", "pool") for _ in "ab"]
+@pytest.mark.parametrize(("kernels", "dtype"), TAKEN, ids=str)
+def test_two_equal_calls_give_equal_bits(kernels, dtype):
+    tensors, selection = inputs(2, 65, 8, dtype, backend=kernels), groups(65, 33)
+    runs = [results(lambda **t: means(selection, **t), tensors, kernels, "pool") for _ in "ab"]
     assert all(runs[0][name].equal(runs[1][name]) for name in runs[0])
 
 
-def test_the_kernels_keep_a_share_and_a_place_of_each_token_for_the_backward_pass():
-    tensors, saved = inputs(2, 17, 64), []
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_kernels_keep_a_share_and_a_place_of_each_token_for_the_backward_pass(kernels):
+    tensors, saved = inputs(2, 17, 64, backend=kernels), []
     with (
-        force("triton", "pool"),
+        force(kernels, "pool"),
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
     ):
         means(groups(17, 9), **tensors)
@@ -194,8 +231,9 @@ def test_the_kernels_keep_a_share_and_a_place_of_each_token_for_the_backward_pas
     assert all(t.shape == (2, 17) for t in saved)
 
 
-def test_no_copy_of_a_stream_is_made_beside_the_results():
-    from fambav.ops.triton.pool import pool_forward
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_no_copy_of_a_stream_is_made_beside_the_results(kernels):
+    pool_forward = kernel_set(kernels).load().pool_forward
 
     class Allocated(TorchDispatchMode):
         total = 0
@@ -205,7 +243,7 @@ def test_no_copy_of_a_stream_is_made_beside_the_results():
             self.total += out.numel() if "empty" in str(function) else 0
             return out
 
-    x, residual = (stream.detach() for stream in inputs(2, 17, 64).values())
+    x, residual = (stream.detach() for stream in inputs(2, 17, 64, backend=kernels).values())
     selection = [places.to(x.device) for places in groups(17, 9)[:3]]
     weight = torch.ones(2, 17, device=x.device)
     with Allocated() as mode:
@@ -213,13 +251,23 @@ def test_no_copy_of_a_stream_is_made_beside_the_results():
     assert 2 * 2 * 8 * 64 <= mode.total <= 2 * 2 * 8 * 64 + 2 * 8 + 2 * 2 * 17
 
 
+def test_a_token_in_no_group_is_refused_before_anything_is_read_there():
+    tensors = inputs(2, 9, 4, backend="numba")
+    for field, index in (("keep", 9), ("keep", -1), ("source", 2**40), ("target", 10), ("keep", 1)):
+        wrong = groups(9, 3)._asdict()
+        wrong[field][1, 0] = index
+        with force("numba", "pool"), pytest.raises(ValueError, match="a token in no group"):
+            means(Selection(**wrong), **tensors)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", ["x", "residual"])
-def test_double_precision_is_left_to_the_reference(name):
-    tensors = inputs(2, 9, 4)
+def test_double_precision_is_left_to_the_reference(name, kernels):
+    tensors = inputs(2, 9, 4, backend=kernels)
     tensors[name] = tensors[name].detach().double()
     with (
-        force("triton", "pool"),
-        pytest.raises(BackendError, match="a tensor is float64, expected float32"),
+        force(kernels, "pool"),
+        pytest.raises(BackendError, match=r"a tensor is torch\.float64, expected float32"),
     ):
         means(groups(9, 3), **tensors)
     assert means(groups(9, 3), **tensors)[list(tensors).index(name)].dtype == torch.float64
@@ -272,13 +320,16 @@ def test_a_reducer_compiles_without_a_graph_break(method, backend):
     assert all(map(torch.equal, eager, compiled))
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("residual", [True, False], ids=["both", "alone"])
-def test_shapes_are_known_without_running(residual):
-    tensors = inputs(2, 9, 4, residual=residual)
-    x, weight = tensors["x"], torch.ones(2, 9, device=device_of("triton"))
+def test_shapes_are_known_without_running(residual, kernels):
+    tensors = inputs(2, 9, 4, residual=residual, backend=kernels)
+    x, weight = tensors["x"], torch.ones(2, 9, device=device_of(kernels))
+    options = dict(kernels=kernels)
     selection = [places.to(x.device) for places in groups(9, 3)[:3]]
     given = x, tensors.get("residual"), weight, weight, *selection
-    torch.library.opcheck(torch.ops.fambav.pool.default, given)
-    *_, share, place = torch.ops.fambav.pool(*given)
+    torch.library.opcheck(torch.ops.fambav.pool.default, given, options)
+    *_, share, place = torch.ops.fambav.pool(*given, **options)
     grads = [stream.detach()[:, :6] for stream in tensors.values()]
-    torch.library.opcheck(torch.ops.fambav.pool_backward.default, (grads, share, place))
+    given = grads, share, place
+    torch.library.opcheck(torch.ops.fambav.pool_backward.default, given, options)

@@ -56,12 +56,18 @@ def floats(axes: int) -> Any:
     return types.Array(types.float32, axes, "A")
 
 
+def indices(axes: int) -> Any:
+    """Return the type of an int64 tensor with any strides."""
+    return types.Array(types.int64, axes, "A")
+
+
 def kernel(*takes: Any) -> Callable[[_F], _F]:
     """Compile a function for this signature, or load it from the cache."""
 
     def decorate(function: _F) -> _F:
         function.__qualname__ = f"{function.__qualname__}_{_SOURCES}"
-        compile_for = functools.partial(numba.njit, types.void(*takes), nogil=True)
+        options = dict(nogil=True, error_model="numpy")  # a division by zero is no error
+        compile_for = functools.partial(numba.njit, types.void(*takes), **options)
         try:
             compiled = compile_for(cache=True)(function)
         except RuntimeError as error:  # no cache folder is writable
@@ -116,7 +122,7 @@ def launch(
         tasks: Their number.
         inputs: Tensors that the kernel reads.
         outputs: Tensors that the kernel writes.
-        options: Its other arguments.
+        options: Its other arguments: numbers, and arrays of other dtypes, which it may write too.
     """
     counter = np.zeros(1, np.int64)
     written = [None if x is None else x.detach().float() for x in outputs]

@@ -24,7 +24,15 @@ from torch import Tensor
 from fambav.ops.kept_states import NUMBA_CHUNK as CHUNK
 from fambav.ops.kept_states import numba_shape
 from fambav.ops.numba import functions
-from fambav.ops.numba.compilation import COUNTER, floats, inlined, kernel, launch, next_task
+from fambav.ops.numba.compilation import (
+    COUNTER,
+    floats,
+    indices,
+    inlined,
+    kernel,
+    launch,
+    next_task,
+)
 from fambav.ops.numba.functions import LOG2_E, ZERO, exp2, exp2_of_four
 from fambav.ops.numba.lanes import WIDTH, broadcast
 from fambav.ops.numba.memory import fetch, get, number_at, put, read, vectors, write
@@ -32,7 +40,7 @@ from fambav.ops.numba.memory import fetch, get, number_at, put, read, vectors, w
 NONE, BIAS, SELF, HOLD_PREV, CACHED = range(5)
 GAPS = {"none": NONE, "bias": BIAS, "self": SELF, "hold_prev": HOLD_PREV, "cached": CACHED}
 AHEAD = 8  # steps before a token is needed that it is fetched
-ORDER = types.Array(types.int64, 3, "A")
+ORDER = indices(3)
 _NO_ORDER = np.empty((0, 0, 0), np.int64)
 
 

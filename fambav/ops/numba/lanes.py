@@ -74,6 +74,18 @@ _let_operator_take_vectors(operator.truediv, "fdiv")
 
 
 @emitted
+def rounded_product(typing: Any, x: Any, factor: Any) -> Any:
+    """Return a product that is rounded even where it is a term of a sum."""
+    del typing
+
+    def emit(context: Any, builder: Any, taken: Any, args: Any) -> Any:
+        del context, taken
+        return builder.fmul(*(_broadcast(builder, x) for x in args))
+
+    return LANES(x, factor), emit
+
+
+@emitted
 def broadcast(typing: Any, x: Any) -> Any:
     """Broadcast a scalar to all lanes."""
     del typing, x
