@@ -59,23 +59,6 @@ def row_width(rank: int, state: int) -> int:
     return -(-(rank + 2 * state) // ROW) * ROW
 
 
-def empty_packed(
-    x_proj: Sequence[Tensor], A: Sequence[Tensor], out_proj: Tensor | None, dtype: torch.dtype
-) -> Packed:
-    """Return memory for packed parameters; without a copy of out_proj where it needs none."""
-    (width, dim), state = x_proj[0].shape, A[0].shape[1]
-    row = row_width(width - 2 * state, state)
-    new = x_proj[0].new_empty
-    if out_proj is not None and (out_proj.dtype != dtype or not out_proj.is_contiguous()):
-        out_proj = new(out_proj.shape, dtype=dtype)
-    return Packed(
-        x_proj=new(2, row, dim, dtype=dtype),
-        dt_proj=new(2, dim, row - 2 * state, dtype=dtype),
-        A=new(2, dim, state, dtype=torch.float32),
-        out_proj=out_proj,
-    )
-
-
 def pack_parameters(
     x_proj: Sequence[Tensor],
     dt_proj: Sequence[Tensor],
