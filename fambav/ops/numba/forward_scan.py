@@ -206,15 +206,15 @@ def per_channel(parameters: Sequence[Tensor] | None) -> Tensor | None:
     """Stack a parameter of each direction, channels last.
 
     Args:
-        parameters: For each direction (dim,) or (dim, n); a tensor of both is not copied if its
-            channels are neighbours; or None.
+        parameters: For each direction (dim,) or (dim, n); a tensor of these is not copied if
+            its channels are neighbours; or None.
 
     Returns:
         (directions, 1, n or 1, dim), or None for None.
     """
     if parameters is None:
         return None
-    if isinstance(parameters, Tensor) and parameters.mT.is_contiguous():
+    if isinstance(parameters, Tensor) and parameters.dim() == 3 and parameters.mT.is_contiguous():
         return parameters.mT[:, None]
     return torch.stack([x.T if x.dim() == 2 else x[None] for x in parameters])[:, None]
 
