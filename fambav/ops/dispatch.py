@@ -328,7 +328,8 @@ def expect_beside(name: str, tensor: Tensor, shape: tuple[int, ...], first: Tens
     Raises:
         ValueError: If it has not.
     """
-    expect(name, tensor, shape)
+    if not isinstance(tensor, Tensor) or tensor.shape != shape:
+        expect(name, tensor, shape)
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype}, expected a floating-point dtype")
     if tensor.device != first.device:

@@ -10,12 +10,13 @@ the gate, B and C are kept anyway, and delta is written where it is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from math import gcd
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
@@ -38,6 +39,9 @@ SCORES = {
     "ungated": dict(gated=False, clipped=True),
     "ungated_unclipped": dict(gated=False, clipped=False),
 }
+
+
+Multiply = Callable[[Tensor, Tensor], Tensor]  # as `choose` returns it
 
 
 class Direction(NamedTuple):
@@ -176,10 +180,38 @@ class _Mixer(NamedTuple):
         return delta
 
 
-def _product(a: Tensor, b: Tensor, slices: int) -> Tensor:
+def _products(
+    multiply: Multiply, a: Tensor, b: Tensor, *, out: Tensor | None = None, add: bool = False
+) -> Tensor:
+    """Multiply the matrices of each direction, where oneDNN does on their own.
+
+    Args:
+        multiply: As `choose` returned it.
+        a: (2, rows, terms).
+        b: (2, columns, terms).
+        out: Output for the result, or None for a new tensor.
+        add: Whether to add to it.
+
+    Returns:
+        a @ b.mT, (2, rows, columns).
+    """
+    if multiply is F.linear:
+        return out.baddbmm_(a, b.mT) if out is not None and add else torch.bmm(a, b.mT, out=out)
+    out = a.new_empty(2, a.shape[1], b.shape[1]) if out is None else out
+    for end in (0, 1):
+        product = multiply(a[end], b[end])
+        out[end].add_(product) if add else out[end].copy_(product)
+    return out
+
+
+def _over_tokens(multiply: Multiply, a: Tensor, b: Tensor, slices: int) -> Tensor:
     """Multiply transposed tokens by tokens; (2, slices, of a, of b), to be summed over slices."""
     a, b = (x.reshape(2 * slices, -1, x.shape[-1]) for x in (a, b))
-    return torch.bmm(a.mT, b).view(2, slices, a.shape[2], b.shape[2])
+    if multiply is F.linear:
+        return torch.bmm(a.mT, b).view(2, slices, a.shape[2], b.shape[2])
+    if a.shape[2] > b.shape[2]:  # oneDNN takes far longer for few columns than for few rows
+        return _products(multiply, b.mT, a.mT).mT[:, None]
+    return _products(multiply, a.mT, b.mT)[:, None]
 
 
 @custom_op(
@@ -210,7 +242,8 @@ def _forward(
     mixer = _Mixer.of(tuple(parameters), out_proj, xz.dtype, log_A=log_A, kernels=kernels)
     x, z = xz.chunk(2, dim=-1)  # (batch, length, dim)
     u = mixer.convolved(x)  # (2, batch, length, dim)
-    projected = torch.bmm(u.flatten(1, 2), mixer.x_proj.mT).unflatten(1, x.shape[:2])
+    multiply = choose(x, mixer.x_proj[0])
+    projected = _products(multiply, u.flatten(1, 2), mixer.x_proj).unflatten(1, x.shape[:2])
     B, C, dt = mixer.parts(projected)  # of (2, batch, length, row)
     raw = mixer.delta(dt, u)
     # Numba's kernels read an element before they write it: delta becomes y, and that becomes out.
@@ -284,13 +317,13 @@ def _backward(
     if out_proj is None or mixer.out_proj is None:
         mixer.run.gate_backward(grad, total, z, dy, dz, scale=scale)
     else:
-        gated, multiply = scratch("gated", total.shape, total), choose(total, mixer.out_proj)
-        inner = multiply(grad, mixer.out_proj.mT)
+        gated, project = scratch("gated", total.shape, total), choose(total, mixer.out_proj)
+        inner = project(grad, mixer.out_proj.mT)
         mixer.run.gate_backward(inner, total, z, dy, dz, gated, scale=scale)
-        product = multiply(grad.flatten(0, 1).mT, gated.flatten(0, 1).mT)
+        product = project(grad.flatten(0, 1).mT, gated.flatten(0, 1).mT)
         dout_proj = [product.to(out_proj.dtype, memory_format=torch.contiguous_format)]
 
-    u = mixer.convolved(x)
+    u, multiply = mixer.convolved(x), choose(x, mixer.x_proj[0])
     B, C, dt = mixer.parts(projected)
     delta, du = mixer.delta(dt, u), scratch("du", u.shape, u)
     ddelta = delta if kernels == NUMBA.name else torch.empty_like(u)  # in place, as before
@@ -305,10 +338,11 @@ def _backward(
         ddt=dsteps, dskipped_dt=next(iter(dskipped_dt), None), **sums,
     )  # fmt: skip
     ddelta, rows = ddelta.flatten(1, 2), dprojected.flatten(1, 2)  # (2, batch length, ...)
-    torch.bmm(ddelta, mixer.dt_proj, out=ddt)  # zeros behind the rank
+    _products(multiply, ddelta, mixer.dt_proj.mT, out=ddt)  # zeros behind the rank
     slices = gcd(len(xz), SLICES[kernels])
-    dt_proj, x_proj = _product(ddelta, dt, slices), _product(rows, u.flatten(1, 2), slices)
-    du.flatten(1, 2).baddbmm_(rows, mixer.x_proj)
+    dt_proj = _over_tokens(multiply, ddelta, dt, slices)
+    x_proj = _over_tokens(multiply, rows, u.flatten(1, 2), slices)
+    _products(multiply, rows, mixer.x_proj.mT, out=du.flatten(1, 2), add=True)
     conv = mixer.run.conv_backward(du, x, *mixer.conv, dx, silu=True, reverse=REVERSE, **sums)
     conv, scans = ((t if sums else t.unsqueeze(1) for t in ts) for ts in (conv, (dt_bias, dA, dD)))
     finish = getattr(mixer.run, "finish_gradients", mixer_parameters.finish_gradients)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROW = 16  # the width of the projection is a multiple of it, so that B, C and dt are aligned
@@ -21,7 +22,7 @@ class Packed(NamedTuple):
     Attributes:
         x_proj: (2, row, dim), whose rows are B, C, dt and zeros, in the dtype of the tokens.
         dt_proj: (2, dim, row - 2 state), zeros behind the rank, likewise.
-        A: Decay rates, (2, dim, state), float32.
+        A: Decay rates, (2, dim, state), float32, with any strides.
         out_proj: (out, dim), in the dtype of the tokens; None for none.
     """
 
@@ -58,23 +59,6 @@ def row_width(rank: int, state: int) -> int:
     return -(-(rank + 2 * state) // ROW) * ROW
 
 
-def empty_packed(
-    x_proj: Sequence[Tensor], A: Sequence[Tensor], out_proj: Tensor | None, dtype: torch.dtype
-) -> Packed:
-    """Return memory for packed parameters; without a copy of out_proj where it needs none."""
-    (width, dim), state = x_proj[0].shape, A[0].shape[1]
-    row = row_width(width - 2 * state, state)
-    new = x_proj[0].new_empty
-    if out_proj is not None and (out_proj.dtype != dtype or not out_proj.is_contiguous()):
-        out_proj = new(out_proj.shape, dtype=dtype)
-    return Packed(
-        x_proj=new(2, row, dim, dtype=dtype),
-        dt_proj=new(2, dim, row - 2 * state, dtype=dtype),
-        A=new(2, dim, state, dtype=torch.float32),
-        out_proj=out_proj,
-    )
-
-
 def pack_parameters(
     x_proj: Sequence[Tensor],
     dt_proj: Sequence[Tensor],
@@ -94,18 +78,17 @@ def pack_parameters(
         dtype: Of the tokens.
         log_A: Whether A is the logarithm of its negative.
     """
-    packed, rank = empty_packed(x_proj, A, out_proj, dtype), dt_proj[0].shape[1]
-    for end in (0, 1):
-        used = len(x_proj[end])
-        packed.x_proj[end, : used - rank] = x_proj[end][rank:]
-        packed.x_proj[end, used - rank : used] = x_proj[end][:rank]
-        packed.x_proj[end, used:] = 0
-        packed.dt_proj[end, :, :rank] = dt_proj[end]
-        packed.dt_proj[end, :, rank:] = 0
-        packed.A[end] = -A[end].exp() if log_A else A[end]
-    if out_proj is not None and packed.out_proj is not None and packed.out_proj is not out_proj:
-        packed.out_proj.copy_(out_proj)
-    return packed
+    (used, dim), rank = x_proj[0].shape, dt_proj[0].shape[1]
+    padding = row_width(rank, A[0].shape[1]) - used
+    zeros = x_proj[0].new_zeros(padding, dim)
+    rows = torch.cat([part for w in x_proj for part in (w[rank:], w[:rank], zeros)])
+    rates = torch.stack([rate.T for rate in A]).float()  # channels last, as kernels for CPUs read
+    return Packed(
+        x_proj=rows.view(2, used + padding, dim).to(dtype),
+        dt_proj=F.pad(torch.stack(list(dt_proj)), (0, padding)).to(dtype),
+        A=(rates.exp_().neg_() if log_A else rates).mT,
+        out_proj=None if out_proj is None else out_proj.to(dtype).contiguous(),
+    )
 
 
 def finish_gradients(

@@ -18,7 +18,7 @@ from torch import Tensor
 from fambav.ops import dispatch
 
 _ARGUMENTS = ["X", "W", "B", "attr", "scalars", "algorithm"]  # that we know what to give for
-LEAST, LEAST_TOKENS = 2**15, 64  # weights and tokens: below, a call costs more than it saves
+LEAST, LEAST_TOKENS = 2**12, 64  # weights and tokens: below, a call costs more than it saves
 
 
 @functools.cache

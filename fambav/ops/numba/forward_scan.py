@@ -120,6 +120,13 @@ def _advance(
     return out
 
 
+@inlined
+def _step_size(delta: Any, place: Any, t: int, at_delta: int, shift: Any, softplus: bool) -> Any:
+    k, b, _, count = place
+    delta_t = read(delta, k, b, t, at_delta, count) + shift
+    return functions.softplus(delta_t)[0] if softplus else delta_t
+
+
 @kernel(
     COUNTER,
     *(floats(4), floats(4), floats(4), floats(5), floats(5), floats(4), floats(4)),
@@ -173,6 +180,8 @@ def _scan_forward_kernel(
             put(A_log2e, n, read(A, k, 0, n, channel, count) * LOG2_E)
             put(h, n, broadcast(ZERO))
 
+        # That of the next step, so that its chain of operations runs beside those of a whole token.
+        following = _step_size(delta, place, token_at(walk, 0)[1], at_delta, shift, softplus)
         for step in range(walk[1]):
             if kept.size and step % CHUNK == 0:
                 for n in range(state):
@@ -183,9 +192,8 @@ def _scan_forward_kernel(
             fetch(y, k, b, token, channel)
             token, t = token_at(walk, step)
             u_t = read(u, k, b, token, at_u, count)
-            delta_t = read(delta, k, b, t, at_delta, count) + shift
-            if softplus:
-                delta_t = functions.softplus(delta_t)[0]
+            delta_t, later = following, token_at(walk, min(step + 1, walk[1] - 1))[1]
+            following = _step_size(delta, place, later, at_delta, shift, softplus)
             if dt.size:
                 write(dt, k, b, t, channel, count, delta_t)
             x = delta_t * u_t
@@ -206,13 +214,16 @@ def per_channel(parameters: Sequence[Tensor] | None) -> Tensor | None:
     """Stack a parameter of each direction, channels last.
 
     Args:
-        parameters: For each direction (dim,) or (dim, n); or None.
+        parameters: For each direction (dim,) or (dim, n); a tensor of these is not copied if
+            its channels are neighbours; or None.
 
     Returns:
         (directions, 1, n or 1, dim), or None for None.
     """
     if parameters is None:
         return None
+    if isinstance(parameters, Tensor) and parameters.dim() == 3 and parameters.mT.is_contiguous():
+        return parameters.mT[:, None]
     return torch.stack([x.T if x.dim() == 2 else x[None] for x in parameters])[:, None]
 
 

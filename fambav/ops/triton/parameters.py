@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fambav.ops.mixer_parameters import Packed, Parts, empty_packed
+from fambav.ops.mixer_parameters import Packed, Parts, row_width
 from fambav.ops.triton.launch import OPTIONS, POINTERS, on_device
 from fambav.ops.triton.variant import Variant
 
@@ -70,6 +70,23 @@ def _pack_kernel(
         tl.store(out_packed + at, tl.load(out_proj + at, mask=inside, other=0.0), mask=inside)
 
 
+def _empty_packed(
+    x_proj: Sequence[Tensor], A: Sequence[Tensor], out_proj: Tensor | None, dtype: torch.dtype
+) -> Packed:
+    """Return memory for packed parameters; without a copy of out_proj where it needs none."""
+    (width, dim), state = x_proj[0].shape, A[0].shape[1]
+    row = row_width(width - 2 * state, state)
+    new = x_proj[0].new_empty
+    if out_proj is not None and (out_proj.dtype != dtype or not out_proj.is_contiguous()):
+        out_proj = new(out_proj.shape, dtype=dtype)
+    return Packed(
+        x_proj=new(2, row, dim, dtype=dtype),
+        dt_proj=new(2, dim, row - 2 * state, dtype=dtype),
+        A=new(2, dim, state, dtype=torch.float32),
+        out_proj=out_proj,
+    )
+
+
 def pack_parameters(
     x_proj: Sequence[Tensor],
     dt_proj: Sequence[Tensor],
@@ -80,7 +97,7 @@ def pack_parameters(
     log_A: bool,
 ) -> Packed:
     """Reorder, pad and cast; arguments as of `mixer_parameters.pack_parameters`."""
-    packed = empty_packed(x_proj, A, out_proj, dtype)
+    packed = _empty_packed(x_proj, A, out_proj, dtype)
     (dim, rank), state, row = dt_proj[0].shape, A[0].shape[1], packed.x_proj.shape[1]
     copied = None if packed.out_proj is out_proj else out_proj
     outputs = 0 if copied is None else len(copied)
