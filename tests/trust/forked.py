@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -73,6 +74,21 @@ def _ended(process, output, before, timeout):
         process.join()
         raise AssertionError(f"still running after {timeout} s: {output.read_text()}")
     return SimpleNamespace(status=process.exitcode, out=output.read_text()[before:])
+
+
+def python(words):
+    """Do what Python does with the words of a command line; return the status."""
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path.insert(0, str(Path(words[0]).parent))
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    return 0
 
 
 def run_two(words, folder, prepare=lambda rank: None, timeout=120, program=cli.main):
