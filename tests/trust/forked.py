@@ -22,7 +22,8 @@ from fambav.engine.step import TrainStep
 
 FORK = multiprocessing.get_context("fork")
 FRESH = multiprocessing.get_context("forkserver")  # forks a process that has never had threads
-FRESH.set_forkserver_preload(["tests.trust.forked"])
+RUN_IMPORTS = ("fambav.training", "fambav.viz", "torch.utils.tensorboard", "numba")
+FRESH.set_forkserver_preload(["tests.trust.forked", *RUN_IMPORTS])
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # there, as the command does, before torch loads
 RECIPE = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 8
     --grad-accum-steps 2 --epochs 3 --warmup-epochs 1 --lr 1e-3 --unscale-lr --clip-grad 1
