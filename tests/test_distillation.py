@@ -17,7 +17,7 @@ from fambav.training.teacher import teacher
 from tests.data.made import made_cifar10
 from tests.identical import lasting, log, same
 from tests.made import crashing, go, refused
-from tests.test_runs import launch
+from tests.trust.forked import run_two
 
 RUN = ["--model", "vim_tiny"]
 
@@ -345,17 +345,15 @@ def test_replayed_updates_with_a_teacher_equal_those_that_are_not_bit_for_bit(wo
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
-@pytest.mark.slow
 def test_two_processes_with_a_teacher_have_the_losses_of_one(flags, unreduced, tmp_path):
     plain = [*flags, "--mixup", "0", "--cutmix", "0", "--distillation-type", "kl"]
     plain += ["--teacher-path", str(unreduced)]
     one = go(
         *(*plain, "--batch-size", "16", "--grad-accum-steps", "2"), "--output_dir", tmp_path / "one"
     )
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = launch(torchrun, plain, tmp_path / "two")
-    assert one.status == two.status == 0, two.err
-    assert two.out.count("teacher: ") == 1
+    two = run_two(plain, tmp_path / "two")
+    assert (one.status, *two.status) == (0, 0, 0), two.out + two.other
+    assert (two.out.count("teacher: "), two.other.count("teacher: ")) == (1, 0)
     ours, theirs = log(tmp_path / "two"), log(tmp_path / "one")
     for key in ("train_loss", "test_loss", "test_ema_loss"):
         assert [x[key] for x in ours] == pytest.approx([x[key] for x in theirs], rel=1e-5), key

@@ -11,10 +11,7 @@ it packs; `vim_micro.yaml` are the settings that the run wrote down.
 import io
 import json
 import lzma
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from contextlib import redirect_stdout
 from importlib.metadata import entry_points
@@ -25,6 +22,7 @@ import torch
 import yaml
 
 import fambav
+from tests.made import go
 
 HERE = Path(__file__).parent / "frozen"
 BEHAVIOUR, SETTINGS = HERE / "behaviour.json", HERE / "vim_micro.yaml"
@@ -153,13 +151,10 @@ def run(tmp_path_factory):
 
 
 def trained(*words):
-    """Run `main.py` and return what it prints."""
-    root = Path(__file__).parents[1]
-    given = dict(cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, text=True)
-    line = [sys.executable, "main.py", *map(str, words)]
-    done = subprocess.run(line, capture_output=True, check=False, **given)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Return what `main.py` prints."""
+    done = go(*words)
+    assert done.status == 0, done.err
+    return done.out
 
 
 def test_a_run_leaves_its_files_and_their_entries(run):

@@ -3,12 +3,16 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+from tests.trust import forked
+from tests.trust.forked import run_alone
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts/gpu_check.sh"
@@ -17,7 +21,7 @@ PARTS = {
     word: " ".join(re.findall(rf'^{name}\+?="(.*)"$', TEXT, re.MULTILINE)).split()
     for name, word in (("steps", ""), ("later", "--more"))
 }
-NO_REPORT = {"smoke_graphs"}  # on a CPU it is a refusal
+REFUSED = "smoke_graphs"  # on a CPU
 # Without a GPU another step again, but for sizes and a dtype.
 SAME = {"scan_small", "step_small", "block_small", "kernels_float32"}
 
@@ -42,23 +46,62 @@ def provenance(path):
     return {found.get("name"): found.get("value") for found in suite.iter("property")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [s for part in PARTS.values() for s in part if s not in SAME])
-def test_every_step_ends_without_a_gpu_and_leaves_its_figures(step, tmp_path):
-    done = gpu_check("--dry", "--only", step, tmp_path)
-    (row,) = map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())
-    assert (row["step"], row["status"], done.returncode) == (step, 0, 0), done.stdout + done.stderr
-    if step not in NO_REPORT:
-        assert provenance(tmp_path / step)["commit"]
+def made_launcher(folder):
+    """A Python that notes how it was started, sees a GPU, and ends with $STATUS."""
+    path = folder / "python"
+    note = f'echo "$PYTHONPATH|$TRITON_INTERPRET|$(printf "%q " "$@")" >>{folder}/started'
+    path.write_text(f"#!/usr/bin/env bash\n{note}\nexit ${{STATUS:-0}}\n")
+    path.chmod(0o755)
+    return path
 
 
 @pytest.fixture
 def launcher(tmp_path):
-    """A Python that notes how it was started and sees a GPU."""
-    path = tmp_path / "python"
-    path.write_text(f'#!/usr/bin/env bash\necho "$PYTHONPATH|$*" >>{tmp_path}/started\n')
-    path.chmod(0o755)
-    return path
+    return made_launcher(tmp_path)
+
+
+def rows(folder):
+    return [json.loads(row) for row in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """The words after `python` of every step of a dry run, and the folder of its files."""
+    found, folder = {}, tmp_path_factory.mktemp("dry")
+    launcher = made_launcher(folder)
+    for part in PARTS:
+        (folder / "started").unlink(missing_ok=True)
+        gpu_check("--dry", *part.split(), folder, python=launcher)
+        started = [line.split("|", 2) for line in (folder / "started").read_text().splitlines()]
+        names = [row["step"] for row in rows(folder)][-len(started) :]
+        assert {interpreted for _, interpreted, _ in started} == {"1"}
+        found |= dict(zip(names, (shlex.split(words) for *_, words in started), strict=True))
+    assert sorted(found) == sorted([*PARTS[""], *PARTS["--more"]])
+    return found, folder
+
+
+STEPS = [s for part in PARTS.values() for s in part if s not in {*SAME, "smoke"}]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_ends_without_a_gpu_and_leaves_its_figures(step, commands, tmp_path):
+    """In a process that has imported everything; the next test has one step by the script."""
+    words, folder = commands[0][step], commands[1]
+    done = run_alone(words, tmp_path / "out", timeout=200, program=forked.python)
+    assert done.status == (2 if step == REFUSED else 0), done.out
+    assert step == REFUSED or provenance(folder / step)["commit"]
+
+
+@pytest.mark.slow
+def test_one_step_runs_alone_and_a_failure_is_a_status(launcher, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    done = gpu_check("--dry", "--only", "smoke", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in out.iterdir()} == {"smoke", "smoke.json", "steps.jsonl"}
+    assert provenance(out / "smoke")["commit"]
+    monkeypatch.setenv("STATUS", "3")
+    assert gpu_check("--dry", "--only", "roofline", out, python=launcher).returncode == 1
+    assert [(row["step"], row["status"]) for row in rows(out)] == [("smoke", 0), ("roofline", 3)]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -66,8 +109,7 @@ def test_a_part_starts_each_of_its_steps_once(part, launcher, tmp_path, monkeypa
     monkeypatch.setenv("PYTHONPATH", "/carried")
     done = gpu_check(*part.split(), tmp_path / "out", python=launcher)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(row) for row in (tmp_path / "out/steps.jsonl").read_text().splitlines()]
-    assert sorted(row["step"] for row in rows) == sorted(PARTS[part])
+    assert sorted(row["step"] for row in rows(tmp_path / "out")) == sorted(PARTS[part])
     started = (tmp_path / "started").read_text().splitlines()
     assert all(line.startswith(f"{ROOT}:/carried|") for line in started)
     for goal in ("bench step", "bench strategies", "bench infer") if not part else ():
@@ -84,19 +126,6 @@ def test_the_limits_of_a_part_fit_into_its_time(part):
     limits |= {f"check_{kind}": each for kind in kinds.split()}
     assert limits.keys() == {*PARTS[""], *PARTS["--more"]}
     assert sum(int(limits[name]) for name in PARTS[part]) <= int(TEXT.split("total=")[1].split()[0])
-
-
-@pytest.mark.slow
-def test_one_step_runs_alone_and_a_failure_is_a_status(tmp_path):
-    done = gpu_check("--dry", "--only", "roofline", tmp_path)
-    assert done.returncode == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"roofline.json", "steps.jsonl"}
-    (tmp_path / "roofline.json").unlink()
-    (tmp_path / "roofline.json").mkdir()  # cannot be written
-    assert gpu_check("--dry", "--only", "roofline", tmp_path).returncode == 1
-    first, second = map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())
-    assert first["status"] == 0
-    assert second["status"] != 0
 
 
 @pytest.mark.parametrize(

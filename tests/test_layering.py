@@ -44,20 +44,19 @@ RANK = {
     "__main__": 16,
 }
 ROOT = Path(fambav.__file__).parent
-FILES = sorted(set(ROOT.rglob("*.py")) - {ROOT / "__init__.py"})
+FILES = {
+    path: [*ast.walk(ast.parse(path.read_text()))]
+    for path in sorted(set(ROOT.rglob("*.py")) - {ROOT / "__init__.py"})
+}
 
 
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in FILES[path]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports inside fambav are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def name_of(path):
-    return str(path.relative_to(ROOT))
 
 
 def part(names):
@@ -66,39 +65,44 @@ def part(names):
     return module if module in RANK else names[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_point_down(path):
-    own = part(path.relative_to(ROOT).with_suffix("").parts)
-    for name in imports(path):
-        if name.startswith("fambav."):
-            other = part(name.split(".")[1:])
-            assert other == own or RANK[other] < RANK[own], f"{own} must not import {other}"
+def test_imports_point_down():
+    for path in FILES:
+        own = part(path.relative_to(ROOT).with_suffix("").parts)
+        for name in imports(path):
+            if name.startswith("fambav."):
+                other = part(name.split(".")[1:])
+                points_down = other == own or RANK[other] < RANK[own]
+                assert points_down, f"{path}: {own} must not import {other}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_timm_and_torchvision_come_through_one_module(path):
-    if path.name != "timm_compat.py":
-        assert not [n for n in imports(path) if n.split(".")[0] in ("timm", "torchvision")]
+def test_timm_and_torchvision_come_through_one_module():
+    for path in FILES:
+        if path.name != "timm_compat.py":
+            outside = [n for n in imports(path) if n.split(".")[0] in ("timm", "torchvision")]
+            assert outside == [], path
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_models_are_told_apart_by_type_or_name(path):
-    if path.parent.name == "models":
-        return
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            called = getattr(node.func, "id", getattr(node.func, "attr", None))
+def test_only_models_are_told_apart_by_type_or_name():
+    calls = [
+        (path, node)
+        for path, nodes in FILES.items()
+        for node in nodes
+        if path.parent.name != "models" and isinstance(node, ast.Call)
+    ]
+    for path, node in calls:
+        called = getattr(node.func, "id", getattr(node.func, "attr", None))
+        if called == "isinstance":
             read = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            assert not read & {"Vim", "PlainMamba"}, path
+        if called in ("startswith", "removeprefix"):
             words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
-            assert called != "isinstance" or not read & {"Vim", "PlainMamba"}
-            prefix = called in ("startswith", "removeprefix") and words & {"vim", "plainmamba"}
-            assert not prefix, "a model tells its family"
+            assert not words & {"vim", "plainmamba"}, f"{path}: a model tells its family"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "engine").glob("*.py")), ids=name_of)
-def test_the_engine_knows_neither_settings_nor_models(path):
-    parts = {name.split(".")[1] for name in imports(path) if name.startswith("fambav.")}
-    assert not parts & {"config", "data", "models", "reduction"}
+def test_the_engine_knows_neither_settings_nor_models():
+    for path in (ROOT / "engine").glob("*.py"):
+        parts = {name.split(".")[1] for name in imports(path) if name.startswith("fambav.")}
+        assert not parts & {"config", "data", "models", "reduction"}, path
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """What single pages of docs/ promise of the code they show; that it runs is in test_pages.py."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,8 @@ from fambav.reduction import parse_schedule
 from fambav.timm_compat import timm
 from tests.data.made import made_cifar
 from tests.made import run
+from tests.trust import forked
+from tests.trust.forked import run_alone
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -37,7 +36,6 @@ def test_the_reducer_of_the_manual_removes_what_the_plan_says(registry):
     assert tuple(seen) == model.schedule.lengths == (65, 65, 53, 41, 29, 17)
 
 
-@pytest.mark.slow
 def test_the_reducer_of_the_manual_trains_from_a_file_of_its_own(tmp_path):
     script, end = python("reducer.md")
     assert script.count("\n") < 40
@@ -47,15 +45,14 @@ def test_the_reducer_of_the_manual_trains_from_a_file_of_its_own(tmp_path):
     words = f"""--reduction quiet --reduction-schedule r:12@3-6 --reduction-options power=1
         --model vim_micro --data-set CIFAR --data-path {data} --epochs 1 --batch-size 8
         --num_workers 1 --output_dir {tmp_path / "run"}"""
-    given = dict(cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
-    done = subprocess.run([sys.executable, file, *words.split()], capture_output=True, **given)
-    assert done.returncode == 0, done.stderr
-    assert "total removed: 48 of 65 tokens" in done.stdout
-    wrong = [sys.executable, file, "--reduction", "quite", "--reduction-schedule", "r:1"]
-    done = subprocess.run(wrong, capture_output=True, **given)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --reduction is 'quite', expected one of none, famba-v,")
-    assert done.stderr.endswith("utrc, quiet; did you mean 'quiet'?\n")
+    done = run_alone([file, *words.split()], tmp_path / "out", program=forked.python)
+    assert done.status == 0, done.out
+    assert "total removed: 48 of 65 tokens" in done.out
+    wrong = [file, "--reduction", "quite", "--reduction-schedule", "r:1"]
+    done = run_alone(wrong, tmp_path / "refused", program=forked.python)
+    assert done.status == 2
+    assert done.out.startswith("error: --reduction is 'quite', expected one of none, famba-v,")
+    assert done.out.endswith("utrc, quiet; did you mean 'quiet'?\n")
 
 
 def test_the_backbone_of_the_manual_returns_the_maps_that_it_says():

@@ -16,6 +16,7 @@ from fambav.config import load, parse
 from fambav.engine import checkpoint
 from tests.data.made import made_cifar
 from tests.made import go
+from tests.trust.forked import run_two
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = sorted((ROOT / "scripts/cifar100").glob("*.sh"))
@@ -196,11 +197,9 @@ def test_a_run_on_two_nodes_of_which_one_is_lost_ends_with_the_weights_of_one_pr
     lost = checkpoint.load(tmp_path / "two/checkpoint.pth")
     assert lost["world"] == 2
     assert 0 < lost["epoch"] + 1 < 4
-    (tmp_path / "tasks").unlink()
-    again = fake(*job, **given)
-    printed = again.communicate()[0]
-    assert again.returncode == 0, printed
-    assert printed.count("going on from") == printed.count("Training time") == 1
+    again = run_two([*words, "-b", "4", "--resume", "auto"], tmp_path / "two")
+    assert again.status == [0, 0], again.out + again.other
+    assert again.out.count("going on from") == again.out.count("Training time") == 1
     assert go(*words, "-b", "8", "--output_dir", tmp_path / "one").status == 0
     one, two = (checkpoint.load(tmp_path / f"{n}/checkpoint.pth") for n in ("one", "two"))
     assert two["epoch"] == 3

@@ -316,22 +316,10 @@ def test_a_kernel_that_does_not_compile_is_named(made):
     assert absent == "--only is 'absent', expected a part of one of 5 names"
 
 
-FAMILIES = (
-    *("conv_", "gate_", "norm_", "best_partner", "choose", "pool", "parameters", "sum_blocks"),
-    *("scan_forward fp", "scan_forward bf", "scan_backward fp", "scan_backward bf"),
-)
-
-
-def test_every_recorded_kernel_is_of_one_family():
-    for row in aot.read(TABLE).rows:
-        assert sum(family in row.name for family in FAMILIES) == 1, row.name
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_kernel_is_worse_than_recorded(family, arch):
+def test_no_kernel_is_worse_than_recorded(arch):
     # What has been compiled before is taken from Triton's cache, by the hash of its source.
-    done = compiled(SCRIPT, "--against", TABLE, "--only", family, "--arch", str(arch))
+    done = compiled(SCRIPT, "--against", TABLE, "--arch", str(arch))
     assert (done.returncode, done.stderr) == (0, ""), done.stdout

@@ -13,6 +13,7 @@ from torch.export import Dim
 import fambav
 import fambav.models
 from fambav import cli
+from fambav.engine.checkpoint import CheckpointError
 from fambav.registry import METHODS, family_of
 from tests.export.made import weights
 from tests.trust.refusals import call, refused
@@ -98,13 +99,15 @@ def test_it_may_be_the_first_call_of_a_process(name):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
-    weights(path, input_size=16, patch_size=8, data_stats="own")
+    weights(path, input_size=16, patch_size=8, data_stats="own", fusion_plan="2:1,5:1")
     return path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["torch", "onnx"])
-def test_the_command_compares_on_other_batches(checkpoint, tmp_path, monkeypatch, form):
+def test_the_command_compares_on_other_batches_and_writes_a_card(
+    checkpoint, tmp_path, monkeypatch, form
+):
     if form == "onnx":
         pytest.importorskip("onnxruntime")
     from fambav.export import folder
@@ -116,10 +119,15 @@ def test_the_command_compares_on_other_batches(checkpoint, tmp_path, monkeypatch
         return lambda images: (sizes.append(len(images)), run(images))[1]
 
     monkeypatch.setitem(folder.FORMATS, form, kept._replace(load=load))
-    words = ["export", checkpoint, "--format", form, "--noise", "--images", 7, "--dynamic-batch"]
+    words = ["export", checkpoint, "--format", form, "--images", 7, "--dynamic-batch"]
     found = call(*words, "--output_dir", tmp_path / "new", program=cli.console)
     assert found.status == 0, found.err
     assert sizes == [1, 3, 3]
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert names == {"README.md", "config.json", "model.pt2" if form == "torch" else "model.onnx"}
+    assert "| 5 | 1 |" in (tmp_path / "new" / "README.md").read_text()
+    with pytest.raises(CheckpointError, match="expected a run folder or one exported as"):
+        fambav.from_pretrained(tmp_path / "new")
 
 
 def test_weights_alone_are_compared_on_no_other_batches(checkpoint, tmp_path):

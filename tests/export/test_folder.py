@@ -248,16 +248,3 @@ def test_the_command_tells_files_and_the_check(run, tmp_path, capsys):
 
 def test_the_command_knows_every_format():
     assert set(command._FORMATS) == set(FORMATS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["torch", "onnx"])
-def test_a_reduced_model_is_exported_with_its_card(kind, tmp_path):
-    weights(tmp_path / "weights.pth", input_size=16, fusion_plan="2:3,5:3")
-    check = export(tmp_path / "weights.pth", kind, tmp_path / "out", images=3)
-    assert check.difference < check.tolerance
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"README.md", "config.json", "model.pt2" if kind == "torch" else "model.onnx"}
-    assert "| 5 | 3 |" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(CheckpointError, match="expected a run folder or one exported as"):
-        fambav.from_pretrained(tmp_path / "out")

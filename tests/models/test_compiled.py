@@ -22,14 +22,8 @@ def gradients(run, net, images, targets):
     return [loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))]
 
 
-CASES = [
-    ("triton", "famba-v", True),
-    ("triton", "ordered", False),
-    ("numba", "famba-v", False),
-    ("numba", "ordered", False),
-    ("cpu", "famba-v", True),
-    ("cpu", "ordered", False),
-]
+# With those of the default compiler numba and cpu have each method; numba takes no low precision.
+CASES = [("triton", "famba-v", True), ("numba", "ordered", False), ("cpu", "ordered", True)]
 
 
 @pytest.mark.parametrize(("backend", "method", "low"), CASES)
@@ -38,6 +32,7 @@ def test_a_fused_model_in_training_is_one_graph(backend, method, low):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("inductor")  # which prepares C++ headers once in a process, for 20 seconds
 @pytest.mark.parametrize("backend", ["numba", "cpu"])
 def test_a_fused_model_is_one_graph_to_the_default_compiler_too(backend, tmp_path, monkeypatch):
     # What it compiled under other settings of the processor would be taken from the common folder.

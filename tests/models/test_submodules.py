@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 
 import peft
@@ -18,6 +16,7 @@ import fambav
 import fambav.models
 from fambav.timm_compat import timm
 from tests.data.made import made_cifar10
+from tests.trust.forked import run
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SAID = "such mixers run as single modules"
@@ -214,19 +213,14 @@ def test_it_is_said_once_by_each_model_and_never_by_a_plain_one():
     assert said(copy.deepcopy(second)) == []
 
 
-HOOKED = """
-import sys
-import fambav.cli, fambav.models
-from fambav.timm_compat import timm
+def register_hooked():
+    warnings.simplefilter("default")
 
-@timm.models.register_model
-def vim_hooked(pretrained=False, **options):
-    net = timm.create_model("vim_micro", **options)
-    net.layers[1].mixer.x_proj.register_forward_hook(lambda *_: None)
-    return net
-
-sys.exit(fambav.cli.main(sys.argv[1:]))
-"""
+    @timm.models.register_model
+    def vim_hooked(pretrained=False, **options):
+        net = timm.create_model("vim_micro", **options)
+        net.layers[1].mixer.x_proj.register_forward_hook(lambda *_: None)
+        return net
 
 
 def test_a_run_records_why_its_mixers_are_not_fused(tmp_path):
@@ -234,19 +228,14 @@ def test_a_run_records_why_its_mixers_are_not_fused(tmp_path):
     flags = [*data, "--input-size", "32", "--epochs", "1", "--num_workers", "0"]
     flags += ["--batch-size", "8", "--device", "cpu", "--threads", "1"]
 
-    def unfused(name, *command):
-        folder = tmp_path / name
-        done = subprocess.run(
-            [sys.executable, *command, *flags, "--output_dir", str(folder)],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads((folder / "env.json").read_text())["unfused"], done.stderr
+    def unfused(name, *words):
+        done = run([*flags, *words], tmp_path / name, register_hooked)
+        assert done.status == 0, done.out
+        return json.loads((tmp_path / name / "env.json").read_text())["unfused"], done.out
 
-    found, lines = unfused("hooked", "-c", HOOKED, "--model", "timm/vim_hooked")
+    found, lines = unfused("hooked", "--model", "timm/vim_hooked")
     assert found == {"layers.1.mixer.x_proj": "has forward hooks"}
     assert lines.count(SAID) == 1
-    found, lines = unfused("plain", "main.py", "--model", "vim_micro", "--log-activations")
+    found, lines = unfused("plain", "--model", "vim_micro", "--log-activations")
     assert found is None
     assert SAID not in lines

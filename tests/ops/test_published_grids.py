@@ -91,19 +91,18 @@ def scan(length, dtype, groups, given, constant=""):
     check(selective_scan, inputs, tolerances, options, "selective_scan")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_scan_agrees_at_every_length(length, groups, dtype):
-    scan(length, dtype, groups, EVERY)
+def test_the_scan_agrees_at_every_length(length):
+    for groups, dtype in product([1, 2], DTYPES):
+        scan(length, dtype, groups, EVERY)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("length", [8, 130])
-@pytest.mark.parametrize("given", list(product([False, True], repeat=5)), ids=str)
-def test_the_scan_agrees_with_every_choice_of_options(given, length, groups, dtype):
-    scan(length, dtype, groups, dict(zip(OPTIONS, given, strict=True)))
+def test_the_scan_agrees_with_every_choice_of_options(length, groups, dtype):
+    for given in product([False, True], repeat=5):
+        scan(length, dtype, groups, dict(zip(OPTIONS, given, strict=True)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,24 +125,18 @@ def convolve(dim, length, width, dtype, *, bias, silu, last):
     check(causal_conv1d, inputs, tolerances, options, "causal_conv1d")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("last", [False, True], ids=["length last", "channels last"])
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("length", SHORT)
-def test_the_convolution_agrees_with_every_choice_of_options(
-    length, width, bias, silu, last, dtype
-):
-    convolve(64, length, width, dtype, bias=bias, silu=silu, last=last)
+def test_the_convolution_agrees_with_every_choice_of_options(length, width):
+    for dtype, bias, silu, last in product(DTYPES, *[[False, True]] * 3):
+        convolve(64, length, width, dtype, bias=bias, silu=silu, last=last)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("last", [False, True], ids=["length last", "channels last"])
 @pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("length", [n for n in LENGTHS if n not in SHORT])
-def test_the_convolution_agrees_at_long_lengths(length, width, last, dtype):
-    convolve(64, length, width, dtype, bias=True, silu=True, last=last)
+def test_the_convolution_agrees_at_long_lengths(length, width):
+    for dtype, last in product(DTYPES, [False, True]):
+        convolve(64, length, width, dtype, bias=True, silu=True, last=last)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

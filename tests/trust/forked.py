@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -21,7 +22,8 @@ from fambav.engine.step import TrainStep
 
 FORK = multiprocessing.get_context("fork")
 FRESH = multiprocessing.get_context("forkserver")  # forks a process that has never had threads
-FRESH.set_forkserver_preload(["tests.trust.forked"])
+RUN_IMPORTS = ("fambav.training", "fambav.viz", "torch.utils.tensorboard", "numba")
+FRESH.set_forkserver_preload(["tests.trust.forked", *RUN_IMPORTS])
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # there, as the command does, before torch loads
 RECIPE = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 8
     --grad-accum-steps 2 --epochs 3 --warmup-epochs 1 --lr 1e-3 --unscale-lr --clip-grad 1
@@ -73,6 +75,21 @@ def _ended(process, output, before, timeout):
         process.join()
         raise AssertionError(f"still running after {timeout} s: {output.read_text()}")
     return SimpleNamespace(status=process.exitcode, out=output.read_text()[before:])
+
+
+def python(words):
+    """Do what Python does with the words of a command line; return the status."""
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path.insert(0, str(Path(words[0]).parent))
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    return 0
 
 
 def run_two(words, folder, prepare=lambda rank: None, timeout=120, program=cli.main):

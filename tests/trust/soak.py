@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from fambav.engine.run_dir import environment
@@ -125,11 +126,11 @@ def locks(words, folder, count):
     return {"starts": count, "one ran and one was refused": refused}
 
 
-def elastic(words, folder):
-    """Kill a rank of two; the launcher starts both again, and they go on."""
+def elastic(words, folder, two):
+    """Kill a rank of two; the launcher starts both again, and they end as what `two` runs."""
     whole, target = folder / "whole", folder / "run"
     words = [*words, "--epochs", "6"]  # so that it is not over when the rank is found
-    finish(PAIR, words, whole)
+    two(words, whole)
     process = begin(
         [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=3"],
         [*words, "--resume", "auto", "--save-every", "1"],
@@ -184,7 +185,7 @@ def main(folder):
         "signals, one process": lambda at: signals([], words, at, 20),
         "signals, two processes": lambda at: signals([*PAIR, HANDLED], pair, at, 20),
         "two jobs in one folder": lambda at: locks(words, at, 20),
-        "a rank killed, launcher restarts": lambda at: elastic(pair, at),
+        "a rank killed, launcher restarts": lambda at: elastic(pair, at, partial(finish, PAIR)),
         "a thousand updates": numerics,
         "killed, one process": lambda at: kills([], words, at, KILLS["one process"]),
         "killed, two processes": lambda at: kills(PAIR, pair, at, KILLS["two processes"]),

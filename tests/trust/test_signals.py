@@ -17,7 +17,7 @@ from fambav.engine.step import TrainStep
 from fambav.training import folder as run_folder
 from fambav.training import pictured
 from tests.identical import assert_identical
-from tests.trust.forked import FRESH, run, start
+from tests.trust.forked import FRESH, run, run_two, start
 from tests.trust.test_orphans import family
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -299,10 +299,9 @@ def launched(recipe, tmp_path_factory):
     """The words of two processes, and the folder of their run that nothing interrupts."""
     # Long enough not to be over when the signal comes.
     words = [*map(str, recipe), "--batch-size", "4", "--epochs", "4", "--num_workers", "1"]
-    folder = tmp_path_factory.mktemp("whole")
-    command = [*LAUNCHER, *words, "--output_dir", str(folder)]
-    subprocess.run(command, check=True, **LAUNCHED)
-    return [*LAUNCHER, *words], folder
+    folder = tmp_path_factory.mktemp("pair") / "whole"
+    assert run_two(words, folder).status == [0, 0]
+    return words, folder
 
 
 @pytest.mark.slow
@@ -310,14 +309,14 @@ def launched(recipe, tmp_path_factory):
 @pytest.mark.parametrize("ask", [to_launcher, to_whole_job])
 def test_a_launcher_that_passes_a_signal_on_ends_two_processes_at_one_step(launched, tmp_path, ask):
     """The interrupted and continued run of two processes equals one that nothing interrupted."""
-    words, whole = launched
-    words = [*words, "--output_dir", str(tmp_path / "run")]
-    with subprocess.Popen(words, text=True, **LAUNCHED) as process:
+    (words, whole), folder = launched, tmp_path / "run"
+    command = [*LAUNCHER, *words, "--output_dir", str(folder)]
+    with subprocess.Popen(command, text=True, **LAUNCHED) as process:
         for line in process.stdout:
             if line.startswith("Epoch: [1]"):
                 break
         name = ask(process.pid)
         rest = process.stdout.read()
     assert rest.count(f"{name}: saved after update") == 1, rest
-    subprocess.run([*words, "--resume", "auto"], check=True, **LAUNCHED)
-    assert_identical(tmp_path / "run", whole)
+    assert run_two([*words, "--resume", "auto"], folder).status == [0, 0]
+    assert_identical(folder, whole)
