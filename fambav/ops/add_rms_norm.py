@@ -9,7 +9,6 @@ Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.0
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.library import custom_op
 from fambav.arguments import is_number, refusal
 from fambav.ops.derivatives import once_differentiable, refuse
 from fambav.ops.dispatch import Backend, Table, expect_beside, expect_dtype, expect_tensors
-from fambav.ops.kernels import NUMBA, TRITON, KernelSet, kernel_set, on_gpu
+from fambav.ops.kernels import TRITON, on_gpu
 
 MAX_DIM = 16384  # of the Triton kernels, which hold a row in registers
 
@@ -67,11 +66,10 @@ def add_rms_norm(
     expect_dtype("residual_dtype", residual_dtype)
     if not is_number(eps) or not 0 < eps < math.inf:
         raise refusal("eps", eps, "a number greater than 0")
+    run = ADD_RMS_NORM.pick(hidden, residual, weight)
     dtype = torch.promote_types(hidden.dtype, residual_dtype)
     if residual is not None:
         dtype = torch.promote_types(dtype, residual.dtype)
-    like_sum = hidden if hidden.dtype == dtype else hidden.new_empty(0, dtype=dtype)
-    run = ADD_RMS_NORM.pick(hidden, residual, weight, like_sum)
     normed, total = run(hidden, residual, weight, factor, eps=eps, dtype=dtype)
     return normed, total
 
@@ -138,18 +136,15 @@ class _Norm(torch.autograd.Function):
         return dx.to(x.dtype), dweight.to(weight.dtype), None, None
 
 
-def _unsupported(
-    kernels: KernelSet, hidden: Tensor, residual: Tensor | None, weight: Tensor, like_sum: Tensor
-) -> str | None:
+def _unsupported(hidden: Tensor, residual: Tensor | None, weight: Tensor) -> str | None:
     """Return why the kernels cannot run these tensors, or None."""
-    if kernels is TRITON and hidden.shape[-1] > MAX_DIM:
+    if hidden.shape[-1] > MAX_DIM:
         return f"dim is {hidden.shape[-1]}, expected at most {MAX_DIM}"
-    tensors = [x for x in (hidden, weight, residual, like_sum) if x is not None]
-    return next(filter(None, map(kernels.unsupported, tensors)), None)
+    tensors = (hidden, weight) if residual is None else (hidden, weight, residual)
+    return next(filter(None, map(TRITON.unsupported, tensors)), None)
 
 
 def _fused(
-    kernels: KernelSet,
     hidden: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -159,8 +154,7 @@ def _fused(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     factor = None if factor is None else factor.float().contiguous()
-    options = dict(eps=eps, dtype=dtype, kernels=kernels.name)
-    normed, total, _ = _forward(hidden, residual, weight, factor, **options)
+    normed, total, _ = _forward(hidden, residual, weight, factor, eps=eps, dtype=dtype)
     return normed, total
 
 
@@ -174,7 +168,7 @@ def _rows(x: Tensor) -> Tensor:
     "fambav::add_rms_norm",
     mutates_args=(),
     schema="(Tensor hidden, Tensor? residual, Tensor weight, Tensor? factor, *, float eps,"
-    " ScalarType dtype, str kernels)"
+    " ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def _forward(
@@ -185,20 +179,18 @@ def _forward(
     *,
     eps: float,
     dtype: torch.dtype,
-    kernels: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return normed, the new residual, and the scale of each row, (rows,)."""
     normed, total = hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape, dtype=dtype)
     inputs = _rows(hidden), None if residual is None else _rows(residual), weight
     outputs = _rows(normed), _rows(total)
-    run = kernel_set(kernels).load().add_rms_norm_forward
-    scale: Tensor = run(*inputs, *outputs, eps=eps, factor=factor)
+    scale: Tensor = TRITON.load().add_rms_norm_forward(*inputs, *outputs, eps=eps, factor=factor)
     return normed, total, scale
 
 
 @_forward.register_fake
-def _forward_shapes(hidden: Tensor, *_: Any, dtype: torch.dtype, **options: Any) -> Any:
-    del options
+def _forward_shapes(hidden: Tensor, *_: Any, eps: float, dtype: torch.dtype) -> Any:
+    del eps
     normed, total = hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape, dtype=dtype)
     return normed, total, hidden.new_empty(math.prod(hidden.shape[:-1]), dtype=torch.float32)
 
@@ -207,7 +199,7 @@ def _forward_shapes(hidden: Tensor, *_: Any, dtype: torch.dtype, **options: Any)
     "fambav::add_rms_norm_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor? grad_total, Tensor total, Tensor weight, Tensor scale,"
-    " Tensor? factor, *, ScalarType? dtype, str kernels) -> Tensor[]",
+    " Tensor? factor, *, ScalarType? dtype) -> Tensor[]",
 )
 def _backward(
     grad: Tensor,
@@ -218,7 +210,6 @@ def _backward(
     factor: Tensor | None,
     *,
     dtype: torch.dtype | None,
-    kernels: str,
 ) -> list[Tensor]:
     """Return the gradients of weight, of hidden, and of a residual of `dtype` if there is one."""
     grads = [grad.new_empty(grad.shape)]
@@ -226,7 +217,7 @@ def _backward(
         grads.append(grad.new_empty(grad.shape, dtype=dtype))
     inputs = _rows(grad), None if grad_total is None else _rows(grad_total), _rows(total)
     outputs = [_rows(x) for x in grads]
-    run = kernel_set(kernels).load().add_rms_norm_backward
+    run = TRITON.load().add_rms_norm_backward
     dresidual = outputs[1] if dtype is not None else None
     dweight = run(*inputs, weight, scale, outputs[0], dresidual, factor=factor)
     return [dweight.to(weight.dtype), *grads]
@@ -234,9 +225,9 @@ def _backward(
 
 @_backward.register_fake
 def _backward_shapes(
-    grad: Tensor, grad_total: Any, total: Any, weight: Tensor, *_: Any, dtype: Any, kernels: str
+    grad: Tensor, grad_total: Any, total: Any, weight: Tensor, *_: Any, dtype: Any
 ) -> list[Tensor]:
-    del grad_total, total, kernels
+    del grad_total, total
     grads = [weight.new_empty(weight.shape), grad.new_empty(grad.shape)]
     return grads if dtype is None else [*grads, grad.new_empty(grad.shape, dtype=dtype)]
 
@@ -244,19 +235,18 @@ def _backward_shapes(
 def _setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
     hidden, residual, weight, factor = inputs
     normed, total, scale = output
-    del hidden
+    del hidden, keyword_only_inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, weight, scale, factor)
     ctx.dtype = None if residual is None else residual.dtype
-    ctx.normed_dtype, ctx.kernels = normed.dtype, keyword_only_inputs["kernels"]
+    ctx.normed_dtype = normed.dtype
 
 
 def _gradient(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: Any) -> Any:
     saved = ctx.saved_tensors  # read once, as checkpointing requires
     if grad is None:
         grad = saved[0].new_zeros(saved[0].shape, dtype=ctx.normed_dtype)
-    options = dict(dtype=ctx.dtype, kernels=ctx.kernels)
-    dweight, dhidden, *rest = _backward(grad, grad_total, *saved, **options)
+    dweight, dhidden, *rest = _backward(grad, grad_total, *saved, dtype=ctx.dtype)
     return dhidden, rest[0] if rest else None, dweight, None
 
 
@@ -268,12 +258,11 @@ ADD_RMS_NORM = Table(
     "add_rms_norm",
     Backend(
         "triton",
-        partial(_fused, TRITON),
-        partial(_unsupported, TRITON),
+        _fused,
+        _unsupported,
         TRITON.unavailable,
-        default=lambda hidden, residual, weight, like_sum: on_gpu(hidden, weight),
+        default=lambda hidden, residual, weight: on_gpu(hidden, weight),
     ),
-    Backend("numba", partial(_fused, NUMBA), partial(_unsupported, NUMBA), NUMBA.unavailable),
     Backend("cpu", _cpu),
     Backend("reference", _reference),
 )

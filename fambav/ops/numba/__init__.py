@@ -5,12 +5,9 @@ from fambav.ops.numba.conv import conv_backward, conv_forward
 from fambav.ops.numba.forward_scan import scan_forward
 from fambav.ops.numba.gate import gate_backward, gate_forward
 from fambav.ops.numba.match import choose_pairs, patches_of
-from fambav.ops.numba.norm import add_rms_norm_backward, add_rms_norm_forward
 from fambav.ops.numba.pool import pool_backward, pool_forward
 
 __all__ = [
-    "add_rms_norm_backward",
-    "add_rms_norm_forward",
     "choose_pairs",
     "conv_backward",
     "conv_forward",
