@@ -159,7 +159,7 @@ def test_a_wrong_flag_is_one_line(capsys, words, message):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["block", "step", "strategies"])
+@pytest.mark.parametrize("kind", ["block", "strategies"])
 def test_kinds_that_measure_vim_take_no_other_model(kind):
     parser = bench_parser()
     assert parser.parse_args([kind, "--model", VIM]).model == VIM
