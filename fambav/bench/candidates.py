@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fambav.bench.report import MeasureError, Row, dtype_name
 from fambav.bench.timing import Times, ratio
 from fambav.engine.precision import Precision
-from fambav.models import Backbone, Vim
+from fambav.models import Backbone
 from fambav.ops import BackendError, backends, force
 from fambav.ops.dispatch import SCAN
 from fambav.reduction import (
@@ -292,6 +292,6 @@ def image_size(model: str, length: int) -> tuple[int, int]:
         raise ValueError(f"length is {length}, expected at least {1 + classes}")
     rows = next(n for n in range(int(patches**0.5), 0, -1) if patches % n == 0)
     patch = stride = net.img_size[0] // net.info.grid[0]
-    if isinstance(net, Vim):  # patches may overlap
-        (patch, _), (stride, _) = net.patch_embed.proj.kernel_size, net.patch_embed.proj.stride
+    if (proj := getattr(net.patch_embed, "proj", None)) is not None:  # patches may overlap
+        (patch, _), (stride, _) = proj.kernel_size, proj.stride
     return patch + stride * (rows - 1), patch + stride * (patches // rows - 1)

@@ -191,11 +191,9 @@ def step(
     """Measure whole training steps: forward, loss, backward and optimizer, on random images.
 
     Args:
-        lengths: Tokens, class tokens included; image sizes are chosen for them.  `LENGTHS` by
-            default, in a model of stages the images that it is made for.
+        lengths: Tokens, class tokens included; images of their size; none of stages.
         names: Backends; by default those for the device, without plain PyTorch.
-        roofline: As in `infer`.
-        profile: As in `infer`.
+        roofline, profile: As in `infer`.
         which: Further arguments of `candidates`; peers are not captured as CUDA graphs.
 
     Returns:
@@ -207,16 +205,12 @@ def step(
     """
     batch = STEP_BATCH[device.type] if batch is None else batch
     dtypes = [training_dtype(device)] if dtypes is None else dtypes
-    positive(
-        batch=batch,
-        rounds=rounds,
-        **({} if lengths is None else {"length": min(lengths, default=0)}),
-    )
+    positive(batch=batch, rounds=rounds)
     sizes = _step_lengths(str(which.get("model", MODEL)), lengths)
+    most = max(filter(None, sizes), default=0)
     names = STEP_BACKENDS[device.type] if names is None else names
     given = candidates(names=names, dtypes=dtypes, lengths=sizes, device=device, **which)
     given = [c for c in given if c.ours or c.launch == EAGER]
-    named = ("backend", "dtype")[: min(2, len(dtypes))]
 
     def make(candidate: Candidate) -> Step:
         (made := training(candidate, batch=batch, device=device)).run()
@@ -224,7 +218,6 @@ def step(
 
     def columns(key: Candidate, made: Mapping[Candidate, Step], times: AllTimes) -> Row:
         others = {name: times.get(key._replace(backend=name)) for name in STEP_BASELINES}
-        most = max(filter(None, sizes), default=0)
         longest = times.get(key._replace(length=most)), most
         return {
             **{name: value for name, value in key.row().items() if name != "plan"},
@@ -234,7 +227,7 @@ def step(
         }
 
     def refused(key: Candidate) -> str:
-        return " ".join(key.row()[name] for name in named)
+        return " ".join(key.row()[name] for name in ("backend", "dtype")[: len(dtypes)])
 
     how: dict[str, Any] = dict(rounds=rounds, warmup=warmup, device=device, passes=PASSES)
     how |= dict(batch=batch, profile=profile, peaks_of=dtypes if roofline else ())
@@ -250,9 +243,11 @@ def _step_lengths(model: str, lengths: Sequence[int] | None) -> Sequence[int | N
     Raises:
         ValueError: If some are given for a model that has no single one.
     """
+    if lengths is not None:
+        positive(length=min(lengths, default=0))
     if not family_of(model).staged:
         return LENGTHS if lengths is None else lengths
-    if lengths is not None:
+    if lengths:
         raise ValueError(
             f"length is {lengths[0]}, expected none with {model}, each stage of which has another"
         )

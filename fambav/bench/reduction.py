@@ -58,11 +58,10 @@ def reduction(
     Args:
         model: One of ours.
         methods: Names of methods, each as it is by default.
-        count: Tokens that go; by default 5% of the patches, or the number nearest to that after
-            which a method that needs a grid has one.
+        count: Tokens that go; 5% of the patches by default, or nearly, where a grid must stay.
 
     Returns:
-        A row for every method that the model can carry out:
+        A row for every method that the model can carry out; of stages, see `_of_stages`:
             choose_ms       choosing tokens, without gradients
             reduce_ms       all of the reduction, choosing included, forward and backward
             layer_ms        a plain layer at the length before, norm and mixer, forward and backward
@@ -74,13 +73,7 @@ def reduction(
                             one part in `length` of a layer at each layer behind
         Those of a PlainMamba have its param_order: "raster" as in released weights, "permuted" for
         methods that scan across gaps, which need that; the plain layer is of the same order.
-        On a GPU these are times of replays; where a part of a method cannot be replayed, all of its
-        row is eager.
-        A model of stages has a row for every method and stage, of a reduction in the middle layer
-        of that stage alone:
-            restore_ms              giving every cell its row again at the end of the stage, forward
-                                    and backward
-            reduce_mib, layer_mib   peak memory of both beyond what they are given
+        On a GPU times are of replays; where a part cannot be replayed, its row is eager.
 
     Raises:
         ValueError: If a method is unknown, a number is too small, or the model can carry out none.
@@ -91,8 +84,7 @@ def reduction(
     names = _known(methods)
     rows, skipped = dict[str, Row](), dict[str, str]()
     if family_of(model).staged:
-        how: dict[str, Any] = dict(rounds=rounds, warmup=warmup)
-        return _of_stages(model, names, count, batch, device, dtype, **how)
+        return _of_stages(model, names, count, batch, device, dtype, (rounds, warmup))
     with determinism_settings(deterministic=False, matmul_precision="high"):
         bench = _Bench(model, batch, device, dtype)
         benches = {bench: names}
@@ -106,9 +98,9 @@ def reduction(
             rows, skipped = rows | found, skipped | absent
     if not rows:
         raise ValueError(next(iter(skipped.values()), "method is empty, expected one or more"))
-    about = dict(model=model, batch=batch, length=bench.info.tokens, layer=bench.layer + 1)
-    ordered = [rows[name] for name in names if name in rows]
-    about = settings(device, dtype, **about, rounds=rounds)
+    sizes = dict(model=model, batch=batch, length=bench.info.tokens, layer=bench.layer + 1)
+    about = settings(device, dtype, **sizes, rounds=rounds)
+    ordered = [rows[n] for n in names if n in rows]
     return Report(title=TITLE, settings=about, rows=ordered, skipped=skipped)
 
 
@@ -387,9 +379,15 @@ def _of_stages(
     batch: int,
     device: torch.device,
     dtype: torch.dtype,
-    **how: Any,
+    how: tuple[int, int],
 ) -> Report:
-    """Measure one reduction by each method in each stage of a model."""
+    """Measure one reduction by each method in the middle layer of each stage, of no other.
+
+    Columns are those of `reduction`, and
+        restore_ms              giving every cell its row again at the end of the stage, forward and
+                                backward
+        reduce_mib, layer_mib   peak memory of both beyond what they are given
+    """
     rows, skipped = list[Row](), dict[str, str]()
     with determinism_settings(deterministic=False, matmul_precision="high"):
         bench = _StagedBench(model, batch, device, dtype)
@@ -409,7 +407,7 @@ def _of_stages(
                 for part, run in bench.runs(stage, one).items()
             }
             made, refused = with_replays(runs, device)
-            times = interleave(made, **how, device=device) if made else {}
+            times = interleave(made, rounds=how[0], warmup=how[1], device=device) if made else {}
             skipped |= refused
             for name, one in found.items():
                 label = f"{name} in stage {stage + 1}"
@@ -419,7 +417,7 @@ def _of_stages(
                 rows.append({"method": name, **about, **_staged_row(label, mine, times, device)})
     if not rows:
         raise ValueError(next(iter(skipped.values()), "method is empty, expected one or more"))
-    sizes = settings(device, dtype, model=model, batch=batch, rounds=how["rounds"])
+    sizes = settings(device, dtype, model=model, batch=batch, rounds=how[0])
     return Report(title=TITLE, settings=sizes, rows=rows, skipped=skipped)
 
 
