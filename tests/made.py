@@ -30,7 +30,8 @@ def run(path, change=None, **settings):
     seed_all(0)
     net = training.model(config, num_classes=found.num_classes)
     weights = net.state_dict()
-    head = next(name for name in ("head.weight", "head.fc.weight") if name in weights)
+    heads = ("head.weight", "head.fc.weight", "classifier.head.weight")
+    head = next(name for name in heads if name in weights)
     weights[head] *= 50  # so that models differ in what they say
     state = {"model": weights, **run_state.facts(config, found, None, images=64)}
     if change is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fambav.bench.report import MeasureError, Row, dtype_name
 from fambav.bench.timing import Times, ratio
 from fambav.engine.precision import Precision
-from fambav.models import Backbone, Vim
+from fambav.models import Backbone
 from fambav.ops import BackendError, backends, force
 from fambav.ops.dispatch import SCAN
 from fambav.reduction import (
@@ -32,6 +32,7 @@ NONE = "none"
 EAGER, REPLAYED = "eager", "replayed"
 CLASSES = 1000
 METHOD = "famba-v"
+MODEL = "vim_tiny"
 T = TypeVar("T")
 
 
@@ -116,7 +117,7 @@ class Candidate(NamedTuple):
 
 def candidates(
     *,
-    model: str = "vim_tiny",
+    model: str = MODEL,
     plans: Sequence[str] = (NONE,),
     method: str = METHOD,
     names: Sequence[str | None] | None = None,
@@ -284,10 +285,13 @@ def image_size(model: str, length: int) -> tuple[int, int]:
         ValueError: If there would be no patch.
     """
     with torch.device("meta"):
-        net = cast(Vim, timm.create_model(model))
-    patches = length - len(net.cls_index)
+        net = cast(Backbone, timm.create_model(model))
+    classes = len(net.info.cls_index)
+    patches = length - classes
     if patches < 1:
-        raise ValueError(f"length is {length}, expected at least {1 + len(net.cls_index)}")
+        raise ValueError(f"length is {length}, expected at least {1 + classes}")
     rows = next(n for n in range(int(patches**0.5), 0, -1) if patches % n == 0)
-    (patch, _), (stride, _) = net.patch_embed.proj.kernel_size, net.patch_embed.proj.stride
+    patch = stride = net.img_size[0] // net.info.grid[0]
+    if (proj := getattr(net.patch_embed, "proj", None)) is not None:  # patches may overlap
+        (patch, _), (stride, _) = proj.kernel_size, proj.stride
     return patch + stride * (rows - 1), patch + stride * (patches // rows - 1)

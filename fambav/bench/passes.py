@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from fambav.bench.candidates import (
     CLASSES,
     EAGER,
+    MODEL,
     REPLAYED,
     Candidate,
     candidates,
@@ -43,6 +45,7 @@ from fambav.engine.distributed import Processes
 from fambav.engine.memory import MIB
 from fambav.engine.precision import determinism_settings
 from fambav.engine.step import TrainStep
+from fambav.registry import family_of
 from fambav.training.step import train_step
 
 FORWARD_BATCH = {"cuda": 128, "cpu": 8}
@@ -175,7 +178,7 @@ def latency(**given: Any) -> Report:
 def step(
     *,
     batch: int | None = None,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int] | None = None,
     rounds: int = 5,
     warmup: int = 2,
     device: torch.device,
@@ -188,10 +191,9 @@ def step(
     """Measure whole training steps: forward, loss, backward and optimizer, on random images.
 
     Args:
-        lengths: Tokens, class tokens included; image sizes are chosen for them.
+        lengths: Tokens, class tokens included; images of their size; none of stages.
         names: Backends; by default those for the device, without plain PyTorch.
-        roofline: As in `infer`.
-        profile: As in `infer`.
+        roofline, profile: As in `infer`.
         which: Further arguments of `candidates`; peers are not captured as CUDA graphs.
 
     Returns:
@@ -203,11 +205,12 @@ def step(
     """
     batch = STEP_BATCH[device.type] if batch is None else batch
     dtypes = [training_dtype(device)] if dtypes is None else dtypes
-    positive(batch=batch, length=min(lengths, default=0), rounds=rounds)
+    positive(batch=batch, rounds=rounds)
+    sizes = _step_lengths(str(which.get("model", MODEL)), lengths)
+    most = max(filter(None, sizes), default=0)
     names = STEP_BACKENDS[device.type] if names is None else names
-    given = candidates(names=names, dtypes=dtypes, lengths=lengths, device=device, **which)
+    given = candidates(names=names, dtypes=dtypes, lengths=sizes, device=device, **which)
     given = [c for c in given if c.ours or c.launch == EAGER]
-    named = ("backend", "dtype")[: min(2, len(dtypes))]
 
     def make(candidate: Candidate) -> Step:
         (made := training(candidate, batch=batch, device=device)).run()
@@ -215,7 +218,7 @@ def step(
 
     def columns(key: Candidate, made: Mapping[Candidate, Step], times: AllTimes) -> Row:
         others = {name: times.get(key._replace(backend=name)) for name in STEP_BASELINES}
-        longest = times.get(key._replace(length=max(lengths))), max(lengths)
+        longest = times.get(key._replace(length=most)), most
         return {
             **{name: value for name, value in key.row().items() if name != "plan"},
             "length": key.length,
@@ -224,7 +227,7 @@ def step(
         }
 
     def refused(key: Candidate) -> str:
-        return " ".join(key.row()[name] for name in named)
+        return " ".join(key.row()[name] for name in ("backend", "dtype")[: len(dtypes)])
 
     how: dict[str, Any] = dict(rounds=rounds, warmup=warmup, device=device, passes=PASSES)
     how |= dict(batch=batch, profile=profile, peaks_of=dtypes if roofline else ())
@@ -232,6 +235,34 @@ def step(
     memory = "allocated" if device.type == "cuda" else "saved for backward"
     about = settings(device, model=given[0].model, batch=batch, rounds=rounds, memory=memory)
     return Report(title=STEP_TITLE, settings=about, **parts)
+
+
+def _step_lengths(model: str, lengths: Sequence[int] | None) -> Sequence[int | None]:
+    """Return the numbers of tokens to measure; None for a model's own.
+
+    Raises:
+        ValueError: If some are given for a model that has no single one.
+    """
+    if lengths is not None:
+        positive(length=min(lengths, default=0))
+    if not family_of(model).staged:
+        return LENGTHS if lengths is None else lengths
+    if lengths:
+        raise ValueError(
+            f"length is {lengths[0]}, expected none with {model}, each stage of which has another"
+        )
+    return (None,)
+
+
+def _check_batch(model: str, net: nn.Module, batch: int) -> None:
+    """Refuse one image whose last map is one cell: batch norm has no variance of it."""
+    cells = math.prod(cast(Any, net).pretrained_cfg.get("pool_size") or (2,))
+    if batch == cells == 1 and any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()
+    ):
+        raise ValueError(
+            f"batch is 1, expected at least 2 with {model}, whose batch norm would see one cell"
+        )
 
 
 def forward_pass(candidate: Candidate, *, batch: int, device: torch.device) -> Forward:
@@ -279,6 +310,7 @@ def training(candidate: Candidate, *, batch: int, device: torch.device, seed: in
         | (precision if mixed else {})
     )
     net = candidate.network(device, drop_path=config.model.drop_path, seed=seed)
+    _check_batch(candidate.model, net, batch)
     given = images(net, batch, device)
     labels = torch.randint(CLASSES, (batch,)).to(device)
     group, peak = Processes(0, 1, device), None

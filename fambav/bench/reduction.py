@@ -16,11 +16,21 @@ from torch import Tensor, nn
 from fambav.bench.candidates import EAGER, REPLAYED
 from fambav.bench.operations import BATCH
 from fambav.bench.report import Report, Row, positive, settings, training_dtype
-from fambav.bench.timing import Run, Times, interleave, ratio, spread, with_replays
+from fambav.bench.timing import Run, Times, interleave, peak_mib, ratio, spread, with_replays
 from fambav.engine.precision import Precision, determinism_settings
-from fambav.layers import BackboneInfo, Intermediates, Tokens
-from fambav.models import Backbone
-from fambav.reduction import Reducer, Reduction, make_reducer, make_reduction, no_reduction
+from fambav.layers import BackboneInfo, Hooks, Intermediates, Tokens
+from fambav.layers.cells import Cells
+from fambav.layers.hierarchy import changed_hooks
+from fambav.models import Backbone, Hierarchical
+from fambav.reduction import (
+    Reducer,
+    Reduction,
+    StagedReduction,
+    make_reducer,
+    make_reduction,
+    make_staged_reduction,
+    no_reduction,
+)
 from fambav.registry import METHODS, family_of, nearest
 from fambav.timm_compat import timm
 
@@ -48,11 +58,10 @@ def reduction(
     Args:
         model: One of ours.
         methods: Names of methods, each as it is by default.
-        count: Tokens that go; by default 5% of the patches, or the number nearest to that after
-            which a method that needs a grid has one.
+        count: Tokens that go; 5% of the patches by default, or nearly, where a grid must stay.
 
     Returns:
-        A row for every method that the model can carry out:
+        A row for every method that the model can carry out; of stages, see `_of_stages`:
             choose_ms       choosing tokens, without gradients
             reduce_ms       all of the reduction, choosing included, forward and backward
             layer_ms        a plain layer at the length before, norm and mixer, forward and backward
@@ -64,8 +73,7 @@ def reduction(
                             one part in `length` of a layer at each layer behind
         Those of a PlainMamba have its param_order: "raster" as in released weights, "permuted" for
         methods that scan across gaps, which need that; the plain layer is of the same order.
-        On a GPU these are times of replays; where a part of a method cannot be replayed, all of its
-        row is eager.
+        On a GPU times are of replays; where a part cannot be replayed, its row is eager.
 
     Raises:
         ValueError: If a method is unknown, a number is too small, or the model can carry out none.
@@ -75,6 +83,8 @@ def reduction(
     positive(batch=batch, **({} if count is None else {"count": count}))
     names = _known(methods)
     rows, skipped = dict[str, Row](), dict[str, str]()
+    if family_of(model).staged:
+        return _of_stages(model, names, count, batch, device, dtype, (rounds, warmup))
     with determinism_settings(deterministic=False, matmul_precision="high"):
         bench = _Bench(model, batch, device, dtype)
         benches = {bench: names}
@@ -88,9 +98,9 @@ def reduction(
             rows, skipped = rows | found, skipped | absent
     if not rows:
         raise ValueError(next(iter(skipped.values()), "method is empty, expected one or more"))
-    about = dict(model=model, batch=batch, length=bench.info.tokens, layer=bench.layer + 1)
-    ordered = [rows[name] for name in names if name in rows]
-    about = settings(device, dtype, **about, rounds=rounds)
+    sizes = dict(model=model, batch=batch, length=bench.info.tokens, layer=bench.layer + 1)
+    about = settings(device, dtype, **sizes, rounds=rounds)
+    ordered = [rows[n] for n in names if n in rows]
     return Report(title=TITLE, settings=about, rows=ordered, skipped=skipped)
 
 
@@ -134,9 +144,6 @@ class _Bench:
     ) -> None:
         torch.manual_seed(0)
         net = timm.create_model(model, num_classes=0, **form).to(device)
-        if family_of(model).staged:
-            more = "a reduction within stages is not measured by itself yet"
-            raise ValueError(f"model is {model!r}, expected one of a single stage; {more}")
         if not isinstance(net, Backbone):
             raise ValueError(f"model is {model!r}, expected one whose tokens can be reduced")
         formed = "param_order" in family_of(model).arguments
@@ -284,18 +291,170 @@ class _Bench:
     def _both(
         self, forward: Callable[[], Iterable[Tensor | None]], leaves: Sequence[Tensor]
     ) -> Run:
-        """Return what runs forward and backward, from gradients that are drawn once."""
+        return _forward_backward(forward, leaves, self._precision)
 
-        def outputs() -> list[Tensor]:
-            with self._precision.autocast():
-                return [x for x in forward() if x is not None and x.requires_grad]
 
-        grads = [torch.randn_like(x) for x in outputs()]
+class _StagedBench:
+    """A model of stages and images, whose cells are caught in the middle of a stage."""
 
-        def run() -> object:
-            return torch.autograd.grad(outputs(), leaves, grads, allow_unused=True)
+    def __init__(self, model: str, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        if not family_of(model).reducible:
+            raise ValueError(f"model is {model!r}, expected one whose tokens can be reduced")
+        torch.manual_seed(0)
+        net = cast(Hierarchical, timm.create_model(model, num_classes=0).to(device))
+        self._net, self.info = net, net.info
+        self._images = torch.randn(batch, net.in_chans, *net.img_size).to(device)
+        self._precision = Precision(device, None if dtype == torch.float32 else dtype)
 
-        return run
+    def made(self, stage: int, name: str, count: int | None) -> StagedReduction:
+        """Return a reduction in the middle of a stage, from 0.
+
+        Raises:
+            ValueError: If the method cannot act there.
+        """
+        own = self.info.of_stage(stage)
+        number = nearest_count(make_reducer(name), own) if count is None else count
+        layer = own.depth // 2 + 1
+        return make_staged_reduction(self.info, name, f"{own.prefix}{layer}:{number}")
+
+    def runs(self, stage: int, reduction: StagedReduction) -> dict[str, Run]:
+        """Return what runs the parts of a reduction and the layer beside it."""
+        own, layer = reduction.stage(stage), self.info.stages[stage].depth // 2
+        method, count = cast(Reducer, own.method), own.schedule.removed
+        met, x = self._caught(stage, layer, reduction)
+        block = self._net.stages[stage][layer]
+        tokens, leaves = token_leaves(met)
+        with torch.no_grad(), self._precision.autocast():
+            fewer = own(met, layer=layer)
+        rows, dropped = _leaf(fewer.x), torch.zeros_like(met.x) if fewer.dropped else None
+
+        def choose() -> object:
+            with torch.no_grad(), self._precision.autocast():
+                return method.select(met, count)
+
+        def both(forward: Callable[[], Iterable[Tensor | None]], given: Sequence[Tensor]) -> Run:
+            return _forward_backward(forward, given, self._precision)
+
+        return {
+            "choose": choose,
+            "reduce": both(lambda: streams(own(tokens, layer=layer)), leaves),
+            "restore": both(lambda: [Cells(fewer, dropped).whole(rows)], [rows]),
+            "layer": both(lambda: [block(x)], [x, *block.parameters()]),
+        }
+
+    def _caught(self, stage: int, layer: int, reduction: StagedReduction) -> tuple[Tokens, Tensor]:
+        """Return the cells that a reduction is called with, and the first map of its stage."""
+        caught, hook = list[Tokens](), reduction.stage(stage).hook
+        maps = list[Tensor]()
+
+        def note(at: int, block: int, hooks: Hooks) -> Hooks:
+            if (at, block) != (stage, layer):
+                return hooks
+            act: Callable[[Tokens], Tokens] = getattr(hooks, hook)
+
+            def noting(tokens: Tokens) -> Tokens:
+                caught.append(tokens)
+                return act(tokens)
+
+            return hooks._replace(**cast(dict[str, Any], {hook: noting}))
+
+        def enter(_: nn.Module, given: tuple[Any, ...]) -> None:
+            maps.append(given[0])
+
+        handle = self._net.stages[stage].register_forward_pre_hook(enter)
+        self._net.reduction = reduction
+        watched = changed_hooks(self._net.stages, note)
+        self._net.eval()  # batch norm has no variance of one image whose last map is one cell
+        with torch.no_grad(), self._precision.autocast(), watched:
+            self._net(self._images)
+        self._net.train()
+        handle.remove()
+        return caught[0], _leaf(maps[0])
+
+
+def _of_stages(
+    model: str,
+    methods: Sequence[str],
+    count: int | None,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    how: tuple[int, int],
+) -> Report:
+    """Measure one reduction by each method in the middle layer of each stage, of no other.
+
+    Columns are those of `reduction`, and
+        restore_ms              giving every cell its row again at the end of the stage, forward and
+                                backward
+        reduce_mib, layer_mib   peak memory of both beyond what they are given
+    """
+    rows, skipped = list[Row](), dict[str, str]()
+    with determinism_settings(deterministic=False, matmul_precision="high"):
+        bench = _StagedBench(model, batch, device, dtype)
+        for stage, own in enumerate(bench.info.stages):
+            found = dict[str, StagedReduction]()
+            if own.tokens == 1:
+                skipped[f"stage {stage + 1}"] = "it has a single token"
+                continue
+            for name in methods:
+                try:
+                    found[name] = bench.made(stage, name, count)
+                except ValueError as error:
+                    skipped[f"{name} in stage {stage + 1}"] = str(error)
+            runs = {
+                (f"{name} in stage {stage + 1}", part): run
+                for name, one in found.items()
+                for part, run in bench.runs(stage, one).items()
+            }
+            made, refused = with_replays(runs, device)
+            times = interleave(made, rounds=how[0], warmup=how[1], device=device) if made else {}
+            skipped |= refused
+            for name, one in found.items():
+                label = f"{name} in stage {stage + 1}"
+                mine = {part: run for (which, part), run in runs.items() if which == label}
+                layer = f"{stage + 1}.{own.depth // 2 + 1}"
+                about = {"layer": layer, "tokens": own.tokens, "removed": one.schedule.removed}
+                rows.append({"method": name, **about, **_staged_row(label, mine, times, device)})
+    if not rows:
+        raise ValueError(next(iter(skipped.values()), "method is empty, expected one or more"))
+    sizes = settings(device, dtype, model=model, batch=batch, rounds=how[0])
+    return Report(title=TITLE, settings=sizes, rows=rows, skipped=skipped)
+
+
+def _staged_row(
+    label: str,
+    runs: Mapping[str, Run],
+    times: Mapping[tuple[Any, ...], Times],
+    device: torch.device,
+) -> Row:
+    """Return the times and memory of a reduction; eager ones unless all parts were replayed."""
+    replayed = all((label, REPLAYED, part) in times for part in runs)
+    launch = REPLAYED if replayed else EAGER
+    own = {part: times[label, launch, part] for part in runs}
+    return {
+        "launch": launch,
+        **{f"{part}_ms": spread(ms)["median_ms"] for part, ms in own.items()},
+        "share_of_layer": ratio(own["reduce"], own["layer"]),
+        "reduce_mib": peak_mib(runs["reduce"], device),
+        "layer_mib": peak_mib(runs["layer"], device),
+    }
+
+
+def _forward_backward(
+    forward: Callable[[], Iterable[Tensor | None]], leaves: Sequence[Tensor], precision: Precision
+) -> Run:
+    """Return what runs forward and backward, from gradients that are drawn once."""
+
+    def outputs() -> list[Tensor]:
+        with precision.autocast():
+            return [x for x in forward() if x is not None and x.requires_grad]
+
+    grads = [torch.randn_like(x) for x in outputs()]
+
+    def run() -> object:
+        return torch.autograd.grad(outputs(), leaves, grads, allow_unused=True)
+
+    return run
 
 
 def _mixer_name(length: int) -> str:

@@ -31,7 +31,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "device": dict(metavar="NAME", default=None, help="cpu or cuda; a GPU if there is one"),
     "dtype": dict(choices=DTYPES, help="as in training by default"),
     "dtypes": dict(nargs="+", choices=DTYPES, help="several are measured in turn"),
-    "lengths": dict(NUMBER, nargs="+", help="tokens; several are measured in turn"),
+    "lengths": dict(NUMBER, nargs="+", help="tokens; several are measured in turn; not of stages"),
     "backend": dict(choices=SCAN_BACKENDS, help="the fastest by default"),
     "names": dict(nargs="+", choices=SCAN_BACKENDS, help="what to compare"),
     "vim": dict(choices=VIMS, metavar="NAME", help="a Vim of `fambav list models`"),
@@ -82,7 +82,7 @@ KINDS = {
     ),
     "step": (
         "passes.step",
-        f"{MODEL} batch vim lengths",
+        f"{MODEL} batch model lengths",
         "Time whole training steps of a model on random images.",
     ),
     "infer": (

@@ -202,7 +202,12 @@ def _figures(
         f"train_{metric}": result.scores[plan].metric,
         "tried": len(result.scores),
         "front": [
-            {**each._asdict(), "cost": cost, **plain(result.scores[each])}
+            {
+                "method": each.method,
+                "counts": each.counts,
+                "cost": cost,
+                **plain(result.scores[each]),
+            }
             for each, cost in result.front
         ],
         "held_out": [plain(row) for row in rows],

@@ -8,9 +8,10 @@ A map is (batch, height, width, dim), in memory too.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +201,27 @@ class Blocks(nn.ModuleList):
         """Keep only maps between branches for the backward pass, or everything."""
         for block in cast(Iterable[MapBlock], self):
             block.grad_checkpointing = enable
+
+
+@contextmanager
+def changed_hooks(
+    stages: Sequence[Blocks], change: Callable[[int, int, Hooks], Hooks]
+) -> Iterator[None]:
+    """Change what the blocks of stages do, as long as this context is open.
+
+    Args:
+        stages: All of their blocks are `ReducibleBlock`.
+        change: Gets a stage and a block in it, both from 0, and the block's hooks; returns others.
+    """
+
+    def instead(stage: int, _: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, own = given if len(given) == 2 else (*given, lambda block: Hooks())
+        return x, lambda block: change(stage, block, own(block))
+
+    with ExitStack() as handles:
+        for stage, blocks in enumerate(stages):
+            handles.callback(blocks.register_forward_pre_hook(partial(instead, stage)).remove)
+        yield
 
 
 class Stage(nn.Module):

@@ -5,6 +5,7 @@ from fambav.reduction.apply import merge, unmerge
 from fambav.reduction.factory import (
     Reducible,
     fused,
+    make_any_reduction,
     make_reduction,
     make_staged_reduction,
     no_reduction,
@@ -47,6 +48,7 @@ __all__ = [
     "from_fusion",
     "fused",
     "known_options",
+    "make_any_reduction",
     "make_reducer",
     "make_reduction",
     "make_schedule",

@@ -156,6 +156,18 @@ def make_staged_reduction(
     return StagedReduction(info, reducer, _text(schedule), given=given, **policies)
 
 
+def make_any_reduction(
+    info: BackboneInfo, method: str = "none", schedule: str | int = PUBLISHED, **how: Any
+) -> Reduction | StagedReduction:
+    """Set a method up for a model of one stage or of several, or none.
+
+    Arguments and errors are those of `make_reduction` or `make_staged_reduction`.
+    """
+    instance("info", info, BackboneInfo, "the `info` of a model")
+    make = make_staged_reduction if info.staged else make_reduction
+    return make(info, method, schedule, **how)
+
+
 def _text(schedule: str | int) -> str:
     return f"r:{whole(NAME, schedule, least=1)}" if is_whole(schedule) else cast(str, schedule)
 
@@ -180,6 +192,5 @@ def reduce(model: Model, method: str, schedule: str | int = PUBLISHED, **how: An
         raise ValueError(
             f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
         )
-    make = make_staged_reduction if reducible.info.staged else make_reduction
-    reducible.reduction = make(reducible.info, method, schedule, **how)
+    reducible.reduction = make_any_reduction(reducible.info, method, schedule, **how)
     return model

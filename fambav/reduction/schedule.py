@@ -221,15 +221,20 @@ def plan(strategy: str, *, depth: int, count: int = 0, layer: int | None = None)
     return (0,) * depth if text is None else _parse(text, Layers((depth,)))
 
 
-def write_schedule(counts: Sequence[int]) -> str:
+def write_schedule(counts: Sequence[int], names: Sequence[str] = ()) -> str:
     """Write tokens removed at each layer as pairs such as "6:9,8:12"; empty if none are.
+
+    Args:
+        counts: Of each layer.
+        names: Of each layer; by default 1, 2, ...
 
     Raises:
         ValueError: If counts are no whole numbers of at least 0.
     """
     if not isinstance(counts, Sequence) or not all(is_whole(n) and n >= 0 for n in counts):
         raise refusal("counts", counts, "a whole number of at least 0 for each layer")
-    return ",".join(f"{layer}:{count}" for layer, count in enumerate(counts, start=1) if count)
+    pairs = zip(names or range(1, len(counts) + 1), counts, strict=True)
+    return ",".join(f"{name}:{count}" for name, count in pairs if count)
 
 
 def parse_schedule(text: str, info: BackboneInfo, *, name: str = NAME) -> Counts:

@@ -16,7 +16,7 @@ from fambav.reduction.lengths import Schedule, StagedSchedule
 from fambav.reduction.limits import check_counts
 from fambav.reduction.reducer import Reducer
 from fambav.reduction.reduction import Reduction
-from fambav.reduction.schedule import NAME, PUBLISHED, parse_schedule
+from fambav.reduction.schedule import NAME, PUBLISHED, parse_schedule, write_schedule
 
 
 class StagedReduction(nn.Module):
@@ -105,8 +105,7 @@ class StagedReduction(nn.Module):
         On images of another size, as many tokens go there as on these.
         """
         schedule = StagedSchedule.joined([self.stage(n).schedule for n in range(len(info.stages))])
-        pairs = zip(schedule.names, schedule.counts, strict=True)
-        text = ",".join(f"{name}:{count}" for name, count in pairs if count)
+        text = write_schedule(schedule.counts, schedule.names)
         if not text:
             return StagedReduction(info)
         return StagedReduction(info, self.method, text, **self._policies)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fambav.search.cost_models import CostModel
-from fambav.search.space import Counts, SearchSpace, uniform_strategies
+from fambav.search.space import Counts, SearchSpace
 from fambav.tasks import Metric
 
 NEAR = 0.02  # cost beyond the cheapest row of upper, as a share of the unreduced model's
@@ -48,7 +48,7 @@ def compare(
     """
     compared: dict[str, Counts] = {"every token": space.unreduced, "found": plan}
     uppers: dict[str, Counts] = {}
-    for name, plans in uniform_strategies(space.info.depth, space.info.tokens):
+    for name, plans in space.strategies():
         allowed = [c for c in plans if space.fits(c) and cost_model(c) >= cost_model(plan)]
         if allowed:
             kind = uppers if name.startswith("upper") else compared

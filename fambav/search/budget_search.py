@@ -156,7 +156,7 @@ class _Search:
         problem = self._problem(space, cost_model, budget.most)
         if self._out_of_reach(space, cost_model(problem.cheapest())):
             return None
-        return Plan(space.method, self._best(problem, space)), cost_model
+        return space.plan(self._best(problem, space)), cost_model
 
     def refusal(self) -> str:
         """Return an error message with a budget that can be met."""
@@ -182,11 +182,12 @@ class _Search:
     def _problem(self, space: SearchSpace, cost_model: CostModel, most: float) -> Problem:
         return Problem(
             unreduced=space.unreduced,
-            length=space.info.tokens,
+            length=space.length,
             fits=space.fits,
             cost=cost_model,
             losses=partial(self.objective.losses, space),
             most=most,
+            strategies=list(space.strategies()),
         )
 
     def _best(self, problem: Problem, space: SearchSpace) -> Counts:
@@ -202,7 +203,7 @@ class _Search:
         return best
 
     def _log_plan(self, space: SearchSpace, algorithm: str, counts: Counts) -> None:
-        (loss,), plan = self.objective.losses(space, [counts]), Plan(space.method, counts)
+        (loss,), plan = self.objective.losses(space, [counts]), space.plan(counts)
         tried = f"{len(self.objective.scores)} plans tried"
         self.log(f"{plan.method}, {algorithm}: {plan.summary()}, loss {loss:.4g}, {tried}")
 
@@ -230,7 +231,7 @@ class _Search:
             self.log(f"{space.method}: {took:.2f} ms at {100 * share(counts):.1f}% of token-layers")
             if took <= most:
                 cost_model = _interpolated(share, space.unreduced, full, counts, took)
-                return Plan(space.method, counts), cost_model
+                return space.plan(counts), cost_model
             target = max(target - max((took - most) * slope, 0.01), share(cheapest))
         self._out_of_reach(space, max(quickest, took))
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch import Tensor
 from fambav import flops
 from fambav.bench.timing import interleave, ratio
 from fambav.engine.precision import Precision
-from fambav.models import Backbone
-from fambav.reduction import Reduction, no_reduction
+from fambav.models import Backbone, Hierarchical
+from fambav.reduction import Reduction, StagedReduction, make_any_reduction
 from fambav.search.space import Counts, SearchSpace
 
 CostModel = Callable[[Counts], float]
@@ -27,10 +28,10 @@ ROUNDS, WARMUP = 15, 2
 
 def token_layers(space: SearchSpace) -> CostModel:
     """Return a cost model: the share of token-layers that remain."""
-    return lambda counts: space.reduction(counts).schedule.share
+    return space.share
 
 
-def flop_share(space: SearchSpace, net: Backbone) -> CostModel:
+def flop_share(space: SearchSpace, net: Backbone | Hierarchical) -> CostModel:
     """Return a cost model: the share of operations that remain, as papers count them."""
     known: dict[Counts, float] = {}
 
@@ -55,13 +56,14 @@ class Stopwatch:
         unreduced: Milliseconds of a batch without reduction, measured the first time; None before.
     """
 
-    def __init__(self, net: Backbone, images: Tensor, precision: Precision) -> None:
-        self.net, self.images, self.precision = net, images, precision
+    def __init__(self, net: Backbone | Hierarchical, images: Tensor, precision: Precision) -> None:
+        self.net: Any = net
+        self.images, self.precision = images, precision
         self.unreduced: float | None = None
 
-    def times(self, reductions: Sequence[Reduction]) -> tuple[float, list[float]]:
+    def times(self, reductions: Sequence[Reduction | StagedReduction]) -> tuple[float, list[float]]:
         """Return milliseconds of a batch: without reduction, and under each reduction."""
-        baseline = no_reduction(self.net.info).eval()
+        baseline = make_any_reduction(self.net.info).eval()
         before, runs = self.net.reduction, dict(enumerate(map(self._run, (baseline, *reductions))))
         try:
             times = interleave(runs, rounds=ROUNDS, warmup=WARMUP, device=self.images.device)
@@ -71,7 +73,7 @@ class Stopwatch:
         ratios = (ratio(times[n], times[0]) or 1.0 for n in range(1, len(runs)))
         return unreduced, [unreduced * share for share in ratios]
 
-    def _run(self, reduction: Reduction) -> Callable[[], object]:
+    def _run(self, reduction: Reduction | StagedReduction) -> Callable[[], object]:
         @torch.no_grad()
         def run() -> Tensor:
             self.net.reduction = reduction

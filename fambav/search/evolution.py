@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from fambav.search.space import Counts, Problem, uniform_strategies, with_count
+from fambav.search.space import Counts, Problem, with_count
 from fambav.seeding import key
 
 PARENTS, CHILDREN = 6, 12
@@ -53,7 +53,7 @@ def initial_population(problem: Problem) -> Iterator[Counts]:
     others remove all they can at one layer, then the next, until that is enough; they differ in the
     layer where that begins.
     """
-    for _, plans in uniform_strategies(problem.depth, problem.length):
+    for _, plans in problem.strategies:
         first = next(filter(problem.meets, plans), None)
         if first is not None:
             yield problem.use_slack(first, range(problem.depth)[::-1])

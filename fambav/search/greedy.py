@@ -7,16 +7,18 @@ is taken to be harmless.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fambav.engine.precision import Precision
-from fambav.layers import Tokens
-from fambav.models import Backbone
+from fambav.layers import Hooks, Tokens
+from fambav.layers.hierarchy import changed_hooks
+from fambav.models import Backbone, Hierarchical
 from fambav.ops.match import others
-from fambav.reduction import no_reduction
+from fambav.reduction import make_any_reduction
 from fambav.search.space import Counts, Problem
 
 Heuristic = Callable[[Counts, Counts], float]
@@ -89,7 +91,9 @@ def _with_slack_used(problem: Problem, counts: Counts) -> Counts:
 
 
 @torch.no_grad()
-def pair_similarity(net: Backbone, images: Tensor, precision: Precision) -> Tensor:
+def pair_similarity(
+    net: Backbone | Hierarchical, images: Tensor, precision: Precision
+) -> list[Tensor]:
     """Return the cosine of the r-th most similar pair of patches at each layer, all tokens kept.
 
     Patches at even indices are compared with those at odd ones, on the normalised stream, as
@@ -101,7 +105,7 @@ def pair_similarity(net: Backbone, images: Tensor, precision: Precision) -> Tens
         precision: Format of the forward pass.
 
     Returns:
-        Means over the images, (depth, pairs), float64, on the CPU; falling along a row.
+        Of each layer means over the images, (pairs,), float64, on the CPU; falling.
     """
     before, rows = net.reduction, list[Tensor]()
 
@@ -109,28 +113,40 @@ def pair_similarity(net: Backbone, images: Tensor, precision: Precision) -> Tens
         rows.append(_sorted_similarity(tokens).mean(dim=0).cpu())
         return tokens
 
-    net.reduction = no_reduction(net.info).eval()
+    cast(Any, net).reduction = make_any_reduction(net.info).eval()
     try:
         with precision.autocast():
-            tokens = net.embed(images)
-            for layer, block in enumerate(net.layers):
-                tokens = block(tokens, net.hooks(layer, tokens)._replace(between=record))
+            if isinstance(net, Hierarchical):
+                with changed_hooks(net.stages, lambda *_: Hooks(between=record)):
+                    net(images)
+            else:
+                tokens = net.embed(images)
+                for layer, block in enumerate(net.layers):
+                    tokens = block(tokens, net.hooks(layer, tokens)._replace(between=record))
     finally:
-        net.reduction = before
-    return torch.stack(rows)
+        cast(Any, net).reduction = before
+    return rows
 
 
 def _sorted_similarity(tokens: Tokens) -> Tensor:
-    """Return the cosine of each even patch with the odd one most similar to it, highest first."""
+    """Return the cosine of each even patch with the odd one most similar to it, highest first.
+
+    A patch alone has none.
+    """
     index = others(tokens.cls_index, tokens.x.shape[1])
     # (batch, length, dim) -> (batch, patches, dim) -> (batch, even patches)
     patches = tokens.x.gather(1, index[..., None].expand(-1, -1, tokens.x.shape[2]))
     patches = F.normalize(patches.double(), dim=2, eps=1e-30)
-    best = (patches[:, 0::2] @ patches[:, 1::2].mT).amax(dim=2)
+    if patches.shape[1] < 2:
+        return patches.new_empty(len(patches), 0)
+    # One image after the other: a stage of 3136 tokens has 2.5 million pairs in each.
+    best = torch.stack([(one[0::2] @ one[1::2].mT).amax(dim=1) for one in patches])
     return best.sort(dim=1, descending=True).values
 
 
-def merged_dissimilarity(similarity: Tensor, before: Sequence[int], after: Sequence[int]) -> float:
+def merged_dissimilarity(
+    similarity: Sequence[Tensor], before: Sequence[int], after: Sequence[int]
+) -> float:
     """Sum 1 - cosine over the pairs that one plan merges more than another.
 
     Args:

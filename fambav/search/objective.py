@@ -2,13 +2,14 @@
 
 Many plans are evaluated at once, each common prefix computed once: plans that remove the same
 tokens at the first layers go through these together, like the branches of a tree, so that a plan
-that differs from another at the last layer takes one layer more.
+that differs from another at the last layer takes one layer more.  In a model of stages
+branches part where stages begin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ from torch import Tensor
 from fambav.engine.finite import NotFiniteError, check_logits
 from fambav.engine.precision import Precision
 from fambav.layers import Tokens
-from fambav.models import Backbone
-from fambav.reduction import Reduction
+from fambav.models import Backbone, Hierarchical
+from fambav.reduction import Reduction, StagedReduction
 from fambav.search.space import Counts, Plan, SearchSpace
 
 
@@ -58,12 +59,12 @@ class Objective:
 
     def __init__(
         self,
-        net: Backbone,
+        net: Backbone | Hierarchical,
         images: Tensor,
         labels: Tensor,
         *,
         kind: str,
-        reference: Reduction,
+        reference: Reduction | StagedReduction,
         precision: Precision,
         batch_size: int = 128,
     ) -> None:
@@ -81,7 +82,7 @@ class Objective:
         Raises:
             NotFiniteError: If a logit is not finite.
         """
-        named = [Plan(space.method, counts) for counts in plans]
+        named = [space.plan(counts) for counts in plans]
         new = [plan for plan in dict.fromkeys(named) if plan not in self.scores]
         if new:
             logits = self._logits([space.reduction(plan.counts) for plan in new])
@@ -94,7 +95,7 @@ class Objective:
                 self.scores[plan] = self._score(own)
         return [self.scores[plan].loss for plan in named]
 
-    def _logits(self, reductions: Sequence[Reduction]) -> list[Tensor]:
+    def _logits(self, reductions: Sequence[Reduction | StagedReduction]) -> list[Tensor]:
         return prefix_shared_logits(self.net, self.batches, reductions, self.precision)
 
     def _score(self, logits: Tensor) -> PlanScore:
@@ -109,9 +110,9 @@ class Objective:
 
 @torch.no_grad()
 def prefix_shared_logits(
-    net: Backbone,
+    net: Backbone | Hierarchical,
     batches: Iterable[Tensor],
-    reductions: Sequence[Reduction],
+    reductions: Sequence[Reduction | StagedReduction],
     precision: Precision,
 ) -> list[Tensor]:
     """Return a model's logits under each of several reductions.
@@ -127,18 +128,18 @@ def prefix_shared_logits(
     """
     before, parts = net.reduction, list[list[Tensor]]()
     logits: dict[int, Tensor] = {}  # of a batch, by the index of the reduction
+    walk = _by_stage(net) if isinstance(net, Hierarchical) else _by_layer(net)
 
-    def descend(tokens: Tokens, layer: int, group: Iterable[int]) -> None:
-        """Run the layers from `layer` on, for reductions that act alike up to there."""
-        if layer == net.depth:
-            logits.update(dict.fromkeys(group, net.classify(tokens)))
+    def descend(state: Any, step: int, group: Iterable[int]) -> None:
+        """Go the steps from `step` on, for reductions that act alike up to there."""
+        if step == walk.steps:
+            logits.update(dict.fromkeys(group, walk.end(state)))
             return
         branches: dict[Any, list[int]] = {}
         for index in group:
-            branches.setdefault(_action(reductions[index], layer), []).append(index)
+            branches.setdefault(walk.action(reductions[index], step), []).append(index)
         for branch in branches.values():
-            net.reduction = reductions[branch[0]]
-            descend(net.layers[layer](tokens, net.hooks(layer, tokens)), layer + 1, branch)
+            descend(walk.step(state, step, reductions[branch[0]]), step + 1, branch)
 
     try:
         for images in batches:
@@ -146,8 +147,47 @@ def prefix_shared_logits(
                 descend(net.embed(images), 0, range(len(reductions)))
             parts.append([logits[index].float() for index in range(len(reductions))])
     finally:
-        net.reduction = before
+        cast(Any, net).reduction = before
     return [torch.cat(own) for own in zip(*parts, strict=True)]
+
+
+class _Walk(NamedTuple):
+    """How a model goes from an embedded image to logits, in steps where reductions may part.
+
+    Attributes:
+        steps: How many.
+        step: Goes one, from 0, under a reduction.
+        action: All that a reduction does in a step; equal ones are computed once.
+        end: Returns logits.
+    """
+
+    steps: int
+    step: Callable[[Any, int, Any], Any]
+    action: Callable[[Any, int], Any]
+    end: Callable[[Any], Tensor]
+
+
+def _by_layer(net: Backbone) -> _Walk:
+    def step(tokens: Tokens, layer: int, reduction: Reduction) -> Tokens:
+        net.reduction = reduction
+        after: Tokens = net.layers[layer](tokens, net.hooks(layer, tokens))
+        return after
+
+    return _Walk(net.depth, step, _action, net.classify)
+
+
+def _by_stage(net: Hierarchical) -> _Walk:
+    def step(x: Tensor, stage: int, reduction: StagedReduction) -> Tensor:
+        x = net.next_map(stage - 1, x) if stage else x
+        own, blocks = reduction.stage(stage), net.stages[stage]
+        after: Tensor = blocks(x, own.hooks) if own.schedule.removed else blocks(x)
+        return after
+
+    def action(reduction: StagedReduction, stage: int) -> Any:
+        own = reduction.stage(stage)
+        return tuple(_action(own, layer) for layer in range(own.info.depth))
+
+    return _Walk(len(net.dims), step, action, lambda x: net.forward_head(net.last_map(x)))
 
 
 def _action(reduction: Reduction, layer: int) -> Any:

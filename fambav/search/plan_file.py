@@ -28,7 +28,7 @@ def plan_settings(config: Config, plan: Plan, policies: Mapping[str, Any] | None
     unreduced = config.unreduced()
     if not any(plan.counts):
         return unreduced
-    if plan.method in FUSION_METHODS and not policies:
+    if plan.method in FUSION_METHODS and not policies and not plan.names:
         return unreduced.replace(fusion_method=plan.method, fusion_plan=plan.summary())
     given = dict(reduction=plan.method, reduction_schedule=plan.summary())
     return unreduced.replace(**given, **(policies or {}))

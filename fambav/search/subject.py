@@ -16,8 +16,8 @@ from fambav.data import DataSet
 from fambav.engine.distributed import Processes, processes
 from fambav.engine.evaluate import evaluate
 from fambav.engine.precision import Precision
-from fambav.models import Backbone
-from fambav.reduction import Reduction, no_reduction
+from fambav.models import Backbone, Hierarchical
+from fambav.reduction import Reduction, StagedReduction, make_any_reduction
 from fambav.registry import family_of
 from fambav.seeding import key
 from fambav.tasks import Scores, Task, task_of
@@ -42,7 +42,7 @@ class Subject:
 
     run: LoadedRun
     config: Config
-    reduction: Reduction
+    reduction: Reduction | StagedReduction
     data: DataSet
     group: Processes
 
@@ -52,9 +52,9 @@ class Subject:
         return self.run.source
 
     @property
-    def net(self) -> Backbone:
+    def net(self) -> Backbone | Hierarchical:
         """The model."""
-        return cast(Backbone, self.run.net)
+        return cast(Backbone | Hierarchical, self.run.net)
 
     @property
     def precision(self) -> Precision:
@@ -98,13 +98,14 @@ class Subject:
         labels = torch.tensor([label for _, label in pairs])
         return images.to(self.group.device), labels.to(self.group.device)
 
-    def metric(self, reduction: Reduction) -> float:
+    def metric(self, reduction: Reduction | StagedReduction) -> float:
         """Return the primary metric of the model under a reduction on the held-out images."""
         return self.held_out(reduction).metrics[self.task.primary.name]
 
-    def held_out(self, reduction: Reduction) -> Scores:
+    def held_out(self, reduction: Reduction | StagedReduction) -> Scores:
         """Score the model under a reduction on the held-out images, as `main.py --eval` does."""
-        before, self.net.reduction = self.net.reduction, reduction
+        net: Any = self.net
+        before, net.reduction = net.reduction, reduction
         loader = batches.eval_batches(
             self.config,
             self.data,
@@ -114,14 +115,14 @@ class Subject:
         )
         try:
             return evaluate(
-                self.net,
+                net,
                 loader,
                 meter=self.task.meter(self.data.num_classes, self.group.device),
                 processes=self.group,
                 precision=self.precision,
             )
         finally:
-            self.net.reduction = before
+            net.reduction = before
 
 
 @contextmanager
@@ -143,16 +144,12 @@ def opened(
     """
     run = load_run(path, changes, config=config, allowed=FREE)
     net, trained = run.net, run.config
-    if family_of(trained.model.model).staged:
-        raise ValueError(
-            f"model is {trained.model.model!r}, expected one of a single stage; plans of stages are"
-            " not searched for yet"
-        )
-    if not isinstance(net, Backbone):
+    if not isinstance(net, Backbone | Hierarchical) or not family_of(trained.model.model).reducible:
         raise ValueError(
             f"model is {trained.model.model!r}, expected one whose tokens can be reduced"
         )
-    reduction, net.reduction = net.reduction, no_reduction(net.info).eval()
+    reduction = net.reduction
+    cast(Any, net).reduction = make_any_reduction(net.info).eval()
     complete = trained.unreduced().replace(
         resume="", finetune="", eval=False, output_dir=None, num_classes=run.num_classes
     )

@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from fambav.arguments import is_number, refusal
-from fambav.reduction import Reduction
+from fambav.reduction import Reduction, StagedReduction
 from fambav.reduction.schedule import parse_schedule
 from fambav.reduction.schedule import plan as strategy_plan
 from fambav.search.parsing import Family
@@ -59,11 +59,11 @@ class Tuned:
 
 
 def tune(
-    metric: Callable[[Reduction], float],
+    metric: Callable[[Reduction | StagedReduction], float],
     space: SearchSpace,
     members: Sequence[Member],
     *,
-    trained: Reduction,
+    trained: Reduction | StagedReduction,
     primary: Metric,
     margin: float,
     report: Callable[[Evaluated], None],
@@ -86,7 +86,7 @@ def tune(
         raise refusal("margin", margin, "a number of 0 or more")
     trail: list[Evaluated] = []
 
-    def evaluate(name: str, method: str, reduction: Reduction) -> Evaluated:
+    def evaluate(name: str, method: str, reduction: Reduction | StagedReduction) -> Evaluated:
         value, schedule = metric(reduction), reduction.schedule
         lost = primary.gain(trail[0].metric, value) if trail else 0.0
         trail.append(Evaluated(name, Plan(method, schedule.counts), schedule.share, value, lost))
@@ -145,8 +145,13 @@ def members_of(family: Family, space: SearchSpace) -> list[Member]:
     """Return the plans that can be carried out, each removing more than the one before.
 
     Raises:
-        ValueError: If the model lacks a layer, or no plan can be carried out.
+        ValueError: If the model has stages or lacks a layer, or no plan can be carried out.
     """
+    if space.info.staged:
+        raise ValueError(
+            f"model is of family {space.info.family!r}, expected one of a single stage, in which"
+            " families of plans count layers"
+        )
     names: dict[Counts, str] = {}
     for name, counts in _members(family, space):
         if any(counts) and space.fits(counts):

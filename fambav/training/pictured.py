@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from fambav.config import Config
 from fambav.data import DataSet
-from fambav.models import Backbone
+from fambav.models import Backbone, Hierarchical
 from fambav.training import batches
 
 
@@ -21,11 +23,13 @@ def tokens(config: Config, net: nn.Module, data_set: DataSet) -> NDArray[np.uint
         The image at the start and behind each layer, or 11 of them, side by side, (3, height,
         width); None if the model keeps every token.
     """
-    if not isinstance(net, Backbone) or not net.schedule.removed:
+    reducible = isinstance(net, Backbone) or (isinstance(net, Hierarchical) and net.reducible)
+    if not reducible or not cast(Any, net).reduction.schedule.removed:
         return None
     from fambav.viz.patches import strip  # viz opens runs, so it stands above this package
-    from fambav.viz.trace import trace_tokens
+    from fambav.viz.trace import trace_stages
 
     statistics = data_set.statistics(config.data.data_stats)
-    image = batches.eval_transform(config, statistics, net.img_size)(data_set.val[0][0])
-    return strip(trace_tokens(net, image, statistics=statistics))
+    size = cast(Any, net).img_size
+    image = batches.eval_transform(config, statistics, size)(data_set.val[0][0])
+    return strip(trace_stages(net, image, statistics=statistics))

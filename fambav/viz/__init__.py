@@ -27,7 +27,7 @@ from fambav.viz.measures import layers, mean_similarity, scan, similarity
 from fambav.viz.render import Picture, Source, render
 from fambav.viz.report import write_report
 from fambav.viz.style import require_matplotlib, save
-from fambav.viz.trace import TokenTrace, trace_tokens
+from fambav.viz.trace import TokenTrace, trace_stages, trace_tokens
 
 __all__ = [
     "Picture",
@@ -48,6 +48,7 @@ __all__ = [
     "scan",
     "similarity",
     "strategies",
+    "trace_stages",
     "trace_tokens",
     "write_report",
 ]

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
-from fambav.models import Backbone
+from fambav.models import Backbone, Hierarchical
 from fambav.reduction import (
     Reducer,
     Reduction,
+    StagedReduction,
     from_fusion,
     make_reducer,
     make_schedule,
@@ -27,7 +29,7 @@ _REMOVED = 0.75  # of the tokens, where the model itself removes none
 _GENERAL = METHODS[0]  # can be done anywhere
 
 
-def described(reduction: Reduction) -> str:
+def described(reduction: Reduction | StagedReduction) -> str:
     """Describe a reduction in a few words: method, tokens at which layers, scan."""
     if not reduction.schedule.removed:
         return "no reduction"
@@ -35,12 +37,15 @@ def described(reduction: Reduction) -> str:
     return f"{reduction.name}, {removal(reduction)}{scan}"
 
 
-def removal(reduction: Reduction) -> str:
+def removal(reduction: Reduction | StagedReduction) -> str:
     """Describe how many tokens are removed at which layers."""
-    counts = reduction.schedule.counts
-    layers = [n for n, count in enumerate(counts, start=1) if count]
-    sizes = sorted({counts[n - 1] for n in layers}, reverse=True)
+    schedule = reduction.schedule
+    layers = [n for n, count in enumerate(schedule.counts, start=1) if count]
+    sizes = sorted({schedule.counts[n - 1] for n in layers}, reverse=True)
     each = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    if isinstance(reduction, StagedReduction):
+        names = ", ".join(schedule.names[n - 1] for n in layers)
+        return f"{each} tokens at layer{'s' if len(layers) > 1 else ''} {names}"
     return f"{each} tokens at {_listed(layers)}"
 
 
@@ -56,8 +61,11 @@ def compare_strategies(model: Backbone) -> tuple[str, dict[str, Reduction]]:
         no strategy.
     """
     if not isinstance(model, Backbone):
+        staged = isinstance(model, Hierarchical) and model.reducible
+        more = "of a single stage, in which strategies count layers"
         raise ValueError(
-            f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
+            f"model is a {type(model).__name__}, expected one"
+            f" {more if staged else 'whose tokens can be reduced'}"
         )
     own = model.reduction
     method, made = own.name, _strategies(own, own.method or make_reducer(_GENERAL))
@@ -81,8 +89,8 @@ def compare_strategies(model: Backbone) -> tuple[str, dict[str, Reduction]]:
 
 
 @contextmanager
-def reducing(model: Backbone, reduction: Reduction) -> Iterator[None]:
-    """Give a model another reduction for a while."""
+def reducing(model: Any, reduction: Reduction | StagedReduction) -> Iterator[None]:
+    """Give a model whose tokens can be reduced another reduction for a while."""
     before = model.reduction
     model.reduction = reduction.train(model.training)
     try:

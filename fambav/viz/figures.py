@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,8 +12,16 @@ from fambav.arguments import refusal, whole
 from fambav.models import Backbone
 from fambav.viz import patches, style
 from fambav.viz.compare import OWN, compare_strategies, described, reducing
-from fambav.viz.patches import DROPPED, spread
-from fambav.viz.trace import Ints, Pixels, TokenTrace, trace_tokens
+from fambav.viz.patches import DROPPED, share, spread
+from fambav.viz.trace import (
+    Ints,
+    Pixels,
+    Seen,
+    TokenTrace,
+    reducing_stages,
+    trace_stages,
+    trace_tokens,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,9 +38,41 @@ _PANELS = 12
 _STRATEGY_LAYERS = 6
 
 
+class _View(NamedTuple):
+    """The tokens of a stage, or of a model that is one, at a depth.
+
+    Attributes:
+        trace: Of the stage.
+        layer: From 1; 0 for the start.
+        at: Labels of the patches there.
+        colour: Of each patch.
+    """
+
+    trace: TokenTrace
+    layer: int
+    at: Ints
+    colour: Ints
+
+    @property
+    def name(self) -> str:
+        """Of the layer, 0 for the start."""
+        return f"{self.trace.prefix}{self.layer}"
+
+    @property
+    def kept(self) -> int:
+        """Tokens behind the layer."""
+        return self.trace.kept[self.layer]
+
+    def title(self, behind: str) -> str:
+        """Say which layer, after `behind`, and how many tokens there are."""
+        stage = self.trace.prefix.rstrip(".")
+        start = f"start of stage {stage}" if stage else "input"
+        return f"{behind if self.layer else start}: {self.kept} tokens"
+
+
 def groups(
     model: nn.Module,
-    image: Tensor | TokenTrace,
+    image: Seen,
     *,
     title: str | None = None,
     layers: Sequence[int] | None = None,
@@ -41,35 +81,32 @@ def groups(
 
     Args:
         model: One of ours; it stays as it is.
-        image: As the model takes it, (3, height, width), or a trace of it.
+        image: As the model takes it, (3, height, width), or a trace of it; of a model of stages,
+            a trace of each stage.
         title: Model and reduction by default.
-        layers: Which layers, from 1; all, or 11 of them spread evenly, if not given.
+        layers: Which layers, from 1 over all stages; if not given, those of the stages that remove
+            tokens, or of all if none does, or some spread evenly, 12 panels in all.
 
     Raises:
         ValueError: If the model is not one of ours, takes no such image, or has no such layer.
     """
-    trace = trace_tokens(model, image)
-    over = patches.depths(trace)
-    colour = patches.colours(over)
-    depth = len(over) - 1
-    chosen = (0, *(spread(depth, _PANELS - 1) if layers is None else known_layers(layers, depth)))
+    chosen = _chosen(trace_stages(model, image), layers)
     figure, panels = style.panels(
         len(chosen),
         columns=_ROW,
         side=_SIDE,
         title=title_of(model, title),
-        detail=_key(over[list(chosen)], linked=True),
+        detail=_key(chosen),
     )
-    for axes, layer in zip(panels, chosen, strict=True):
-        _draw(axes, trace.pixels, over[layer], colour, outlined=layer > 0)
-        name = f"layer {layer}" if layer else "input"
-        style.picture(axes, f"{name}: {trace.kept[layer]} tokens")
+    for axes, view in zip(panels, chosen, strict=True):
+        _draw(axes, view.trace.pixels, view.at, view.colour, outlined=view.layer > 0)
+        style.picture(axes, view.title(f"layer {view.name}"))
     return figure
 
 
-def strategies(model: Backbone, image: Tensor | TokenTrace, *, title: str | None = None) -> Figure:
+def strategies(model: Backbone, image: Seen, *, title: str | None = None) -> Figure:
     """Draw the tokens under every strategy and the model's own plan; arguments as of `groups`."""
-    image = image.image if isinstance(image, TokenTrace) else image
+    image = image if isinstance(image, Tensor) else trace_stages(model, image)[0].image
     method, reductions = compare_strategies(model)
     chosen = spread(model.depth, _STRATEGY_LAYERS)
     figure = style.figure(1.5 * len(chosen) + 2.2, 1.75 * len(reductions) + 1.2, pad=0.025)
@@ -97,19 +134,44 @@ def strategies(model: Backbone, image: Tensor | TokenTrace, *, title: str | None
     return figure
 
 
-def animation(
-    model: nn.Module, image: Tensor | TokenTrace, *, title: str | None = None
-) -> list[Figure]:
+def animation(model: nn.Module, image: Seen, *, title: str | None = None) -> list[Figure]:
     """Draw the tokens at the start and behind every layer; arguments as of `groups`.
 
     Returns:
-        depth + 1 figures of one size, which `save` makes a GIF of.
+        depth + 1 figures of one size, which `save` makes a GIF of; so many of each stage that
+        removes tokens, or of all if none does.
     """
-    trace = trace_tokens(model, image)
+    views = [
+        view for trace in reducing_stages(trace_stages(model, image)) for view in _views(trace)
+    ]
+    heading = title_of(model, title), _key(views)
+    return [_frame(views, number, heading=heading) for number in range(len(views))]
+
+
+def _views(trace: TokenTrace) -> list[_View]:
+    """Return the tokens of a stage at its start and behind each layer."""
     over = patches.depths(trace)
     colour = patches.colours(over)
-    heading = title_of(model, title), _key(over, linked=True)
-    return [_frame(trace, over[n], colour, layer=n, heading=heading) for n in range(len(over))]
+    return [_View(trace, layer, at, colour) for layer, at in enumerate(over)]
+
+
+def _chosen(traces: Sequence[TokenTrace], layers: Sequence[int] | None) -> list[_View]:
+    """Return what `groups` draws: of each stage its start, and layers."""
+    shown = reducing_stages(traces) if layers is None else traces
+    starts, behind = list[_View](), list[_View]()
+    for trace in shown:
+        start, *rest = _views(trace)
+        starts.append(start)
+        few = spread(len(rest), share(_PANELS, len(shown))) if layers is None else ()
+        behind += [rest[layer - 1] for layer in few] if layers is None else rest
+    if layers is not None:
+        behind = [behind[layer - 1] for layer in known_layers(layers, len(behind))]
+    return [
+        view
+        for start in starts
+        if (own := [view for view in behind if view.trace is start.trace])
+        for view in (start, *own)
+    ]
 
 
 def known_layers(layers: Sequence[int], depth: int, *, first: int = 1) -> list[int]:
@@ -134,10 +196,11 @@ def _name(model: nn.Module) -> str:
     return str(cast(Any, model).pretrained_cfg.get("architecture", type(model).__name__))
 
 
-def _key(over: Ints, *, linked: bool) -> str:
-    """Return the legend of some panels with these labels, (panels, height, width)."""
-    joined = linked and any(len(patches.links(at)) for at in over)
-    return f"{KEY}{LINKED if joined else ''}{GONE if (over == DROPPED).any() else ''}"
+def _key(views: Sequence[_View]) -> str:
+    """Return the legend of some panels."""
+    joined = any(len(patches.links(view.at)) for view in views)
+    gone = any((view.at == DROPPED).any() for view in views)
+    return f"{KEY}{LINKED if joined else ''}{GONE if gone else ''}"
 
 
 def _draw(
@@ -171,18 +234,17 @@ def _draw(
     axes.set(xlim=(-0.06, columns + 0.06), ylim=(rows + 0.06, -0.06))
 
 
-def _frame(
-    trace: TokenTrace, at: Ints, colour: Ints, *, layer: int, heading: tuple[str, str]
-) -> Figure:
-    figure, kept = style.figure(5.2, 7.4), trace.kept
-    name = f"behind layer {layer} of {len(kept) - 1}" if layer else "input"
+def _frame(views: Sequence[_View], number: int, *, heading: tuple[str, str]) -> Figure:
+    figure, view, kept = style.figure(5.2, 7.4), views[number], [view.kept for view in views]
     style.headed(figure, *heading)
     above, below = figure.subplots(2, 1, height_ratios=(8, 1))
-    _draw(above, trace.pixels, at, colour, outlined=layer > 0)
-    style.picture(above, f"{name}: {kept[layer]} tokens")
+    _draw(above, view.trace.pixels, view.at, view.colour, outlined=view.layer > 0)
+    style.picture(above, view.title(f"behind layer {view.name} of {views[-1].name}"))
     bars = below.bar(range(len(kept)), kept, color=style.PALE)
-    bars[layer].set_color(style.BLUE)
+    bars[number].set_color(style.BLUE)
     style.plain(below, grid="y")
-    below.set(xlabel="layer", ylabel="tokens", ylim=(0, kept[0]), yticks=(0, kept[0]))
-    below.set_xticks(range(0, len(kept), 1 if len(kept) <= 10 else 4))
+    most = max(kept)
+    below.set(xlabel="layer", ylabel="tokens", ylim=(0, most), yticks=(0, most))
+    step = 1 if len(kept) <= 10 else 4
+    below.set_xticks(range(0, len(kept), step), [view.name for view in views[::step]])
     return figure

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from fambav import flops
-from fambav.models import Backbone
-from fambav.reduction import no_reduction
+from fambav.models import Backbone, Hierarchical
+from fambav.reduction import make_any_reduction
+from fambav.registry import FAMILIES
 from fambav.viz import patches, style
 from fambav.viz.compare import described, reducing
 from fambav.viz.figures import known_layers, title_of
-from fambav.viz.patches import spread
-from fambav.viz.trace import Floats, Ints, TokenTrace, trace_tokens
+from fambav.viz.patches import share, spread
+from fambav.viz.trace import Floats, Ints, Seen, TokenTrace, reducing_stages, trace_stages
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,14 +34,21 @@ _MAPS, _MAP_ROW = 12, 4
 _PATHS, _PATH_ROW = 9, 3
 _CONVENTION = "all-directions"  # of counting operations
 
+Reduced = Backbone | Hierarchical  # a model whose tokens can be reduced
 
-def similarity(model: nn.Module, image: Tensor | TokenTrace, *, title: str | None = None) -> Figure:
+
+def similarity(model: nn.Module, image: Seen, *, title: str | None = None) -> Figure:
     """Draw the cosine of every two tokens that a mixer reads; arguments as of `groups`.
 
-    It is drawn at each layer, or at 12 spread evenly.
+    It is drawn at each layer, or at 12 spread evenly; of a model of stages, in those that remove
+    tokens, or in all if none does.
     """
-    steps = trace_tokens(model, image).steps
-    maps = {layer: cosines(steps[layer - 1].features) for layer in spread(len(steps), _MAPS)}
+    shown = reducing_stages(trace_stages(model, image))
+    maps = {
+        trace.names[layer - 1]: cosines(trace.steps[layer - 1].features)
+        for trace in shown
+        for layer in spread(len(trace.steps), max(1, _MAPS // len(shown)))
+    }
     figure, panels = style.panels(
         len(maps),
         columns=_MAP_ROW,
@@ -65,15 +73,14 @@ def similarity(model: nn.Module, image: Tensor | TokenTrace, *, title: str | Non
     return figure
 
 
-def mean_similarity(
-    model: Backbone, image: Tensor | TokenTrace, *, title: str | None = None
-) -> Figure:
+def mean_similarity(model: Reduced, image: Seen, *, title: str | None = None) -> Figure:
     """Draw mean cosines over depth, also without reduction; arguments as of `groups`."""
-    trace = trace_tokens(model, image)
-    runs = {described(model.reduction): mean_cosines(trace)}
-    if model.schedule.removed:
-        with reducing(model, no_reduction(model.info)):
-            runs["no reduction, same weights"] = mean_cosines(trace_tokens(model, trace.image))
+    traces = trace_stages(model, image)
+    runs = {described(model.reduction): _depth_means(traces)}
+    if model.reduction.schedule.removed:
+        with reducing(model, make_any_reduction(model.info)):
+            whole = trace_stages(model, traces[0].image)
+        runs["no reduction, same weights"] = _depth_means(whole)
     figure = style.figure(8, 4.6)
     detail = "mean cosine of the tokens that a layer's mixer reads"
     style.headed(figure, title_of(model, title), detail)
@@ -84,12 +91,27 @@ def mean_similarity(
             layers = range(1, len(means[part]) + 1)
             axes.plot(layers, means[part], label=label, **style.line_style(number))
         axes.set(title=name, xlabel="layer")
-        style.whole_ticks(axes)
+        _name_layers(axes, model)
     panels[0].set_ylabel("mean cosine")
     for axes in panels:
         style.plain(axes, grid="both")
     style.legend(figure, style.labelled(panels[0]))
     return figure
+
+
+def _depth_means(traces: Sequence[TokenTrace]) -> tuple[Floats, Floats]:
+    """Return the mean cosines of all layers, over all stages."""
+    near, every = zip(*map(mean_cosines, traces), strict=True)
+    return np.concatenate(near), np.concatenate(every)
+
+
+def _name_layers(axes: Axes, model: Reduced) -> None:
+    """Put ticks along x at layers, which are at 1, 2, ..., by their names."""
+    names = model.reduction.schedule.names
+    if isinstance(model, Hierarchical):
+        axes.set_xticks(range(1, len(names) + 1), names, rotation=90 if len(names) > 8 else 0)
+    else:
+        style.whole_ticks(axes)
 
 
 def cosines(features: Floats) -> Floats:
@@ -147,7 +169,7 @@ def scan_path(trace: TokenTrace, layer: int) -> ScanPath:
 
 def scan(
     model: nn.Module,
-    image: Tensor | TokenTrace,
+    image: Seen,
     *,
     title: str | None = None,
     layers: Sequence[int] | None = None,
@@ -155,11 +177,16 @@ def scan(
     """Draw the path of the first direction's scan over the patches that are kept.
 
     Arguments are as of `groups`, with layer 0 for the whole image; by default that one and layers
-    whose mixer reads fewer tokens than the one before, or 9 of them spread evenly.
+    whose mixer reads fewer tokens than the one before, or 9 of them spread evenly; of a model of
+    stages those of each stage that removes tokens, or of all if none does.
+
+    Raises:
+        ValueError: As `groups`, or if the model does not scan.
     """
-    trace = trace_tokens(model, image)
-    depth = len(trace.steps)
-    chosen = _shorter(trace) if layers is None else known_layers(layers, depth, first=0)
+    if isinstance(model, Hierarchical) and not FAMILIES[model.family].scan:
+        raise ValueError(f"model is a {type(model).__name__}, expected one that scans sequences")
+    traces = trace_stages(model, image)
+    chosen = _scanned(traces, layers)
     figure, panels = style.panels(
         len(chosen),
         columns=_PATH_ROW,
@@ -169,10 +196,11 @@ def scan(
         lines=2,
         more=(0.0, 0.35),
     )
-    for axes, layer in zip(panels, chosen, strict=True):
+    for axes, (trace, layer) in zip(panels, chosen, strict=True):
         path = scan_path(trace, layer)
         _draw_path(axes, trace, path)
-        name = f"layer {layer}" if layer else "whole image"
+        whole = f"whole stage {trace.prefix.rstrip('.')}" if trace.prefix else "whole image"
+        name = f"layer {trace.names[layer - 1]}" if layer else whole
         tokens = f"{len(path.patches)} patch tokens"
         style.picture(axes, f"{name}: {tokens}\n{100 * path.share:.0f}% of steps in order")
     lines = (("in the order of the whole image", style.BLUE), ("back: order lost", style.RED))
@@ -180,21 +208,22 @@ def scan(
     return figure
 
 
-def layers(model: Backbone, *, title: str | None = None) -> Figure:
+def layers(model: Reduced, *, title: str | None = None) -> Figure:
     """Draw how many tokens each layer works on, and how much it computes for one image.
 
     Raises:
         ValueError: If nothing is known of what the model, or its method of reduction, costs.
     """
     rows = [row for row in flops.count(model).rows if row.layer is not None]
-    with reducing(model, no_reduction(model.info)):
+    with reducing(model, make_any_reduction(model.info)):
         unreduced = [row for row in flops.count(model).rows if row.layer is not None]
     full = np.array([row.own.all_directions for row in unreduced])
     own = np.array([row.own.all_directions for row in rows])
     added = np.array([r.alignment.all_directions + r.reduction.all_directions for r in rows])
-    tokens, start = np.array(model.schedule.lengths), model.schedule.start
+    schedule, start = model.reduction.schedule, np.array([row.tokens for row in unreduced])
+    tokens = np.array(schedule.lengths)
     figure = style.figure(8, 5.6)
-    kept, spent = tokens.sum() / (start * len(tokens)), (own + added).sum() / full.sum()
+    kept, spent = schedule.share, (own + added).sum() / full.sum()
     detail = (
         f"tokens kept: {100 * kept:.0f}% of token-layers; operations: {100 * spent:.0f}% of those "
         f"without reduction, counted as {flops.CONVENTIONS[_CONVENTION]}"
@@ -202,22 +231,36 @@ def layers(model: Backbone, *, title: str | None = None) -> Figure:
     style.headed(figure, title_of(model, title), detail)
     above, below = figure.subplots(2, 1, sharex=True)
     unit, size = ("GFLOPs", 1e9) if full.max() >= 1e9 else ("MFLOPs", 1e6)
-    _bars(above, [(tokens, style.BLUE, "kept")], np.full(len(tokens), start), decimals=0)
+    _bars(above, [(tokens, style.BLUE, "kept")], start, decimals=0)
     parts = [(own / size, style.BLUE, "layer"), (added / size, style.ORANGE, "reduction")]
     _bars(below, parts if added.any() else parts[:1], full / size, decimals=1)
     above.set_ylabel("tokens")
     below.set(ylabel=unit, xlabel="layer")
-    below.set_xticks([n for n in range(1, len(tokens) + 1) if len(tokens) <= 12 or n % 4 == 0])
+    few = [n for n in range(1, len(tokens) + 1) if len(tokens) <= 12 or n % 4 == 0]
+    below.set_xticks(few, [schedule.names[n - 1] for n in few])
     for axes in (above, below):
         style.plain(axes, grid="y")
     style.legend(figure, style.labelled(below))
     return figure
 
 
-def _shorter(trace: TokenTrace) -> list[int]:
+def _scanned(
+    traces: Sequence[TokenTrace], layers: Sequence[int] | None
+) -> list[tuple[TokenTrace, int]]:
+    """Return the stages and layers whose path is drawn."""
+    if layers is None:
+        shown = reducing_stages(traces)
+        most = share(_PATHS, len(shown))
+        return [(trace, layer) for trace in shown for layer in _shorter(trace, most)]
+    every = [(traces[0], 0)]
+    every += [(trace, n) for trace in traces for n in range(1, len(trace.steps) + 1)]
+    return [every[layer] for layer in known_layers(layers, len(every) - 1, first=0)]
+
+
+def _shorter(trace: TokenTrace, most: int) -> list[int]:
     lengths = [trace.start, *(len(step.position) for step in trace.steps)]
     shorter = [n for n in range(1, len(lengths)) if lengths[n] < lengths[n - 1]]
-    chosen = spread(len(shorter), _PATHS - 1) if shorter else []
+    chosen = spread(len(shorter), most) if shorter else []
     return [0, *(shorter[n - 1] for n in chosen)]
 
 

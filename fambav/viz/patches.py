@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fambav.viz.trace import Ints, Pixels, TokenTrace
+from fambav.viz.trace import Ints, Pixels, TokenTrace, reducing_stages
 
 DROPPED = -1
 _TINT = 0.65  # share of the colour where a patch is coloured
 _LIFT = 0.25  # what black is raised to there, so that colours stay apart
 _DARK = 0.25  # share of the image where a patch was dropped
 _INK = (0.13, 0.13, 0.16)
-_STRIP = 11  # layers in a strip, the last one among them
+_TILES = 12  # in a strip, the start among them
 
 # Okabe and Ito's colours, distinct with any common kind of colour blindness; then the same
 # lighter and darker.
@@ -151,14 +151,24 @@ def tile(image: Pixels, at: Ints, colour: Ints, *, side: int = 160) -> NDArray[n
     return pixels
 
 
-def strip(trace: TokenTrace) -> NDArray[np.uint8]:
-    """Paint the tokens at the start and behind each layer, or 11, side by side, (3, h, w)."""
-    over = depths(trace)
-    colour = colours(over)
-    chosen = (0, *spread(len(over) - 1, _STRIP))
-    tiles = [tile(trace.pixels, over[layer], colour) for layer in chosen]
+def strip(traces: Sequence[TokenTrace]) -> NDArray[np.uint8]:
+    """Paint the tokens at the start and behind each layer, or 11, side by side, (3, h, w).
+
+    Of a model of stages, that of the stages that remove tokens, which share the 12 tiles.
+    """
+    tiles = list[NDArray[np.uint8]]()
+    for trace in (shown := reducing_stages(traces)):
+        over = depths(trace)
+        colour = colours(over)
+        chosen = (0, *spread(len(over) - 1, share(_TILES, len(shown))))
+        tiles += [tile(trace.pixels, over[layer], colour) for layer in chosen]
     room = np.full((3, tiles[0].shape[1], tiles[0].shape[2] // 20), 255, dtype=np.uint8)
     return np.concatenate([part for each in tiles for part in (each, room)][:-1], axis=2)
+
+
+def share(panels: int, stages: int) -> int:
+    """Return how many layers of each stage are drawn, so that their starts have room as well."""
+    return max(1, panels // stages - 1)
 
 
 def spread(depth: int, most: int) -> list[int]:

@@ -27,8 +27,9 @@ from fambav.viz import figures, measures
 from fambav.viz.compare import compare_strategies, described
 from fambav.viz.logs import Record, curves
 from fambav.viz.masks import boxes, masks
+from fambav.viz.measures import Reduced
 from fambav.viz.style import save
-from fambav.viz.trace import TokenTrace, trace_tokens
+from fambav.viz.trace import TokenTrace, trace_stages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,6 +81,10 @@ class Source:
             yield image, target, about
 
 
+# A model, an image in each of its stages, the model's name, what the image is.
+Traced = tuple[Reduced, tuple[TokenTrace, ...], str, str]
+
+
 class Picture(NamedTuple):
     """A file: what it shows, in one line, and where it is."""
 
@@ -106,7 +111,7 @@ def held_out(run: LoadedRun, source: Source | None = None) -> DataSet:
 
 def traced(
     path: Path, source: Source | None = None, settings: Mapping[str, Any] | None = None
-) -> Iterator[tuple[Backbone, TokenTrace, str, str]]:
+) -> Iterator[Traced]:
     """Open a run or a file of weights, and send images through its model.
 
     Args:
@@ -116,7 +121,8 @@ def traced(
             file that is not ours, such as its model.
 
     Yields:
-        The model, what an image does in it, the model's name, and what the image is.
+        The model, what an image does in each of its stages, the model's name, and what the image
+        is.
 
     Raises:
         ValueError: If the weights are missing or cannot be used, or an image is not there.
@@ -125,19 +131,17 @@ def traced(
     yield from _traces(load_run(path, settings), source or Source())
 
 
-def _traces(run: LoadedRun, source: Source) -> Iterator[tuple[Backbone, TokenTrace, str, str]]:
+def _traces(run: LoadedRun, source: Source) -> Iterator[Traced]:
     name, net = run.config.model.model, run.net
-    if family_of(name).staged:
-        more = "tokens of stages are not drawn yet"
-        raise ValueError(f"model is {name!r}, expected one of a single stage; {more}")
-    if not isinstance(net, Backbone):
+    if not isinstance(net, Reduced) or not family_of(name).reducible:
         raise ValueError(f"model is {name!r}, expected one whose tokens can be reduced")
     for image, _, about in source.read(run):
-        trace = trace_tokens(net, run.transform(image), statistics=(run.mean, run.std))
-        check_logits(net, trace.image[None], torch.from_numpy(trace.logits), about)
-        seen = int(trace.logits.argmax())
+        traces = trace_stages(net, run.transform(image), statistics=(run.mean, run.std))
+        first = traces[0]
+        check_logits(net, first.image[None], torch.from_numpy(first.logits), about)
+        seen = int(first.logits.argmax())
         truth = run.class_names[seen] if run.class_names else f"{seen}"
-        yield net, trace, name, f"{about}, seen as {truth}"
+        yield net, traces, name, f"{about}, seen as {truth}"
 
 
 def render(
@@ -233,7 +237,7 @@ _DENSE: dict[str, tuple[Callable[..., Any], Callable[..., Figure]]] = {
 
 
 def _draw(
-    kind: str, model: Backbone, trace: TokenTrace, name: str, about: str
+    kind: str, model: Reduced, traces: tuple[TokenTrace, ...], name: str, about: str
 ) -> tuple[Figure | list[Figure], str]:
     """Draw a kind of figure; return its title too."""
     title = f"{name}, {described(model.reduction)}"
@@ -241,14 +245,18 @@ def _draw(
         return measures.layers(model, title=title), title
     title = f"{title}: {about}"
     if kind == "strategies":
-        method, _ = compare_strategies(model)
+        method, _ = compare_strategies(cast(Backbone, model))
         title = f"{name} with each strategy of {method}: {about.rpartition(', seen as')[0]}"
-    return _KINDS[kind](model, trace, title=title), title
+    return _KINDS[kind](model, traces, title=title), title
 
 
 def _kinds_of(run: LoadedRun) -> tuple[str, ...]:
     """Return what there is to draw of a run's model."""
-    tokens = (*_KINDS, "layers") if isinstance(run.net, Backbone) and run.task.classes else ()
+    family = family_of(run.config.model.model)
+    if not isinstance(run.net, Reduced) or not family.reducible or not run.task.classes:
+        return tuple(run.task.pictures)
+    left_out = {"strategies": family.staged, "scan": not family.scan}
+    tokens = [kind for kind in (*_KINDS, "layers") if not left_out.get(kind)]
     return (*tokens, *run.task.pictures)
 
 

@@ -1,4 +1,7 @@
-"""One image on its way through a model: what each mixer reads, and where each token goes."""
+"""One image on its way through a model: what each mixer reads, and where each token goes.
+
+A model of stages has a trace for each: every stage starts with all tokens of a grid of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from torch import Tensor, nn
 
 from fambav.arguments import refusal
 from fambav.layers import Tokens
-from fambav.layers.block import Hook
-from fambav.models import Backbone
+from fambav.layers.block import Hook, Hooks
+from fambav.layers.hierarchy import changed_hooks
+from fambav.models import Backbone, Hierarchical
 from fambav.ops.cross_scan import kept_order, snake_order
 
 Ints = NDArray[np.int64]
@@ -42,7 +46,7 @@ class Step(NamedTuple):
 
 
 class TokenTrace(NamedTuple):
-    """The way of one image through a model.
+    """The way of one image through a model, or through one of its stages.
 
     Attributes:
         image: As the model takes it, normalised, (3, height, width).
@@ -53,6 +57,7 @@ class TokenTrace(NamedTuple):
             row, (patches,).
         steps: One for each layer.
         logits: Of the image, (classes,).
+        prefix: What comes before the number of a layer in its name, such as "2." in a stage.
     """
 
     image: Tensor
@@ -62,6 +67,7 @@ class TokenTrace(NamedTuple):
     rank: Ints
     steps: tuple[Step, ...]
     logits: Floats
+    prefix: str = ""
 
     @property
     def start(self) -> int:
@@ -74,10 +80,18 @@ class TokenTrace(NamedTuple):
         return self.start, *(len(np.unique(s.source[s.source >= 0])) for s in self.steps)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each layer."""
+        return tuple(f"{self.prefix}{number}" for number in range(1, len(self.steps) + 1))
+
+    @property
     def share(self) -> float:
         """Tokens that mixers read, as a share of those without reduction."""
         lengths = [len(step.position) for step in self.steps]
         return sum(lengths) / (self.start * len(lengths))
+
+
+Seen = Tensor | TokenTrace | tuple[TokenTrace, ...]  # an image, or what it does in a model
 
 
 def trace_tokens(
@@ -86,7 +100,7 @@ def trace_tokens(
     """Send one image through a model as in evaluation; the model and all randomness stay as is.
 
     Args:
-        model: One of ours.
+        model: One of ours, of a single stage.
         image: As the model takes it, normalised, (3, height, width); a trace is returned as it is.
         statistics: Mean and standard deviation of the channels that it was normalised with; those
             of the model's `pretrained_cfg` by default.
@@ -97,13 +111,8 @@ def trace_tokens(
     if isinstance(image, TokenTrace):
         return image
     if not isinstance(model, Backbone):
-        raise ValueError(
-            f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
-        )
-    if not isinstance(image, Tensor) or image.ndim != 3:
-        given = tuple(image.shape) if isinstance(image, Tensor) else image
-        raise refusal("image", given, "a tensor (channels, height, width)")
-    device = next(model.parameters()).device
+        raise _irreducible(model)
+    device = _checked(model, image)
     with evaluating(model):
         tokens, steps = model.embed(image[None].to(device), trace=True), []
         for layer, block in enumerate(model.layers):
@@ -132,6 +141,84 @@ def trace_tokens(
         steps=tuple(steps),
         logits=_array(logits[0].float()),
     )
+
+
+def trace_stages(
+    model: nn.Module, image: Seen, *, statistics: Statistics | None = None
+) -> tuple[TokenTrace, ...]:
+    """Send one image through a model, as `trace_tokens` does; return a trace for each stage.
+
+    Args:
+        model: One of ours, of one stage or of several.
+        image: As of `trace_tokens`; traces are returned as they are.
+        statistics: Likewise.
+
+    Raises:
+        ValueError: As `trace_tokens`.
+    """
+    if isinstance(image, tuple) and not isinstance(image, TokenTrace):
+        return image
+    if isinstance(image, TokenTrace) or not isinstance(model, Hierarchical):
+        return (trace_tokens(model, image, statistics=statistics),)
+    if not model.reducible:
+        raise _irreducible(model)
+    seen = [[(list[Tokens](), list[Tokens]()) for _ in blocks] for blocks in model.stages]
+
+    def noting(stage: int, block: int, hooks: Hooks) -> Hooks:
+        read, left = seen[stage][block]
+        return hooks._replace(
+            between=_noting(hooks.between, read), after=_noting(hooks.after, left)
+        )
+
+    device = _checked(model, image)
+    with evaluating(model), changed_hooks(model.stages, noting):
+        logits = _array(model(image[None].to(device))[0].float())
+    cfg = model.pretrained_cfg
+    pixels = _pixels(image, statistics or (cfg["mean"], cfg["std"]))
+    grids = model.grids((image.shape[1], image.shape[2]), **model.config)
+    return tuple(
+        TokenTrace(
+            image=image,
+            pixels=pixels,
+            grid=grid,
+            cls_index=(),
+            rank=np.arange(grid[0] * grid[1]),  # the first path is row by row
+            steps=tuple(_step(read[0], left[0]) for read, left in blocks),
+            logits=logits,
+            prefix=f"{number}.",
+        )
+        for number, (grid, blocks) in enumerate(zip(grids, seen, strict=True), start=1)
+    )
+
+
+def reducing_stages(traces: Sequence[TokenTrace]) -> list[TokenTrace]:
+    """Return the stages that remove tokens, or all if none does."""
+    return [trace for trace in traces if trace.kept[-1] < trace.start] or list(traces)
+
+
+def _step(read: Tokens, left: Tokens) -> Step:
+    """Return what happens at a layer of a stage, from what its mixer reads and what it leaves."""
+    position = _array(read.position[0])
+    return Step(
+        features=_array(read.x[0].float()),
+        position=position,
+        order=position.argsort(),
+        source=_array(cast(Tensor, left.source)[0]),
+    )
+
+
+def _irreducible(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"model is a {type(model).__name__}, expected one whose tokens can be reduced"
+    )
+
+
+def _checked(model: nn.Module, image: object) -> torch.device:
+    """Return the device of a model; refuse what is no image."""
+    if not isinstance(image, Tensor) or image.ndim != 3:
+        given = tuple(image.shape) if isinstance(image, Tensor) else image
+        raise refusal("image", given, "a tensor (channels, height, width)")
+    return next(model.parameters()).device
 
 
 @contextmanager

@@ -164,6 +164,36 @@ def test_a_mistake_is_one_line(capsys, kind, words, message):
     assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "model", ["plainmamba_micro", "vmamba_nano", "vssd_nano", "groupmamba_nano", "vim2_nano"]
+)
+def test_every_classifier_makes_training_steps(model, tmp_path):
+    target, staged = tmp_path / "found.json", model != "plainmamba_micro"
+    words = f"--device cpu --batch 2 --rounds 1 --warmup 0 --backend cpu --json {target}"
+    length = [] if staged else ["--length", "16"]
+    assert console(["bench", "step", "--model", model, *words.split(), *length]) == 0
+    (row,) = json.loads(target.read_text())["rows"]
+    assert (row["model"], row["length"]) == (model, None if staged else 16)
+    assert row["median_ms"] > 0 and row["peak_mib"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--length 64", "length is 64, expected none with vssd_nano, each stage of which has"),
+        ("--batch 1", "batch is 1, expected at least 2 with vssd_nano, whose batch norm would"),
+        ("--model dlinear", "argument --model: invalid choice: 'dlinear'"),
+    ],
+)
+def test_steps_that_stages_cannot_make_are_refused_in_one_line(capsys, words, message):
+    assert (
+        console(["bench", "step", "--device", "cpu", "--model", "vssd_nano", *words.split()]) == 2
+    )
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {message}")
+    assert told.count("\n") == 1
+
+
 @pytest.mark.parametrize("kind", ["infer", "step"])
 def test_an_empty_batch_is_refused(capsys, kind):
     assert console(["bench", kind, "--device", "cpu", "--batch", "0"]) == 2

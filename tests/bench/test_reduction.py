@@ -159,7 +159,33 @@ def test_a_wrong_flag_is_one_line(capsys, words, message):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["block", "step", "strategies"])
+@pytest.mark.parametrize("model", ["vmamba_nano", "vssd_nano"])
+def test_each_stage_has_a_row_for_every_method_that_can_act_there(model):
+    report = reduction(model=model, methods=("tome", "random", "storm", "evit"), **QUICK)
+    rows = {(row["layer"], row["method"]): row for row in report.rows}
+    names = ("tome", "random", "storm")
+    assert list(rows) == [(f"{stage}.2", name) for stage in (1, 2, 3) for name in names]
+    sizes = [(row["tokens"], row["removed"]) for row in report.rows if row["method"] != "tome"]
+    assert sizes == [(64, 3), (64, 8), (16, 1), (16, 4), (4, 1), (4, 2)]
+    for row in report.rows:
+        assert row["launch"] == "eager"
+        assert all(row[f"{part}_ms"] > 0 for part in ("choose", "reduce", "restore", "layer"))
+        assert row["layer_mib"] > row["reduce_mib"] > 0
+    # A merge keeps its weights for the backward pass, a drop only what it read.
+    assert rows["1.2", "tome"]["reduce_mib"] > rows["1.2", "random"]["reduce_mib"]
+    assert report.skipped["stage 4"] == "it has a single token"
+    assert "reads gated" in report.skipped["evit in stage 1"]
+
+
+def test_too_many_tokens_of_every_stage_are_refused_in_one_line(capsys):
+    words = "--model vssd_nano --method tome --count 40 --device cpu"
+    assert console(["bench", "reduction", *words.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: reduction_schedule is '1.2:40', expected at most 32")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["block", "strategies"])
 def test_kinds_that_measure_vim_take_no_other_model(kind):
     parser = bench_parser()
     assert parser.parse_args([kind, "--model", VIM]).model == VIM

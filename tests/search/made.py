@@ -6,7 +6,7 @@ from fambav import training
 from fambav.config import Config
 from fambav.data import load
 from fambav.engine import checkpoint
-from fambav.search.space import Problem
+from fambav.search.space import Problem, uniform_strategies
 from fambav.seeding import seed_all
 from fambav.training import run_state
 
@@ -36,6 +36,7 @@ def problem(weights, *, length=9, share=0.6, power=1.5, savings=None, seen=None)
         cost=cost,
         losses=losses,
         most=share,
+        strategies=list(uniform_strategies(depth, length)),
     )
 
 

@@ -123,10 +123,10 @@ def test_patches_that_are_alike_have_a_double_at_the_first_layer(net, images):
     net.pos_embed.data.zero_()
     alike = pair_similarity(net, torch.ones_like(images), PRECISION)
     net.pos_embed.data.copy_(kept)
-    assert alike.shape == (6, 8)
+    assert [len(row) for row in alike] == [8] * 6
     torch.testing.assert_close(alike[0], torch.ones(8, dtype=torch.float64))
     other = pair_similarity(net, images, PRECISION)
-    assert (other.diff(dim=1) <= 0).all() and other[0].max() < 0.999
+    assert all((row.diff() <= 0).all() for row in other) and other[0].max() < 0.999
 
 
 def test_a_step_looks_as_harmful_as_the_pairs_it_merges_are_unlike():

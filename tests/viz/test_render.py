@@ -111,7 +111,7 @@ def test_another_reduction_can_be_tried_on_the_same_weights(runs, tmp_path):
 
 
 def test_pixels_are_the_image_as_the_model_sees_it(runs):
-    ((_, trace, *_),) = traced(runs.unreduced)
+    ((_, (trace,), *_),) = traced(runs.unreduced)
     data = load("CIFAR", runs.unreduced.parent / "data")
     picture = np.asarray(data.val[0][0].resize((16, 16), Image.Resampling.BICUBIC)) / 255
     assert trace.pixels.shape == (16, 16, 3)
