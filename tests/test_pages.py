@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from fambav.cli import console
 from fambav.commands import COMMANDS
@@ -82,6 +84,7 @@ def trained(tmp_path_factory):
     words = ["export", made, "--format", "hf", "--output_dir", folder / "exported"]
     done = go(*words, "--noise", "--images", "2", program=console)
     assert done.status == 0, done.err
+    shutil.copytree(ROOT / "benchmarks" / "weights", folder / "benchmarks" / "weights")
     return folder
 
 
@@ -140,6 +143,17 @@ def test_a_script_is_there(words, needs):
     del needs
     place = next((word for word in words[1:] if "/" in word), None)
     assert place is None or (ROOT / place).exists()
+
+
+def test_the_weights_that_come_with_the_code_answer_what_their_page_shows(tmp_path, monkeypatch):
+    folder = ROOT / "benchmarks" / "weights" / "vim_micro_cifar100"
+    assert (folder / "model.pth").stat().st_size < 500_000
+    shown = "".join(blocks(ROOT / "docs" / "cifar100.md", "console")).splitlines(keepends=True)
+    monkeypatch.chdir(tmp_path)
+    for name, photo in zip(("china", "flower"), load_sample_images().images, strict=True):
+        Image.fromarray(photo).save(f"{name}.jpg")
+    done = go("predict", folder, "flower.jpg", "china.jpg", program=console)
+    assert done.out == "".join(shown[1:])
 
 
 def flag(word):
