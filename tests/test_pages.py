@@ -103,14 +103,15 @@ def test_the_python_of_a_page_runs(name, trained, registry, tmp_path, monkeypatc
         exec(compile(text, name, "exec"), shown)
 
 
-def test_fambav_is_imported_before_timm():
+def test_fambav_is_imported_before_what_imports_torchvision():
     texts = [text for path in PAGES for text in blocks(path, "python")]
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text())["cells"]
         texts += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     for text in texts:
-        if "import timm" in text:
-            assert "import fambav.models" in text.split("import timm")[0]
+        for name in ("timm", "peft", "lightning", "accelerate"):
+            before, found, _ = text.partition(f"import {name}\n")
+            assert not found or "import fambav.models" in before, text
 
 
 @having(lambda words: "main.py" in words)
