@@ -86,6 +86,7 @@ def test_the_weights_of_a_run_are_those_that_were_scored_and_not_their_average(t
     wanted = checkpoint.load(path)["model"]
     for name, value in fambav.from_pretrained(tmp_path).state_dict().items():
         assert torch.equal(value, wanted[name])
-    averaged = timm.create_model("vim_micro", num_classes=10, checkpoint_path=str(path))
+    sizes = dict(patch_size=8, num_classes=10)
+    averaged = timm.create_model("vim_micro", **sizes, checkpoint_path=str(path))
     for name, value in averaged.state_dict().items():
         assert torch.equal(value, wanted[name] + 1), "timm's own rule"
