@@ -12,7 +12,9 @@ from fambav.engine import checkpoint
 from fambav.engine.checkpoint import CheckpointError
 from fambav.engine.cuda_graph import CudaGraph
 from fambav.engine.distributed import Processes
+from fambav.engine.trainer import Trainer
 from fambav.layers.drop import current
+from fambav.ops.kernels import KernelSet
 from fambav.tasks.classification import binary_cross_entropy, soft_cross_entropy
 from fambav.timm_compat import timm
 from fambav.training import model, run, schedule
@@ -56,6 +58,21 @@ def test_a_share_to_keep_is_refused_where_images_are_taken_whole(tmp_path):
     with pytest.raises(ValueError, match=r"^eval_crop_ratio is 0\.5, expected 0\.875, its default"):
         run(config("--eval-crop-ratio 0.5", where))
     assert not list(tmp_path.iterdir())
+
+
+def test_kernels_are_compiled_before_the_time_of_training_begins(tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def begin(trainer):
+        raise Begun
+
+    loaded = []
+    monkeypatch.setattr(KernelSet, "load", lambda kernels: loaded.append(kernels.name))
+    monkeypatch.setattr(Trainer, "run", begin)
+    with pytest.raises(Begun):
+        run(config(f"--data-set DIGITS --device cpu --output_dir {tmp_path / 'run'}"))
+    assert loaded == ["numba"]
 
 
 def test_models_of_timms_have_no_plan():

@@ -31,6 +31,7 @@ from fambav.engine.tracker import check_tracker
 from fambav.engine.trainer import Trainer
 from fambav.models import TimmModel
 from fambav.ops import check_environment, force, set_backend
+from fambav.ops.kernels import NUMBA
 from fambav.registry import family_of
 from fambav.seeding import seed_all
 from fambav.tasks import CHOICE, Scores, Statistics, Task, task_of
@@ -185,6 +186,8 @@ class TrainingJob:
         if warning is not None:
             self.console.write(warning)
         trainer = self._trainer(state)
+        if self.group.device.type == NUMBA.device and NUMBA.unavailable() is None:
+            NUMBA.load()  # compiled for seconds at its first import, which is no time of training
         place = folder.named(self.config, source)
         self.group.wait()  # until every process has read what the main one may now replace
         with trainer.preemption, locked(place) if self.group.main else nullcontext():
