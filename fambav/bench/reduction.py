@@ -392,24 +392,24 @@ def _of_stages(
     with determinism_settings(deterministic=False, matmul_precision="high"):
         bench = _StagedBench(model, batch, device, dtype)
         for stage, own in enumerate(bench.info.stages):
-            found = dict[str, StagedReduction]()
+            able = dict[str, StagedReduction]()
             if own.tokens == 1:
                 skipped[f"stage {stage + 1}"] = "it has a single token"
                 continue
             for name in methods:
                 try:
-                    found[name] = bench.made(stage, name, count)
+                    able[name] = bench.made(stage, name, count)
                 except ValueError as error:
                     skipped[f"{name} in stage {stage + 1}"] = str(error)
             runs = {
                 (f"{name} in stage {stage + 1}", part): run
-                for name, one in found.items()
+                for name, one in able.items()
                 for part, run in bench.runs(stage, one).items()
             }
             made, refused = with_replays(runs, device)
             times = interleave(made, rounds=how[0], warmup=how[1], device=device) if made else {}
             skipped |= refused
-            for name, one in found.items():
+            for name, one in able.items():
                 label = f"{name} in stage {stage + 1}"
                 mine = {part: run for (which, part), run in runs.items() if which == label}
                 layer = f"{stage + 1}.{own.depth // 2 + 1}"

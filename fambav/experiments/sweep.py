@@ -163,7 +163,7 @@ def _perform(
                 if time.monotonic() > reported + _QUIET:
                     for line in filter(None, (process.progress() for process in running)):
                         report(line)
-                        reported = time.monotonic()
+                    reported = time.monotonic()  # else logs are read at every poll
                 if not ended:
                     time.sleep(_PAUSE)
     finally:

@@ -186,7 +186,9 @@ class TrainingJob:
         if warning is not None:
             self.console.write(warning)
         trainer = self._trainer(state)
-        if self.group.device.type == NUMBA.device and NUMBA.unavailable() is None:
+        known = family_of(self.config.model.model)
+        runs = (known.scan or known.reducible) and self.group.device.type == NUMBA.device
+        if runs and NUMBA.unavailable() is None:
             NUMBA.load()  # compiled for seconds at its first import, which is no time of training
         place = folder.named(self.config, source)
         self.group.wait()  # until every process has read what the main one may now replace

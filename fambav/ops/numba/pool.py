@@ -27,24 +27,15 @@ TOKENS = 16  # in a task of the backward pass
 
 
 @inlined
-def _put(x: Any, out: Any, b: int, row: int, place: int, share: Any) -> None:
-    """Write the share of a row to a place."""
+def _share(x: Any, out: Any, b: int, row: int, place: int, share: Any, add: bool) -> None:
+    """Write the share of a row to a place, or add it to what is there."""
     dim = x.shape[3]
     for channel in range(0, dim, WIDTH):
         count = min(WIDTH, dim - channel)
         value = rounded_product(read(x, 0, b, row, channel, count), share)
+        if add:
+            value = read(out, 0, b, place, channel, count) + value
         write(out, 0, b, place, channel, count, value)
-
-
-@inlined
-def _add(x: Any, out: Any, b: int, row: int, place: int, share: Any) -> None:
-    """Add the share of a row to what is at a place."""
-    dim = x.shape[3]
-    for channel in range(0, dim, WIDTH):
-        count = min(WIDTH, dim - channel)
-        value = rounded_product(read(x, 0, b, row, channel, count), share)
-        total = read(out, 0, b, place, channel, count) + value
-        write(out, 0, b, place, channel, count, total)
 
 
 @inlined
@@ -105,14 +96,14 @@ def _pool_forward_kernel(
 
         for k in range(kept):
             t = keep[b, k]
-            _put(x, mean, b, t, k, share[b, t])
+            _share(x, mean, b, t, k, share[b, t], add=False)
             if residual.size:
-                _put(residual, residual_mean, b, t, k, share[b, t])
+                _share(residual, residual_mean, b, t, k, share[b, t], add=False)
         for i in range(count):
             t, k = source[b, i], into[i]
-            _add(x, mean, b, t, k, share[b, t])
+            _share(x, mean, b, t, k, share[b, t], add=True)
             if residual.size:
-                _add(residual, residual_mean, b, t, k, share[b, t])
+                _share(residual, residual_mean, b, t, k, share[b, t], add=True)
 
 
 @kernel(COUNTER, *(floats(4),) * 2, floats(2), *(floats(4),) * 2, indices(2))
@@ -127,9 +118,9 @@ def _pool_backward_kernel(
             break
         b, start = task // pieces, task % pieces * TOKENS
         for t in range(start, min(start + TOKENS, length)):
-            _put(first, first_out, b, place[b, t], t, share[b, t])
+            _share(first, first_out, b, place[b, t], t, share[b, t], add=False)
             if second.size:
-                _put(second, second_out, b, place[b, t], t, share[b, t])
+                _share(second, second_out, b, place[b, t], t, share[b, t], add=False)
 
 
 def pool_forward(
@@ -141,22 +132,9 @@ def pool_forward(
     source: Tensor,
     target: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Average both streams over groups of tokens.
+    """Average both streams over groups of tokens; arguments and results as of Triton's.
 
-    Tensors have any strides.
-
-    Args:
-        x: (batch, length, dim), float32.
-        residual: Likewise; None for none.
-        weight: Of each token in its group, (batch, length), float32.
-        size: To be summed, (batch, length), float32.
-        keep: Kept token of each group, (batch, kept), int64.
-        source: Tokens merged into others, (batch, count), int64.
-        target: Kept tokens that they are merged into, (batch, count), int64.
-
-    Returns:
-        Means of x and of residual (empty without one) and sums of size, (batch, kept, ...), and
-        share, float32, and group, int64, of every input token, (batch, length).
+    Streams are float32, and all tensors have any strides.
 
     Raises:
         ValueError: If a token is in no group.
@@ -181,13 +159,7 @@ def pool_forward(
 
 
 def pool_backward(grads: list[Tensor], share: Tensor, place: Tensor) -> list[Tensor]:
-    """Return the gradients of one or two streams.
-
-    Args:
-        grads: Of their means, (batch, kept, dim), float32, any strides.
-        share: Of each token in its group, (batch, length), float32.
-        place: Group of each token, (batch, length), int64.
-    """
+    """Return the gradients of one or two streams; arguments as of Triton's, float32."""
     (batch, length), dim = share.shape, grads[0].shape[2]
     out = [grad.new_empty(batch, length, dim) for grad in grads]
     tasks = batch * -(-length // TOKENS)
