@@ -69,7 +69,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    if path := config.getoption("xmlpath", None):
+    path = config.getoption("xmlpath", None)
+    if path and not hasattr(config, "workerinput"):  # workers report to the process that writes
         config.pluginmanager.register(Rows(Path(path).with_suffix(".jsonl")))
 
 

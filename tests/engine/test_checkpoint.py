@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import stat
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -260,24 +261,26 @@ def test_a_file_may_be_read_by_whom_other_files_may(tmp_path, file):
     assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
     """Let no file of this process grow over 5,000 bytes, as on a disk that is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:  # before the test is reported, which may write a large file
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_is_an_error_with_its_reason_and_loses_nothing(tmp_path, small_files):
+def test_a_full_disk_is_an_error_with_its_reason_and_loses_nothing(tmp_path):
     path, weights = tmp_path / "a.pth", tmp_path / "a.safetensors"
     checkpoint.save(path, {"epoch": 1})
     checkpoint.save_weights(weights, {"w": torch.ones(2)}, {})
-    with pytest.raises(OSError, match=r"File too large: '.*a\.pth'"):
+    with small_files(), pytest.raises(OSError, match=r"File too large: '.*a\.pth'"):
         checkpoint.save(path, {"model": torch.ones(10_000)})
-    with pytest.raises(OSError, match=r"File too large: '.*a\.safetensors'"):
+    with small_files(), pytest.raises(OSError, match=r"File too large: '.*a\.safetensors'"):
         checkpoint.save_weights(weights, {"w": torch.ones(10_000)}, {})
     assert checkpoint.load(path) == {"epoch": 1}
     assert len(checkpoint.load(weights)["model"]["w"]) == 2
