@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from torch import Tensor, nn
 
 _PACKAGE = "segmentation_models_pytorch"
-STRIDES = [4, 8, 16, 32]
+STRIDES = [4, 8, 16, 32], [2, 4, 8, 16, 32]  # of the maps of a backbone
 
 
 class LibraryHead(nn.Module):
@@ -21,7 +21,7 @@ class LibraryHead(nn.Module):
         num_classes: Logits of a pixel.
 
     Raises:
-        ValueError: If the package is not installed, or maps have other strides than 4, 8, 16, 32.
+        ValueError: If the package is not installed, or maps have other strides than those above.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class LibraryHead(nn.Module):
                 f"head is {name!r}, expected an installed one: segmentation-models-pytorch has it;"
                 ' pip install "fambav[dense]"'
             )
-        if list(strides) != STRIDES:
+        if list(strides) not in STRIDES:
             raise ValueError(
                 f"head is {name!r}, expected upernet or fcn on {architecture}, whose maps have"
-                f" strides of {', '.join(map(str, strides))} pixels, not {STRIDES}"
+                f" strides of {', '.join(map(str, strides))} pixels, not {STRIDES[0]}"
             )
         import segmentation_models_pytorch as package
 
@@ -54,7 +54,9 @@ class LibraryHead(nn.Module):
             maps: (batch, channels, height, width), the finest one first.
         """
         batch, _, height, width = maps[0].shape
-        # The package's encoders also give the image and a map of stride 2, here without channels.
-        finer = [maps[0].new_empty(batch, 0, n * height, n * width) for n in (4, 2)]
+        # The package's encoders also give the image, and a map of stride 2 where there is none:
+        # here both have no channels.
+        more = (4, 2) if len(maps) == len(STRIDES[0]) else (2,)
+        finer = [maps[0].new_empty(batch, 0, n * height, n * width) for n in more]
         logits: Tensor = self.conv_seg(self.decoder([*finer, *maps]))
         return logits

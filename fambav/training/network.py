@@ -20,7 +20,7 @@ from fambav.reduction import (
     read_options,
     reduce,
 )
-from fambav.registry import DETECTORS, FOREIGN, family_of, nearest
+from fambav.registry import DETECTORS, FOREIGN, LIBRARY_HEADS, family_of, nearest
 from fambav.tasks import task_of
 from fambav.timm_compat import timm
 
@@ -202,7 +202,8 @@ def _foreign(config: Config, num_classes: int) -> nn.Module:
     }
     if chosen.head is not None:
         arguments = {n: v for n, v in arguments.items() if n in ("img_size", "drop_path_rate")}
-        arguments |= {"features_only": True, "out_indices": MAPS}
+        arguments |= {"features_only": True}  # the package's decoders read all maps there are
+        arguments |= {} if chosen.head in LIBRARY_HEADS else {"out_indices": MAPS}
     try:
         net: nn.Module = timm.create_model(name, **arguments)
     except (TypeError, RuntimeError) as error:

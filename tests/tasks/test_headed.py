@@ -211,6 +211,18 @@ def test_decoders_of_segmentation_models_pytorch_learn_and_their_weights_load(he
         built("vim_micro", "--head", "unet")
 
 
+@pytest.mark.extra("segmentation_models_pytorch")
+@pytest.mark.parametrize("model", ["timm/test_resnet", "timm/test_convnext"])
+def test_decoders_of_the_package_read_all_maps_of_a_model_of_timm(model):
+    net = built(model, "--head", "unet")
+    strides = [each["reduction"] for each in net.map_info]
+    assert strides[-4:] == [4, 8, 16, 32]
+    outputs = net(torch.randn(2, 3, 32, 64))
+    assert [tuple(x.shape) for x in outputs] == [(2, 11, 32, 64)] * 2
+    sum(x.square().sum() for x in outputs).backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None] == []
+
+
 def test_a_head_needs_masks():
     line = refused("--model", "vssd_nano", "--data-set", "DIGITS", "--head", "fcn")
     assert "--head is 'fcn', expected none with --model vssd_nano and --data-set DIGITS" in line
