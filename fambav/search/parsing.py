@@ -5,6 +5,9 @@ families    all, interleaved, upper:6, lower:3    r tokens at each of the layers
             r@3-23/2                              r tokens at these layers
             keep@5,10                             a share of the patches stays at these layers
             scale:0,4,8,8                         these counts, all times the same factor
+
+In a model of stages layers are stage.layer, as in r@2.1-2.4; all and interleaved remove the same
+share of its stage's tokens at each layer where the method can; upper and lower are for one stage.
 """
 
 from __future__ import annotations
@@ -60,14 +63,14 @@ def parse_budget(text: str) -> Budget:
 
 OBJECTIVES, ALGORITHMS = ("distance", "accuracy"), ("greedy", "evolution", "both")
 BUDGETS = "token-layers:0.7, flops:0.75 or ms:12.5"
-FAMILIES = "all, interleaved, upper:6, lower:3, r@3-23/2, keep@5,10 or scale:0,4,8,8"
+FAMILIES = "all, interleaved, upper:6, lower:3, r@3-23/2, keep@5,10, keep@1.1,2.1 or scale:0,4,8,8"
 _FORMS = {
     "all": "",
     "interleaved": "",
     "upper": r":\d{1,9}",
     "lower": r":\d{1,9}",
-    "r": r"@[\d,/-]+",
-    "keep": r"@[\d,/-]+",
+    "r": r"@[\d.,/-]+",
+    "keep": r"@[\d.,/-]+",
     "scale": r":\d{1,9}(,\d{1,9})*",
 }
 

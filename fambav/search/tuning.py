@@ -89,7 +89,8 @@ def tune(
     def evaluate(name: str, method: str, reduction: Reduction | StagedReduction) -> Evaluated:
         value, schedule = metric(reduction), reduction.schedule
         lost = primary.gain(trail[0].metric, value) if trail else 0.0
-        trail.append(Evaluated(name, Plan(method, schedule.counts), schedule.share, value, lost))
+        plan = Plan(method, schedule.counts, space.names)
+        trail.append(Evaluated(name, plan, schedule.share, value, lost))
         report(trail[-1])
         return trail[-1]
 
@@ -145,13 +146,8 @@ def members_of(family: Family, space: SearchSpace) -> list[Member]:
     """Return the plans that can be carried out, each removing more than the one before.
 
     Raises:
-        ValueError: If the model has stages or lacks a layer, or no plan can be carried out.
+        ValueError: If the model lacks a layer or such strategies, or no plan can be carried out.
     """
-    if space.info.staged:
-        raise ValueError(
-            f"model is of family {space.info.family!r}, expected one of a single stage, in which"
-            " families of plans count layers"
-        )
     names: dict[Counts, str] = {}
     for name, counts in _members(family, space):
         if any(counts) and space.fits(counts):
@@ -167,12 +163,12 @@ def members_of(family: Family, space: SearchSpace) -> list[Member]:
 def _members(family: Family, space: SearchSpace) -> Iterator[Member]:
     """Yield plans, of which some may not fit and some may be equal."""
     _, kind, rest = family
-    depth, tokens, classes = space.info.depth, space.info.tokens, len(space.info.cls_index)
+    depth, patches = len(space.unreduced), space.length - len(space.info.cls_index)
     parse = partial(parse_schedule, info=space.info)
-    removals = range(1, tokens)
+    removals = range(1, space.length)
     if kind == "keep":
         for percent in range(_PERCENT - 1, 0, -1):
-            if (tokens - classes) * (_PERCENT - percent) >= _PERCENT:  # else no patch goes
+            if patches * (_PERCENT - percent) >= _PERCENT:  # else no patch goes
                 share = f"{percent / _PERCENT:g}"
                 yield f"keep {share}", parse(f"keep:{share}@{rest}")
     elif kind == "r":
@@ -188,8 +184,23 @@ def _members(family: Family, space: SearchSpace) -> Iterator[Member]:
             scaled = tuple((2 * weight * count + most) // (2 * most) for weight in weights)
             yield f"scale {count / most:.3g}", scaled
     else:
-        layer = int(rest) if rest else None
-        if layer is not None and not 1 <= layer <= depth:
-            raise ValueError(f"family is {family.text!r}, expected a layer from 1 to {depth}")
-        for count in removals:
-            yield f"r {count}", strategy_plan(kind, depth=depth, count=count, layer=layer)
+        yield from _of_strategy(family, space)
+
+
+def _of_strategy(family: Family, space: SearchSpace) -> Iterator[Member]:
+    """Yield the plans of a strategy, of which some may not fit."""
+    _, kind, rest = family
+    if space.info.staged:
+        plans = dict(space.strategies()).get(kind)
+        if plans is None:
+            raise ValueError(
+                f"family is {family.text!r}, expected all, interleaved, r@2.1-2.4, keep@1.1,2.1 or"
+                f" scale on a model of stages, {space.info.family}"
+            )
+        yield from ((f"{kind} {count}", counts) for count, counts in enumerate(plans, start=1))
+        return
+    depth, layer = space.info.depth, int(rest) if rest else None
+    if layer is not None and not 1 <= layer <= depth:
+        raise ValueError(f"family is {family.text!r}, expected a layer from 1 to {depth}")
+    for count in range(1, space.length):
+        yield f"r {count}", strategy_plan(kind, depth=depth, count=count, layer=layer)

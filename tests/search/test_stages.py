@@ -13,8 +13,10 @@ from fambav.engine.precision import Precision
 from fambav.reduction import make_staged_reduction
 from fambav.search.greedy import pair_similarity
 from fambav.search.objective import prefix_shared_logits
+from fambav.search.parsing import parse_family
 from fambav.search.plan_file import plan_settings
 from fambav.search.space import Plan, SearchSpace
+from fambav.search.tuning import members_of
 from fambav.timm_compat import timm
 from tests.made import refused, run
 
@@ -106,10 +108,42 @@ def test_the_plan_found_meets_the_budget_and_runs_as_written(tmp_path, capsys, b
     assert f"{found['held_out'][1]['acc1']:.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("family", "size", "schedules"),
+    [
+        ("all", 21, ["1.1:1,1.2:1", "1.1:21,1.2:21,2.1:5,2.2:5,3.1:1"]),
+        ("keep@1.1,2.1", 32, ["1.1:1", "1.1:32,2.1:8"]),
+        ("r@1.1,2.2", 8, ["1.1:1,2.2:1", "1.1:8,2.2:8"]),
+        ("scale:4,0,1,0,0,0", 32, ["1.1:1", "1.1:32,2.1:8"]),
+    ],
+)
+def test_families_of_plans_act_in_the_layers_of_stages(family, size, schedules):
+    space = SearchSpace(made("vssd_nano").info, "ordered")
+    members = members_of(parse_family(family), space)
+    ends = [space.plan(members[n][1]).summary() for n in (0, -1)]
+    assert (len(members), ends) == (size, schedules)
+
+
+def test_the_answer_of_tuning_runs_as_written(tmp_path, capsys):
+    source = run(tmp_path / "weights.pth", model="vssd_nano", patch_size=None, threads=1)
+    words = ["--margin", "100", "--family", "keep@1.1,2.1"]
+    files = [f"--output={tmp_path / 'plan.yaml'}", f"--json={tmp_path / 'plan.json'}"]
+    assert console(["tune", str(source), *words, *files]) == 0, capsys.readouterr().err
+    answer = json.loads((tmp_path / "plan.json").read_text())["answer"]
+    assert config.load(tmp_path / "plan.yaml").flat()["reduction_schedule"] == "1.1:32,2.1:8"
+    capsys.readouterr()
+    words = ["--config", str(tmp_path / "plan.yaml"), "--eval", "--resume", str(source)]
+    assert main(words) == 0
+    assert f"{answer['acc1']:.3f}" in capsys.readouterr().out
+
+
 def test_what_cannot_be_searched_is_refused_in_one_line(tmp_path):
     able = run(tmp_path / "vssd.pth", model="vssd_nano", patch_size=None)
-    message = refused("tune", able, "--margin", "1", program=console)
-    assert "family 'vssd', expected one of a single stage" in message
+    for family, line in (
+        ("upper:2", "family is 'upper:2', expected all, interleaved, r@2.1-2.4"),
+        ("r@1.9", "reduction_schedule is 'r:1@1.9', expected layers from 1.1 to 1.2 in stage 1"),
+    ):
+        assert line in refused("tune", able, "--margin", "1", "--family", family, program=console)
     message = refused(
         "search-plan", able, "--budget", "token-layers:0.7", "--method", "evit", program=console
     )
