@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fambav import config
 from fambav.engine.checkpoint import write_text
 from fambav.experiments.runs import read_run
+from fambav.heads import HeadedModel
 from fambav.training.job import TrainingJob, opened
 from fambav.training.network import model
 from fambav.training.step import precision
@@ -81,8 +83,10 @@ def _warm_up(job: TrainingJob) -> None:
     shape = job.task.input_shape(channels, job.layout.input_size)
     inputs = torch.zeros(wanted.optim.batch_size, *shape, device=device)
     with precision(wanted, job.group).autocast():
-        total = net(inputs).float().sum()
-    total.backward()
+        # Of a model with a head the backbone: kernels are there, and some heads want targets.
+        outputs = net.maps(inputs) if isinstance(net, HeadedModel) else net(inputs)
+    parts = [outputs] if isinstance(outputs, Tensor) else outputs
+    torch.stack([part.float().sum() for part in parts]).sum().backward()
 
 
 def _write(folder: Path, outcome: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fambav.cli import console
+from fambav.config import Config
 from fambav.experiments import cell, process, read_grid, sweep
 from fambav.models import Vim
 from fambav.training import job
@@ -521,3 +522,18 @@ def test_there_are_as_many_jobs_as_gpus_unless_the_user_says_otherwise(alone, mo
         monkeypatch.setattr(process, "gpus", lambda names=names: names)
         console(["table", str(alone[0]), "--output_dir", "x", *words])
     assert seen == [3, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(data_set="SHAPES-SEG", model="vssd_nano", head="upernet", head_channels=16),
+        dict(data_set="SHAPES-DET", model="vssd_nano", head="faster-rcnn", head_channels=16),
+        dict(data_set="WAVES", model="tsm2"),
+        dict(model="groupmamba_nano", distillation_type="hard", teacher_model="timm/test_resnet"),
+    ],
+    ids=lambda settings: settings.get("head") or settings["model"],
+)
+def test_every_kind_of_model_is_warmed_up(settings):
+    with job.opened(Config.from_flat({**settings, "batch_size": 2, "num_workers": 0})) as made:
+        cell._warm_up(made)
