@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
@@ -116,6 +117,24 @@ def file_paths(name: str, values: Any) -> list[Path]:
     if isinstance(values, str | bytes) or not isinstance(values, Sequence) or not values:
         raise refusal(name, values, "a list of paths")
     return [file_path(name, value) for value in values]
+
+
+def near_path(path: Path) -> str:
+    """Return "; did you mean 'x'?" with the closest name beside what is missing of a path.
+
+    It is empty if nothing is missing, or no name is close.
+    """
+    try:
+        missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
+        names = sorted(beside.name for beside in missing.parent.iterdir())
+    except (OSError, StopIteration):
+        return ""
+    close = difflib.get_close_matches(missing.name, names, n=1)
+    if not close:
+        return ""
+    found = missing.parent / close[0]
+    whole = found / path.relative_to(missing)
+    return f"; did you mean {str(whole if whole.exists() else found)!r}?"
 
 
 def check_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from fambav.cli import COMMANDS, console, main
 from fambav.commands import CONCERNS, bench
 from fambav.config import OPTIONS, ConfigError, read_flags
 from fambav.config.schema import GROUPS
-from tests.made import refused
+from tests.made import refused, run
 
 ROOT = Path(fambav.__file__).parents[1]
 RUN = ["--model", "vim_micro"]
@@ -216,6 +216,31 @@ def test_a_wrong_command_is_one_line_and_status_2(capsys, words, message):
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("train --config {}/settings/micr.yaml", "settings/micro.yaml"),
+        ("train --config {}/setings/micro.yaml", "settings/micro.yaml"),
+        ("table {}/rnu", "run"),
+        ("show {}/run/chekpoint.pth", "run/checkpoint.pth"),
+        ("predict {}/run/checkpoint.pth {}/flowr.png", "flower.png"),
+        ("pareto {}/rum", "run"),
+        ("train --config {}/quite_another", None),
+        ("train --config {}/" + "x" * 300, None),
+    ],
+)
+def test_a_mistyped_path_is_refused_with_the_closest_name(tmp_path, capsys, line, meant):
+    tmp_path.joinpath("run").mkdir()
+    run(tmp_path / "run" / "checkpoint.pth", model="vim_micro")
+    for name in ("settings/micro.yaml", "flower.png"):
+        tmp_path.joinpath(name).parent.mkdir(exist_ok=True)
+        tmp_path.joinpath(name).touch()
+    assert console(line.replace("{}", str(tmp_path)).split()) == 2
+    error = capsys.readouterr().err
+    hint = f"; did you mean {str(tmp_path / str(meant))!r}?\n"
+    assert error.endswith(hint) if meant else "did you mean" not in error
 
 
 class Worker(ValueError):

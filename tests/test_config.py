@@ -268,6 +268,8 @@ def test_a_launcher_says_how_many_processes_there_are(monkeypatch):
 MALFORMED = [
     ("--modle vim_tiny", "--modle is not a flag; did you mean --model?"),
     ("--batchsize 3", "--batchsize is not a flag; did you mean --batch-size?"),
+    ("--epoch_count 3", "--epoch_count is not a flag; did you mean --epochs?"),
+    ("--learning-rate 1", "--learning-rate is not a flag; did you mean --lr?"),
     ("--repeated", "--repeated is not a flag; did you mean --repeated-aug?"),
     ("--threeaugment2", "--threeaugment2 is not a flag; did you mean --ThreeAugment?"),
     ("--no-model-emma", "--no-model-emma is not a flag; did you mean --no-model-ema?"),

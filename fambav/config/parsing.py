@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from fambav.arguments import near_path
 from fambav.config.checks import file_path
 from fambav.config.legacy_flags import LAUNCHER, UNSUPPORTED
 from fambav.config.schema import GROUPS, OPTIONS
@@ -179,7 +180,13 @@ def _near(name: str, prefix: str) -> str:
         for name, (option, off) in SPELLINGS.items()
         if not off or (prefix and option.off)
     }
-    close = difflib.get_close_matches(name.replace("-", "_").lower(), shapes, n=1)
+    text = name.replace("-", "_").lower()
+    first = text.split("_")[0]
+    short = "".join(word[:1] for word in text.split("_"))  # lr of learning_rate
+    close = [short] if len(short) > 1 and short in shapes else []
+    close += difflib.get_close_matches(text, shapes, n=1, cutoff=0.8)
+    close += difflib.get_close_matches(first, shapes, n=1, cutoff=0.8)  # epochs of epoch_count
+    close += difflib.get_close_matches(text, shapes, n=1)
     return f"did you mean {shapes[close[0]]}?" if close else f"see {prefix or 'main.py --'}help"
 
 
@@ -220,6 +227,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
+        reason += near_path(path)
         raise ConfigError(f"config is {str(path)!r}, expected a readable file; {reason}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1

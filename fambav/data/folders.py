@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from fambav.arguments import near_path
 from fambav.data.types import IMAGENET_MEAN, IMAGENET_STD, DataError, DataSet
 from fambav.json_files import Form, check, parse
 from fambav.short_repr import short_repr
@@ -59,7 +60,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         if not path.is_file():  # opening a FIFO would wait for whoever writes into it
             state = "no file" if path.exists() else "missing"
             state = "a folder" if path.is_dir() else state
-            raise DataError(f"{path} is {state}, expected an image")
+            raise DataError(f"{path} is {state}, expected an image{near_path(path)}")
         with path.open("rb") as file:
             yield Image.open(file, formats=_FORMATS)
     except DataError:

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from fambav.arguments import near_path
 from fambav.pickles import DeepPickleError, check_depth
 
 State = dict[str, Any]
@@ -161,7 +162,8 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> State:
             those of older versions do.
     """
     if not path.is_file():
-        raise CheckpointError(f"checkpoint is {path}, expected a file that exists")
+        hint = near_path(path)
+        raise CheckpointError(f"checkpoint is {path}, expected a file that exists{hint}")
     if path.suffix == ".safetensors":
         return _load_weights(path, device)
     _verify(path)

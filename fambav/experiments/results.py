@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from fambav.arguments import near_path
 from fambav.config import Config, Run
 from fambav.experiments.grid import PHASES, Cell, Grid
 from fambav.experiments.provenance import machine
@@ -310,7 +311,8 @@ def _document(folder: Path) -> dict[str, Any]:
     """The results of a grid, of which all that is read here is there."""
     path = folder / JSON
     if not path.is_file():
-        raise ValueError(f"grid is {str(folder)!r}, expected a folder with {JSON} in it")
+        hint = near_path(folder)
+        raise ValueError(f"grid is {str(folder)!r}, expected a folder with {JSON} in it{hint}")
     return read_object(path, "the results of a grid", _DOCUMENT)
 
 

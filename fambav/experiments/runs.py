@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from fambav import config
+from fambav.arguments import near_path
 from fambav.experiments.metrics import PRIMARY, difference
 from fambav.experiments.provenance import described, differing, fingerprint, machine
 from fambav.json_files import check, parse_object, read_object
@@ -112,7 +113,10 @@ def read_run(folder: Path) -> Result:
     """
     log, settings = folder / LOG, folder / "config.yaml"
     if not (log.is_file() and settings.is_file()):
-        raise ValueError(f"run is {str(folder)!r}, expected a folder with log.txt and config.yaml")
+        hint = near_path(folder)
+        raise ValueError(
+            f"run is {str(folder)!r}, expected a folder with log.txt and config.yaml{hint}"
+        )
     run = config.load(settings)
     task, plan = task_of(run.data.data_set), read_plan(folder)
     primary = task.primary

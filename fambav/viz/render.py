@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fambav import data, experiments
-from fambav.arguments import file_path, file_paths
+from fambav.arguments import file_path, file_paths, near_path
 from fambav.data import DataSet
 from fambav.engine.finite import check_logits
 from fambav.models import Backbone
@@ -203,7 +203,8 @@ def read_log(run: Path) -> list[Record]:
     """
     path = run / _LOG
     if not path.is_file():
-        raise ValueError(f"run is {str(run)!r}, expected a folder with {_LOG} to draw curves")
+        hint = near_path(run)
+        raise ValueError(f"run is {str(run)!r}, expected a folder with {_LOG} to draw curves{hint}")
     return list[Record](experiments.read_log(path))
 
 
