@@ -17,7 +17,7 @@ from fambav.layers.drop import current
 from fambav.ops.kernels import KernelSet
 from fambav.tasks.classification import binary_cross_entropy, soft_cross_entropy
 from fambav.timm_compat import timm
-from fambav.training import model, run, schedule
+from fambav.training import job, model, run, schedule
 from fambav.training.batches import data_set, train_batches
 from fambav.training.network import layout
 from fambav.training.run_state import RunState, as_strings, facts
@@ -311,3 +311,9 @@ def test_a_moving_average_that_is_not_there_is_refused(tmp_path):
 def test_settings_that_a_file_must_not_have_are_refused():
     with pytest.raises(ConfigError):
         assert RunState.of(Path("w.pth"), {"config": {"lr": "fast"}}).config
+
+
+def test_an_interrupted_run_says_what_it_can_go_on_from(tmp_path):
+    assert "nothing is saved" in job._left_of(tmp_path)
+    (tmp_path / "checkpoint.pth").touch()
+    assert job._left_of(tmp_path) == f"--resume auto goes on from {tmp_path / 'checkpoint.pth'}"

@@ -198,7 +198,11 @@ class TrainingJob:
                     place, self.config, self.layout.schedule, self.data, trainer, source=source
                 )
             with closing(trainer.recorder) if trainer.recorder else nullcontext():
-                trainer.run()
+                try:
+                    trainer.run()
+                except KeyboardInterrupt:
+                    self.console.write(_left_of(place))
+                    raise
                 if trainer.recorder is not None:
                     picture = pictured.tokens(self.config, trainer.step.model, self.data)
                     if picture is not None:
@@ -387,3 +391,10 @@ class TrainingJob:
             for samples in (self.data.val, self.data.choice)
             if samples is not None
         ]
+
+
+def _left_of(place: Path) -> str:
+    """Say what an interrupted run can go on from."""
+    if not (place / KEPT[0]).is_file():
+        return "nothing is saved of this run; SIGTERM would have saved its state"
+    return f"--resume auto goes on from {place / KEPT[0]}"

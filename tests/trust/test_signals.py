@@ -160,12 +160,13 @@ def test_a_signal_to_all_processes_that_comes_as_a_loader_starts_saves(loading, 
 
 
 @pytest.mark.parametrize("number", [1, 4])
-def test_an_interruption_as_a_loader_starts_is_one_line(loading, tmp_path, number):
+def test_an_interruption_as_a_loader_starts_says_what_is_left(loading, tmp_path, number):
     words, _ = loading
     stopped = stopped_in_loader(
         words, tmp_path / "run", number, partial(to_all, signal.SIGINT), begun=False
     )
     assert stopped.status == 130, stopped.out
+    assert "nothing is saved of this run" in stopped.out
     assert stopped.out.endswith("interrupted\n")
 
 
