@@ -287,8 +287,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     import torch.nn.functional as F
 
-    each = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    return each.mean()  # 0 where ignored
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total / labels.numel()
 
 
 def dice(logits: Tensor, labels: Tensor) -> Tensor:
