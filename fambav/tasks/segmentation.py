@@ -311,7 +311,8 @@ def dice(logits: Tensor, labels: Tensor) -> Tensor:
     over = (0, 2, 3)
     sums = (shares * truth).sum(over), shares.square().sum(over) + truth.sum(over)
     both, sizes = over_processes(torch.stack(sums))  # (classes,) each
-    return 1 - ((2 * both + _SMOOTH) / (sizes + _SMOOTH)).mean()
+    loss: Tensor = 1 - ((2 * both + _SMOOTH) / (sizes + _SMOOTH)).mean()
+    return loss
 
 
 _LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dice": dice}
