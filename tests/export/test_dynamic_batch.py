@@ -23,7 +23,7 @@ MODELS = ("vim_micro", "plainmamba_micro", "vmamba_nano", "vssd_nano")
 BATCH = ({0: Dim("batch", min=1)},)
 OFTEN = [("vim_micro", "ordered"), *((name, "none") for name in MODELS[1:])]
 SIZE = {name: dict(img_size=32) for name in MODELS[2:]}
-SMALL = dict(img_size=16, depth=2)
+SMALL = dict(img_size=16, depth=1)
 REDUCED = [n for n in MODELS if family_of(n).reducible and not family_of(n).staged]
 PAIRS = [(name, "none") for name in MODELS] + [(n, method) for n in REDUCED for method in METHODS]
 TRACED = [pair for pair in PAIRS if pair[1] in ("none", "famba-v")]
@@ -33,7 +33,7 @@ def model(name, method="none"):
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=10, **SIZE.get(name, SMALL)).eval()
     if method != "none":
-        schedule = f"r:{net.grid[0]}@2" if method == "storm" else "r:3@2"
+        schedule = f"r:{net.grid[0]}@1" if method == "storm" else "r:3@1"
         fambav.reduce(net, method, schedule, scan="compact")  # what all models can do
     return net
 
