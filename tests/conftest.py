@@ -1,5 +1,6 @@
 """One thread, NaN in memory that nobody wrote, Triton interpreted, what a machine cannot run."""
 
+import gc
 import json
 import os
 import platform
@@ -81,6 +82,12 @@ def pytest_collection_modifyitems(items):
             found = item.get_closest_marker(mark)
             if found and (reason := refuses(*found.args)):
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: {reason}"))
+
+
+def pytest_collection_finish():
+    """Let garbage collections, and processes forked from this one, leave alone what is there."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config):

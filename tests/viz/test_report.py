@@ -19,11 +19,20 @@ from fambav.cli import console, main
 from fambav.engine import checkpoint
 from fambav.experiments import Estimate, Point
 from fambav.tasks import task_of
+from fambav.viz import style
 from tests.conftest import BROWSERS
 from tests.data.made import made_cifar
 
 TINY = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 16
     --epochs 1 --warmup-epochs 0 --threads 1 --device cpu"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse():
+    """Pictures of fewer pixels, which take less time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "DPI", 75)
+        yield
 
 
 @pytest.fixture(scope="module")
