@@ -1,6 +1,7 @@
 """The page: everything in one file, nothing from elsewhere, and a browser shows it."""
 
 import base64
+import importlib
 import io
 import json
 import re
@@ -138,7 +139,11 @@ def test_the_plan_is_that_of_the_run(one):
     ]
 
 
-def test_runs_of_one_name_keep_their_own_pictures(runs, tmp_path):
+def test_runs_of_one_name_keep_their_own_pictures(runs, tmp_path, monkeypatch):
+    def save(_drawn, path):  # encoding takes most of the time
+        Image.new("RGB", (2, 2)).save(path)
+
+    monkeypatch.setattr(importlib.import_module("fambav.viz.render"), "save", save)
     places = [tmp_path / parent / "run" for parent in "ab"]
     for place in places:
         shutil.copytree(runs[1], place)
