@@ -137,6 +137,16 @@ class DataSet:
             **more,
         )
 
+    def check(self) -> None:
+        """Read some of what training and evaluation will read, where files are likely to disagree.
+
+        Raises:
+            DataError: If some cannot be read, or do not fit together.
+        """
+        for samples in (self.train, self.val):
+            if (check := getattr(samples, "check", None)) is not None:
+                check()
+
     def facts(self, which: str) -> dict[str, Any]:
         """Return what a checkpoint says of the set: plain data.
 

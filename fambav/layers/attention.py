@@ -108,9 +108,30 @@ class FrequencyAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, (batch, dim), of a map, (batch, dim, height, width)."""
-        grid = F.adaptive_avg_pool2d(x, self.bases.shape[-1])
-        waves = (grid[:, :, None] * self.bases).flatten(3)  # (batch, dim, frequencies, cells)
-        kinds = (waves.mean(dim=3), waves.amax(dim=3), waves.amin(dim=3))
-        pooled = torch.stack([kind.mean(dim=2) for kind in kinds], dim=1)  # (batch, 3, dim)
+        grid = F.adaptive_avg_pool2d(x, self.bases.shape[-1]).flatten(2)  # (batch, dim, cells)
+        bases = self.bases.flatten(1)  # (frequencies, cells)
+        mean = grid @ (bases.mean(dim=0) / bases.shape[1])
+        ends = (_extremes(grid, bases, largest=largest).mean(dim=2) for largest in (True, False))
+        pooled = torch.stack([mean, *ends], dim=1)  # (batch, 3, dim)
         logits: Tensor = self.conv(pooled.flatten(0, 1)[:, None]).view(pooled.shape).sum(dim=1)
         return logits
+
+
+def _extremes(grid: Tensor, bases: Tensor, *, largest: bool) -> Tensor:
+    """Return the maxima or minima over cells of a grid times each basis.
+
+    Their places come first, without a gradient: then no product of all cells has to be kept.
+
+    Args:
+        grid: (batch, dim, cells).
+        bases: (frequencies, cells).
+        largest: Whether maxima are wanted.
+
+    Returns:
+        (batch, dim, frequencies).
+    """
+    places_of = torch.argmax if largest else torch.argmin
+    with torch.no_grad():
+        places = torch.stack([places_of(grid * basis, dim=2) for basis in bases], dim=2)
+    rows = bases.shape[1] * torch.arange(len(bases), device=bases.device)
+    return grid.gather(2, places) * bases.flatten()[places + rows]

@@ -32,11 +32,11 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
     def _shared(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = wide.new_full((1,), x.numel() // x.shape[1])
-        sums: Tensor = _Sum.apply(torch.cat([wide.sum(dim=(0, 2, 3)), count]))
+        sums = over_processes(torch.cat([wide.sum(dim=(0, 2, 3)), count]))
         count = sums[-1].detach()
         mean = sums[:-1] / count  # (channels,)
         wide = wide - mean[:, None, None]
-        squares: Tensor = _Sum.apply(wide.square().sum(dim=(0, 2, 3)))
+        squares = over_processes(wide.square().sum(dim=(0, 2, 3)))
         variance = squares / count
         self._follow(mean.detach(), squares.detach() / (count - 1))
         out = wide * torch.rsqrt(variance + self.eps)[:, None, None]
@@ -56,6 +56,17 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var), share)
 
 
+def over_processes(x: Tensor) -> Tensor:
+    """Sum a tensor over the processes of a job, if there are several.
+
+    The gradient is summed too, since each process has a loss of its own.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    out: Tensor = _Sum.apply(x)
+    return out
+
+
 def share_batch_norms(model: nn.Module) -> None:
     """Replace the batch norms inside a model by `SharedBatchNorm2d` of the same parameters."""
     for parent in list(model.modules()):
@@ -73,7 +84,7 @@ def _shared(norm: nn.BatchNorm2d) -> SharedBatchNorm2d:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over the processes; so is the gradient, since each process has a loss of its own."""
+    """Sum over the processes, forwards and backwards."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -274,36 +274,45 @@ def at_size(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of labelled pixels; 0 if there are none.
+    """Sum of the cross-entropies of labelled pixels over the number of all pixels.
+
+    With that number, unlike that of the labelled ones, the mean over parts of a batch is that of
+    the batch.
 
     Args:
         logits: (batch, classes, height, width).
         labels: (batch, height, width), int64.
+
+    Source: mmsegmentation, as the published heads were trained with.
     """
     import torch.nn.functional as F
 
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    return total / labels.numel()
 
 
 def dice(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over classes of 1 - (2 sum(p g) + s) / (sum(p^2) + sum(g^2) + s); arguments as above.
 
     p are softmax probabilities, g is 1 where a class is and 0 elsewhere, s is 1e-5; sums are over
-    the labelled pixels of the batch.
+    the labelled pixels of the batch, of all processes.
 
     Source: Ruan et al., "VM-UNet", arXiv:2402.02491, as its code computes it.
     """
+    import torch
     import torch.nn.functional as F
+
+    from fambav.layers.batch_norm import over_processes
 
     labelled = (labels != IGNORE)[:, None]  # (batch, 1, height, width)
     truth = F.one_hot(labels.masked_fill(labels == IGNORE, 0), logits.shape[1])
     truth = truth.permute(0, 3, 1, 2) * labelled
     shares = logits.softmax(dim=1) * labelled
     over = (0, 2, 3)
-    both = (shares * truth).sum(over)
-    sizes = shares.square().sum(over) + truth.sum(over)
-    return 1 - ((2 * both + _SMOOTH) / (sizes + _SMOOTH)).mean()
+    sums = (shares * truth).sum(over), shares.square().sum(over) + truth.sum(over)
+    both, sizes = over_processes(torch.stack(sums))  # (classes,) each
+    loss: Tensor = 1 - ((2 * both + _SMOOTH) / (sizes + _SMOOTH)).mean()
+    return loss
 
 
 _LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dice": dice}

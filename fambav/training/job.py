@@ -109,6 +109,8 @@ def _prepared(config: Config, group: Processes) -> TrainingJob:
         console.write(plan.reduction.summary())
     _check_crop(config, plan)
     opened_set = batches.data_set(config, group, input_size=plan.input_size)
+    if config.data.on_bad_image == "error":
+        opened_set.check()
     for note in opened_set.notes:
         console.write(note)
     batches.warn_of_workers(config, console)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fambav.config import Augment
-from fambav.data import DataError, load
+from fambav.data import DataError, load, segments
 from fambav.data.masks import EvalMasks, TrainMasks
 from fambav.data.palette import Palette, overlay, palette_image
 from fambav.data.segments import LAYOUTS
@@ -135,14 +135,28 @@ def test_a_run_names_a_tile_that_is_missing_and_a_pixel_that_is_unknown(folder):
     words = [*WORDS, "--data-set", "POTSDAM", "--data-path", folder / "isprs", *out]
     assert "5_Labels_all lacks 1, expected each: top_potsdam_6_9_label.tif" in refused(*words)
     assert not out[1].exists()
+
+
+def unknown(folder):
     pixels = np.zeros((40, 60, 3))
     pixels[7, 30] = (1, 2, 3)
     for number in range(3):
         save(folder / "masks" / "train" / f"{number}.png", pixels)
-    words = [*WORDS, "--head-channels", "8", "--data-set", "SEGFOLDER", "--data-path", folder, *out]
-    found = go(*words)
+    return "png: row 7, column 30 is #010203, expected a colour of the palette", ""
+
+
+@pytest.mark.parametrize("change", [unknown, another_size], ids=lambda change: change.__name__)
+def test_masks_that_do_not_fit_are_refused_before_a_run_or_end_it(folder, change, monkeypatch):
+    """Sets that are too large to be read beforehand end a run when it comes to such a mask."""
+    out, (message, _) = folder / "out", change(folder)
+    words = [*WORDS, "--head-channels", "8", "--data-set", "SEGFOLDER", "--data-path", folder]
+    assert message in refused(*words, "--output_dir", out)
+    assert not out.exists()
+    monkeypatch.setattr(segments, "_TRIED", 0)
+    save(folder / "masks" / "train" / "0.png", np.zeros((40, 60, 3)))  # the one that is still read
+    found = go(*words, "--epochs", "1", "--warmup-epochs", "0", "--output_dir", out)
     assert found.status == 5 and found.err.count("\n") == 1
-    assert "png: row 7, column 30 is #010203, expected a colour of the palette" in found.err
+    assert message in found.err
 
 
 def test_classes_of_a_folder_that_differ_from_the_head_are_refused(folder):

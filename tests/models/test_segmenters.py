@@ -185,13 +185,15 @@ def test_bases_are_orthonormal_and_the_first_is_flat():
 
 def test_channels_are_weighed_by_their_averages_maxima_and_minima_in_each_frequency():
     attention = FrequencyAttention(8, side=7)
-    x = torch.randn(2, 8, 7, 7)
+    x = torch.randn(2, 8, 7, 7, requires_grad=True)
     pooled = torch.zeros(2, 8)
     for basis in dct_bases(7):
         waved = (x * basis).flatten(2)
         pooled += (waved.mean(dim=2) + waved.amax(dim=2) + waved.amin(dim=2)) / 16
     expected = torch.nn.functional.conv1d(pooled[:, None], attention.conv.weight, padding=1)
-    near(attention(x), expected[:, 0], 1e-6)  # the convolution is linear, and the same for all
+    found = attention(x)
+    near(found, expected[:, 0], 1e-6)  # the convolution is linear, and the same for all
+    near(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, expected)), 1e-6)
 
 
 def test_two_blocks_in_a_row_are_one_residual_branch():

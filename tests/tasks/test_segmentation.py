@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -192,12 +193,50 @@ def test_losses_leave_ignored_pixels_out():
     logits, labels = torch.randn(2, 4, 6, 6), torch.randint(4, (2, 6, 6))
     labels[:, :3] = IGNORE
     kept, truth = logits[:, :, 3:], labels[:, 3:]
-    assert torch.isclose(segmentation.cross_entropy(logits, labels), F.cross_entropy(kept, truth))
+    half = F.cross_entropy(kept, truth) / 2  # of the pixels are labelled
+    assert torch.isclose(segmentation.cross_entropy(logits, labels), half)
     shares, hot = kept.softmax(1), F.one_hot(truth, 4).permute(0, 3, 1, 2)
     both, sizes = (shares * hot).sum((0, 2, 3)), (shares**2 + hot).sum((0, 2, 3))
     want = 1 - ((2 * both + 1e-5) / (sizes + 1e-5)).mean()
     assert torch.isclose(segmentation.dice(logits, labels), want)
     assert segmentation.cross_entropy(logits, torch.full_like(labels, IGNORE)) == 0
+
+
+def _images():
+    torch.manual_seed(0)
+    labels = torch.randint(3, (6, 8, 8))
+    labels[0, :5], labels[3], labels[4, :, 2:] = IGNORE, IGNORE, IGNORE
+    return torch.randn(6, 3, 8, 8), labels
+
+
+def _pass(wrap, images, labels):
+    torch.manual_seed(1)
+    net = wrap(TinyNet(num_classes=3))
+    config = Config.from_flat({"model": "vmunet_nano", "mask_loss": "ce+dice"})
+    loss = TASKS["segmentation"].loss(config, mixed=False)(net(images), labels)
+    loss.backward()
+    return loss.detach(), {n.removeprefix("module."): p.grad for n, p in net.named_parameters()}
+
+
+def _one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    where = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
+    images, labels = _images()
+    found = _pass(nn.parallel.DistributedDataParallel, images[rank::2], labels[rank::2])
+    torch.save(found, folder / f"{rank}.pth")
+    dist.destroy_process_group()
+
+
+def test_losses_of_two_processes_are_those_of_one(tmp_path):
+    """Also where the shares have different numbers of ignored pixels."""
+    start = torch.multiprocessing.start_processes
+    start(_one_of_two, (tmp_path,), nprocs=2, start_method="fork")
+    loss, gradients = _pass(nn.Identity(), *_images())
+    shares = [torch.load(tmp_path / f"{rank}.pth") for rank in range(2)]
+    torch.testing.assert_close(sum(share for share, _ in shares) / 2, loss)
+    for _, found in shares:
+        torch.testing.assert_close(found, gradients)
 
 
 def test_windows_cover_an_image_and_agree_where_the_net_is_local():
