@@ -1,5 +1,6 @@
 """One thread, NaN in memory that nobody wrote, Triton interpreted, what a machine cannot run."""
 
+import gc
 import json
 import os
 import platform
@@ -19,6 +20,21 @@ from fambav.engine.run_dir import environment
 from fambav.registry import REDUCERS
 
 torch.set_num_threads(1)
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from triton.runtime import interpreter
+
+    def prepare(fn, real=interpreter._patch_lang, tl=interpreter.tl):
+        """Patch the language for a kernel, but not again for each function that it calls.
+
+        The interpreter does both; the second takes a third of its time and changes nothing.
+        """
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return real(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = prepare
 
 # Why a test with the mark cannot run here, or None; called with the mark's arguments.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -66,6 +82,12 @@ def pytest_collection_modifyitems(items):
             found = item.get_closest_marker(mark)
             if found and (reason := refuses(*found.args)):
                 item.add_marker(pytest.mark.skip(reason=f"{mark}: {reason}"))
+
+
+def pytest_collection_finish():
+    """Let garbage collections, and processes forked from this one, leave alone what is there."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config):

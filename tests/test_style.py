@@ -1,22 +1,27 @@
 """Limits that no linter checks."""
 
 import ast
+import functools
 from pathlib import Path
 
 import fambav
 
 FOLDER = Path(fambav.__file__).parent
 FILES = {path: path.read_text() for path in sorted(FOLDER.rglob("*.py"))}
-NODES = [(path, node) for path, text in FILES.items() for node in ast.walk(ast.parse(text))]
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 500, 60, 120
 KERNELS = ("triton.jit", "kernel(")  # what compiles a function for a GPU, and for a CPU
 VAGUE = {"utils", "helpers", "common", "misc", "v2", "new", "old"}
 
 
+@functools.cache
+def nodes():
+    return [(path, node) for path, text in FILES.items() for node in ast.walk(ast.parse(text))]
+
+
 def test_files_and_functions_are_short():
     for path, text in FILES.items():
         assert len(text.splitlines()) <= MAX_FILE, path
-    for path, node in NODES:
+    for path, node in nodes():
         if isinstance(node, ast.FunctionDef):
             decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
             kernel = any(text.startswith(KERNELS) for text in decorators)
@@ -35,7 +40,7 @@ def test_a_file_is_named_by_the_noun_it_defines():
 
 
 def test_torch_and_numpy_read_data_alone():
-    for path, node in NODES:
+    for path, node in nodes():
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
             given = {word.arg: ast.unparse(word.value) for word in node.keywords}
             wanted = {"weights_only": "True"} if "torch" in ast.unparse(node.func) else {}
@@ -44,6 +49,6 @@ def test_torch_and_numpy_read_data_alone():
 
 
 def test_nothing_is_caught_blindly_or_left_to_do():
-    for path, node in NODES:
+    for path, node in nodes():
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), path
         assert not (isinstance(node, ast.Name) and node.id == "NotImplementedError"), path

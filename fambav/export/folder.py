@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fambav.arguments import file_path, is_number, known_name, refusal, whole
 from fambav.engine import checkpoint
@@ -222,12 +222,19 @@ def _kept(place: Path) -> Iterator[Path]:
 
 
 def _held_out(run: LoadedRun, images: int) -> Tensor:
-    """Return the first held-out images, (at most images, channels, height, width)."""
+    """Return the first held-out images, (at most images, *run.input_size)."""
     with processes("cpu") as group:
         first, second = run.input_size[-2:]
         data = batches.data_set(run.config, group, input_size=(first, second))
     number = min(images, len(data.val))
-    return torch.stack([run.transform(data.val[n][0]) for n in range(number)])
+    return torch.stack([_window(run.transform(data.val[n][0]), run) for n in range(number)])
+
+
+def _window(sample: Tensor, run: LoadedRun) -> Tensor:
+    """Return what a traced model reads of an image of any size: its upper left window."""
+    height, width = run.input_size[-2:]
+    rest = (0, width - sample.shape[-1], 0, height - sample.shape[-2])
+    return nn.functional.pad(sample, rest)  # cuts where rest is negative
 
 
 def _noise(run: LoadedRun, images: int) -> Tensor:

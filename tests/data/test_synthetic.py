@@ -1,13 +1,21 @@
 """SHAPES100, the set that is generated on the fly."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from fambav.data import fetch, load, synthetic
 from fambav.data.types import digest
 
-WHOLE = load("SHAPES100")
-PARTS = [WHOLE.train, WHOLE.val]
+
+@functools.cache
+def whole():
+    return load("SHAPES100")
+
+
+def parts():
+    return whole().train, whole().val
 
 
 def middles(image):
@@ -24,24 +32,24 @@ def test_the_images_are_the_same_on_every_machine():
 
 
 def test_the_whole_set_never_changes():
-    assert WHOLE.digest == "11791e5c2b16292dadd2740e5f22feb79cfe76eabf1d61e0caefc691d3115afd"
-    assert WHOLE.notes == (
+    assert whole().digest == "11791e5c2b16292dadd2740e5f22feb79cfe76eabf1d61e0caefc691d3115afd"
+    assert whole().notes == (
         "SHAPES100: 10,000 images made to train and 2,000 held out, sha256 11791e5c2b16292d",
     )
 
 
 def test_a_smaller_set_is_the_beginning_of_the_whole():
     few = synthetic.shapes100(counts=(700, 101))  # neither is a whole number of chunks
-    for part, small in zip(PARTS, (few.train, few.val), strict=True):
+    for part, small in zip(parts(), (few.train, few.val), strict=True):
         assert np.array_equal(small.images, part.images[: len(small)])
         assert np.array_equal(small.labels, part.labels[: len(small)])
 
 
 def test_an_image_is_a_function_of_its_part_and_index():
     places = np.array([1234, 7])
-    again = synthetic.render("train", places, WHOLE.train.labels[places])
-    assert np.array_equal(again, WHOLE.train.images[places])
-    other = synthetic.render("val", places, WHOLE.train.labels[places])
+    again = synthetic.render("train", places, whole().train.labels[places])
+    assert np.array_equal(again, whole().train.images[places])
+    other = synthetic.render("val", places, whole().train.labels[places])
     assert not np.array_equal(again, other)
 
 
@@ -52,21 +60,23 @@ def test_what_a_run_asks_for_does_not_change_the_set(monkeypatch, wish):
     assert load("SHAPES100", "/nowhere", **wish) is small
 
 
-@pytest.mark.parametrize("part", PARTS, ids=["train", "val"])
-def test_every_class_is_shown_as_often(part):
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_every_class_is_shown_as_often(name):
+    part = getattr(whole(), name)
     counts = np.bincount(part.labels, minlength=100)
     assert (counts == len(part) // 100).all()
     assert len(set(part.labels[:100])) == 100
 
 
 def test_no_image_is_held_out_and_learnt_from():
-    seen = [{image.tobytes() for image in part.images} for part in PARTS]
+    seen = [{image.tobytes() for image in part.images} for part in parts()]
     assert [len(images) for images in seen] == [10_000, 2_000]
     assert not seen[0] & seen[1]
 
 
-@pytest.mark.parametrize("part", PARTS, ids=["train", "val"])
-def test_an_image_has_32_by_32_pixels_in_colour(part):
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_an_image_has_32_by_32_pixels_in_colour(name):
+    part = getattr(whole(), name)
     image, label = part[len(part) - 1]
     assert (image.mode, image.size, label) == ("RGB", (32, 32), int(part.labels[-1]))
     assert part.images.dtype == np.uint8
@@ -75,25 +85,25 @@ def test_an_image_has_32_by_32_pixels_in_colour(part):
 
 def test_a_place_that_is_not_there_is_refused():
     with pytest.raises(IndexError):
-        WHOLE.val[2000]
+        whole().val[2000]
 
 
 def test_it_needs_nothing_fetched_and_no_folder():
     fetch("SHAPES100", "/nowhere")
-    assert WHOLE.num_classes == 100
+    assert whole().num_classes == 100
 
 
 def test_a_class_names_the_upper_and_the_lower_shape():
-    assert len(set(WHOLE.class_names)) == 100
+    assert len(set(whole().class_names)) == 100
     forms = list(synthetic.FORMS)
-    assert WHOLE.class_names[37] == f"{forms[3]} over {forms[7]}" == "frame over hourglass"
+    assert whole().class_names[37] == f"{forms[3]} over {forms[7]}" == "frame over hourglass"
 
 
 def test_the_first_shape_of_the_name_is_the_upper_one():
     # in the mean of many images a tee's bar is high and a triangle's base is low
     names = list(synthetic.FORMS)
     tee_over_triangle, triangle_over_tee = (
-        np.concatenate([part.images[part.labels == label] for part in PARTS]).mean(axis=0)
+        np.concatenate([part.images[part.labels == label] for part in parts()]).mean(axis=0)
         for label in (
             10 * names.index("tee") + names.index("triangle"),
             10 * names.index("triangle") + names.index("tee"),
@@ -132,7 +142,7 @@ def test_turns_and_sides_are_as_likely_either_way():
 
 
 def test_a_shape_is_brighter_than_what_surrounds_it():
-    images = WHOLE.train.images[:1000].astype(float).mean(axis=-1)
+    images = whole().train.images[:1000].astype(float).mean(axis=-1)
     assert images[:, 5:11, 13:19].mean() > images[:, 5:11, :4].mean() + 40
 
 

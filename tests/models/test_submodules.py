@@ -4,7 +4,6 @@ import copy
 import json
 import warnings
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -96,6 +95,8 @@ def test_reductions_that_read_the_mixer_call_hooked_modules_too(gap):
 
 @pytest.mark.parametrize("name", ["vim_micro", "plainmamba_micro"])
 def test_adapters_learn_in_every_projection_and_merge_to_the_same_logits(name):
+    import peft  # which takes seconds, and every process of tests reads this file
+
     net = model(name)
     targets = ["in_proj", "out_proj", "x_proj", "dt_proj"]
     adapted = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=targets)).eval()

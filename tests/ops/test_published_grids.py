@@ -93,7 +93,10 @@ def scan(length, dtype, groups, given, constant=""):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_scan_agrees_at_every_length(length):
-    for groups, dtype in product([1, 2], DTYPES):
+    given = list(product([1, 2], DTYPES))
+    if length not in SHORT:  # the reference takes seconds: half of them, the others at the next
+        given = given[LENGTHS.index(length) % 2 :: 2]
+    for groups, dtype in given:
         scan(length, dtype, groups, EVERY)
 
 

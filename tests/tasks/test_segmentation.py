@@ -17,6 +17,7 @@ from fambav.cli import console
 from fambav.config import Config, checks
 from fambav.data import load, read_image, synthetic
 from fambav.data.types import IGNORE
+from fambav.export import export
 from fambav.layers import sliding
 from fambav.layers.sliding import SlidingWindow
 from fambav.registry import BUILDERS, FAMILIES, TASKS, Family
@@ -133,6 +134,27 @@ def test_prediction_writes_masks_and_overlays_of_images_of_any_size(finished, tm
     assert console([*words, "--topk", "2", "--output-dir", str(out)]) == 2
     assert console(words) == 2
     assert "output_dir is None, expected a folder for the masks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_an_export_is_compared_on_windows_of_images_of_any_size(kind, finished, tmp_path):
+    class Odd:
+        def __init__(self, samples):
+            self.samples = samples
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, n):
+            image, labels = self.samples[n]
+            return image.resize((48 + n, 20 + 12 * n)), labels
+
+    known = synthetic.shapes_seg(counts=(48, 20))
+    with pytest.MonkeyPatch.context() as patch:
+        odd = replace(known, val=Odd(known.val))
+        patch.setitem(BUILDERS._builders, "SHAPES-SEG", lambda _: odd)
+        check = export(finished[0], kind, tmp_path / "out")
+    assert check.images == 3 and check.difference <= check.tolerance
 
 
 def test_pictures_show_image_truth_and_prediction(finished, tmp_path, capsys):

@@ -22,7 +22,7 @@ from fambav.engine.step import TrainStep
 
 FORK = multiprocessing.get_context("fork")
 FRESH = multiprocessing.get_context("forkserver")  # forks a process that has never had threads
-RUN_IMPORTS = ("fambav.training", "fambav.viz", "torch.utils.tensorboard", "numba")
+RUN_IMPORTS = ("fambav.training", "fambav.viz", "torch.utils.tensorboard", "fambav.ops.numba")
 FRESH.set_forkserver_preload(["tests.trust.forked", *RUN_IMPORTS])
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # there, as the command does, before torch loads
 RECIPE = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 8

@@ -1,6 +1,7 @@
 """The page: everything in one file, nothing from elsewhere, and a browser shows it."""
 
 import base64
+import importlib
 import io
 import json
 import re
@@ -19,11 +20,20 @@ from fambav.cli import console, main
 from fambav.engine import checkpoint
 from fambav.experiments import Estimate, Point
 from fambav.tasks import task_of
+from fambav.viz import style
 from tests.conftest import BROWSERS
 from tests.data.made import made_cifar
 
 TINY = """--model vim_micro --input-size 16 --data-set CIFAR --num_workers 0 --batch-size 16
     --epochs 1 --warmup-epochs 0 --threads 1 --device cpu"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse():
+    """Pictures of fewer pixels, which take less time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "DPI", 75)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +139,11 @@ def test_the_plan_is_that_of_the_run(one):
     ]
 
 
-def test_runs_of_one_name_keep_their_own_pictures(runs, tmp_path):
+def test_runs_of_one_name_keep_their_own_pictures(runs, tmp_path, monkeypatch):
+    def save(_drawn, path):  # encoding takes most of the time
+        Image.new("RGB", (2, 2)).save(path)
+
+    monkeypatch.setattr(importlib.import_module("fambav.viz.render"), "save", save)
     places = [tmp_path / parent / "run" for parent in "ab"]
     for place in places:
         shutil.copytree(runs[1], place)
