@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from fambav.arguments import is_number, is_whole
-from fambav.data.folders import read_image
+from fambav.data.folders import read_image, read_some
 from fambav.data.instances import Instances
 from fambav.data.types import DataError, DataSet
 from fambav.json_files import read_object
@@ -55,6 +56,14 @@ class ListedInstances:
     def path(self, index: int) -> str:
         """Return the path of an image."""
         return self.entries[index].path
+
+    def check(self) -> None:
+        """Read some images, by `fambav.data.folders.read_some`.
+
+        Raises:
+            DataError: As indexing.
+        """
+        read_some(len(self), lambda n: math.prod(self[n][0].size))
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Instances]:
         """Return an image in RGB, and its objects.

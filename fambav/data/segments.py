@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 from PIL import Image
 
-from fambav.data.folders import EXTENSIONS, open_image, read_image
+from fambav.data.folders import EXTENSIONS, open_image, read_image, read_some
 from fambav.data.palette import Palette, read_palette
 from fambav.data.types import DataError, DataSet
 
 _CACHED = 4  # decoded images that a process keeps, of which windows are cut
 _LISTED = 5  # names in a message
-_TRIED = 2**23  # pixels of a split that are read before training begins
 
 
 class Entry(NamedTuple):
@@ -66,21 +65,13 @@ class ListedMasks:
         return image.crop(entry.box), labels[top:bottom, left:right]
 
     def check(self) -> None:
-        """Read images and masks from all over the set, until these are 2^23 pixels.
-
-        A palette that lacks a colour, or masks of another size, are thus refused before a run
-        begins, and a large set costs about a second.
+        """Read some images and masks, by `fambav.data.folders.read_some`.
 
         Raises:
             DataError: As indexing.
         """
         files = list(dict.fromkeys((entry.image, entry.mask) for entry in self.entries))
-        seen = 0
-        # Multiples of the golden ratio, without their whole parts, are spread evenly.
-        for index in sorted(range(len(files)), key=lambda n: n * 0.6180339887 % 1):
-            seen += self._decode(*files[index])[1].size
-            if seen >= _TRIED:
-                return
+        read_some(len(files), lambda n: self._decode(*files[n])[1].size)
 
     def _decode(self, image: str, mask: str) -> tuple[Image.Image, NDArray[Any]]:
         pixels, labels = read_image(image), self.palette.read(mask)

@@ -139,10 +139,13 @@ def test_a_box_outside_of_its_image_ends_a_run_in_one_line(coco):
     assert "instances_val2017.json: annotation 11 has bbox [50, 5, 20, 10], expected" in line
 
 
-def test_an_image_of_another_size_is_refused_when_it_is_read(coco):
+def test_an_image_of_another_size_is_refused_before_a_run_or_when_it_is_read(coco):
     Image.new("RGB", (61, 40)).save(coco / "val2017" / f"{7:012}.jpg")
     with pytest.raises(DataError, match=r"is 61 x 40, expected 60 x 40 as in .*val2017\.json"):
         load("COCO", coco).val[0]
+    words = ["--data-set", "COCO", "--data-path", coco, "--model", "vssd_nano", "--device", "cpu"]
+    assert "is 61 x 40, expected 60 x 40" in refused(*words, "--output_dir", coco / "out")
+    assert not (coco / "out").exists()
 
 
 def test_masks_of_an_annotation_without_any_are_refused(coco):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from fambav.config import Augment
-from fambav.data import DataError, load, segments
+from fambav.data import DataError, folders, load
 from fambav.data.masks import EvalMasks, TrainMasks
 from fambav.data.palette import Palette, overlay, palette_image
 from fambav.data.segments import LAYOUTS
@@ -152,7 +152,7 @@ def test_masks_that_do_not_fit_are_refused_before_a_run_or_end_it(folder, change
     words = [*WORDS, "--head-channels", "8", "--data-set", "SEGFOLDER", "--data-path", folder]
     assert message in refused(*words, "--output_dir", out)
     assert not out.exists()
-    monkeypatch.setattr(segments, "_TRIED", 0)
+    monkeypatch.setattr(folders, "_READ", 0)
     save(folder / "masks" / "train" / "0.png", np.zeros((40, 60, 3)))  # the one that is still read
     found = go(*words, "--epochs", "1", "--warmup-epochs", "0", "--output_dir", out)
     assert found.status == 5 and found.err.count("\n") == 1
