@@ -69,10 +69,11 @@ def measure(
     forwards, steps = dict[Key, Run](), dict[Key, Run]()
     for name in (*models, *peers):
         looped = name in CLASSIFIERS and family_of(name).scan and not growth
-        for backend in ("fastest", REFERENCE)[: 1 + looped]:
-            for side in _sides(name, growth):
+        for side in _sides(name, growth):
+            net = _net(name, side)
+            for backend in ("fastest", REFERENCE)[: 1 + looped]:
                 key = name, backend, side
-                forwards[key], steps[key] = _runs(name, backend, side, batch)
+                forwards[key], steps[key] = _runs(net, backend, (batch, 3, side, side))
     times = {"forward": _interleave(forwards, rounds)}
     if not growth:
         times["step"] = _interleave(steps, rounds)
@@ -86,11 +87,14 @@ def _sides(name: str, growth: bool) -> tuple[int, ...]:
     return (side, 2 * side) if growth else (side,)
 
 
-def _runs(name: str, backend: str, side: int, batch: int) -> tuple[Run, Run]:
+def _net(name: str, side: int) -> nn.Module:
     torch.manual_seed(0)
-    size = {"img_size": side} if name in CLASSIFIERS else {}
-    net: nn.Module = timm.create_model(name, **size)
-    images, labels = torch.rand(batch, 3, side, side), torch.randint(0, 1000, (batch,))
+    net: nn.Module = timm.create_model(name, **{"img_size": side} if name in CLASSIFIERS else {})
+    return net
+
+
+def _runs(net: nn.Module, backend: str, size: Sequence[int]) -> tuple[Run, Run]:
+    images, labels = torch.rand(size), torch.randint(0, 1000, (size[0],))
     chosen = REFERENCE if backend == REFERENCE else None
 
     def forward() -> None:
