@@ -49,7 +49,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--growth", action="store_true", help="double the side of the images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     given = parser.parse_args(words)
-    how = dict(batch=given.batch, rounds=given.rounds, growth=given.growth)
+    how: dict[str, Any] = dict(batch=given.batch, rounds=given.rounds, growth=given.growth)
     report = measure(given.model, given.peer, **how)
     show(report.text(), report.json(), given.json)
 
@@ -69,7 +69,7 @@ def measure(
     forwards, steps = dict[Key, Run](), dict[Key, Run]()
     for name in (*models, *peers):
         looped = name in CLASSIFIERS and family_of(name).scan and not growth
-        for side in _sides(name, growth):
+        for side in _sides(name, growth=growth):
             net = _net(name, side)
             for backend in ("fastest", REFERENCE)[: 1 + looped]:
                 key = name, backend, side
@@ -82,14 +82,16 @@ def measure(
     return Report(title="models of stages, CPU time", settings=about, rows=rows)
 
 
-def _sides(name: str, growth: bool) -> tuple[int, ...]:
-    side = timm.create_model(name).default_cfg["input_size"][-1]
+def _sides(name: str, *, growth: bool) -> tuple[int, ...]:
+    made: Any = timm.create_model(name)
+    side = int(made.default_cfg["input_size"][-1])
     return (side, 2 * side) if growth else (side,)
 
 
 def _net(name: str, side: int) -> nn.Module:
     torch.manual_seed(0)
-    net: nn.Module = timm.create_model(name, **{"img_size": side} if name in CLASSIFIERS else {})
+    size: dict[str, Any] = {"img_size": side} if name in CLASSIFIERS else {}
+    net: nn.Module = timm.create_model(name, **size)
     return net
 
 
