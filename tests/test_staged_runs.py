@@ -90,7 +90,7 @@ def test_onnx_runtime_answers_as_the_model_for_any_batch(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_of_other_models_are_refused_in_one_line(name, tmp_path):
     for words, message in (
-        ("--class-token head", "--class-token is 'head', expected 'middle' with --model"),
+        ("--class-token head", f"expected 'middle' with --model {name}, which has none to place"),
         ("--patch-size 8", "--patch-size is 8, expected none with --model"),
         ("--fusion-strategy all", f"none with --model {name}, whose "),
         ("--fusion-plan 2:3", f"none with --model {name}, whose "),

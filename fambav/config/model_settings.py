@@ -52,7 +52,7 @@ class Model(Group):
         None, "length of the output; none = the data set's", when.IMAGES, bounds=COUNT
     )
     class_token: str = option(
-        "middle", "place of the class token", when.VIM, choices=registry.CLASS_TOKENS
+        "middle", "place of the class token", when.CLASS_TOKEN, choices=registry.CLASS_TOKENS
     )
     bimamba_type: str = option("v2", "directions of the mixer", when.VIM, choices=registry.BIMAMBA)
     legacy_init: bool = switch(

@@ -30,6 +30,7 @@ REDUCIBLE = When(
 )
 DROP_PATH = _taken("drop_path", ", which skips no layer")
 VIM = _taken("stride")
+CLASS_TOKEN = _taken("class_token", ", which has none to place")
 PLAINMAMBA = _taken("param_order", ", which has one form")
 TWO_HEADS = _taken("distillation_head", ", which has one head")
 DROPOUT = _taken("drop", ", which has no dropout")
